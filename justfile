@@ -1,0 +1,79 @@
+# Recipes; `make <recipe>` bootstraps .venv first and then comes here. With .venv on PATH already,
+# `just <recipe>` is the same.
+
+set positional-arguments
+
+export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
+
+_default:
+    @just --list
+
+# run every stage whose inputs changed
+repro *args:
+    dvc repro "$@"
+
+# all tests; for a part: just test tests/test_config.py -k name
+test *args:
+    pytest -q "$@"
+
+# rules, format, and the code deps in dvc.yaml
+lint:
+    ruff check .
+    ruff format --check .
+    python tests/code_deps.py
+
+# metrics/summary.json as a table
+report:
+    @python -m stages.summarize --show
+
+# summary of the work tree against a revision or an experiment; or between two revisions
+compare rev="HEAD" *other:
+    dvc metrics diff "$@" --targets metrics/summary.json --no-path --md
+
+# one experiment for each value, e.g. just sweep train_sae.k=16,32,64 (give several for a grid)
+sweep *sets="train_sae.k=16,32,64":
+    dvc exp run --queue $(printf -- '-S %s ' "${@:-train_sae.k=16,32,64}")
+    dvc exp run --run-all
+    just experiments
+
+# experiments with what they changed and what came out
+experiments:
+    dvc exp show --md --only-changed --drop 'stages|src|data|assets|plots|metrics/(?!summary)'
+
+# ratios from interleaved runs; sparsify is compared where it can be installed
+bench:
+    pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify" >&2
+    python -m benchmarks.sae_step
+    python -m benchmarks.extraction
+
+# fail if dvc.lock, metrics or plots are not those of this code and these params
+locked:
+    @state="$(dvc repro --dry --allow-missing 2>&1)"; case "$state" in \
+        *"are up to date"*) ;; \
+        *) echo "$state"; echo "run dvc repro and commit dvc.lock, metrics and plots"; exit 1 ;; \
+    esac
+
+# the whole line on a few clips, in a temporary copy that is removed
+smoke *args:
+    python tests/smoke.py "$@"
+
+# write the code that each stage imports into dvc.yaml
+deps:
+    python tests/code_deps.py --write
+
+# exact pins from pyproject.toml; existing pins stay unless a range excludes them
+lock *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    new="$(mktemp)"
+    grep '^#' requirements.lock > "$new"
+    UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" uv pip compile pyproject.toml --quiet \
+        --extra dev --no-annotate --no-header --no-emit-index-url -c requirements.lock "$@" \
+        | sed 's/+[a-z0-9.]*$//' >> "$new"
+    mv "$new" requirements.lock
+
+# remove what a rerun makes again; models and DVC's cache stay
+clean:
+    rm -rf data/clips data/activations data/sae dvclive .dvc/tmp/partial
+    rm -rf .pytest_cache .ruff_cache .hypothesis
+    find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Find and control the features inside text-to-music models."""

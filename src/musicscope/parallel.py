@@ -1,0 +1,53 @@
+"""The same work in several processes, each with one torch thread.
+
+Two torch threads slow each other down many times over as soon as anything else runs, and their
+split of a sum shows in the last bits; processes do neither, so results are the same for any number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import connection
+
+import torch
+
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Give a `map` over that many processes, which stay (with what they have loaded) to the end.
+
+    ``run(function, jobs)`` yields function(job) in the order of the jobs. With more than one
+    process, function, jobs and results are pickled, and the calling script needs an
+    ``if __name__ == "__main__"``. An error in a job is raised where its result is asked for.
+    """
+    if processes <= 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield map
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")  # forking after torch has run is unsafe
+    pool = ProcessPoolExecutor(processes, context, _start)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """One thread, and an end when the parent is killed: waiting workers would stay for ever."""
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    torch.set_num_threads(1)

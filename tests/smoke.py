@@ -1,0 +1,154 @@
+"""The whole line on a few clips: `dvc repro` with tests/smoke_params.yaml, in a temporary copy.
+
+The copy holds what Git tracks or would track here, so uncommitted work is tried too, and this
+checkout stays as it is. Checked: every stage runs, a second `dvc repro` has nothing to do, and
+metrics/summary.json has the keys of the committed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from musicscope.artifacts import read_json  # noqa: E402
+from musicscope.config import load_params  # noqa: E402
+
+GIT = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@localhost"]
+
+
+def environment() -> dict[str, str]:
+    """This Python's folder first on PATH; nothing of an outer Git or DVC run."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_DIR", "GIT_IND", "DVC_"))}
+    # Not resolved: a virtual environment's python is a link to one without its packages.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return env
+
+
+def merged(base: Any, over: Any) -> Any:
+    """`over` laid over `base`: sections key by key, everything else replaced."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{k: merged(base.get(k), v) for k, v in over.items()}}
+    return over
+
+
+def make_copy(folder: Path, env: dict[str, str]) -> None:
+    """A Git repository in `folder` with this work tree's files, the small params and no results."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    for name in filter(None, names.stdout.split("\0")):
+        if (ROOT / name).is_file():  # a deleted file is still listed until that is committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for result in [*folder.glob("metrics/*"), *folder.glob("plots/*"), folder / "dvc.lock"]:
+        if result.name == "pretrain":  # frozen: its results are inputs here
+            continue
+        shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
+    params = folder / "params.yaml"
+    small = yaml.safe_load((ROOT / "tests/smoke_params.yaml").read_text(encoding="utf-8"))
+    whole = merged(yaml.safe_load(params.read_text(encoding="utf-8")), small)
+    params.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    load_params(params)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "smoke"]):
+        subprocess.run([*GIT, *command], cwd=folder, env=env, check=True)
+
+
+def repro(folder: Path, env: dict[str, str]) -> str:
+    """Run `dvc repro`, printing what it prints and the seconds each stage took."""
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines, stage, begin = [], "", time.monotonic()
+
+    def close() -> None:
+        if stage:
+            print(f"-- {stage}: {time.monotonic() - begin:.1f} s", flush=True)
+
+    for line in process.stdout or ():
+        lines.append(line)
+        if line.startswith(("Running stage", "Verifying")):
+            close()
+            stage, begin = line.strip().removeprefix("Running stage ").rstrip(":"), time.monotonic()
+        print(line, end="", flush=True)
+    close()
+    if process.wait():
+        sys.exit(f"smoke: dvc repro failed with exit code {process.returncode}")
+    return "".join(lines)
+
+
+def check(folder: Path, env: dict[str, str]) -> None:
+    """Exit with what is wrong with the results in `folder`."""
+    listed = subprocess.run(
+        ["dvc", "stage", "list", "--name-only"],
+        cwd=folder,
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    ran = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    if absent := set(listed.stdout.split()) - set(ran):
+        sys.exit(f"smoke: these stages did not run: {sorted(absent)}")
+    if "up to date" not in (again := repro(folder, env)):
+        sys.exit(f"smoke: a second dvc repro ran something:\n{again}")
+    committed = ROOT / "metrics/summary.json"
+    if not committed.is_file():
+        sys.exit("smoke: metrics/summary.json is not committed; run dvc repro")
+    left_out = set(load_params(ROOT / "params.yaml").models)
+    left_out -= set(load_params(folder / "params.yaml").models)
+    keys, wanted = (
+        {key for key in flat_keys(read_json(path)) if not left_out & set(key.split("."))}
+        for path in (folder / "metrics/summary.json", committed)
+    )
+    if keys != wanted:
+        sys.exit(
+            f"smoke: metrics/summary.json lacks {sorted(wanted - keys)} and has besides "
+            f"{sorted(keys - wanted)}"
+        )
+    print(f"smoke: {len(ran)} stages ran, {len(keys)} numbers in metrics/summary.json")
+
+
+def flat_keys(value: Any, prefix: str = "") -> set[str]:
+    """Dotted keys of all leaves."""
+    if isinstance(value, dict):
+        return set().union(*(flat_keys(v, f"{prefix}{k}.") for k, v in value.items()))
+    return {prefix.rstrip(".")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the copy there, to look at it")
+    keep = parser.parse_args().keep
+    env = environment()
+    folder = Path(tempfile.mkdtemp(prefix="musicscope-smoke-"))
+    begin = time.monotonic()
+    try:
+        make_copy(folder, env)
+        repro(folder, env)
+        check(folder, env)
+    finally:
+        if keep:
+            print(f"smoke: kept {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"smoke: {time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
