@@ -1,0 +1,31 @@
+"""Choose the layers to study: metrics/layers/<model>.yaml, slot to layer, from the ablation."""
+
+from __future__ import annotations
+
+import argparse
+
+from musicscope.ablation import select_layers
+from musicscope.artifacts import read_json, write_text
+from musicscope.config import load_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    name = parser.parse_args().model
+    params = load_params()
+    rule = params.select_layers
+    chosen = select_layers(
+        read_json(f"metrics/ablate/{name}.json"),
+        params.slots,
+        kind=rule.kind,
+        score=rule.score,
+        skip_first=rule.skip_first,
+        skip_last=rule.skip_last,
+    )
+    lines = [f"{slot}: {layer}\n" for slot, layer in chosen.items()]
+    write_text(f"metrics/layers/{name}.yaml", "".join(lines))
+
+
+if __name__ == "__main__":
+    main()
