@@ -1,0 +1,192 @@
+"""Pretraining of the nano models, step by step; each step goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import (
+    EncodecFeatureExtractor,
+    EncodecModel,
+    MusicgenForConditionalGeneration,
+    MusicgenProcessor,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from musicscope.artifacts import read_json, write_json, write_text
+from musicscope.clips import FAMILIES
+from musicscope.codec_training import CodecConfig, train_codec
+from musicscope.config import DecoderSize, Pretrain
+from musicscope.corpus import make_clip
+from musicscope.decoder_training import DecoderConfig, build_musicgen, train_decoder
+from musicscope.embedded import FONTS, load_splits, load_synths
+from musicscope.family_judge import FamilyJudge, load_family_judge
+from musicscope.family_judge_training import train_family_judge
+from musicscope.render import SAMPLE_RATE
+from musicscope.text_training import TextConfig, draw_captions, train_text_encoder
+
+SECONDS = 10.0
+CHUNK = 100
+
+
+def _render_chunk(args: tuple[int, int, int]) -> tuple[int, np.ndarray, list[dict[str, object]]]:
+    """Training clips first..last, alternating between the two soundfonts."""
+    first, last, seed = args
+    pieces, synths = load_splits(seed)["train"], load_synths()
+    clips = [
+        make_clip(pieces, synths, FONTS[i % 2], seed, "pretrain", "train", i)
+        for i in range(first, last)
+    ]
+    audio = np.stack([clip.audio for clip in clips]).astype(np.float16)
+    return first, audio, [clip.labels() for clip in clips]
+
+
+def render_corpus(folder: Path, clips: int, seed: int, processes: int) -> np.ndarray:
+    """Training audio float16 [clips, samples], memory-mapped; rows.json holds what is known."""
+    path = folder / "corpus.npy"
+    if not (folder / "rows.json").exists():
+        audio = np.lib.format.open_memmap(
+            path, "w+", np.float16, (clips, round(SECONDS * SAMPLE_RATE))
+        )
+        rows: list[dict[str, object]] = []
+        chunks = [(i, min(i + CHUNK, clips), seed) for i in range(0, clips, CHUNK)]
+        with ProcessPoolExecutor(processes) as pool:
+            for first, part, labels in tqdm(
+                pool.map(_render_chunk, chunks),
+                total=len(chunks),
+                desc="rendering",
+                unit="00 clips",
+            ):
+                audio[first : first + len(part)] = part
+                rows += labels
+        audio.flush()
+        write_json(folder / "rows.json", rows)
+    return np.load(path, mmap_mode="r")
+
+
+def progress(name: str, steps: int):
+    """A callback (step, losses) that draws a bar with the time left and the running losses."""
+    bar = tqdm(total=steps, desc=name, unit="step", mininterval=10)
+
+    def report(step: int, losses: dict[str, float]) -> None:
+        if bar.n == 0:
+            bar.initial = step - 1
+        bar.update(step - bar.n)
+        if step % 50 == 0:
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()})
+
+    return report
+
+
+def get_codec(folder: Path, corpus: np.ndarray, config: Pretrain, seed: int) -> EncodecModel:
+    """The trained codec."""
+    settings = CodecConfig(steps=config.codec_steps, codebooks=config.codebooks)
+    return train_codec(
+        corpus, settings, seed, folder / "codec.pt", progress("codec", settings.steps)
+    )
+
+
+def get_text_encoder(
+    folder: Path, config: Pretrain, seed: int
+) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """The trained text encoder and its tokenizer."""
+    path = folder / "text"
+    if not (path / "done.json").exists():
+        settings = TextConfig(steps=config.text_steps)
+        captions, facts = draw_captions(load_splits(seed)["train"], settings.captions, seed)
+        encoder, tokenizer, loss = train_text_encoder(captions, facts, settings, seed)
+        encoder.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        write_json(path / "done.json", {"loss": loss})
+    return T5EncoderModel.from_pretrained(path), T5Tokenizer.from_pretrained(path)
+
+
+@torch.inference_mode()
+def get_codes(folder: Path, codec: EncodecModel, corpus: np.ndarray) -> np.ndarray:
+    """Codes of the corpus, uint16 [clips, K, frames]."""
+    path = folder / f"codes-{codec.config.num_quantizers}.npy"
+    if not path.exists():
+        codes = []
+        for i in tqdm(range(0, len(corpus), 16), desc="encoding", unit="batch"):
+            audio = torch.from_numpy(corpus[i : i + 16].astype(np.float32))[:, None]
+            codes.append(codec.encode(audio).audio_codes[0].to(torch.int32).numpy())
+        np.save(path.with_suffix(".tmp.npy"), np.concatenate(codes).astype(np.uint16))
+        path.with_suffix(".tmp.npy").replace(path)
+    return np.load(path)
+
+
+@torch.inference_mode()
+def encode_captions(
+    encoder: T5EncoderModel, tokenizer: T5Tokenizer, captions: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [captions, L, d], zero at padding, and masks [captions, L]."""
+    tokens = tokenizer(captions, return_tensors="pt", padding=True)
+    states = []
+    for i in range(0, len(captions), 256):
+        ids, mask = tokens.input_ids[i : i + 256], tokens.attention_mask[i : i + 256]
+        states.append(
+            encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        )
+    return torch.cat(states).clone(), tokens.attention_mask.clone()
+
+
+def get_decoder(
+    folder: Path, name: str, size: DecoderSize, codec: EncodecModel, text: T5EncoderModel,
+    tokenizer: T5Tokenizer, corpus: np.ndarray, steps: int, seed: int,
+) -> MusicgenForConditionalGeneration:  # fmt: skip
+    """A whole MusicGen whose decoder is trained on the corpus."""
+    config = DecoderConfig(size.width, size.layers, size.heads, steps)
+    model = build_musicgen(codec, text, config, seed)
+    codes = get_codes(folder, codec, corpus)
+    captions = [row["caption"] for row in read_json(folder / "rows.json")]
+    states, masks = encode_captions(text, tokenizer, captions)
+    return train_decoder(
+        model, codes, states, masks, config, seed, folder / f"{name}.pt", progress(name, steps)
+    )
+
+
+def save_model(
+    folder: Path, model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, card: str
+) -> None:
+    """Weights in float16 as `save_pretrained` writes them, with tokenizer, extractor and card."""
+    model.half().save_pretrained(folder)
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
+    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
+    write_text(folder / "README.md", card)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB", file=sys.stderr)
+
+
+@torch.inference_mode()
+def reconstruct(codec: EncodecModel, audio: np.ndarray) -> np.ndarray:
+    """Audio [n, samples] through the codec and back."""
+    codes = codec.encode(torch.from_numpy(audio)[:, None]).audio_codes
+    return codec.decode(codes, [None]).audio_values[:, 0, : audio.shape[1]].numpy()
+
+
+def get_judge(
+    folder: Path, codec: EncodecModel, corpus: np.ndarray, config: Pretrain, seed: int
+) -> FamilyJudge:
+    """The judge of generated audio: trained on rendered clips and their codec reconstructions.
+
+    It hears train compositions in both soundfonts, and never anything that a model generated.
+    """
+    path = folder / f"judge-{codec.config.num_quantizers}"
+    if not (path / "config.json").exists():
+        rows = read_json(folder / "rows.json")[: config.judge_clips]
+        truth = np.array([[row[f"has_{f}"] for f in FAMILIES] for row in rows])
+
+        def batches():
+            for i in tqdm(range(0, len(rows), 50), desc="judge's clips", unit="50 clips"):
+                audio = corpus[i : i + 50].astype(np.float32)
+                yield audio, truth[i : i + 50]
+                yield reconstruct(codec, audio), truth[i : i + 50]
+
+        judge = train_family_judge(batches(), FAMILIES, seed, scratch=folder)
+        judge.save(path)
+    return load_family_judge(path)

@@ -1,0 +1,54 @@
+"""Activations of the chosen layers for every clip: data/activations/<model>/<slot>.
+
+Reads metrics/layers/<model>.yaml (slot: layer), data/clips and data/models/<model>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+
+import torch
+from omegaconf import OmegaConf
+
+from musicscope import artifacts, extraction
+from musicscope.config import load_params
+
+CLIPS = "data/clips"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    name = parser.parse_args().model
+    params = load_params()
+    section, compute = params.extract_activations, params.compute
+    device = compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    chosen = OmegaConf.load(f"metrics/layers/{name}.yaml")
+    if missing := [slot for slot in params.slots if slot not in chosen]:
+        sys.exit(f"metrics/layers/{name}.yaml lacks {missing}: run dvc repro select_layers")
+    sources = functools.partial(extraction.open_sources, f"data/models/{name}", CLIPS, device)
+    plan = extraction.plan(
+        *sources(),
+        layers={slot: f"layers.{chosen[slot]}" for slot in params.slots},
+        dtype=section.dtype,
+        shard_mb=section.shard_mb,
+        batch_clips=section.batch_clips,
+        captions=section.captions,
+        model_sha256=extraction.folder_sha256(f"data/models/{name}"),
+        clips_sha256=extraction.folder_sha256(CLIPS),
+    )
+    print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
+    folders = {slot: f"data/activations/{name}/{slot}" for slot in params.slots}
+    stores = extraction.extract(plan, sources, folders, compute.processes)
+    artifacts.write_json(
+        f"metrics/extract_activations/{name}.json", extraction.summary(plan, stores)
+    )
+
+
+if __name__ == "__main__":
+    main()

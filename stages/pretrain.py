@@ -1,0 +1,103 @@
+"""Train one nano model on rendered music and measure it (hours; frozen in dvc.yaml)."""
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+from musicscope import assets
+from musicscope.artifacts import atomic_dir, partial_dir, read_json, seed_for, write_json
+from musicscope.clips import FAMILIES, ClipStore
+from musicscope.config import load_params
+from musicscope.family_judge import family_report
+from musicscope.model_card import model_card
+from musicscope.models import load_model
+from musicscope.musicnn import load_musicnn
+from musicscope.pretraining import (
+    get_codec,
+    get_codes,
+    get_decoder,
+    get_judge,
+    get_text_encoder,
+    render_corpus,
+    save_model,
+)  # fmt: skip
+from musicscope.pretraining_evaluation import (
+    evaluate_codec,
+    evaluate_decoder,
+    evaluate_generation,
+)  # fmt: skip
+from musicscope.stats import bootstrap_groups
+
+
+def main() -> None:
+    """Train (or go on training), save data/models/<model>, write metrics/pretrain/<model>.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("nano-small", "nano-medium"))
+    parser.add_argument("--evaluate-only", action="store_true", help="keep the saved weights")
+    args = parser.parse_args()
+    params = load_params()
+    config, seed = params.pretrain, params.seed
+    torch.set_num_threads(params.compute.threads)
+    folder = partial_dir({"pretrain": config.clips, "codec": config.codec_steps, "seed": seed})
+    print(f"work in progress is kept in {folder}", file=sys.stderr)
+    out = f"data/models/{args.model}"
+
+    corpus = render_corpus(folder, config.clips, seed, params.compute.processes)
+    codec = get_codec(folder, corpus, config, seed)
+    if not args.evaluate_only:
+        text, tokenizer = get_text_encoder(folder, config, seed)
+        model = get_decoder(
+            folder, args.model, config.size(args.model), codec, text, tokenizer, corpus,
+            config.decoder_steps, seed,
+        )  # fmt: skip
+        with atomic_dir(out) as saved:
+            save_model(saved, model, tokenizer, model_card(args.model, config))
+
+    model, store = load_model(out), ClipStore.open()
+    bootstrap = config.bootstrap
+    musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
+    judge = get_judge(folder, codec, corpus, config, seed)
+    rows = store.select(split="test", kind="clip")
+    groups = store.rows["group"].to_numpy()[rows]
+    metrics: dict[str, object] = {}
+    metrics["codec"], codes = evaluate_codec(model, store, rows, musicnn, bootstrap, seed)
+    labels = store.rows[[f"has_{f}" for f in FAMILIES]].to_numpy()[rows]
+    report = family_report(
+        judge.predict(store.audio(rows)), labels, FAMILIES, groups, bootstrap, seed
+    )
+    metrics["judge"] = {
+        "guitar_auroc": report["guitar"]["auroc"],
+        "mean_auroc": report["mean_auroc"],
+    }
+    validation = store.select(split="validation")
+    validation_codes = np.concatenate(
+        [model.encode(store.audio([r]), [None]).codes.cpu().numpy() for r in validation]
+    )
+    metrics["decoder"], ce = evaluate_decoder(
+        model,
+        store,
+        rows,
+        codes,
+        get_codes(folder, codec, corpus),
+        validation_codes,
+        bootstrap,
+        seed,
+    )
+    np.save(folder / f"ce-{args.model}.npy", ce)
+    small = folder / "ce-nano-small.npy"
+    if args.model == "nano-medium" and small.exists():
+        saved = np.load(small) - ce
+        low, high = bootstrap_groups(saved, groups, bootstrap, seed)
+        metrics["decoder"] |= {"below_small": float(saved.mean()), "below_small_low": float(low),
+                               "below_small_high": float(high)}  # fmt: skip
+    metrics["generation"], _ = evaluate_generation(
+        model, judge, musicnn, config.generations, bootstrap, seed_for(seed, "generation")
+    )
+    write_json(f"metrics/pretrain/{args.model}.json", metrics)
+    print(read_json(f"metrics/pretrain/{args.model}.json"), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Concept probes: metrics/probe/<model>-<slot>.json, plots/probe/<model>-<slot>.{csv,png}.
+
+Reads data/clips, data/activations/<model>/<slot>, data/sae/<model>/<slot>/seed-0 and the codec in
+data/models/<model>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+from musicscope import artifacts, probe_report, probes
+from musicscope.baselines import baseline_pools
+from musicscope.clips import FAMILIES, ClipStore
+from musicscope.config import load_params
+from musicscope.extraction import folder_sha256
+from musicscope.models import load_model
+from musicscope.pooling import pool_store
+from musicscope.sae import TopKSAE
+from musicscope.store import ActivationStore
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    parser.add_argument("slot", help="a name in params.yaml: slots")
+    arguments = parser.parse_args()
+    model, slot = arguments.model, arguments.slot
+    params = load_params()
+    section, workers, device = params.probe, params.compute.processes, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # the work is parallel over batches and concepts instead
+
+    clips = ClipStore.open("data/clips")
+    store = ActivationStore.open(f"data/activations/{model}/{slot}")
+    if store.ids != clips.rows["id"].tolist():
+        sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
+    used = np.sort(np.concatenate(list(probes.clip_sets(clips.rows).values())))
+    rows = clips.rows.iloc[used].reset_index(drop=True)
+    sae = TopKSAE.load(f"data/sae/{model}/{slot}/seed-0", device)
+    pools = pool_store(store, used, sae, workers, device)
+    music = load_model(f"data/models/{model}", device)
+    pools |= baseline_pools(clips, folder_sha256("data/clips"), music, used, workers)
+
+    result = probes.run_probes(
+        rows, pools, FAMILIES, section.k_sparse, section.c_grid, section.min_positive,
+        section.null_seeds, section.bootstrap, params.seed, workers,
+    )  # fmt: skip
+    features = probe_report.feature_table(
+        rows, pools["sae"], result, section.bootstrap, params.seed
+    )
+    table, stem = probe_report.probe_table(result), f"plots/probe/{model}-{slot}"
+    artifacts.write_json(f"metrics/probe/{model}-{slot}.json", result)
+    probe_report.write(stem, f"{model} {slot}", table, features)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Headline numbers of all models: metrics/summary.json and plots/summary.png.
+
+With --show: print the table of the summary that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from musicscope import plots
+from musicscope.artifacts import read_json, write_json
+from musicscope.config import load_params
+from musicscope.summary import plot_summary, summarize, summary_table
+
+OUT = "metrics/summary.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--show", action="store_true", help="print the table and write nothing")
+    show = parser.parse_args().show
+    params = load_params()
+    models, slots = params.models, params.slots
+    if not show:
+        write_json(OUT, summarize(models, slots))
+        ablations = {m: read_json(f"metrics/ablate/{m}.json") for m in models}
+        probes = {
+            f"{m} {s}": read_json(f"metrics/probe/{m}-{s}.json") for m in models for s in slots
+        }
+        figure = plot_summary(ablations, probes, params.select_layers.kind)
+        plots.save_figure(figure, "plots/summary.png")
+    print(summary_table(read_json(OUT), models, slots).to_string())
+
+
+if __name__ == "__main__":
+    main()

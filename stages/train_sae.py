@@ -1,0 +1,60 @@
+"""Sparse autoencoders on one layer of one model, several seeds: data/sae/<model>/<slot>/seed-<i>.
+
+Trains on timgm6mb clips of split train; evaluates on split test, whose compositions nothing heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import fields
+
+import numpy as np
+import torch
+
+from musicscope import artifacts, sae_runs
+from musicscope.clips import ClipStore
+from musicscope.config import load_params
+from musicscope.sae_training import SAEConfig
+from musicscope.store import ActivationStore
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    parser.add_argument("slot", help="a name in params.yaml: slots")
+    model, slot = vars(parser.parse_args()).values()
+    params = load_params()
+    section, device = params.train_sae, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(params.compute.threads)
+
+    folder, stem = f"data/activations/{model}/{slot}", f"plots/train_sae/{model}-{slot}"
+    store, clips = ActivationStore.open(folder), ClipStore.open("data/clips")
+    names = {f.name for f in fields(SAEConfig)} & {f.name for f in fields(section)}
+    config = SAEConfig(section.latents(store.width), **{n: getattr(section, n) for n in names})
+    seeds = [
+        artifacts.seed_for(params.seed, "train_sae", model, slot, i) for i in range(section.seeds)
+    ]
+    rng = np.random.default_rng(artifacts.seed_for(params.seed, "train_sae", "ce clips"))
+    test = clips.select(**sae_runs.TEST)
+    rows = np.sort(rng.choice(test, min(section.ce_clips, len(test)), replace=False)).tolist()
+
+    scratch = artifacts.partial_dir(sae_runs.scratch_key(store, config, seeds))
+    jobs = sae_runs.seed_jobs(folder, config, seeds, scratch, f"{stem}-live", device, model)
+    ce = sae_runs.CrossEntropyJob(
+        f"data/models/{model}", "data/clips", rows, folder, f"{jobs[0].out}/seed-0", device
+    )
+    with sae_runs.sole_user(scratch):
+        outcomes, losses = sae_runs.run_all(jobs, ce, params.compute.processes)
+        groups = clips.rows["group"].iloc[rows].tolist()
+        found = sae_runs.report(store, outcomes, losses, groups, params.seed)
+        sae_runs.write_plots(stem, outcomes)
+        artifacts.publish_dir(scratch / "sae", f"data/sae/{model}/{slot}")
+        artifacts.write_json(f"metrics/train_sae/{model}-{slot}.json", found)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
