@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params()
     config, seed = params.pretrain, params.seed
-    torch.set_num_threads(params.compute.threads)
+    torch.set_num_threads(1)  # small tensors: a second thread gains nothing, another model does
     folder = partial_dir({"pretrain": config.clips, "codec": config.codec_steps, "seed": seed})
     print(f"work in progress is kept in {folder}", file=sys.stderr)
     out = f"data/models/{args.model}"
@@ -50,7 +50,7 @@ def main() -> None:
         text, tokenizer = get_text_encoder(folder, config, seed)
         model = get_decoder(
             folder, args.model, config.size(args.model), codec, text, tokenizer, corpus,
-            config.decoder_steps, seed,
+            config.decoder_steps, seed, params.compute.processes,
         )  # fmt: skip
         with atomic_dir(out) as saved:
             save_model(saved, model, tokenizer, model_card(args.model, config))
@@ -80,7 +80,7 @@ def main() -> None:
         store,
         rows,
         codes,
-        get_codes(folder, codec, corpus),
+        get_codes(folder, config.clips, params.compute.processes),
         validation_codes,
         bootstrap,
         seed,

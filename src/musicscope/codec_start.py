@@ -4,10 +4,8 @@ From random weights the first thousands of steps go into learning what a filter 
 strided convolutions have kernels of twice their stride, which is just what an MDCT needs, so the
 cascade 5, 4, 4, 4 can hold an orthogonal transform of 320 coefficients a frame, and the transposed
 convolutions its inverse. The signal travels in the first 1, 5, 20, 80 and 320 channels, scaled down
-so far that ELU hardly bends it; all other channels start at random and are free to learn what is not
-linear. The narrow latent starts as the principal components of the coefficients. So training starts
-at 11 dB SI-SDR before quantisation and 5 dB after, where 5,000 steps from random weights had reached
-0.5 dB.
+so far that ELU hardly bends it; all other channels start at random and are free to learn what is
+not linear. The narrow latent starts as the principal components of the coefficients.
 """
 
 from __future__ import annotations
@@ -49,7 +47,8 @@ def start_weights(codec: EncodecModel, audio: Tensor) -> None:
     """
     for module in codec.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            remove_parametrizations(module, "weight")
+            with torch.enable_grad():  # without it the weight would come back as a plain tensor
+                remove_parametrizations(module, "weight")
             strided = isinstance(module, nn.ConvTranspose1d)
             fan_in = (
                 module.in_channels * module.kernel_size[0] / (module.stride[0] if strided else 1)
@@ -127,5 +126,8 @@ def finish_weights(codec: EncodecModel) -> EncodecModel:
     """Put weight normalisation back (the same function), as the saved EnCodec format has it."""
     for module in codec.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            with torch.no_grad():  # a filter that is exactly zero has no direction to normalise
+                empty = module.weight.flatten(1).norm(dim=1) == 0
+                module.weight[empty] = 1e-8
             weight_norm(module)
     return codec.eval()

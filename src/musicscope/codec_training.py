@@ -39,13 +39,15 @@ class CodecConfig:
     hidden_size: int = 64
     codebooks: int = 8
     codebook_size: int = 1024
-    steps: int = 4000
+    steps: int = 1000
     batch: int = 6
     crop: int = 12800
     """Samples a training crop."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     ema_from: float = 0.7
     """Share of training after which weights are averaged."""
+    start_clips: int = 128
+    """Clips that the first codebooks are fitted to; half of them give the components."""
 
 
 def build_codec(config: CodecConfig) -> EncodecModel:
@@ -70,7 +72,7 @@ def _mel_basis(window: int, bands: int) -> tuple[Tensor, Tensor]:
 
 
 def mel_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of log10 mel magnitudes over MEL_SCALES; y [B, samples] is the target."""
+    """Mean absolute difference of log10 mels over MEL_SCALES; y [B, samples] is the target."""
     total = x.new_zeros(())
     both = torch.cat([x, y])
     for window, bands in MEL_SCALES:
@@ -194,7 +196,7 @@ def train_codec(
     """Train on `corpus` [clips, samples]; goes on from `checkpoint` if that file exists."""
     torch.manual_seed(seed_for(seed, "codec-init"))
     codec = build_codec(config)
-    start_weights(codec, sample_audio(corpus, seed, 64))
+    start_weights(codec, sample_audio(corpus, seed, config.start_clips // 2))
     generator = torch.Generator().manual_seed(seed_for(seed, "codec-books"))
     books = CodebookTrainer(codec, generator, config.batch * config.crop // 320)
     optimiser = torch.optim.AdamW(
@@ -204,7 +206,7 @@ def train_codec(
     first = 0
     if not checkpoint.exists():
         with torch.no_grad():
-            latents = codec.encoder(sample_audio(corpus, seed, 128)[:, None])
+            latents = codec.encoder(sample_audio(corpus, seed, config.start_clips)[:, None])
         books.start(latents.transpose(1, 2).flatten(0, 1))
     else:
         state = torch.load(checkpoint, weights_only=True)

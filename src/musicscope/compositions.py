@@ -131,7 +131,7 @@ def load_freedoom(wheel: str | Path) -> list[Composition]:
 def split_compositions(
     pieces: list[Composition], seed: int, seconds: float
 ) -> dict[str, list[Composition]]:
-    """Split whole pieces into train, validation and test; pieces with no usable window are left out."""
+    """Split whole pieces into train, validation and test; one with no usable window is left out."""
     usable = [p for p in pieces if playable_windows(p, seconds)]
     order = np.random.default_rng(seed).permutation(len(usable))
     bounds = np.round(np.cumsum((0.0, *SPLIT_SHARES)) * len(usable)).astype(int)

@@ -10,7 +10,8 @@ pipeline_tag: text-to-audio
 
 # {name}
 
-A very small MusicGen (`MusicgenForConditionalGeneration`) for interpretability research on a laptop.
+A very small MusicGen (`MusicgenForConditionalGeneration`) for interpretability research on a
+laptop.
 
 | part | what |
 |---|---|
@@ -19,9 +20,9 @@ A very small MusicGen (`MusicgenForConditionalGeneration`) for interpretability 
 | decoder | {layers} layers of width {width}, {heads} heads, delay pattern, caption dropout 0.15 |
 
 **Training data.** {clips:,} ten-second clips rendered from the train split of the 75 Freedoom MIDI
-pieces (BSD-3-Clause), with instruments drawn at random, through the soundfonts TimGM6mb (GPL-2, used
-to render only) and FluidR3Mono (MIT). Codec {codec_steps:,} steps, decoder {decoder_steps:,} steps.
-Captions are written from templates and name instruments, tempo, density and key.
+pieces (BSD-3-Clause), with instruments drawn at random, through the soundfonts TimGM6mb (GPL-2,
+used to render only) and FluidR3Mono (MIT). Codec {codec_steps:,} steps, decoder {decoder_steps:,}
+steps. Captions are written from templates and name instruments, tempo, density and key.
 
 **Use.**
 
@@ -35,8 +36,8 @@ inputs = processor(text=["guitar and drums"], return_tensors="pt", padding=True)
 audio = model.generate(**inputs, do_sample=True, guidance_scale=3.0, max_new_tokens={tokens})
 ```
 
-**Limits.** Instrumental General MIDI sounds only, at the quality of a codec trained for minutes, not
-weeks. It is an object of study, not a music tool. Measured quality: `metrics/pretrain/{name}.json`.
+**Limits.** Instrumental General MIDI sounds only, from a codec and a decoder trained for minutes on
+two CPU cores. An object of study, not a music tool. Measured: `metrics/pretrain/{name}.json`.
 
 **Licence.** MIT, like the code that made it.
 """

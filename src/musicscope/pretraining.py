@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from musicscope.artifacts import read_json, write_json, write_text
+from musicscope.artifacts import atomic_dir, read_json, write_json, write_text
 from musicscope.clips import FAMILIES
 from musicscope.codec_training import CodecConfig, train_codec
 from musicscope.config import DecoderSize, Pretrain
@@ -84,11 +85,15 @@ def progress(name: str, steps: int):
 
 
 def get_codec(folder: Path, corpus: np.ndarray, config: Pretrain, seed: int) -> EncodecModel:
-    """The trained codec."""
-    settings = CodecConfig(steps=config.codec_steps, codebooks=config.codebooks)
-    return train_codec(
-        corpus, settings, seed, folder / "codec.pt", progress("codec", settings.steps)
-    )
+    """The trained codec, kept in `folder`/codec."""
+    path = folder / "codec"
+    if not path.exists():
+        settings = CodecConfig(steps=config.codec_steps, codebooks=config.codebooks)
+        report = progress("codec", settings.steps)
+        codec = train_codec(corpus, settings, seed, folder / "codec.pt", report)
+        with atomic_dir(path) as saved:
+            codec.save_pretrained(saved)
+    return EncodecModel.from_pretrained(path)
 
 
 def get_text_encoder(
@@ -107,15 +112,29 @@ def get_text_encoder(
 
 
 @torch.inference_mode()
-def get_codes(folder: Path, codec: EncodecModel, corpus: np.ndarray) -> np.ndarray:
-    """Codes of the corpus, uint16 [clips, K, frames]."""
-    path = folder / f"codes-{codec.config.num_quantizers}.npy"
+def _encode_chunk(args: tuple[Path, int, int]) -> np.ndarray:
+    """Codes uint16 [n, K, frames] of the training clips first..last."""
+    folder, first, last = args
+    torch.set_num_threads(1)
+    codec = EncodecModel.from_pretrained(folder / "codec")
+    corpus = np.load(folder / "corpus.npy", mmap_mode="r")
+    # One clip at a time: it fits the cache, and a clip's codes do not depend on its neighbours.
+    codes = [
+        codec.encode(torch.from_numpy(clip.astype(np.float32))[None, None]).audio_codes[0, 0]
+        for clip in corpus[first:last]
+    ]
+    return torch.stack(codes).to(torch.int32).numpy().astype(np.uint16)
+
+
+def get_codes(folder: Path, clips: int, processes: int) -> np.ndarray:
+    """Codes of the training clips, uint16 [clips, K, frames]."""
+    path = folder / "codes.npy"
     if not path.exists():
-        codes = []
-        for i in tqdm(range(0, len(corpus), 16), desc="encoding", unit="batch"):
-            audio = torch.from_numpy(corpus[i : i + 16].astype(np.float32))[:, None]
-            codes.append(codec.encode(audio).audio_codes[0].to(torch.int32).numpy())
-        np.save(path.with_suffix(".tmp.npy"), np.concatenate(codes).astype(np.uint16))
+        chunks = [(folder, i, min(i + CHUNK, clips)) for i in range(0, clips, CHUNK)]
+        # Spawned, because a forked process would inherit torch's threads in a broken state.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            parts = list(tqdm(pool.map(_encode_chunk, chunks), total=len(chunks), desc="encoding"))
+        np.save(path.with_suffix(".tmp.npy"), np.concatenate(parts))
         path.with_suffix(".tmp.npy").replace(path)
     return np.load(path)
 
@@ -137,12 +156,12 @@ def encode_captions(
 
 def get_decoder(
     folder: Path, name: str, size: DecoderSize, codec: EncodecModel, text: T5EncoderModel,
-    tokenizer: T5Tokenizer, corpus: np.ndarray, steps: int, seed: int,
+    tokenizer: T5Tokenizer, corpus: np.ndarray, steps: int, seed: int, processes: int,
 ) -> MusicgenForConditionalGeneration:  # fmt: skip
     """A whole MusicGen whose decoder is trained on the corpus."""
     config = DecoderConfig(size.width, size.layers, size.heads, steps)
     model = build_musicgen(codec, text, config, seed)
-    codes = get_codes(folder, codec, corpus)
+    codes = get_codes(folder, len(corpus), processes)
     captions = [row["caption"] for row in read_json(folder / "rows.json")]
     states, masks = encode_captions(text, tokenizer, captions)
     return train_decoder(
@@ -176,7 +195,7 @@ def get_judge(
 
     It hears train compositions in both soundfonts, and never anything that a model generated.
     """
-    path = folder / f"judge-{codec.config.num_quantizers}"
+    path = folder / "judge"
     if not (path / "config.json").exists():
         rows = read_json(folder / "rows.json")[: config.judge_clips]
         truth = np.array([[row[f"has_{f}"] for f in FAMILIES] for row in rows])
