@@ -17,7 +17,6 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 
 # Stages without a section in params.yaml, and why.
 NO_SECTION = {
-    "pretrain": "frozen: its settings stand beside the weights it made",
     "summarize": "it copies numbers",
 }
 

@@ -126,8 +126,10 @@ def finish_weights(codec: EncodecModel) -> EncodecModel:
     """Put weight normalisation back (the same function), as the saved EnCodec format has it."""
     for module in codec.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            with torch.no_grad():  # a filter that is exactly zero has no direction to normalise
+            # A filter that is exactly zero has no direction to normalise: give it one, of length 0.
+            with torch.no_grad():
                 empty = module.weight.flatten(1).norm(dim=1) == 0
-                module.weight[empty] = 1e-8
-            weight_norm(module)
+                module.weight[empty] = 1e-3
+                weight_norm(module)
+                module.parametrizations.weight.original0[empty] = 0
     return codec.eval()
