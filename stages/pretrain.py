@@ -24,6 +24,7 @@ from musicscope.pretraining import (
     save_model,
 )  # fmt: skip
 from musicscope.pretraining_evaluation import (
+    encode_rows,
     evaluate_codec,
     evaluate_decoder,
     evaluate_generation,
@@ -58,11 +59,16 @@ def main() -> None:
     model, store = load_model(out), ClipStore.open()
     bootstrap = config.bootstrap
     musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
-    judge = get_judge(folder, codec, corpus, config, seed)
+    train_codes = get_codes(folder, config.clips, params.compute.processes)
+    judge = get_judge(folder, codec, corpus, train_codes, config, seed)
     rows = store.select(split="test", kind="clip")
     groups = store.rows["group"].to_numpy()[rows]
     metrics: dict[str, object] = {}
-    metrics["codec"], codes = evaluate_codec(model, store, rows, musicnn, bootstrap, seed)
+    codes = encode_rows(model, store, rows)
+    if not (folder / "codec.json").exists():  # the models share it: measured once
+        found = evaluate_codec(model, store, rows, codes, musicnn, bootstrap, seed)
+        write_json(folder / "codec.json", found)
+    metrics["codec"] = read_json(folder / "codec.json")
     labels = store.rows[[f"has_{f}" for f in FAMILIES]].to_numpy()[rows]
     report = family_report(
         judge.predict(store.audio(rows)), labels, FAMILIES, groups, bootstrap, seed
@@ -72,15 +78,13 @@ def main() -> None:
         "mean_auroc": report["mean_auroc"],
     }
     validation = store.select(split="validation")
-    validation_codes = np.concatenate(
-        [model.encode(store.audio([r]), [None]).codes.cpu().numpy() for r in validation]
-    )
+    validation_codes = encode_rows(model, store, validation)
     metrics["decoder"], ce = evaluate_decoder(
         model,
         store,
         rows,
         codes,
-        get_codes(folder, config.clips, params.compute.processes),
+        train_codes,
         validation_codes,
         bootstrap,
         seed,

@@ -182,14 +182,22 @@ def save_model(
 
 
 @torch.inference_mode()
-def reconstruct(codec: EncodecModel, audio: np.ndarray) -> np.ndarray:
-    """Audio [n, samples] through the codec and back."""
-    codes = codec.encode(torch.from_numpy(audio)[:, None]).audio_codes
-    return codec.decode(codes, [None]).audio_values[:, 0, : audio.shape[1]].numpy()
+def reconstruct(codec: EncodecModel, codes: np.ndarray) -> np.ndarray:
+    """Audio [n, samples] from codes [n, K, frames], clip by clip: that fits the CPU's cache."""
+    parts = [
+        codec.decode(torch.from_numpy(c.astype(np.int64))[None, None], [None]).audio_values[0, 0]
+        for c in codes
+    ]
+    return torch.stack(parts).numpy()
 
 
 def get_judge(
-    folder: Path, codec: EncodecModel, corpus: np.ndarray, config: Pretrain, seed: int
+    folder: Path,
+    codec: EncodecModel,
+    corpus: np.ndarray,
+    codes: np.ndarray,
+    config: Pretrain,
+    seed: int,
 ) -> FamilyJudge:
     """The judge of generated audio: trained on rendered clips and their codec reconstructions.
 
@@ -204,7 +212,7 @@ def get_judge(
             for i in tqdm(range(0, len(rows), 50), desc="judge's clips", unit="50 clips"):
                 audio = corpus[i : i + 50].astype(np.float32)
                 yield audio, truth[i : i + 50]
-                yield reconstruct(codec, audio), truth[i : i + 50]
+                yield reconstruct(codec, codes[i : i + 50]), truth[i : i + 50]
 
         judge = train_family_judge(batches(), FAMILIES, seed, scratch=folder)
         judge.save(path)

@@ -75,27 +75,35 @@ def code_use(codes: np.ndarray, card: int) -> list[dict[str, float]]:
     return out
 
 
+def encode_rows(model: MusicgenModel, store: ClipStore, rows: np.ndarray) -> np.ndarray:
+    """Codes [rows, K, T] of clips of the store."""
+    return np.concatenate(
+        [
+            model.encode(store.audio([row]), [None]).codes.cpu().numpy()
+            for row in tqdm(rows, desc="encoding", unit="clip")
+        ]
+    )
+
+
 def evaluate_codec(
     model: MusicgenModel,
     store: ClipStore,
     rows: np.ndarray,
+    codes: np.ndarray,
     musicnn: Musicnn,
     bootstrap: int,
     seed: int,
-) -> tuple[dict[str, object], np.ndarray]:
-    """Reconstruction metrics, and the codes of `rows`."""
-    distance, sdr, before, after, codes = [], [], [], [], []
+) -> dict[str, object]:
+    """Reconstruction metrics over `rows`, whose codes are `codes`."""
+    distance, sdr, before, after = [], [], [], []
     guitar_tag = musicnn.tags.index("guitar")
-    for part in tqdm(np.array_split(rows, -(-len(rows) // BATCH)), desc="codec", unit="batch"):
-        audio = store.audio(part)
-        batch = model.encode(audio, [None] * len(part))
-        decoded = model.decode(batch.codes).cpu().numpy()[:, : audio.shape[1]]
-        codes.append(batch.codes.cpu().numpy())
+    for row, code in tqdm(zip(rows, codes, strict=True), desc="codec", total=len(rows)):
+        audio = store.audio([row])
+        decoded = model.decode(torch.from_numpy(code)[None]).cpu().numpy()[:, : audio.shape[1]]
         distance.append(log_mel_distance(audio, decoded, store.sample_rate))
         sdr.append(si_sdr(audio, decoded))
         before.append(musicnn.predict(audio)[0][:, guitar_tag])
         after.append(musicnn.predict(decoded)[0][:, guitar_tag])
-    codes = np.concatenate(codes)
     table = store.rows.iloc[rows]
     guitar, groups = (table["target_family"] == "guitar").to_numpy(), table["group"].to_numpy()
     before, after = np.concatenate(before), np.concatenate(after)
@@ -113,7 +121,7 @@ def evaluate_codec(
     }
     for k, use in enumerate(code_use(codes, model.card)):
         metrics |= {f"codebook_{k}_{name}": value for name, value in use.items()}
-    return metrics, codes
+    return metrics
 
 
 # --- decoder ----------------------------------------------------------------------------------
