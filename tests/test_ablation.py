@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
 from conftest import CAPTIONS
+
 from musicscope import ablation
 from musicscope.models import load_model
 from musicscope.models.musicgen import MusicgenModel
