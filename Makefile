@@ -1,5 +1,5 @@
 # Makes .venv, then hands each target to `just` (see justfile). Needs only make, git and Python 3.11
-# or 3.12. Another Python: `make repro PYTHON=python3.12`. Another torch build: UV_TORCH_BACKEND=cpu.
+# or 3.12. Another Python: `make repro PYTHON=python3.12`.
 
 STAMP := .venv/.installed
 TARGETS := repro test lint report compare sweep bench smoke locked deps lock clean
@@ -47,29 +47,11 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-# uv reads none of pip's settings, and without them it takes another torch than pip would.
-# (`pip config get` sees one file only, `pip config list` all of them.)
-define PIP_SETTINGS_FOR_UV
-settings="$$(.venv/bin/pip config list 2>/dev/null || true)"; \
-setting() { echo "$$settings" | sed -n "s/^global\.$$1='\(.*\)'$$/\1/p" | sed 's/\\n/ /g'; }; \
-links="$${PIP_FIND_LINKS:-$$(setting find-links)}"; \
-extra="$${PIP_EXTRA_INDEX_URL:-$$(setting extra-index-url)}"; \
-index="$${PIP_INDEX_URL:-$$(setting index-url)}"; \
-cert="$${PIP_CERT:-$$(setting cert)}"; \
-[ -z "$$links" ] || export UV_FIND_LINKS="$${UV_FIND_LINKS:-$$(echo $$links | tr ' ' ',')}"; \
-[ -z "$$extra" ] || export UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$$(echo $$extra)}"; \
-[ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; \
-[ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; \
-export UV_INDEX_STRATEGY="$${UV_INDEX_STRATEGY:-unsafe-best-match}" VIRTUAL_ENV="$(CURDIR)/.venv"
-endef
-
+# pip, not uv: uv took wheels without the bundled libsndfile here, and it reads none of pip's settings.
 $(STAMP): requirements.lock requirements-nodeps.txt pyproject.toml
 	@if ! test -x .venv/bin/pip; then $(FIND_PYTHON); "$$python" -m venv .venv; fi
-	@.venv/bin/pip install --quiet --disable-pip-version-check -c requirements.lock rust-just uv
-	@$(PIP_SETTINGS_FOR_UV); \
-	install() { .venv/bin/uv pip install "$$@" || { \
-	  echo "uv could not install; trying pip" >&2; .venv/bin/pip install "$$@"; }; }; \
-	install -r requirements.lock && \
-	install --no-deps -r requirements-nodeps.txt && \
-	install --no-deps -e .
+	@echo "installing into .venv (a minute or two the first time)"
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
