@@ -41,7 +41,9 @@ def main() -> None:
     params = load_params()
     config, seed = params.pretrain, params.seed
     torch.set_num_threads(1)  # small tensors: a second thread gains nothing, another model does
-    folder = partial_dir({"pretrain": config.clips, "codec": config.codec_steps, "seed": seed})
+    folder = partial_dir(
+        {"pretrain": config.clips, "codec": [config.codec_clips, config.codec_steps], "seed": seed}
+    )
     print(f"work in progress is kept in {folder}", file=sys.stderr)
     out = f"data/models/{args.model}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -46,10 +46,11 @@ def main() -> None:
     ce = sae_runs.CrossEntropyJob(
         f"data/models/{model}", "data/clips", rows, folder, f"{jobs[0].out}/seed-0", device
     )
+    jobs[0] = replace(jobs[0], cross_entropy=ce)
     with sae_runs.sole_user(scratch):
-        outcomes, losses = sae_runs.run_all(jobs, ce, params.compute.processes)
+        outcomes = sae_runs.run_all(jobs, params.compute.processes)
         groups = clips.rows["group"].iloc[rows].tolist()
-        found = sae_runs.report(store, outcomes, losses, groups, params.seed)
+        found = sae_runs.report(store, outcomes, groups, params.seed)
         sae_runs.write_plots(stem, outcomes)
         artifacts.publish_dir(scratch / "sae", f"data/sae/{model}/{slot}")
         artifacts.write_json(f"metrics/train_sae/{model}-{slot}.json", found)

@@ -2,14 +2,17 @@
 
 The copy holds what Git tracks or would track here, so uncommitted work is tried too, and this
 checkout stays as it is. Checked: every stage runs, a second `dvc repro` has nothing to do, and
-metrics/summary.json has the keys of the committed one.
+metrics/summary.json has the keys of the committed one. With --kills N the line then runs again in a
+fresh copy, is killed N times on its way, and must end in the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +48,7 @@ def merged(base: Any, over: Any) -> Any:
 
 def make_copy(folder: Path, env: dict[str, str]) -> None:
     """A Git repository in `folder` with this work tree's files, the small params and no results."""
+    folder.mkdir()
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     for name in filter(None, names.stdout.split("\0")):
@@ -124,6 +128,48 @@ def check(folder: Path, env: dict[str, str]) -> None:
     print(f"smoke: {len(ran)} stages ran, {len(keys)} numbers in metrics/summary.json")
 
 
+def repro_killed(folder: Path, env: dict[str, str], kills: int, seconds: float) -> None:
+    """Run `dvc repro` in `folder`, killed `kills` times at random moments of about `seconds`.
+
+    Every other time only dvc dies, as `kill -9` would have it: its stage then runs on, beside the
+    one that the next dvc starts.
+    """
+    draw = random.Random(0)
+    for kill in range(kills):
+        process = subprocess.Popen(
+            ["dvc", "repro", "-q"], cwd=folder, env=env, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait = draw.uniform(0.5, 1.5) * seconds / kills
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            alone = kill % 2 == 1
+            print(f"-- after {wait:.0f} s: killing dvc{' alone' if alone else ''}", flush=True)
+            (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
+            process.wait()
+    repro(folder, env)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Hashes of all outs, and dvc.lock's record of every stage."""
+    return yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+
+
+def check_killed(folder: Path, again: Path, env: dict[str, str]) -> None:
+    """Exit with the stages whose results in `again` differ from those in `folder`."""
+    first, second = results(folder), results(again)
+    if differ := [name for name in first if first[name] != second.get(name)]:
+        sys.exit(f"smoke: after kills these stages ended in other bytes: {differ}")
+    # The lock could name hashes that the files no longer have.
+    status = subprocess.run(
+        ["dvc", "status", "-q"], cwd=again, env=env, capture_output=True, text=True
+    )
+    if status.returncode:
+        sys.exit(f"smoke: after kills dvc status is not clean:\n{status.stdout}{status.stderr}")
+    print("smoke: killed and run again, the line ended in the same bytes")
+
+
 def flat_keys(value: Any, prefix: str = "") -> set[str]:
     """Dotted keys of all leaves."""
     if isinstance(value, dict):
@@ -133,20 +179,27 @@ def flat_keys(value: Any, prefix: str = "") -> set[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave the copy there, to look at it")
-    keep = parser.parse_args().keep
+    parser.add_argument("--keep", action="store_true", help="leave the copies there to look at")
+    parser.add_argument("--kills", type=int, default=0, help="also kill a second run so often")
+    args = parser.parse_args()
     env = environment()
-    folder = Path(tempfile.mkdtemp(prefix="musicscope-smoke-"))
+    root = Path(tempfile.mkdtemp(prefix="musicscope-smoke-"))
+    folder, again = root / "whole", root / "killed"
     begin = time.monotonic()
     try:
         make_copy(folder, env)
         repro(folder, env)
         check(folder, env)
+        if args.kills:
+            seconds = time.monotonic() - begin
+            make_copy(again, env)
+            repro_killed(again, env, args.kills, seconds)
+            check_killed(folder, again, env)
     finally:
-        if keep:
-            print(f"smoke: kept {folder}")
+        if args.keep:
+            print(f"smoke: kept {root}")
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
     print(f"smoke: {time.monotonic() - begin:.0f} s")
 
 

@@ -20,6 +20,7 @@ from musicscope.decoder_training import (
     build_musicgen,
     decoder_loss,
     delayed,
+    draw_batch,
     train_decoder,
 )
 from musicscope.pretraining_evaluation import (
@@ -122,7 +123,49 @@ def nano():
                  decoder_start_token_id=0, tie_word_embeddings=False)
     )  # fmt: skip
     config = DecoderConfig(32, 2, 2, steps=60, batch=2, learning_rate=1e-2)
-    return config, lambda: build_musicgen(build_codec(TINY), text, config, 0)
+    codec = build_codec(TINY)
+    for layer in codec.quantizer.layers:
+        layer.codebook.embed.normal_()
+    return config, lambda: build_musicgen(codec, text, config, 0)
+
+
+def test_batches_are_whole_clips_or_short_crops_and_depend_on_the_step_alone():
+    codes = np.arange(12 * 2 * 40).reshape(12, 2, 40)
+    config = DecoderConfig(32, 2, 2, batch=4, short_crops=0.5)
+    whole, short, rows_seen = 0, 0, []
+    for step in range(60):
+        rows, crops = draw_batch(codes, config, 3, step)
+        again = draw_batch(codes, config, 3, step)[1]
+        np.testing.assert_array_equal(crops, again)
+        if crops.shape == (4, 2, 40):
+            whole += 1
+            rows_seen += list(rows)
+            np.testing.assert_array_equal(crops, codes[rows])
+        else:
+            assert crops.shape == (16, 2, 10)
+            short += 1
+            start = crops[:, 0, 0] - codes[rows, 0, 0]
+            assert set(np.diff(crops, axis=-1).ravel()) == {1}
+            assert 0 <= start.min() < 10 < 20 < start.max() <= 30
+    assert 15 < whole < 45
+    assert whole + short == 60
+    assert set(rows_seen) == set(range(12))
+    every = [draw_batch(codes, DecoderConfig(32, 2, 2, short_crops=0.0), 3, s)[0] for s in range(3)]
+    assert sorted(np.concatenate(every)) == list(range(12))  # an epoch: every clip once
+
+
+def test_codes_that_sound_alike_start_alike(nano):
+    _, build = nano
+    model = build()
+    for k in range(2):
+        codes = model.audio_encoder.quantizer.layers[k].codebook.embed
+        wanted = torch.cdist(codes, codes).flatten()
+        for weight in (
+            model.decoder.model.decoder.embed_tokens[k].weight[:16],
+            model.decoder.lm_heads[k].weight,
+        ):
+            found = torch.cdist(weight, weight).flatten()
+            assert torch.corrcoef(torch.stack([wanted, found]))[0, 1] > 0.999
 
 
 def test_loss_equals_transformers_own(nano):

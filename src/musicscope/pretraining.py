@@ -90,7 +90,8 @@ def get_codec(folder: Path, corpus: np.ndarray, config: Pretrain, seed: int) -> 
     if not path.exists():
         settings = CodecConfig(steps=config.codec_steps, codebooks=config.codebooks)
         report = progress("codec", settings.steps)
-        codec = train_codec(corpus, settings, seed, folder / "codec.pt", report)
+        heard = corpus[: config.codec_clips]
+        codec = train_codec(heard, settings, seed, folder / "codec.pt", report)
         with atomic_dir(path) as saved:
             codec.save_pretrained(saved)
     return EncodecModel.from_pretrained(path)

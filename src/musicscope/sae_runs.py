@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ import torch
 from musicscope import plots
 from musicscope import sae_metrics as metrics
 from musicscope.artifacts import seed_for, sha256, write_text
+from musicscope.parallel import workers
 from musicscope.sae import TopKSAE
 from musicscope.sae_training import CALIBRATION_BATCHES, SAEConfig, Trained, live_logger, train
 from musicscope.store import ActivationStore
@@ -34,6 +30,20 @@ TRAIN = {"split": "train", "font": "timgm6mb", "kind": "clip"}
 TEST = {**TRAIN, "split": "test"}
 HELDOUT_FONT = {**TEST, "font": "fluidr3mono"}
 BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class CrossEntropyJob:
+    """Cross-entropies of the model with its layer clean, ablated and replaced by an SAE."""
+
+    model: str
+    clips: str
+    rows: list[int]
+    """Of the clip store."""
+    store: str
+    sae: str
+    device: str
+    batch_clips: int = 8
 
 
 @dataclass(frozen=True)
@@ -54,20 +64,8 @@ class Job:
     device: str
     trainer: dict[str, Any]
     """Further entries of config.json's trainer section."""
-
-
-@dataclass(frozen=True)
-class CrossEntropyJob:
-    """Cross-entropies of the model with its layer clean, ablated and replaced by an SAE."""
-
-    model: str
-    clips: str
-    rows: list[int]
-    """Of the clip store."""
-    store: str
-    sae: str
-    device: str
-    batch_clips: int = 8
+    cross_entropy: CrossEntropyJob | None = None
+    """What to run once this SAE is saved; one SAE of a model and slot is enough."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,8 @@ class Outcome:
     trained: Trained
     test: metrics.Evaluation
     heldout_font: metrics.Evaluation | None
+    cross_entropies: dict[str, np.ndarray] | None
+    """See sae_metrics.cross_entropies; of seed 0 only."""
 
 
 def seed_jobs(
@@ -135,7 +135,8 @@ def run(job: Job) -> Outcome:
         f"{test.explained_variance:.4f}, dead {test.dead_fraction:.4f}",
         file=sys.stderr,
     )
-    return Outcome(trained, test, font)
+    losses = run_cross_entropy(job.cross_entropy) if job.cross_entropy else None
+    return Outcome(trained, test, font, losses)
 
 
 def run_cross_entropy(job: CrossEntropyJob) -> dict[str, np.ndarray]:
@@ -160,46 +161,11 @@ def run_cross_entropy(job: CrossEntropyJob) -> dict[str, np.ndarray]:
         return metrics.cross_entropies(model, store.config["layer"], sae, mean, batches())
 
 
-def run_all(
-    jobs: list[Job], cross_entropy: CrossEntropyJob | None, processes: int
-) -> tuple[list[Outcome], dict[str, np.ndarray] | None]:
-    """Every job, and the cross-entropies as soon as the first job has saved its SAE."""
-    if processes == 1 or any(job.device != "cpu" for job in jobs):
-        with _one_thread():
-            outcomes = [run(job) for job in jobs]
-            return outcomes, run_cross_entropy(cross_entropy) if cross_entropy else None
-    context = multiprocessing.get_context("spawn")  # forking after torch has run is unsafe
-    pool = ProcessPoolExecutor(processes, context, _start_worker)
-    try:
-        futures = [pool.submit(run, job) for job in jobs]
-        first = futures[0].result()
-        losses = pool.submit(run_cross_entropy, cross_entropy) if cross_entropy else None
-        outcomes = [first, *(future.result() for future in futures[1:])]
-        return outcomes, losses.result() if losses else None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _start_worker() -> None:
-    """One thread, and an end when the parent is killed: `dvc` leaves no second writer behind."""
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    torch.set_num_threads(1)
+def run_all(jobs: list[Job], processes: int) -> list[Outcome]:
+    """Every job, in processes of one thread each (on a GPU: one after the other)."""
+    alone = any(job.device != "cpu" for job in jobs)
+    with workers(1 if alone else processes) as run_each:
+        return list(run_each(run, jobs))
 
 
 @contextlib.contextmanager
@@ -213,7 +179,6 @@ def sole_user(scratch: Path) -> Iterator[None]:
 def report(
     store: ActivationStore,
     outcomes: list[Outcome],
-    losses: dict[str, np.ndarray] | None,
     ce_groups: list[str],
     seed: int,
 ) -> dict[str, Any]:
@@ -261,7 +226,7 @@ def report(
     }
     if first.heldout_font is not None:
         result["explained_variance_heldout_font"] = first.heldout_font.explained_variance
-    if losses is not None:
+    if (losses := first.cross_entropies) is not None:
         result |= metrics.ce_recovered(losses, ce_groups, BOOTSTRAP, seed_for(seed, "bootstrap"))
         result["ce_clips"] = len(ce_groups)
     return result
