@@ -22,9 +22,10 @@ lint:
     ruff format --check .
     python tests/code_deps.py
 
-# metrics/summary.json as a table
+# metrics/summary.json as a table; the page is data/report/report.html
 report:
     @python -m stages.summarize --show
+    @test ! -f data/report/report.html || echo "open data/report/report.html in a browser"
 
 # summary of the work tree against a revision or an experiment; or between two revisions
 compare rev="HEAD" *other:
@@ -44,6 +45,7 @@ experiments:
 bench:
     pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify" >&2
     python -m benchmarks.sae_step
+    python -m benchmarks.usae_step
     python -m benchmarks.extraction
 
 # fail if dvc.lock, metrics or plots are not those of this code and these params
@@ -74,6 +76,7 @@ lock *args:
 
 # remove what a rerun makes again; models and DVC's cache stay
 clean:
-    rm -rf data/clips data/activations data/sae dvclive .dvc/tmp/partial
+    rm -rf data/clips data/activations data/sae data/usae data/crosscoder data/features
+    rm -rf data/maximize_activation data/maximize_shared data/report dvclive .dvc/tmp/partial
     rm -rf .pytest_cache .ruff_cache .hypothesis
     find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -9,11 +9,10 @@ import argparse
 import functools
 import sys
 
-import torch
 from omegaconf import OmegaConf
 
-from musicscope import artifacts, extraction
-from musicscope.config import load_params
+from musicscope import artifacts, engines, extraction
+from musicscope.config import Params, load_params
 
 CLIPS = "data/clips"
 
@@ -23,15 +22,19 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    section, compute = params.extract_activations, params.compute
-    device = compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with engines.start(params.compute) as engine:
+        extract(name, params, engine)
 
+
+def extract(name: str, params: Params, engine: engines.Engine) -> None:
+    """Plan, run and sum up the extraction of model `name`; every rank comes here."""
+    section = params.extract_activations
     chosen = OmegaConf.load(f"metrics/layers/{name}.yaml")
     if missing := [slot for slot in params.slots if slot not in chosen]:
         sys.exit(f"metrics/layers/{name}.yaml lacks {missing}: run dvc repro select_layers")
-    sources = functools.partial(extraction.open_sources, f"data/models/{name}", CLIPS, device)
+    sources = functools.partial(
+        extraction.open_sources, f"data/models/{name}", CLIPS, engine.device
+    )
     plan = extraction.plan(
         *sources(),
         layers={slot: f"layers.{chosen[slot]}" for slot in params.slots},
@@ -42,12 +45,16 @@ def main() -> None:
         model_sha256=extraction.folder_sha256(f"data/models/{name}"),
         clips_sha256=extraction.folder_sha256(CLIPS),
     )
-    print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
+    if engine.ranks.leads:
+        print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
     folders = {slot: f"data/activations/{name}/{slot}" for slot in params.slots}
-    stores = extraction.extract(plan, sources, folders, compute.processes)
-    artifacts.write_json(
-        f"metrics/extract_activations/{name}.json", extraction.summary(plan, stores)
+    stores = extraction.extract(
+        plan, sources, folders, engine.processes, engine.ranks, engine.workers
     )
+    if engine.ranks.leads:
+        artifacts.write_json(
+            f"metrics/extract_activations/{name}.json", extraction.summary(plan, stores)
+        )
 
 
 if __name__ == "__main__":

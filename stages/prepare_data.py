@@ -1,27 +1,39 @@
-"""Render the embedded data set: data/clips and metrics/prepare_data.json."""
+"""Make the clips, rendered or from recordings: data/clips and metrics/prepare_data.json."""
 
 import argparse
 import sys
 
+from musicscope import embedded
 from musicscope.artifacts import atomic_dir, write_json
 from musicscope.clips import ClipStore
-from musicscope.config import load_params
-from musicscope.embedded import measure, plan_jobs, write_embedded
+from musicscope.config import PrepareData, load_params
+from musicscope.sources import report, writing
 
 OUT = "data/clips"
 
 
-def main() -> None:
-    """Read params.yaml, render, measure."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    params = load_params()
-    config = params.prepare_data
-    clips = sum(job.count * (2 if job.kind == "pair" else 1) for job in plan_jobs(config))
+def render(config: PrepareData, seed: int, processes: int) -> None:
+    """The embedded data set."""
+    jobs = embedded.plan_jobs(config)
+    clips = sum(job.count * (2 if job.kind == "pair" else 1) for job in jobs)
     megabytes = clips * config.seconds * 32_000 / 1e6
     print(f"{clips} clips of {config.seconds:g} s, {megabytes:.0f} MB", file=sys.stderr)
     with atomic_dir(OUT) as folder:
-        write_embedded(folder, config, params.seed, params.compute.processes)
-    write_json("metrics/prepare_data.json", measure(ClipStore.open(OUT)))
+        embedded.write_embedded(folder, config, seed, processes)
+
+
+def main() -> None:
+    """Read params.yaml, render or read recordings, measure."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    params = load_params()
+    config, compute = params.prepare_data, params.compute
+    if config.source == "embedded":
+        render(config, params.seed, compute.processes)
+        metrics = embedded.measure(ClipStore.open(OUT))
+    else:
+        writing.write_recordings(OUT, config, params.seed, compute.processes)
+        metrics = report.measure(ClipStore.open(OUT), params.seed)
+    write_json("metrics/prepare_data.json", metrics)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def main() -> None:
     if not args.evaluate_only:
         text, tokenizer = get_text_encoder(folder, config, seed)
         model = get_decoder(
-            folder, args.model, config.size(args.model), codec, text, tokenizer, corpus,
-            config.decoder_steps, seed, params.compute.processes,
+            folder, args.model, config, codec, text, tokenizer, corpus, seed,
+            params.compute.processes,
         )  # fmt: skip
         with atomic_dir(out) as saved:
             save_model(saved, model, tokenizer, model_card(args.model, config))

@@ -1,6 +1,7 @@
 """Sparse autoencoders on one layer of one model, several seeds: data/sae/<model>/<slot>/seed-<i>.
 
-Trains on timgm6mb clips of split train; evaluates on split test, whose compositions nothing heard.
+Trains on split train (of rendered clips: soundfont timgm6mb); evaluates on split test, whose
+compositions nothing heard.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from musicscope import artifacts, sae_runs
-from musicscope.clips import ClipStore
+from musicscope.clips import ClipStore, main_clips
 from musicscope.config import load_params
 from musicscope.sae_training import SAEConfig
 from musicscope.store import ActivationStore
@@ -38,7 +39,7 @@ def main() -> None:
         artifacts.seed_for(params.seed, "train_sae", model, slot, i) for i in range(section.seeds)
     ]
     rng = np.random.default_rng(artifacts.seed_for(params.seed, "train_sae", "ce clips"))
-    test = clips.select(**sae_runs.TEST)
+    test = main_clips(clips.rows, sae_runs.TEST)
     rows = np.sort(rng.choice(test, min(section.ce_clips, len(test)), replace=False)).tolist()
 
     scratch = artifacts.partial_dir(sae_runs.scratch_key(store, config, seeds))

@@ -114,8 +114,8 @@ def check(folder: Path, env: dict[str, str]) -> None:
     committed = ROOT / "metrics/summary.json"
     if not committed.is_file():
         sys.exit("smoke: metrics/summary.json is not committed; run dvc repro")
-    left_out = set(load_params(ROOT / "params.yaml").models)
-    left_out -= set(load_params(folder / "params.yaml").models)
+    whole, small = (load_params(root / "params.yaml") for root in (ROOT, folder))
+    left_out = {*whole.models, *whole.slots} - {*small.models, *small.slots}
     keys, wanted = (
         {key for key in flat_keys(read_json(path)) if not left_out & set(key.split("."))}
         for path in (folder / "metrics/summary.json", committed)

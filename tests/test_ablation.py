@@ -101,6 +101,17 @@ def test_mean_update_by_hand(model, batches, means):
     torch.testing.assert_close(means[2, 1], torch.cat(rest).mean(0))
 
 
+def test_position_groups_are_start_frames_and_tail(model, batches):
+    for batch in batches:
+        groups, width = model.position_groups(batch), model.layer_inputs(batch)[0].shape[1]
+        tail = [-1] * (width - 1 - batch.frames)
+        assert groups.tolist() == [[0] + [1] * batch.frames + tail] * len(batch)
+        assert len(tail) == 2
+        assert ablation.update_sums(model, batch).counts.tolist() == [
+            len(batch), len(batch) * batch.frames,
+        ]  # fmt: skip
+
+
 def test_cost_is_half_a_forward_a_layer(model, batches, means, scores):
     layers, clips = 4, 5
     a_kind = layers * (layers - 1) // 2
@@ -192,5 +203,7 @@ def test_spread_clips_takes_compositions_in_turn():
     other = [tuple(ablation.spread_clips(rows, "train", 5, seed)) for seed in range(8)]
     assert tuple(chosen) == other[0]
     assert len(set(other)) > 1
-    with pytest.raises(ValueError, match="ablate.clips"):
+    with pytest.raises(ValueError, match=r"ablate.clips.*recordings\.limits"):
         ablation.spread_clips(rows, "train", 9, seed=0)
+    rows["font"] = "recording"
+    assert len(ablation.spread_clips(rows, "train", 9, seed=0)) == 9

@@ -1,6 +1,7 @@
 """Probes on planted data: they find what is there, nothing where nothing is, and do not peek."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from musicscope import baselines, plots, pooling, probe_report, probes, stats
+from musicscope import baselines, codes, plots, pooling, probe_report, probes, sae_runs, stats
 from musicscope.logistic import Standardiser, fit_logistic
 from musicscope.models import load_model
 
@@ -207,9 +208,70 @@ def test_sets_follow_font_kind_and_split_and_refuse_leaks():
         probes.clip_sets(rows)
 
 
+def test_selection_on_the_embedded_set_is_by_soundfont():
+    """On the committed clips where they are there, else on a table like theirs."""
+    table = Path(__file__).parents[1] / "data/clips/clips.parquet"
+    planned = clip_table(np.random.default_rng(0))
+    for rows in [planned, *([pd.read_parquet(table)] if table.is_file() else [])]:
+        sets, store = probes.clip_sets(rows), SimpleNamespace(rows=rows)
+        for name, split, font, kind in (
+            ("train", "train", "timgm6mb", "clip"),
+            ("validation", "validation", "timgm6mb", "clip"),
+            ("test", "test", "timgm6mb", "clip"),
+            ("heldout_font", "test", "fluidr3mono", "clip"),
+            ("pairs_timgm6mb", "test", "timgm6mb", "pair"),
+            ("pairs_fluidr3mono", "test", "fluidr3mono", "pair"),
+        ):
+            same = (rows["split"] == split) & (rows["font"] == font) & (rows["kind"] == kind)
+            np.testing.assert_array_equal(sets[name], np.flatnonzero(same))
+            if name in (sae_runs.TRAIN, sae_runs.TEST, sae_runs.HELDOUT_FONT):
+                np.testing.assert_array_equal(sae_runs.mask(store, name), same)
+
+
+def test_unknown_labels_are_no_negatives():
+    """A concept's numbers are those of a table without the clips where it is unknown."""
+    rng = np.random.default_rng(4)
+    rows = clip_table(rng, heldout=0, pairs=0).assign(font="recording")
+    pools = {"sae": planted(rng, rows), "dense": planted(rng, rows, latents=12)}
+    for column in ("has_guitar", "has_reed", "has_choir"):
+        rows[column] = rows[column].astype("boolean")
+    gone = rng.random((len(rows), 2)) < (0.4, 0.2)
+    pools["sae"]["mean"][gone[:, 0] & rows["has_guitar"].to_numpy(bool), 7] += 50
+    rows.loc[gone[:, 0], "has_guitar"] = pd.NA
+    rows.loc[gone[:, 1], "has_reed"] = pd.NA
+    rows.loc[np.arange(len(rows)) % 40 > 0, "has_choir"] = pd.NA
+    found = probes.run_probes(rows, pools, ("guitar", "reed", "choir"), **SETTINGS)
+    assert set(found["concepts"]) == {"guitar", "reed"}
+    assert found["skipped"] == {"choir": 1}
+    assert found["clips"]["heldout_font"] == found["clips"]["pairs_timgm6mb"] == 0
+    for j, concept in enumerate(("guitar", "reed")):
+        left = rows[~gone[:, j]].reset_index(drop=True)
+        rest = {r: {p: x[~gone[:, j]] for p, x in of.items()} for r, of in pools.items()}
+        alone = probes.run_probes(left, rest, (concept,), **SETTINGS)
+        one, two = (flat(r["concepts"][concept]) for r in (found, alone))
+        assert one == {key: pytest.approx(value, abs=1e-6) for key, value in two.items()}
+        assert found["concepts"][concept]["sae"]["test"]["auroc"] > 0.95
+        clips = {s: len(at) for s, at in probes.clip_sets(left).items()}
+        assert found["unknown"][concept] == {
+            s: n - clips[s] for s, n in found["clips"].items() if n > clips[s]
+        }
+    table = probe_report.probe_table(found)
+    assert set(table["set"]) == {"test"}
+    features = probe_report.feature_table(rows, pools["sae"], found, 50, 0)
+    assert features["latent"][0] == 7
+    assert features["test_auroc"][0] > 0.95
+    assert "heldout_font_auroc" not in features
+
+
+def flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, part in tree.items() for k, v in flat(part, f"{prefix}.{name}").items()}
+
+
 def test_guitar_without_a_class_is_an_error():
     rows = clip_table(np.random.default_rng(0)).assign(has_guitar=True)
-    with pytest.raises(ValueError, match=r"prepare_data\.timgm6mb_clips"):
+    with pytest.raises(ValueError, match=r"timgm6mb_clips.* prepare_data\.recordings\.limits"):
         probes.select_concepts(rows, probes.clip_sets(rows), ["guitar"], 10)
 
 
@@ -346,3 +408,21 @@ def test_codec_pools_are_sums_of_code_embeddings(tiny_musicgen, tmp_path, monkey
         latents = sum(books[k][found[k]] for k in range(len(found))).numpy()
         np.testing.assert_allclose(pools["mean"][row], latents.mean(0), atol=1e-5)
         np.testing.assert_allclose(pools["max"][row], latents.max(0), atol=1e-5)
+
+
+def test_every_codec_of_its_own_has_a_hash():
+    """audiocraft's and YuE's are `model.codec`; only the latter has a config."""
+    codec = torch.nn.Linear(3, 2)
+    model = SimpleNamespace(codec=codec, hf=SimpleNamespace())
+    plain = codes.codec_sha256(model)
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 1, "_name_or_path": "here"})
+    configured = codes.codec_sha256(model)
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 1, "_name_or_path": "there"})
+    assert codes.codec_sha256(model) == configured
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 2})
+    others = {codes.codec_sha256(model)}
+    del codec.config
+    codec.weight.data[0, 0] += 1
+    others.add(codes.codec_sha256(model))
+    assert len({plain, configured, *others}) == 4
+    assert codes.codec_sha256(SimpleNamespace()) is None

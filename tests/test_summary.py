@@ -48,6 +48,16 @@ def metrics(tmp_path):
             sae = dict.fromkeys(summary.SAE_KEYS, 0.5) | {"seeds": {"seed-0": {"l0": 1.0}}}
             write_json(tmp_path / f"train_sae/{model}-{slot}.json", sae)
             write_json(tmp_path / f"probe/{model}-{slot}.json", probe_metrics(0.8 + 0.01 * i))
+        write_json(tmp_path / f"maximize_activation/{model}.json", {"headline": {"ratio": 2 + i}})
+    write_json(tmp_path / "maximize_shared.json", {"headline": {"ratio": 1.5}})
+    entry = {"value": 0.6, "low": 0.5, "high": 0.7, "mean": 0.55, "sd": 0.01}
+    usae = {"headline": {"r2_0_1": entry}, "null": {"mispaired": {"r2_0_1": 0.1}}}
+    write_json(tmp_path / "train_usae.json", usae | {"independent_r2": {"0": 0.9}})
+    write_json(tmp_path / "train_crosscoder.json", usae | {"independent_r2": {}})
+    matched = {"matched": 0.3, "null_matched": 0.01}
+    shared = {"sae_usae": {"nano-small": matched}, "seeds": {"nano-small": {"musical": 0.2}}}
+    shared |= {"sae_sae": {}, "sets": {"common": 7, "own_nano-small": 3}}
+    write_json(tmp_path / "match_features.json", shared)
     write_json(tmp_path / "pretrain/codec.json", {"si_sdr": 7.0})
     write_json(tmp_path / "prepare_data.json", {"trivial_cue_auroc": {"clips": {"rms": 0.51}}})
     return tmp_path
@@ -70,6 +80,16 @@ def test_keys_are_those_of_the_specification(metrics):
     assert found["pretrain.codec.si_sdr"] == 7.0
     assert found["pretrain.nano-small.cross_entropy.all"] == 3.0
     assert found["data.trivial_cue_auroc.clips.rms"] == 0.51
+    assert found["usae.r2_0_1"] == 0.6
+    assert found["usae.r2_0_1_ci_low"] == 0.5
+    assert found["usae.null_mispaired_r2_0_1"] == 0.1
+    assert found["usae.independent_r2_0"] == 0.9
+    assert found["crosscoder.r2_0_1_mean_of_seeds"] == 0.55
+    assert found["match.sae_usae_matched_nano-small"] == 0.3
+    assert found["match.null_matched_nano-small"] == 0.01
+    assert found["match.common"] == 7
+    assert found["maximize.nano-medium.ratio"] == 3
+    assert found["maximize.shared.ratio"] == 1.5
 
 
 def test_files_of_a_dropped_model_do_not_count(metrics):
@@ -77,6 +97,7 @@ def test_files_of_a_dropped_model_do_not_count(metrics):
     one = summary.summarize(MODELS[:1], SLOTS[1:], metrics)
     assert one["nano-small.ablate.top_layer"] == 5  # the first slot that is studied
     assert not [key for key in one if "medium" in key or "top1" in key]
+    assert "maximize.nano-small.ratio" in one
 
 
 @pytest.mark.parametrize(
@@ -86,6 +107,8 @@ def test_files_of_a_dropped_model_do_not_count(metrics):
         ("train_sae/nano-small-top2.json", "train_sae@nano-small-top2"),
         ("probe/nano-medium-top1.json", "probe@nano-medium-top1"),
         ("prepare_data.json", "prepare_data"),
+        ("train_usae.json", "train_usae"),
+        ("maximize_activation/nano-small.json", "maximize_activation@nano-small"),
     ],
 )
 def test_a_missing_file_names_itself_and_its_stage(metrics, file, stage):

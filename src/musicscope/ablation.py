@@ -5,7 +5,8 @@ For each layer i with input x and output y = x + u, three ablations replace y:
 * ``skip``  y := x, the layer's update u is dropped (zero ablation of the update; the field's usual
   "skip-layer").
 * ``mean``  y := x + E[u], the update is replaced by its per-dimension mean over training clips (the
-  start column, which is the same in all clips, has a mean of its own). What the layer *computes
+  start column, which is the same in all clips, has a mean of its own, as has every other kind of
+  position: `MusicModel.position_groups`). What the layer *computes
   from its input* is lost, its constant part stays, so later layers see a stream of the usual size:
   of the three the one least off the distribution, and the one layers are ranked by.
 * ``zero``  y := 0, the whole stream is cut: what later layers cannot rebuild from the caption. The
@@ -30,6 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from musicscope import plots
+from musicscope.clips import main_clips
 from musicscope.models import Batch, MusicModel
 from musicscope.stats import bootstrap_groups
 
@@ -61,40 +63,42 @@ class UpdateSums:
     """Running sums for the mean update of every layer; `+` joins those of two sets of clips."""
 
     sums: Tensor
-    """[L, 2, d] float64 sum of updates: at the start column, over frames."""
+    """[L, G, d] float64 sum of updates over each group of positions (`position_groups`)."""
     counts: Tensor
-    """[2] clips, and frames in all."""
+    """[G] positions in all."""
 
     def __add__(self, other: UpdateSums) -> UpdateSums:
         return UpdateSums(self.sums + other.sums, self.counts + other.counts)
 
     @property
     def means(self) -> Tensor:
-        """[L, 2, d] float32: mean update of every layer, at the start column and over frames."""
-        return (self.sums / self.counts[:, None]).float()
+        """[L, G, d] float32: mean update of every layer over each group of positions."""
+        return (self.sums / self.counts[:, None].clamp(min=1)).float()
 
 
 def update_sums(model: MusicModel, batch: Batch) -> UpdateSums:
     """Sums of the updates y - x of every layer over one batch."""
     stream = torch.stack(model.layer_inputs(batch)).double().cpu()
-    updates = stream.diff(dim=0)[:, :, : batch.frames + 1]
-    sums = torch.stack([updates[:, :, 0].sum(1), updates[:, :, 1:].sum((1, 2))], 1)
-    return UpdateSums(sums, torch.tensor([len(batch), len(batch) * batch.frames]))
+    updates, groups = stream.diff(dim=0), model.position_groups(batch).cpu()
+    one_hot = torch.stack([groups == g for g in range(model.num_position_groups)]).double()
+    sums = torch.einsum("lbsd,gbs->lgd", updates, one_hot)
+    return UpdateSums(sums, one_hot.sum((1, 2)))
 
 
-def ablated(kind: str, before: Tensor, after: Tensor, mean: Tensor | None) -> Tensor:
+def ablated(
+    kind: str, before: Tensor, after: Tensor, mean: Tensor | None, groups: Tensor
+) -> Tensor:
     """What takes the place of a layer's output `after` [B, S, d], given its input `before`.
 
-    `mean` [2, d] is the layer's entry of `UpdateSums.means`; only ``mean`` needs it.
+    `mean` [G, d] is the layer's entry of `UpdateSums.means`; only ``mean`` needs it. `groups`
+    [B, S] is the model's `position_groups`; positions in no mean (-1) are treated as frames (1).
     """
     if kind == "skip":
         return before
     if kind == "zero":
         return torch.zeros_like(after)
     if kind == "mean":
-        replaced = before + mean[1].to(before)
-        replaced[:, 0] = before[:, 0] + mean[0].to(before)
-        return replaced
+        return before + mean.to(before)[groups.where(groups >= 0, 1)]
     raise ValueError(f"unknown ablation {kind!r}; known: {list(KINDS)}")
 
 
@@ -112,7 +116,7 @@ def ablate(
     if "mean" in kinds and means is None:
         raise ValueError('the kind "mean" needs `means`, see update_sums')
     layers, calls = len(model.hook_points), model.layer_calls
-    stream = model.layer_inputs(batch)
+    stream, groups = model.layer_inputs(batch), model.position_groups(batch)
     original = model.forward_from(batch, layers, stream[-1]).float().log_softmax(-1)
     probability = original.exp()
     entropy = _cross_entropy(original, batch.codes)
@@ -121,7 +125,7 @@ def ablate(
     for j, kind in enumerate(kinds):
         for i in range(layers):
             mean = None if means is None else means[i]
-            hidden = ablated(kind, stream[i], stream[i + 1], mean)
+            hidden = ablated(kind, stream[i], stream[i + 1], mean, groups)
             changed = model.forward_from(batch, i + 1, hidden).float().log_softmax(-1)
             dce[j, i] = _cross_entropy(changed, batch.codes) - entropy
             # In place: these are the largest arrays by far, and new ones cost page faults.
@@ -246,14 +250,14 @@ def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.nd
     """Positions in `rows` of `count` single clips of a split, as even over groups as can be.
 
     Of each composition a random clip in turn, so that intervals over compositions are as narrow
-    as the budget allows. Only the soundfont that features are found on (timgm6mb).
+    as the budget allows. Only clips that features are found on (`clips.main_clips`).
     """
-    usable = (rows["split"] == split) & (rows["kind"] == "clip") & (rows["font"] == "timgm6mb")
-    positions = np.flatnonzero(usable.to_numpy())
+    positions = main_clips(rows, split)
     if len(positions) < count:
         raise ValueError(
             f"{count} clips wanted but split {split} has {len(positions)}: lower ablate.clips or "
-            f"raise prepare_data.timgm6mb_clips.{split}"
+            f"raise prepare_data.timgm6mb_clips.{split} (rendered clips) or "
+            "prepare_data.recordings.limits (recordings)"
         )
     shuffled = np.random.default_rng(seed).permutation(positions)
     turn = rows["group"].iloc[shuffled].groupby(rows["group"].iloc[shuffled]).cumcount()

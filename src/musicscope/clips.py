@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from musicscope.artifacts import read_json, sha256, write_json
+from musicscope.artifacts import read_json, sha256, write_json, write_text
 from musicscope.orchestration import FAMILIES
 
-__all__ = ["FAMILIES", "ClipStore", "write_clips"]
+__all__ = ["FAMILIES", "ClipStore", "known_labels", "main_clips", "write_clips"]
 
 FORMAT = 1
 SHARD_BYTES = 32_000_000
 PEAK = 32767  # samples are stored as 16-bit PCM
+HELD_OUT_FONT = "fluidr3mono"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class ClipStore:
 
     folder: Path
     rows: pd.DataFrame
-    """id, group, split, kind, pair_id, font, caption, target_family, families, programs,
-    has_<family>, energy_<family>, tempo_bpm, density, key, source."""
+    """id, group, split, kind, pair_id, font, caption, target_family, families, has_<family>,
+    tempo_bpm, key, source; of rendered clips also programs, density and energy_<family>, of
+    recordings recording, start, artist, captions. Where a label is unknown, has_<family> is of
+    pandas' nullable type and holds NA there: see `known_labels`."""
     sample_rate: int
     samples: int
     """Samples a clip."""
@@ -76,10 +81,13 @@ class ClipStore:
         return out / np.float32(PEAK)
 
     def select(self, **equal: object) -> np.ndarray:
-        """Row numbers where every named column equals its value: ``select(split="test")``."""
+        """Row numbers where every named column equals its value: ``select(split="test")``.
+
+        An unknown label equals neither True nor False.
+        """
         keep = np.ones(len(self.rows), bool)
         for column, value in equal.items():
-            keep &= (self.rows[column] == value).to_numpy()
+            keep &= (self.rows[column] == value).fillna(False).to_numpy(bool)
         return np.flatnonzero(keep)
 
     def verify(self) -> None:
@@ -106,13 +114,46 @@ def shard_name(index: int) -> str:
     return f"audio-{index:05d}.npy"
 
 
+def main_clips(rows: pd.DataFrame, split: str) -> np.ndarray:
+    """Row numbers of a split's clips that features are found on.
+
+    Single clips, all but those of the held-out soundfont: TimGM6mb renderings, or recordings.
+    """
+    wanted = (rows["kind"] == "clip") & (rows["font"] != HELD_OUT_FONT) & (rows["split"] == split)
+    return np.flatnonzero(wanted)
+
+
+def known_labels(
+    rows: pd.DataFrame, family: str, at: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the row numbers `at` (default: all) whose label is known, and the labels, bool."""
+    at = np.arange(len(rows)) if at is None else np.asarray(at)
+    has = rows[f"has_{family}"].iloc[at]
+    known = has.notna().to_numpy()
+    return at[known], has[known].to_numpy(bool)
+
+
+def written(folder: Path) -> object:
+    """What `state` gave `write_clips` after the last whole shard of a killed run, or None."""
+    path = folder / PROGRESS
+    return read_json(path)["state"] if path.is_file() else None
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove what `write_clips` kept for going on; the store is what it would be without."""
+    for path in (folder / PROGRESS, *folder.glob("rows-*.json")):
+        path.unlink(missing_ok=True)
+
+
 def write_clips(
     folder: Path, clips: Iterable[tuple[np.ndarray, dict[str, object]]], sample_rate: int,
-    samples: int,
+    samples: int, state: Callable[[], object] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Write (audio float [samples], row) pairs into `folder`, the manifest last.
 
-    Memory holds one shard, whatever the number of clips.
+    Memory holds one shard, whatever the number of clips. With `state`, a killed run goes on:
+    after each shard its rows and what `state()` returns (JSON-able) are kept in `folder`; the
+    next call takes the shards from there, and `clips` must begin after theirs (`written`).
 
     Raises:
         ValueError: a clip of another length, not finite, or a repeated id; the clip is named.
@@ -122,11 +163,20 @@ def write_clips(
     seen: set[object] = set()
     shards: dict[str, dict[str, object]] = {}
     buffer: list[np.ndarray] = []
+    if state is not None and (folder / PROGRESS).is_file():
+        shards = read_json(folder / PROGRESS)["shards"]
+        for number in range(len(shards)):
+            table += read_json(folder / f"rows-{number:05d}.json")
+        seen = {row["id"] for row in table}
 
     def flush() -> None:
         path = folder / shard_name(len(shards))
         np.save(path, np.stack(buffer))
         shards[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if state is not None:
+            rows = json.dumps(table[-len(buffer) :])  # exact, where write_json rounds
+            write_text(folder / f"rows-{len(shards) - 1:05d}.json", rows)
+            write_json(folder / PROGRESS, {"shards": shards, "state": state()})
         buffer.clear()
 
     for audio, row in clips:
@@ -142,6 +192,9 @@ def write_clips(
     if buffer:
         flush()
     frame = pd.DataFrame(table)
+    for column in frame.columns:
+        if column.startswith("has_") and frame[column].dtype != bool:  # None: unknown
+            frame[column] = frame[column].astype("boolean")
     frame.to_parquet(folder / "clips.parquet", index=False)
     write_json(
         folder / "manifest.json",

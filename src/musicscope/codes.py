@@ -28,10 +28,16 @@ INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype",
 
 def codec_sha256(model: Any) -> str | None:
     """Hash of the codec's weights and settings; None where the model has no separate codec."""
-    codec = getattr(getattr(model, "hf", None), "audio_encoder", None)
+    codec = getattr(model, "codec", None) or getattr(
+        getattr(model, "hf", None), "audio_encoder", None
+    )
     if codec is None:
         return None
-    settings = {k: v for k, v in codec.config.to_dict().items() if k not in INCIDENTAL}
+    if hasattr(codec, "config"):
+        settings = {k: v for k, v in codec.config.to_dict().items() if k not in INCIDENTAL}
+    else:  # audiocraft's: all else shows in names and shapes of its weights
+        names = ("sample_rate", "frame_rate", "channels", "num_codebooks", "cardinality")
+        settings = {"class": type(codec).__name__, **{n: getattr(codec, n, None) for n in names}}
     hasher = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(codec.state_dict().items()):
         hasher.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -64,7 +70,9 @@ def _read(path: Path) -> np.ndarray | None:
 def missing(folder: Path, clips: int) -> list[int]:
     """Chunks of a collection of `clips` clips that are not there yet."""
     _read.cache_clear()
-    return [c for c in range(-(-clips // CHUNK)) if _read(_file(folder, c)) is None]
+    absent = [c for c in range(-(-clips // CHUNK)) if _read(_file(folder, c)) is None]
+    _read.cache_clear()  # another process may write one of them before it is asked for again
+    return absent
 
 
 def write_chunk(sources: Callable[[], tuple[Any, Any]], folder: Path, chunk: int) -> int:

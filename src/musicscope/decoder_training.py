@@ -47,6 +47,8 @@ class DecoderConfig:
     learning_rate: float = 8e-3
     caption_dropout: float = 0.15
     ema_from: float = 0.8
+    guidance_scale: float = 3.0
+    """Saved as the model's own default for generation."""
 
 
 def build_musicgen(
@@ -71,7 +73,8 @@ def build_musicgen(
     start_from_codebooks(model, seed)
     generation = model.generation_config
     generation.decoder_start_token_id = generation.bos_token_id = generation.pad_token_id = card
-    generation.max_length, generation.do_sample, generation.guidance_scale = 503, True, 3.0
+    generation.max_length, generation.do_sample = 503, True
+    generation.guidance_scale = config.guidance_scale
     return model
 
 

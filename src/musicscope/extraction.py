@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from musicscope import artifacts, codes
 from musicscope.parallel import workers
+from musicscope.ranks import ALONE, Ranks
 from musicscope.store import CLIP_COLUMNS, ActivationStore, storage
 from musicscope.store_writer import StoreWriter, shard_spans
 
@@ -144,47 +145,65 @@ def plan(
 
 
 def extract(
-    plan: Plan, sources: Sources, folders: dict[str, str | Path], processes: int = 1
+    plan: Plan,
+    sources: Sources,
+    folders: dict[str, str | Path],
+    processes: int = 1,
+    ranks: Ranks = ALONE,
+    workers: Callable[[int], Any] = workers,
 ) -> dict[str, ActivationStore]:
     """Run the plan: one store for each slot at `folders[slot]`.
 
-    First the codec tokens of
-    all clips (`musicscope.codes`: a second model with the same codec finds them there), then the
-    shards, are collected in scratch folders named by the inputs (artifacts.partial_dir), so that a
-    run killed at any point goes on with what it had finished; whole stores are moved to their
-    place at the end. A shard whose hash is wrong is computed again.
+    First the codec tokens of all clips (`musicscope.codes`: a second model with the same codec
+    finds them there), then the shards, are collected in scratch folders named by the inputs
+    (artifacts.partial_dir), so that a run killed at any point goes on with what it had finished;
+    whole stores are moved to their place at the end. A shard whose hash is wrong is computed again.
+
+    Several `ranks` call this with the same plan: shard i falls to rank i modulo their number.
+    Within each, `workers` opens the `processes` (see engines.Engine).
     """
     model, clips = sources()
     tokens = codes.codes_dir(model, plan.config["clips_sha256"])
-    with _sole_user(artifacts.partial_dir(plan.identity())):
+    with _sole_user(artifacts.partial_dir(plan.identity()), ranks):
         scratch = artifacts.partial_dir(plan.identity())
-        pending = [i for i in range(len(plan.spans)) if _pending(plan, scratch, i)]
-        chunks = codes.missing(tokens, len(clips.rows)) if tokens and pending else []
+        mine = ranks.mine(range(len(plan.spans)))
+        pending = [i for i in mine if _pending(plan, scratch, i)]
+        wanted = tokens and ranks.any(bool(pending))  # another rank's shards may need my chunks
+        chunks = ranks.mine(codes.missing(tokens, len(clips.rows))) if wanted else []
         with workers(min(processes, max(len(pending), len(chunks), 1))) as run:
             if chunks:
                 encode = functools.partial(codes.write_chunk, sources, tokens)
-                _follow("codec", run(encode, chunks), plan, len(chunks) * codes.CHUNK)
+                _follow("codec", run(encode, chunks), plan, len(chunks) * codes.CHUNK, ranks)
+            ranks.wait()
             write = functools.partial(_write_shard, plan, sources, scratch, tokens)
             left = sum(plan.spans[i][1] - plan.spans[i][0] for i in pending)
-            _follow("activations", run(write, pending), plan, left)
-        for slot in plan.layers:
-            plan.writer(slot, scratch / slot).finish()
-        for slot in plan.layers:
-            artifacts.publish_dir(scratch / slot, folders[slot])
-        shutil.rmtree(scratch, ignore_errors=True)
+            _follow("activations", run(write, pending), plan, left, ranks)
+        ranks.wait()
+        if ranks.leads:
+            for slot in plan.layers:
+                plan.writer(slot, scratch / slot).finish()
+            for slot in plan.layers:
+                artifacts.publish_dir(scratch / slot, folders[slot])
+            shutil.rmtree(scratch, ignore_errors=True)
+        ranks.wait()
     return {slot: ActivationStore.open(folders[slot]) for slot in plan.layers}
 
 
 @contextlib.contextmanager
-def _sole_user(scratch: Path) -> Iterator[None]:
-    """Wait while another process uses `scratch`: a killed `dvc` leaves its stage running, and
-    that one would move the folder away under the next. The lock goes with its process."""
+def _sole_user(scratch: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Wait while another run uses `scratch`: a killed `dvc` leaves its stage running, and that one
+    would move the folder away under the next. The lock goes with its process, the first rank."""
+    if not ranks.leads:
+        ranks.wait()
+        yield
+        return
     with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another run of this extraction ({stream.name})", file=sys.stderr)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        ranks.wait()
         yield
 
 
@@ -194,12 +213,14 @@ def _pending(plan: Plan, scratch: Path, shard: int) -> dict[str, StoreWriter]:
     return {slot: writer for slot, writer in writers.items() if not writer.has(shard)}
 
 
-def _follow(name: str, finished: Iterable[int], plan: Plan, left: int) -> None:
+def _follow(name: str, finished: Iterable[int], plan: Plan, left: int, ranks: Ranks) -> None:
     """Wait for all tasks, each of which gives its number of clips, with a bar and the time left."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # of a log, one line every ten seconds
-    total = len(plan.clips)
-    initial = max(0, total - left)
-    with tqdm(total=total, initial=initial, desc=name, unit="clip", mininterval=interval) as bar:
+    total = max(len(plan.clips) // ranks.size, left)
+    with tqdm(
+        total=total, initial=total - left, desc=name, unit="clip", mininterval=interval,
+        disable=not ranks.leads,
+    ) as bar:  # fmt: skip
         for clips in finished:
             bar.update(clips)
 

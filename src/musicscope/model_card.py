@@ -33,7 +33,7 @@ folder = "data/models/{name}"
 processor = AutoProcessor.from_pretrained(folder)
 model = MusicgenForConditionalGeneration.from_pretrained(folder, dtype="float32")
 inputs = processor(text=["guitar and drums"], return_tensors="pt", padding=True)
-audio = model.generate(**inputs, do_sample=True, guidance_scale=3.0, max_new_tokens={tokens})
+audio = model.generate(**inputs, do_sample=True, max_new_tokens={tokens})
 ```
 
 **Limits.** Instrumental General MIDI sounds only, from a codec and a decoder trained for minutes on

@@ -22,7 +22,7 @@ from transformers import (
 from musicscope.artifacts import atomic_dir, read_json, write_json, write_text
 from musicscope.clips import FAMILIES
 from musicscope.codec_training import CodecConfig, train_codec
-from musicscope.config import DecoderSize, Pretrain
+from musicscope.config import Pretrain
 from musicscope.corpus import make_clip
 from musicscope.decoder_training import DecoderConfig, build_musicgen, train_decoder
 from musicscope.embedded import FONTS, load_splits, load_synths
@@ -156,11 +156,14 @@ def encode_captions(
 
 
 def get_decoder(
-    folder: Path, name: str, size: DecoderSize, codec: EncodecModel, text: T5EncoderModel,
-    tokenizer: T5Tokenizer, corpus: np.ndarray, steps: int, seed: int, processes: int,
+    folder: Path, name: str, settings: Pretrain, codec: EncodecModel, text: T5EncoderModel,
+    tokenizer: T5Tokenizer, corpus: np.ndarray, seed: int, processes: int,
 ) -> MusicgenForConditionalGeneration:  # fmt: skip
     """A whole MusicGen whose decoder is trained on the corpus."""
-    config = DecoderConfig(size.width, size.layers, size.heads, steps)
+    size, steps = settings.size(name), settings.decoder_steps
+    config = DecoderConfig(
+        size.width, size.layers, size.heads, steps, guidance_scale=settings.guidance_scale
+    )
     model = build_musicgen(codec, text, config, seed)
     codes = get_codes(folder, len(corpus), processes)
     captions = [row["caption"] for row in read_json(folder / "rows.json")]

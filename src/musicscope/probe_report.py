@@ -11,15 +11,17 @@ from matplotlib.figure import Figure
 from musicscope import plots, stats
 from musicscope.artifacts import seed_for, write_text
 from musicscope.pooling import Pools
-from musicscope.probes import (
+from musicscope.probe_clips import (
     CLASS_SETS,
     HELDOUT_FONT,
     MAIN,
     PAIR_SETS,
     TRAIN_FONT,
     clip_sets,
-    rank_features,
+    known_sets,
+    label_matrix,
 )
+from musicscope.probes import rank_features
 
 LABELS = {
     "sae": "SAE",
@@ -74,9 +76,9 @@ def feature_table(
     `probes.run_probes`) chose; `difference` is in standard deviations of the pooled code
     (negative: fires less with the concept); AUROC is of the raw pooled code times that sign.
     """
-    has = rows[f"has_{concept}"].to_numpy(bool)
+    has = label_matrix(rows, [concept])[0][:, 0]
     pooling = result["concepts"][concept]["sae"]["pooling"]
-    sets, seed = clip_sets(rows), seed_for(seed, "probe", "bootstrap")
+    sets, seed = known_sets(rows, clip_sets(rows), concept), seed_for(seed, "probe", "bootstrap")
     groups, codes, train = rows["group"].to_numpy(str), pools[pooling], sets["train"]
     order, difference = rank_features(codes[train], has[train])
     records = []
@@ -109,7 +111,7 @@ def plot_probes(table: pd.DataFrame, title: str, concept: str = MAIN) -> Figure:
     for series, clip_set in enumerate(sets):
         part = table.loc[clip_set]
         bars, curve = part.loc[names], part.loc[sparse]
-        label = SET_LABELS[clip_set]
+        label = SET_LABELS[clip_set] if len(sets) > 1 else "unheard compositions"
         plots.interval_bars(
             axes[0], labels, bars["auroc"], bars["ci_low"], bars["ci_high"],
             colour=plots.COLOURS[series], offset=0.42 * (series - (len(sets) - 1) / 2), width=0.4,

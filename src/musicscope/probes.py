@@ -22,55 +22,15 @@ from musicscope import stats
 from musicscope.artifacts import seed_for
 from musicscope.logistic import Standardiser, fit_logistic
 from musicscope.pooling import Pools
-
-TRAIN_FONT, HELDOUT_FONT = "timgm6mb", "fluidr3mono"
-MAIN = "guitar"
-"""The concept of the headline numbers: always probed, and the only one with matched pairs."""
-CLASS_SETS = ("test", "heldout_font")
-PAIR_SETS = {f"pairs_{font}": font for font in (TRAIN_FONT, HELDOUT_FONT)}
-
-
-def clip_sets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Positions in a clip table of train, validation, test, heldout_font and the pair sets.
-
-    Probes learn from, and are chosen on, the training soundfont only. Compositions of the test
-    sets must not occur in train or validation.
-    """
-    clip, font = rows["kind"] == "clip", rows["font"]
-    masks = {s: clip & (font == TRAIN_FONT) & (rows["split"] == s) for s in ("train", "validation")}
-    test = rows["split"] == "test"
-    masks["test"] = clip & (font == TRAIN_FONT) & test
-    masks["heldout_font"] = clip & (font == HELDOUT_FONT) & test
-    for name, of in PAIR_SETS.items():
-        masks[name] = (rows["kind"] == "pair") & (font == of) & test
-    sets = {name: np.flatnonzero(mask) for name, mask in masks.items()}
-    learnt = set(rows["group"].iloc[np.concatenate([sets["train"], sets["validation"]])])
-    if shared := sorted(learnt & set(rows["group"][test])):
-        raise ValueError(f"composition {shared[0]!r} is both in test and in train or validation")
-    return sets
-
-
-def select_concepts(
-    rows: pd.DataFrame, sets: dict[str, np.ndarray], concepts: Sequence[str], least: int
-) -> tuple[list[str], dict[str, int]]:
-    """Concepts with at least `least` clips of either class in train and in test; and the others
-    with their smallest class. Guitar stays whenever it can be fitted and scored at all."""
-    chosen, skipped = [], {}
-    for concept in concepts:
-        has = rows[f"has_{concept}"].to_numpy(bool)
-        sizes = {s: min(has[sets[s]].sum(), (~has[sets[s]]).sum()) for s in sets}
-        enough = min(sizes["train"], sizes["test"])
-        needed = 1 if concept == MAIN else least
-        if enough >= needed and sizes["validation"] >= 1:
-            chosen.append(concept)
-        elif concept == MAIN:
-            raise ValueError(
-                f"train, validation or test has no clip with, or none without, {MAIN}: raise "
-                "prepare_data.timgm6mb_clips"
-            )
-        else:
-            skipped[concept] = int(enough)
-    return chosen, skipped
+from musicscope.probe_clips import (
+    CLASS_SETS,
+    MAIN,
+    PAIR_SETS,
+    clip_sets,
+    known_blocks,
+    label_matrix,
+    select_concepts,
+)
 
 
 @dataclass(frozen=True)
@@ -231,19 +191,52 @@ def run_probes(
     `representations` must hold "sae" and "dense"; their rows are those of `rows`. A concept's
     entry also has "shuffled" (SAE probes of `null_seeds` label shuffles, averaged), "k_sparse"
     and, for each other representation, "sae_minus_<representation>". `workers` threads share the
-    concepts; the numbers do not depend on how many.
+    concepts; the numbers do not depend on how many. A concept's numbers are of the clips whose
+    label is known; where some are not, "unknown" has {concept: {set: clips left out}}.
     """
     sets = clip_sets(rows)
     concepts, skipped = select_concepts(rows, sets, concepts, min_positive)
-    labels = rows[[f"has_{c}" for c in concepts]].to_numpy(bool)
+    has, known = label_matrix(rows, concepts)
+    tables, unknown = {}, {}
+    for _, columns in known_blocks(known):
+        names = [concepts[j] for j in columns]
+        told = {name: at[known[at, columns[0]]] for name, at in sets.items()}
+        evaluate = Evaluator(rows, told, n_bootstrap, seed)
+        tables |= _probe_known(
+            evaluate, representations, names, has[:, columns], k, c_grid, null_seeds, seed, workers
+        )
+        if left := {s: len(at) - len(told[s]) for s, at in sets.items() if len(at) > len(told[s])}:
+            unknown |= dict.fromkeys(names, left)
+    result = {
+        "clips": {name: len(at) for name, at in sets.items()},
+        "skipped": skipped,
+        "concepts": {concept: tables[concept] for concept in concepts},
+    }
+    return result | (
+        {"unknown": {c: unknown[c] for c in concepts if c in unknown}} if unknown else {}
+    )
+
+
+def _probe_known(
+    evaluate: Evaluator,
+    representations: dict[str, Pools],
+    concepts: Sequence[str],
+    labels: np.ndarray,
+    k: Sequence[int],
+    c_grid: Sequence[float],
+    null_seeds: int,
+    seed: int,
+    workers: int,
+) -> dict[str, Any]:
+    """{concept: entry} of concepts whose labels [clips, concepts] are known in all the sets."""
+    sets = evaluate.sets
     train, validation = sets["train"], sets["validation"]
-    groups = rows["group"].to_numpy(str)[train]
+    groups = evaluate.groups[train]
     shuffles = [
         stats.permute_labels(labels[train], groups, seed_for(seed, "probe", "null", i))
         for i in range(null_seeds)
     ]
-    m, evaluate = len(concepts), Evaluator(rows, sets, n_bootstrap, seed)
-    fits = {}
+    m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
         targets = [labels[train], *(shuffles if name == "sae" else [])]
@@ -275,9 +268,4 @@ def run_probes(
         return entry
 
     with ThreadPoolExecutor(workers) as pool:
-        tables = dict(zip(concepts, pool.map(table, range(m)), strict=True))
-    return {
-        "clips": {name: len(at) for name, at in sets.items()},
-        "skipped": skipped,
-        "concepts": tables,
-    }
+        return dict(zip(concepts, pool.map(table, range(m)), strict=True))

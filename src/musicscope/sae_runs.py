@@ -21,14 +21,14 @@ import torch
 from musicscope import plots
 from musicscope import sae_metrics as metrics
 from musicscope.artifacts import seed_for, sha256, write_text
+from musicscope.clips import HELD_OUT_FONT, ClipStore, main_clips
 from musicscope.parallel import workers
 from musicscope.sae import TopKSAE
 from musicscope.sae_training import CALIBRATION_BATCHES, SAEConfig, Trained, live_logger, train
 from musicscope.store import ActivationStore
 
-TRAIN = {"split": "train", "font": "timgm6mb", "kind": "clip"}
-TEST = {**TRAIN, "split": "test"}
-HELDOUT_FONT = {**TEST, "font": "fluidr3mono"}
+TRAIN, TEST = "train", "test"
+HELDOUT_FONT = "heldout_font"
 BOOTSTRAP = 1000
 
 
@@ -107,12 +107,16 @@ def scratch_key(store: ActivationStore, config: SAEConfig, seeds: list[int]) -> 
     return {"store": store.manifest["sha256"], **asdict(config), "seeds": seeds, "code": code}
 
 
-def mask(store: ActivationStore, wanted: dict[str, str]) -> np.ndarray:
-    """Clips [n] whose columns equal `wanted`."""
-    return np.logical_and.reduce([(store.rows[c] == v).to_numpy() for c, v in wanted.items()])
+def mask(store: ActivationStore, wanted: str) -> np.ndarray:
+    """Clips, bool [n], of TRAIN or TEST, or test clips of HELDOUT_FONT (recordings have none)."""
+    rows = store.rows
+    if wanted == HELDOUT_FONT:
+        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
+        return (held_out & (rows["split"] == "test")).to_numpy()
+    return np.isin(np.arange(len(rows)), main_clips(rows, wanted))
 
 
-def _clips(store: ActivationStore, wanted: dict[str, str]) -> Iterator[np.ndarray]:
+def _clips(store: ActivationStore, wanted: str) -> Iterator[np.ndarray]:
     return (store.clip(int(i)) for i in np.flatnonzero(mask(store, wanted)))
 
 
@@ -141,8 +145,7 @@ def run(job: Job) -> Outcome:
 
 def run_cross_entropy(job: CrossEntropyJob) -> dict[str, np.ndarray]:
     """See sae_metrics.cross_entropies; the captions are given if they were for the store."""
-    from musicscope.clips import ClipStore  # pandas' parquet and transformers are slow to import
-    from musicscope.models import load_model
+    from musicscope.models import load_model  # transformers are slow to import
 
     store, clips = ActivationStore.open(job.store), ClipStore.open(job.clips)
     model = load_model(job.model, job.device)

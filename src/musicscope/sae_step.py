@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae import largest_k
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -62,6 +63,8 @@ class Aux(NamedTuple):
     """how many of them reconstruct each residual"""
     weight: float
     """of the loss; 1/32 in the paper"""
+    ranks: Ranks = ALONE
+    """whose residuals' variance counts"""
 
 
 class Result(NamedTuple):
@@ -115,7 +118,7 @@ def _aux(
     codes.relu_()
     W_dec = weights.W_dec[aux.dead]
     miss = codes @ W_dec - error
-    variance = (error - error.mean(0)).square_().sum()
+    variance = aux.ranks.squares(error)
     loss = (miss.square().sum() / variance).nan_to_num(0.0)
     grad = miss * (2 * aux.weight / variance).nan_to_num(0.0, 0.0, 0.0)
     dz = (grad @ W_dec.T) * (codes > 0)
@@ -207,21 +210,27 @@ def step(
     aux_k: int = 0,
     aux_weight: float = 0.0,
     dead_after: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """One step on x [B, d] in place: gradients, fused Adam, decoder rows back to unit norm.
 
     As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first (it
     could only change the norm), and rows are normalised after the update, so that what is saved
     is of unit norm. Latents that fired for none of the last `dead_after` frames are dead.
+
+    With several `ranks` x is this rank's equal part of the batch; all end with the same state, that
+    of one process with the whole batch but for the order of its sums (batchtopk: and for keeping k
+    B latents in each part).
     """
     weights, aux = state.weights, None
     if dead_after is not None and aux_weight > 0:
         dead = (state.unfired >= dead_after).nonzero().squeeze(1)
-        aux = Aux(dead, min(aux_k, len(dead)), aux_weight)
+        aux = Aux(dead, min(aux_k, len(dead)), aux_weight, ranks)
     shape = (len(x), len(weights.b_enc))
     if state.scratch is None or state.scratch.shape != shape:
         state.scratch = x.new_empty(shape)
     result = gradients(weights, x, k, activation, aux, state.scratch)
+    ranks.average_(*result.gradients, result.loss, result.aux_loss)
     along = torch.einsum("fd,fd->f", result.gradients.W_dec, weights.W_dec)
     result.gradients.W_dec.addcmul_(along.unsqueeze(1), weights.W_dec, value=-1)
     for weight, gradient in zip(weights, result.gradients, strict=True):
@@ -230,6 +239,7 @@ def step(
         group["lr"] = lr
     state.optimizer.step()
     weights.W_dec.div_(torch.linalg.vector_norm(weights.W_dec, dim=1, keepdim=True))
-    state.unfired += len(x)
+    state.unfired += len(x) * ranks.size
     state.unfired[result.codes.columns[result.codes.values > 0].long()] = 0
+    ranks.minimum_(state.unfired)
     return result

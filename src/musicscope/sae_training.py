@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from musicscope.artifacts import seed_for
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae import TopKSAE
 from musicscope.sae_step import State, initial_state, step
 from musicscope.store import ActivationStore
@@ -81,12 +82,15 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
     on_log: Callable[[dict[str, float]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train on the frames of the clips in mask `select` (default: split train).
 
     Inputs are centred by the store's exact per-dimension mean and divided by one number, the
     root mean square of its standard deviations. With `checkpoint` (a file) the state is saved
     there every so many steps and taken up again; `on_log` also gets the rows before a resume.
+    Several `ranks` share every batch evenly and find the same SAE, to the tolerance of floating
+    point (see sae_step.step); the first of them keeps the checkpoint, which all read.
     FloatingPointError when the loss is not finite.
     """
     mean = torch.tensor(store.mean, dtype=torch.float32, device=device)
@@ -96,6 +100,9 @@ def train(
     start = 0
     if checkpoint is not None and checkpoint.exists():
         start, history = _load_checkpoint(checkpoint, state)
+    ranks.wait()  # none may write a newer one while another still reads
+    if not ranks.leads:
+        checkpoint = None
     for row in history if on_log else []:
         on_log(row)
 
@@ -104,8 +111,9 @@ def train(
 
     log_every = max(1, config.steps // LOG_ROWS)
     batches = store.train_batches(
-        config.batch_size, seed_for(seed, "order"), config.samples, select, start_step=start
-    )
+        config.batch_size, seed_for(seed, "order"), config.samples, select, start_step=start,
+        rows=ranks.rows(config.batch_size),
+    )  # fmt: skip
     for number, batch in enumerate(batches, start):
         result = step(
             state,
@@ -116,6 +124,7 @@ def train(
             aux_k=round(config.aux_k_fraction * store.width),
             aux_weight=config.aux_weight,
             dead_after=config.dead_after_samples,
+            ranks=ranks,
         )
         if number % log_every == 0 or number == config.steps - 1:
             history.append(_row(state, result, number, config))

@@ -214,6 +214,7 @@ class ActivationStore:
         *,
         start_step: int = 0,
         buffer_mb: float = 256.0,
+        rows: slice | None = None,
     ) -> Iterator[np.ndarray]:
         """Shuffled rows, float32 [batch_size, width], ``samples // batch_size`` batches in all.
 
@@ -228,7 +229,8 @@ class ActivationStore:
         window plus one batch, however many clips there are.
 
         The orders depend on (seed, epoch) alone: ``start_step=n`` gives exactly what an unbroken
-        run gives from batch n on, without reading what comes before.
+        run gives from batch n on, without reading what comes before. With `rows`, a slice from
+        start to stop, only those rows of each batch are read and given.
         """
         chosen = self.split == "train" if select is None else np.asarray(select)
         if chosen.dtype != bool or chosen.shape != (len(self),):
@@ -241,7 +243,10 @@ class ActivationStore:
         if batch_size < 1 or steps < 1:
             raise StoreError(f"{samples} samples give no batch of {batch_size}")
         limit = buffer_mb * 2**20 / (self.width * STORAGE[self.dtype].itemsize)
-        return self._stream(members, counts, limit, batch_size, seed, start_step, steps, total)
+        part = rows or slice(0, batch_size)
+        return self._stream(
+            members, counts, limit, batch_size, part, seed, start_step, steps, total
+        )
 
     def _stream(
         self,
@@ -249,13 +254,14 @@ class ActivationStore:
         counts: np.ndarray,
         limit: float,
         batch_size: int,
+        part: slice,
         seed: int,
         step: int,
         steps: int,
         total: int,
     ) -> Iterator[np.ndarray]:
         epoch, skip = divmod(step * batch_size, total)
-        batch, filled = np.empty((batch_size, self.width), np.float32), 0
+        batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
         while step < steps:
             rng = np.random.default_rng(artifacts.seed_for(seed, "shuffle", epoch))
             for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
@@ -268,7 +274,11 @@ class ActivationStore:
                 position, skip = skip, 0
                 while position < len(order):
                     take = order[position : position + batch_size - filled]
-                    batch[filled : filled + len(take)] = decode(buffer[take], self.dtype)
+                    first, stop = max(filled, part.start), min(filled + len(take), part.stop)
+                    if first < stop:
+                        batch[first - part.start : stop - part.start] = decode(
+                            buffer[take[first - filled : stop - filled]], self.dtype
+                        )
                     position, filled = position + len(take), filled + len(take)
                     if filled == batch_size:
                         yield batch

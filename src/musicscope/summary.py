@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from musicscope import plots
+from musicscope import match_report, maximization_report, plots, usae_metrics
 from musicscope.artifacts import read_json
 
 SAE_KEYS = ("explained_variance", "dead_fraction", "ce_recovered", "l0", "stability")
@@ -91,7 +91,8 @@ def summarize(
 
     ``<model>.ablate.top_layer``; ``<model>.sae.<slot>.<SAE_KEYS>``;
     ``<model>.probe.<slot>.guitar.<GUITAR_KEYS>``; ``data.trivial_cue_auroc.*``; and, where they
-    are (pretraining is frozen), ``pretrain.codec.*`` and ``pretrain.<model>.*``.
+    are (pretraining is frozen), ``pretrain.codec.*`` and ``pretrain.<model>.*``; and what
+    `shared_numbers` gives.
     """
     metrics = Path(metrics)
     summary: dict[str, Any] = {}
@@ -114,7 +115,26 @@ def summarize(
             summary |= flatten(read_json(path), f"pretrain.{name}.")
     data = _read(metrics / "prepare_data.json", "prepare_data")
     cues = _lookup(data, "trivial_cue_auroc", metrics / "prepare_data.json", "prepare_data")
-    return summary | flatten(cues, "data.trivial_cue_auroc.")
+    return summary | flatten(cues, "data.trivial_cue_auroc.") | shared_numbers(models, metrics)
+
+
+def shared_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
+    """What spans models: ``usae.*``, ``crosscoder.*``, ``match.*``, ``maximize.<model>.*``.
+
+    The stages' own modules say which of their numbers these are. ``maximize.shared.*`` is of
+    features maximised in all models at once.
+    """
+    found: dict[str, Any] = {}
+    for name in ("usae", "crosscoder"):
+        numbers = _read(metrics / f"train_{name}.json", f"train_{name}")
+        found |= {f"{name}.{k}": v for k, v in usae_metrics.summary_keys(numbers).items()}
+    found |= match_report.summary_keys(_read(metrics / "match_features.json", "match_features"))
+    for model in models:
+        path = metrics / "maximize_activation" / f"{model}.json"
+        numbers = _read(path, f"maximize_activation@{model}")
+        found |= maximization_report.summary_keys(numbers, model)
+    numbers = _read(metrics / "maximize_shared.json", "maximize_shared")
+    return found | maximization_report.summary_keys(numbers, "shared")
 
 
 def summary_table(

@@ -74,6 +74,12 @@ def _element(hint: Any) -> type:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
 
 
+def _entries(hint: Any) -> type | None:
+    """The dataclass of a list of sections, ``tuple[Section, ...]``; None for any other field."""
+    of = _element(hint)
+    return of if of is not hint and dataclasses.is_dataclass(of) else None
+
+
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """All (full key, field, type) below `cls` that are not sections themselves."""
     for field in dataclasses.fields(cls):
@@ -85,6 +91,9 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def _allowed(field: dataclasses.Field, hint: Any) -> str:
+    if entries := _entries(hint):
+        keys = ", ".join(f.name for f in dataclasses.fields(entries))
+        return f"a list of sections with the keys {keys}"
     kind = TYPE_NAMES[_element(hint)]
     if typing.get_origin(hint) is tuple:
         kind = f"a list, each entry {kind}"
@@ -114,6 +123,10 @@ def _check_shape(raw: Any, cls: type, path: str, root: type, prefix: str = "") -
             raise ParamsError(
                 f"{path}: {full} = {value!r} has the wrong type: allowed is {allowed}"
             )
+        if entries := _entries(hint):
+            for index, entry in enumerate(value):
+                _check_shape(entry, entries, path, root, f"{full}[{index}].")
+            continue
         if any(
             "${" in v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)
         ):
@@ -135,11 +148,17 @@ def _build(raw: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> An
     values = {
         key: _build(raw[key], hint, path, f"{prefix}{key}.") for key, hint in sections.items()
     }
+    for key, entries in ((key, _entries(hint)) for key, hint in types.items()):
+        if entries:
+            values[key] = tuple(
+                _build(entry, entries, path, f"{prefix}{key}[{index}].")
+                for index, entry in enumerate(raw[key])
+            )
     node = OmegaConf.structured(cls)
     OmegaConf.set_readonly(node, False)  # a frozen dataclass gives a node that takes no values
     for field in dataclasses.fields(cls):
         key, hint = field.name, types[field.name]
-        if key in sections:
+        if key in values:
             continue
         try:
             node.merge_with({key: raw[key]})
@@ -153,13 +172,17 @@ def _build(raw: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> An
     return cls(**values)
 
 
-def _check_ranges(typed: Any, path: str) -> None:
-    for full, field, hint in _leaves(type(typed)):
-        value = functools.reduce(getattr, full.split("."), typed)
-        allowed = _allowed(field, hint)
+def _check_ranges(typed: Any, path: str, prefix: str = "") -> None:
+    for key, field, hint in _leaves(type(typed)):
+        value = functools.reduce(getattr, key.split("."), typed)
+        full, allowed = f"{prefix}{key}", _allowed(field, hint)
         is_tuple = isinstance(value, tuple)
         if is_tuple and not value:
             raise ParamsError(f"{path}: {full} is empty: allowed is {allowed}, at least one")
+        if _entries(hint):
+            for index, entry in enumerate(value):
+                _check_ranges(entry, path, f"{full}[{index}].")
+            continue
         ok = field.metadata.get("ok", lambda _: True)
         for index, entry in enumerate(value if is_tuple else (value,)):
             if not ok(entry):

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from musicscope.artifacts import read_json
+from musicscope.models import audiocraft_compat  # noqa: F401 (its guard: before transformers)
+
 Hook = Callable[[Tensor, Tensor], Tensor]
 """(activations [rows, S, d], positions [S]) -> activations of the same shape.
 
 Called with the output of one hook point; what it returns goes on to the next layer. `positions`
-are sequence positions (frame t is position t + 1, the start column position 0): in teacher
-forcing 0..S-1, in generation the one position of the step. A hook must not write into its
-argument. See `MusicModel.conditional_rows` for guided generation.
+are frame labels: frame t is t + 1, anything that is no frame is 0 or less, or beyond T. In teacher
+forcing they are of all S positions, in generation of the one position of the step. A hook must not
+write into its argument. See `MusicModel.conditional_rows` for guided generation.
 """
 
 
@@ -41,7 +44,8 @@ class Batch:
     codes: Tensor
     """[B, K, T] int64, frame by frame (no delay, no start column)."""
     text: Tensor
-    """[B, L, d_text] text states; all zero for a clip without a caption."""
+    """[B, L, d_text] text states; all zero for a clip without a caption. YuE keeps prompt ids
+    [B, L] here, padded on the left."""
     text_mask: Tensor
     """[B, L] int64, 1 where `text` counts; all zero for a clip without a caption."""
     captions: tuple[str | None, ...]
@@ -68,6 +72,11 @@ class MusicModel(Protocol):
     conditional_rows: slice
     """Rows conditioned on the caption in what hooks are being given: the first half of
     [conditional; unconditional] during guided generation, else all."""
+    num_position_groups: int
+    """G: kinds of positions that have a mean of their own in mean ablation."""
+
+    def position_groups(self, batch: Batch) -> Tensor:
+        """[B, S] int64 in 0..G-1: the kind of each position (1: a frame); -1: in no mean."""
 
     def encode(self, audio: Tensor | np.ndarray, captions: Sequence[str | None]) -> Batch:
         """Audio [B, n] at `sample_rate` and captions (None: unconditional) to a batch."""
@@ -99,11 +108,53 @@ class MusicModel(Protocol):
         seconds: float,
         seed: int,
         hooks: dict[str, Hook] | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int = 250,
     ) -> tuple[Tensor, Tensor]:
         """Audio [B, n] and codes [B, K, T]."""
+
+
+def _load_musicgen(source: Path, **options: Any) -> MusicModel:
+    from musicscope.models.musicgen import MusicgenModel
+
+    return MusicgenModel.load(source, **options)
+
+
+def _load_audiocraft(source: Path, **options: Any) -> MusicModel:
+    from musicscope.models.audiocraft import AudiocraftModel
+
+    return AudiocraftModel.load(source, **options)
+
+
+def _load_rave(source: Path, **options: Any) -> Any:
+    from musicscope.models.rave import RaveModel
+
+    return RaveModel.load(source, **options)
+
+
+def _load_yue(source: Path, **options: Any) -> MusicModel:
+    from musicscope.models.yue import YueModel
+
+    return YueModel.load(source, **options)
+
+
+def _model_type(config: dict[str, Any]) -> str:
+    return str(config.get("model_type", ""))
+
+
+Detect = Callable[[Path, dict[str, Any]], bool]
+"""(folder or file, its config.json, {} if there is none) -> whether it is one of this system."""
+Load = Callable[..., MusicModel]
+"""(folder or file, device=, dtype=, **options) -> the model."""
+
+SYSTEMS: dict[str, tuple[Detect, Load]] = {
+    "musicgen": (lambda path, config: _model_type(config).startswith("musicgen"), _load_musicgen),
+    "audiocraft": (lambda path, config: (path / "state_dict.bin").is_file(), _load_audiocraft),
+    "rave": (lambda path, config: path.suffix == ".ts" or any(path.glob("*.ts")), _load_rave),
+    "yue": (lambda path, config: _model_type(config) == "llama", _load_yue),
+}
+"""Model families in the order in which a folder is asked; the first that knows it loads it."""
 
 
 def load_model(
@@ -111,20 +162,48 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    system: str | None = None,
+    **options: Any,
 ) -> MusicModel:
-    """Load a model by folder, by name under data/models, or by hub id ("owner/model").
+    """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
-    `dtype` is that of text encoder and decoder; the codec stays in float32. `revision` pins a hub
-    id to a commit or tag. FileNotFoundError says what was looked for.
+    What the folder holds decides the family (`SYSTEMS`); `system` names one where it holds two (the
+    MusicGen hub pages hold transformers' files and audiocraft's). `dtype` is that of the decoder;
+    codec and text encoder stay in float32. `revision` pins a hub id to a commit or tag and is
+    needed there. `options` go to the family's loader, such as `device_map` of MusicGen.
+
+    FileNotFoundError says what was looked for, ValueError what is not supported.
     """
-    folder = next((p for p in (Path(name), Path("data/models") / name) if p.is_dir()), None)
-    if folder is None and str(name).count("/") != 1:
-        raise FileNotFoundError(
-            f"no model folder {name} or data/models/{name}; run from the repository's root, fetch "
-            "the weights (git checkout data/models, or dvc pull) or give a hub id owner/model"
-        )
-    if folder is not None and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: not a save_pretrained folder")
-    from musicscope.models.musicgen import MusicgenModel
+    path = next((p for p in (Path(name), Path("data/models") / name) if p.exists()), None)
+    on_hub = path is None
+    if on_hub:
+        if str(name).count("/") != 1:
+            raise FileNotFoundError(
+                f"no model folder {name} or data/models/{name}; run from the repository's root, "
+                "fetch the weights (git checkout data/models, or dvc pull) or give a hub id "
+                "owner/model"
+            )
+        from musicscope.models import hub
 
-    return MusicgenModel.load(folder or str(name), torch.device(device), dtype, revision)
+        system = system or _detect(hub.fetch(str(name), revision, ("config.json",)))
+        path = hub.fetch_model(str(name), revision, system)
+    system = system or _detect(path)
+    if system not in SYSTEMS:
+        raise ValueError(f"no system {system!r}; known: {', '.join(SYSTEMS)}")
+    model = SYSTEMS[system][1](path, device=torch.device(device), dtype=dtype, **options)
+    if on_hub:
+        model.name = Path(name).name  # a folder in the hub's cache is called after its commit
+    return model
+
+
+def _detect(path: Path) -> str:
+    file = path / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    for name, (detect, _) in SYSTEMS.items():
+        if detect(path, config):
+            return name
+    raise FileNotFoundError(
+        f"{path} holds no model of {', '.join(SYSTEMS)}: config.json is "
+        f"{'of type ' + repr(_model_type(config)) if config else 'missing'}; give a "
+        "save_pretrained folder or a checkpoint folder, or name one of these as `system`"
+    )

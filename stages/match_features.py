@@ -1,0 +1,57 @@
+"""Common, own and unmatched features of all models: metrics/match_features.json,
+data/features/{features,top_clips}.parquet and plots/match_features/.
+
+Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls.
+Reads data/clips, data/usae/seed-0 and, for every model in params.yaml, its folders
+data/activations/<model>/<slot> and data/sae/<model>/<slot>.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+
+from musicscope import feature_table, match_report, match_run
+from musicscope.artifacts import write_json
+from musicscope.clips import ClipStore
+from musicscope.config import load_params
+from musicscope.sae import TopKSAE
+from musicscope.store import ActivationStore
+from musicscope.usae import UniversalSAE
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    params = load_params()
+    section, device = params.match_features, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = match_run.Settings(
+        **asdict(section), fire_threshold=params.train_usae.fire_threshold, seed=params.seed,
+        workers=params.compute.processes, device=device,
+    )  # fmt: skip
+
+    clips, slot, subjects = ClipStore.open("data/clips"), section.slot, []
+    for model in params.models:
+        store = ActivationStore.open(f"data/activations/{model}/{slot}")
+        folders = [f"data/sae/{model}/{slot}/seed-{i}" for i in range(params.train_sae.seeds)]
+        saes = [TopKSAE.load(folder, device) for folder in folders]
+        subjects.append(match_run.Subject(model, store, saes))
+    usae = UniversalSAE.load("data/usae/seed-0", device)
+    match_run.check(subjects, usae, clips.rows, slot)
+    at = match_run.clip_positions(clips.rows)
+    found = match_run.compare(subjects, usae, clips.rows, at, settings)
+    frame_rate = float(subjects[0].store.frames[0]) * clips.sample_rate / clips.samples
+    features, top, skipped = match_run.describe_features(
+        found, subjects, usae, clips.rows, at, frame_rate, settings
+    )
+    metrics = match_report.metrics(found, features, skipped, at, settings)
+    feature_table.write("data/features", features, top)
+    match_report.write_plots("plots/match_features", found, section.threshold)
+    write_json("metrics/match_features.json", metrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What chosen features of one model answer to: data/maximize_activation/<model>.
+
+Best moments of real clips, and token sequences searched for under the model's own prior, as audio
+with index.json. Reads data/features, data/activations, data/sae, data/usae, data/models and
+data/clips; writes metrics and plots/maximize_activation/<model>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+
+import torch
+
+from musicscope import maximization, maximization_jobs, maximization_report, maximization_run
+from musicscope.clips import ClipStore
+from musicscope.config import load_params
+from musicscope.extraction import folder_sha256
+from musicscope.feature_choice import Latent, choose, read_features
+from musicscope.store import ActivationStore
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    name = parser.parse_args().model
+    params = load_params()
+    section, device = params.maximize_activation, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = params.compute.processes if device == "cpu" else 1
+    torch.set_num_threads(1)  # the work is parallel over clips and searches instead
+
+    table = read_features("data/features/features.parquet")
+    counts = (section.universal, section.specific, section.concepts)
+    latents = choose(table, params.models, name, counts)
+    if not latents:
+        sys.exit(f"data/features has no live feature of {name}: run dvc repro match_features")
+    latents += [Latent("direction", (i,), "direction") for i in range(section.directions)]
+    open_run = functools.partial(
+        maximization.open_instruments, (name,), device, params.seed, with_sae=True
+    )
+    (instrument,), clips = open_run(), ClipStore.open("data/clips")
+    store = ActivationStore.open(f"data/activations/{name}/{instrument.usae.slot}")
+    plan = maximization_jobs.make_plan(
+        section, latents, (instrument,), ("prior", "clip", "free", "heard"), params.seed
+    )
+    sha256 = folder_sha256("data/clips")
+    result = maximization_run.run(plan, open_run, (store,), clips, sha256, processes)
+    maximization_report.write(
+        result, f"maximize_activation/{name}", clips, instrument.model, section.bootstrap
+    )
+
+
+if __name__ == "__main__":
+    main()

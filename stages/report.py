@@ -1,0 +1,36 @@
+"""The report: data/report/report.html, one page of tables, charts and feature cards with sound.
+
+It needs no network and nothing beside it. Reads metrics and plots of all stages, data/features,
+data/maximize_activation, data/maximize_shared, and for the cards data/clips, data/activations,
+data/sae and data/usae. A part that is not there is left out with a note.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from musicscope.artifacts import write_text
+from musicscope.config import load_params
+from musicscope.report import build
+from musicscope.report_data import Sources
+
+OUT = "data/report/report.html"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    params = load_params()
+    section = params.report
+    torch.set_num_threads(1)  # the clips of the cards are few and short
+    rendered = params.prepare_data.source == "embedded"
+    sources = Sources(Path("."), params.models, params.slots, rendered)
+    text = build(sources, section.cards, section.moments, section.seconds)
+    write_text(OUT, text)
+    print(f"{OUT}: {len(text.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

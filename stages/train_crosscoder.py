@@ -1,0 +1,40 @@
+"""Crosscoders over all models of params.yaml: data/crosscoder/{seed,mispaired}-<i>.
+
+Trains on timgm6mb clips of split train, paired by (clip id, frame); evaluates on split test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+import torch
+
+from musicscope import artifacts, usae_plots, usae_runs, usae_training
+from musicscope.config import load_params
+from musicscope.sae_runs import sole_user
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    params = load_params()
+    section, device = params.train_crosscoder, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(params.compute.threads)
+    plan = usae_runs.plan_of(
+        section, usae_training.CROSSCODER, params.models, section.slot, params.seed, device
+    )
+    scratch = artifacts.partial_dir(usae_runs.scratch_key(plan))
+    with sole_user(scratch):
+        outcomes = usae_runs.run_all(usae_runs.jobs_of(plan, scratch), params.compute.processes)
+        found = usae_runs.report(plan, outcomes)
+        usae_plots.write_norms("plots/train_crosscoder", outcomes, plan.names)
+        usae_plots.write_loss("plots/train_crosscoder", outcomes)
+        artifacts.publish_dir(scratch / "out", "data/crosscoder")
+        artifacts.write_json("metrics/train_crosscoder.json", found)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
