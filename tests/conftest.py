@@ -28,6 +28,15 @@ CAPTIONS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def own_clips():
+    """Mapped shards are cached by path, and tests that change folder have a data/clips each."""
+    from musicscope.clips import _shard
+
+    _shard.cache_clear()
+    yield
+
+
 def build_tiny_musicgen(folder: Path, seed: int = 0) -> None:
     """Save a random 4-layer MusicGen with tokenizer and feature extractor (3,200 Hz, 50 Hz)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers

@@ -39,7 +39,7 @@ def plain(value: object) -> object:
     """Dataclasses as YAML would give them."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def test_committed_params_load_with_every_value_as_written():

@@ -319,9 +319,12 @@ def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(t
             "heard_reached_weakest_model": 0.99, "heard_beats_best_clip": 0.67,
             "heard_log_prob": -4.5, "free_reached": 2.75, "free_sound": 0.52,
             "clips_q95": 0.43, "features": 9.0, "skipped": 1.0}  # fmt: skip
-    write_metrics(tmp_path, "maximize_activation/tiny", {"headline": head})
+    features = {f"f{i}": {"role": "direction" if i > 8 else "concept"} for i in range(12)}
+    metrics = {"headline": head, "features": features}
+    write_metrics(tmp_path, "maximize_activation/tiny", metrics)
     write_metrics(tmp_path, "maximize_shared", {
-        "headline": {"heard_reached": 0.7, "alone_reached": 0.9, "transfer": 0.4,
+        "headline": {"heard_reached": 0.7, "heard_reached_low": 0.5,
+                     "heard_null_reached_high": 0.5, "alone_reached": 0.9, "transfer": 0.4,
                      "transfer_low": 0.2, "transfer_high": 0.6, "transfer_other_features": 0.31}
     })  # fmt: skip
     section = maximised_section(Sources(tmp_path, MODELS, ("top1",)))
@@ -332,15 +335,18 @@ def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(t
         for row in table.rows
     }
     assert rows["tiny: for the sound, under the prior"] == [
-        "1.12 [0.80, 1.60]", "0.38 [0.30, 0.40]", "0.22", "0.12", "0.99", "0.67", "–", "−4.50",
+        "1.12 [0.80, 1.60]", "0.38 [0.30, 0.40]", "yes", "0.22", "0.12", "0.99", "0.67", "–",
+        "−4.50",
     ]  # fmt: skip
     free = rows["tiny: for the tokens, without the prior"]
-    assert (free[0], free[1], free[6]) == ("2.75", "–", "0.52")
+    assert (free[0], free[1], free[2], free[7]) == ("2.75", "–", "–", "0.52")
     assert "tiny: for the tokens, under the prior" not in rows
     moved = rows["all models at once: for the sound in one model alone, in the other models"]
-    assert (moved[0], moved[3]) == ("0.40 [0.20, 0.60]", "0.31")
+    assert (moved[0], moved[4]) == ("0.40 [0.20, 0.60]", "0.31")
+    assert rows["all models at once: for the sound, under the prior"][2] == "no"
     assert rows["random real excerpts: 95 %"] == ["0.43", "–"]
     assert rows["features"] == ["9", "–"]
+    assert rows["directions or pairs searched as null"] == ["3", "–"]
     assert all(len(row) == len(table.columns) for table in (searches, controls)
                for row in table.rows)  # fmt: skip
 
@@ -576,18 +582,18 @@ def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, m
     (card,) = (card for card in section.cards if card.key == f"usae-{number}")
     # The best of each run by what its weakest model makes of the sound; the others folded.
     assert [m.caption for m in card.maximised] == [
-        "wide, searched from a real moment",
-        "tiny and wide, searched under the prior for its sound",
+        "wide, searched for the tokens, from a real moment",
+        "tiny and wide, searched for the sound, under the prior",
     ]
-    assert [m.caption.split(", ")[1] for m in card.others] == [
-        "searched under the prior", "searched without the prior",
-        "searched under the prior for its sound", "searched for the sound of tiny only",
-        "searched for the sound of wide only",
+    assert [m.caption.split(", ", 1)[1] for m in card.others] == [
+        "searched for the tokens, under the prior", "searched for the tokens, without the prior",
+        "searched for the sound, under the prior", "searched for the sound, in tiny alone",
+        "searched for the sound, in wide alone",
     ]  # fmt: skip
     assert [len(m.curves) for m in (*card.maximised, *card.others)] == [1, 2, 1, 1, 1, 2, 2]
     assert card.maximised[0].curves[0][2] == 1  # the second model's colour
     assert card.maximised[0].detail == (
-        "wide: sound 1.12, tokens 1.38 of its best real clip, log p a code −5.25 and −3.75"
+        "wide: sound 1.12 of its best real clip (log p a code −5.25), tokens 1.38 (log p −3.75)"
     )
     assert similarity(decoded(card.maximised[0].audio), tone(900, 0.5)) > 0.9
     # One control a model, though two runs give it, and one null a run.

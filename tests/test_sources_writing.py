@@ -377,6 +377,7 @@ def test_the_stage_makes_a_store_and_metrics_from_a_folder(tmp_path, monkeypatch
     section["source"], section["seconds"] = "folder", 0.5
     section["recordings"] |= {"folder": "mine", "sample_rate": 8000}
     params["compute"]["processes"] = 1
+    params["maximize_activation"] |= {"seconds": 0.4, "window_seconds": 0.1}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.prepare_data"])

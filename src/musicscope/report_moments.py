@@ -143,11 +143,11 @@ def _literal(text: str) -> str:
 
 
 VARIANTS = {
-    "heard": "searched under the prior for its sound",
-    "prior": "searched under the prior",
-    "clip": "searched from a real moment",
-    "free": "searched without the prior",
-    "alone": "searched for the sound of {} only",
+    "heard": "searched for the sound, under the prior",
+    "prior": "searched for the tokens, under the prior",
+    "clip": "searched for the tokens, from a real moment",
+    "free": "searched for the tokens, without the prior",
+    "alone": "searched for the sound, in {} alone",
 }
 """Variants of a search; alone-<model> is one of those, with the model for {}."""
 
@@ -185,10 +185,9 @@ def maximised_moments(
             for name in names
         ]
         reached = "; ".join(
-            f"{name}: sound {plain(piece['sound'][name], 2)}, "
-            f"tokens {plain(piece['tokens'][name], 2)} of its best real clip, log p a code "
-            f"{plain(piece['log_prob_sound'][name], 2)} and "
-            f"{plain(piece['log_prob_tokens'][name], 2)}"
+            f"{name}: sound {plain(piece['sound'][name], 2)} of its best real clip (log p a code "
+            f"{plain(piece['log_prob_sound'][name], 2)}), tokens {plain(piece['tokens'][name], 2)} "
+            f"(log p {plain(piece['log_prob_tokens'][name], 2)})"
             for name in names
         )
         caption = f"{' and '.join(names)}, {variant_text(piece['variant'])}"

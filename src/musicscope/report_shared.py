@@ -66,7 +66,8 @@ def _between(sources: Sources, found: dict[str, Any]) -> Table:
         "Null: the same procedure with one model's clips re-paired to other compositions, frame t "
         "staying frame t. A pair that stays matched when its own clips are re-paired so follows "
         "the place in the clip; the first share leaves such pairs out. Ceiling: two seeds of the "
-        "same model's SAE. Shares are of all features, dead ones included; intervals resample test "
+        "same model's SAE; a share can exceed it where the other model has more features to pair "
+        "with. Shares are of all features, dead ones included; intervals resample test "
         "compositions. Not shown: that matched features are used alike, only that they are active "
         "at the same moments.",
     )
@@ -180,11 +181,12 @@ def _aligned(found: dict[str, Any]) -> Table | None:
 VARIANTS = {
     "heard": "for the sound, under the prior",
     "prior": "for the tokens, under the prior",
-    "clip": "the same, from real moments",
+    "clip": "for the tokens, under the prior, from real moments",
     "free": "for the tokens, without the prior",
 }
 ANCHORS = (
-    ("features", "features"), ("features left out: silent in real clips", "skipped"),
+    ("features", "features"), ("directions or pairs searched as null", "nulls"),
+    ("features left out: silent in real clips", "skipped"),
     ("best clip of training", "best_train"), ("best clip of test", "best_test"),
     ("best moments cut out of their clips", "moments_max"),
     ("random real excerpts: median", "clips_q50"), ("random real excerpts: 95 %", "clips_q95"),
@@ -195,7 +197,7 @@ ANCHORS = (
     ("log p a code: own samples", "log_prob_samples"),
     ("log p a code: random tokens", "log_prob_random_tokens"),
 )  # fmt: skip
-COUNTS = ("features", "skipped")
+COUNTS = ("features", "nulls", "skipped")
 
 
 def maximised_section(sources: Sources) -> Section:
@@ -208,9 +210,22 @@ def maximised_section(sources: Sources) -> Section:
         if (found := sources.metrics(name)) is None:
             missing.append(sources.missing(name, name.split("/")[0]))
         else:
-            heads[label] = found.get("headline", {})
+            heads[label] = found.get("headline", {}) | {"nulls": _nulls(found)}
     parts = (_reached(heads), _anchors(heads)) if heads else ()
     return Section("maximised", title, (*parts, *missing))
+
+
+def _nulls(found: dict[str, Any]) -> int | None:
+    """How many of a run's features are nulls, which its `headline.features` leaves out."""
+    features = found.get("features")
+    total = get(found, "headline.features")
+    return None if features is None or total is None else len(features) - round(total)
+
+
+def _above(head: dict[str, Any], variant: str) -> str:
+    """Whether the whole interval lies above the null's; a dash where one of them is not known."""
+    low, high = head.get(f"{variant}_reached_low"), head.get(f"{variant}_null_reached_high")
+    return plain(None) if low is None or high is None else "yes" if low > high else "no"
 
 
 def _reached(heads: dict[str, dict[str, Any]]) -> Table:
@@ -223,25 +238,29 @@ def _reached(heads: dict[str, dict[str, Any]]) -> Table:
     for label, head in heads.items():
         for variant, text in VARIANTS.items():
             if f"{variant}_reached" in head:
-                cells = (cell(head, column.format(variant), 2) for column in columns)
-                rows.append((f"{label}: {text}", *cells))
+                reached, null, *rest = (cell(head, key.format(variant), 2) for key in columns)
+                rows.append((f"{label}: {text}", reached, null, _above(head, variant), *rest))
         if "transfer" in head:
             dashes = (plain(None),) * 4
             other = ("in the other models", "transfer", "transfer_other_features")
             for where, key, others in (("in that model", "alone_reached", ""), other):
                 rows.append((
                     f"{label}: for the sound in one model alone, {where}", cell(head, key, 2),
-                    plain(None), plain(None), cell(head, others, 2), *dashes,
+                    *dashes[:3], cell(head, others, 2), *dashes,
                 ))  # fmt: skip
-    names = ("reached", "null", "where the search began", "other features, same input",
-             "in the weakest model", "share above the best clip", "sound of what was found",
+    names = ("reached", "null", "interval above the null's", "where the search began",
+             "other features, same input", "in the weakest model",
+             "share above the best clip", "sound of what was found",
              "log p a code")  # fmt: skip
     return Table(
         "Searched token sequences, in units of each feature's best real clip",
         ("searched", *names),
         tuple(rows),
         "1 is what the best real clip reaches, with up to its whole past as context; searched "
-        "pieces are short and have none. Means over features; intervals resample features. Null: "
+        "pieces are short and have none. A search for the tokens is judged by the tokens, and the "
+        "column sound tells what is left when a model hears them as audio; a search for the sound "
+        "is judged by that. Means over features; intervals resample features, and are rough where "
+        "there are few (numbers below). Null: "
         "the same search for random directions, or, over all models at once, for pairs of "
         "unrelated features; both can be raised as well, so only what exceeds them tells of a "
         "feature. Searches from real moments and without the prior have no null, and nothing is "
@@ -263,5 +282,5 @@ def _anchors(heads: dict[str, dict[str, Any]]) -> Table:
         ("", *heads),
         rows,
         "Means over features, in the same unit. Excerpts, samples and random tokens are as long as "
-        "the searched pieces and without a past, so the best moments fall short of 1 there.",
+        "the searched pieces and without a past, so the best moments may fall short of 1 there.",
     )

@@ -98,8 +98,8 @@ def _matrix(found: dict[str, Any], names: list[str]) -> Table:
         "About the per-dimension mean: 0 is predicting the mean. Mispaired: the same training with "
         "each model hearing other clips, frame t staying frame t, so what it reaches from one "
         "model to the other is what position in the clip alone predicts. Other clips to each "
-        "model: the paired dictionary, tested so. Random: rows of equal mean and covariance. A "
-        "model's own SAE is the upper anchor.",
+        "model: the paired dictionary, tested so; a model's R2 from its own code stays. "
+        "Random: rows of equal mean and covariance. A model's own SAE is the upper anchor.",
     )
 
 
@@ -125,9 +125,10 @@ def _measures(found: dict[str, Any], names: list[str]) -> Table:
             for label, key in rows
         ),
         "Firing entropy: 0 fires for one model only, 1 equally often for all. Co-fires: frames on "
-        "which a feature fires for every model. Intervals resample test compositions for seed 0; "
-        "only the spread over seeds tells how far another training would differ. Not shown: that "
-        "a shared feature does the same in both models.",
+        "which a feature fires for every model. Other clips to each model leave the firings as "
+        "they are, so entropies there equal those of seed 0. Intervals resample test compositions "
+        "for seed 0; only the spread over seeds tells how far another training would differ. "
+        "Not shown: that a shared feature does the same in both models.",
     )  # fmt: skip
 
 
