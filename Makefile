@@ -2,7 +2,7 @@
 # or 3.12. Another Python: `make repro PYTHON=python3.12`.
 
 STAMP := .venv/.installed
-TARGETS := repro test lint report compare sweep bench smoke locked deps lock clean
+TARGETS := repro test lint report compare sweep bench smoke locked deps tables lock clean
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" just
 
 .PHONY: help setup $(TARGETS)
@@ -15,7 +15,8 @@ help:
 #: setup ## make .venv with everything in requirements.lock
 #: repro ## run every stage whose inputs changed (dvc repro)
 #: test ## all tests
-#: lint ## ruff: rules and format
+#: tables ## write the tables of README.md from metrics/
+#: lint ## ruff: rules and format; dvc.yaml's code deps; README's tables
 #: report ## print metrics/summary.json as a table
 #: compare REV=main ## summary of the work tree against a revision or experiment
 #: sweep S=train_sae.k=16,32,64 ## queue one experiment a value, run them, show the table

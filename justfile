@@ -16,11 +16,12 @@ repro *args:
 test *args:
     pytest -q "$@"
 
-# rules, format, and the code deps in dvc.yaml
+# rules, format, the code deps in dvc.yaml, and README's tables
 lint:
     ruff check .
     ruff format --check .
     python tests/code_deps.py
+    python tests/readme_tables.py
 
 # metrics/summary.json as a table; the page is data/report/report.html
 report:
@@ -58,6 +59,10 @@ locked:
 # the whole line on a few clips, in a temporary copy that is removed
 smoke *args:
     python tests/smoke.py "$@"
+
+# write README's tables from metrics/
+tables:
+    python tests/readme_tables.py --write
 
 # write the code that each stage imports into dvc.yaml
 deps:

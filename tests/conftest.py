@@ -34,7 +34,6 @@ def own_clips():
     from musicscope.clips import _shard
 
     _shard.cache_clear()
-    yield
 
 
 def build_tiny_musicgen(folder: Path, seed: int = 0) -> None:

@@ -154,7 +154,8 @@ def matched(numbers: Numbers) -> str:
     rows = []
     for model in numbers.models:
         seeds, usae = found["seeds"][model], found["sae_usae"][model]
-        interval = f"[{number(pair[f'musical_{model}_low'])}, {number(pair[f'musical_{model}_high'])}]"
+        low, high = (number(pair[f"musical_{model}_{end}"]) for end in ("low", "high"))
+        interval = f"[{low}, {high}]"
         rows += [
             [f"{model}: with the other model's SAE, by activation",
              f"{number(pair[f'musical_{model}'])} {interval}",
