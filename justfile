@@ -10,6 +10,7 @@ _default:
 
 # run every stage whose inputs changed
 repro *args:
+    @python -m musicscope.dvc_repair
     dvc repro "$@"
 
 # all tests; for a part: just test tests/test_config.py -k name

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from musicscope.artifacts import read_json  # noqa: E402
 from musicscope.config import load_params  # noqa: E402
+from musicscope.dvc_repair import RWLOCK, repair  # noqa: E402
 
 GIT = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@localhost"]
 
@@ -148,6 +149,7 @@ def repro_killed(folder: Path, env: dict[str, str], kills: int, seconds: float) 
             print(f"-- after {wait:.0f} s: killing dvc{' alone' if alone else ''}", flush=True)
             (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
             process.wait()
+        repair(folder / RWLOCK)  # as `make repro` does
     repro(folder, env)
 
 
