@@ -1,0 +1,56 @@
+"""Features that carry a concept: data/find_concept, metrics/ and plots/find_concept/<model>.
+
+The concepts of params.find_concept, each from recordings with and without it: clips of data/clips,
+read through data/activations, or folders, which the model hears. Searches the SAE of a slot
+(data/sae) and the universal SAE (data/usae).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import pandas as pd
+import torch
+
+from musicscope import concept_plots, concept_run, plots
+from musicscope.artifacts import atomic_dir, write_json, write_text
+from musicscope.clips import ClipStore
+from musicscope.config import load_params
+from musicscope.sae import TopKSAE
+from musicscope.store import ActivationStore
+from musicscope.usae import UniversalSAE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name in params.yaml: models")
+    name = parser.parse_args().model
+    params = load_params()
+    section, device = params.find_concept, params.compute.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # the work is parallel over batches instead
+
+    clips = ClipStore.open("data/clips")
+    store = ActivationStore.open(f"data/activations/{name}/{section.slot}")
+    if store.ids != clips.rows["id"].tolist():
+        sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
+    features = {"sae": TopKSAE.load(f"data/sae/{name}/{section.slot}/seed-0", device)}
+    if section.universal:
+        features["usae"] = UniversalSAE.load("data/usae/seed-0", device)
+
+    subject = concept_run.Subject(name, clips, store, features, device, params.compute.processes)
+    with atomic_dir(f"data/find_concept/{name}") as out:
+        tables, metrics = concept_run.find_all(subject, section, params.seed, out)
+        write_json(f"metrics/find_concept/{name}.json", metrics)
+    stem = f"plots/find_concept/{name}"
+    top = pd.concat([t.head(20) for t in tables], ignore_index=True)
+    top = top.replace([np.inf, -np.inf], np.nan)
+    write_text(f"{stem}.csv", top.to_csv(index=False, float_format="%.6g"))
+    plots.save_figure(concept_plots.find_figure(name, metrics), f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()
