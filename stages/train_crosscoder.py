@@ -10,24 +10,31 @@ import shutil
 
 import torch
 
-from musicscope import artifacts, usae_plots, usae_runs, usae_training
-from musicscope.config import load_params
+from musicscope import artifacts, engines, usae_plots, usae_runs, usae_training
+from musicscope.config import Params, load_params
 from musicscope.sae_runs import sole_user
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
-    section, device = params.train_crosscoder, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(params.compute.threads)
+    with engines.start(params.compute) as engine:
+        train(params, engine)
+
+
+def train(params: Params, engine: engines.Engine) -> None:
+    """Train, report and publish; every rank comes here, the first one writes."""
+    section, ranks = params.train_crosscoder, engine.ranks
     plan = usae_runs.plan_of(
-        section, usae_training.CROSSCODER, params.models, section.slot, params.seed, device
+        section, usae_training.CROSSCODER, params.models, section.slot, params.seed, engine.device
     )
     scratch = artifacts.partial_dir(usae_runs.scratch_key(plan))
-    with sole_user(scratch):
-        outcomes = usae_runs.run_all(usae_runs.jobs_of(plan, scratch), params.compute.processes)
+    with sole_user(scratch, ranks):
+        jobs = usae_runs.jobs_of(plan, scratch)
+        outcomes = usae_runs.run_all(jobs, engine.processes, ranks, engine.workers)
+        if not ranks.leads:
+            return
         found = usae_runs.report(plan, outcomes)
         usae_plots.write_norms("plots/train_crosscoder", outcomes, plan.names)
         usae_plots.write_loss("plots/train_crosscoder", outcomes)

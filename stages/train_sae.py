@@ -13,9 +13,9 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from musicscope import artifacts, sae_runs
+from musicscope import artifacts, engines, sae_runs
 from musicscope.clips import ClipStore, main_clips
-from musicscope.config import load_params
+from musicscope.config import Params, load_params
 from musicscope.sae_training import SAEConfig
 from musicscope.store import ActivationStore
 
@@ -26,11 +26,14 @@ def main() -> None:
     parser.add_argument("slot", help="a name in params.yaml: slots")
     model, slot = vars(parser.parse_args()).values()
     params = load_params()
-    section, device = params.train_sae, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(params.compute.threads)
+    with engines.start(params.compute) as engine:
+        train(model, slot, params, engine)
 
+
+def train(model: str, slot: str, params: Params, engine: engines.Engine) -> None:
+    """Train, report and publish; every rank comes here, the first one writes."""
+    section, device, ranks = params.train_sae, engine.device, engine.ranks
     folder, stem = f"data/activations/{model}/{slot}", f"plots/train_sae/{model}-{slot}"
     store, clips = ActivationStore.open(folder), ClipStore.open("data/clips")
     names = {f.name for f in fields(SAEConfig)} & {f.name for f in fields(section)}
@@ -48,8 +51,10 @@ def main() -> None:
         f"data/models/{model}", "data/clips", rows, folder, f"{jobs[0].out}/seed-0", device
     )
     jobs[0] = replace(jobs[0], cross_entropy=ce)
-    with sae_runs.sole_user(scratch):
-        outcomes = sae_runs.run_all(jobs, params.compute.processes)
+    with sae_runs.sole_user(scratch, ranks):
+        outcomes = sae_runs.run_all(jobs, engine.processes, ranks, engine.workers)
+        if not ranks.leads:
+            return
         groups = clips.rows["group"].iloc[rows].tolist()
         found = sae_runs.report(store, outcomes, groups, params.seed)
         sae_runs.write_plots(stem, outcomes)

@@ -79,8 +79,28 @@ def test_every_score_puts_the_planted_latents_first(case, score):
     assert recipe.ranked(score, -1)[0] == AGAINST
     assert DEAD not in recipe.ranked(score) + recipe.ranked(score, -1)
     assert (recipe.statistics[score][recipe.ranked(score)] > 0).all()
-    with pytest.raises(ValueError, match="known share, effect, auroc"):
+    with pytest.raises(ValueError, match="known share, effect, partial, auroc"):
         recipe.ranked("luck")
+
+
+def test_the_partial_score_is_the_t_of_a_regression_and_sees_through_company():
+    rng = np.random.default_rng(0)
+    guitar, drums = rng.random(200) < 0.5, rng.random(200) < 0.5
+    drums |= guitar  # there is no guitar without drums
+    means = rng.normal(size=(200, 3))
+    means[:, 0] += 2 * drums
+    means[:, 1] += guitar
+    basis = np.column_stack([guitar, drums, np.ones(200)]).astype(float)
+    wanted = []
+    for column in means.T:
+        beta = np.linalg.solve(basis.T @ basis, basis.T @ column)
+        noise = ((column - basis @ beta) ** 2).sum() / (200 - 3)
+        wanted.append(beta[0] / np.sqrt(noise * np.linalg.inv(basis.T @ basis)[0, 0]))
+    found = learning.latent_scores(means, guitar, "partial", drums[:, None])
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    simple = learning.latent_scores(means, guitar, "effect", drums[:, None])
+    assert simple[0] > simple[1]
+    assert found[0] < 2 < found[1]
 
 
 def test_targets_are_the_means_of_train_clips(case):

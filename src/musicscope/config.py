@@ -375,8 +375,8 @@ class Steer:
     """Instrument families, each to be switched off and on."""
     pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like")
     """Edits of several concepts at once, such as guitar-off+organ-on."""
-    scores: tuple[str, ...] = choice("share", "effect", "auroc")
-    """How train clips rank latents: SAeUron's share, standardised difference, AUROC."""
+    scores: tuple[str, ...] = choice("share", "effect", "partial", "auroc")
+    """How train clips rank latents; see musicscope.steering_learning."""
     target: str = choice("active", "mean")
     """What latents are raised to: their mean where they fire, or over all frames."""
     both_sides: bool

@@ -92,13 +92,16 @@ def join() -> Iterator[Ranks]:
 
     CPU tensors go through gloo, those on a GPU through NCCL.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over restarts: without this, ranks find the dead ones' addresses.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         dist.destroy_process_group()

@@ -46,6 +46,7 @@ def workers(
     address = os.environ.get("RAY_ADDRESS")
     fresh = not ray.is_initialized()
     if fresh:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
         local = {} if address else {"num_cpus": processes, "include_dashboard": False}
         ray.init(address=address, runtime_env={"env_vars": _environment()}, **local)
     gpus = 1 if device.startswith("cuda") else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from musicscope import sae_metrics as metrics
 from musicscope.artifacts import seed_for, sha256, write_text
 from musicscope.clips import HELD_OUT_FONT, ClipStore, main_clips
 from musicscope.parallel import workers
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae import TopKSAE
 from musicscope.sae_training import CALIBRATION_BATCHES, SAEConfig, Trained, live_logger, train
 from musicscope.store import ActivationStore
@@ -120,13 +121,18 @@ def _clips(store: ActivationStore, wanted: str) -> Iterator[np.ndarray]:
     return (store.clip(int(i)) for i in np.flatnonzero(mask(store, wanted)))
 
 
-def run(job: Job) -> Outcome:
-    """Train, save, evaluate on held-out compositions and on the held-out soundfont."""
+def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
+    """Train, save, evaluate on held-out compositions and on the held-out soundfont.
+
+    Several ranks train together; only the first goes on from there, the others have None.
+    """
     store = ActivationStore.open(job.store)
     trained = train(
         store, job.config, job.seed, mask(store, TRAIN), job.device, Path(job.checkpoint),
-        on_log=live_logger(job.live),
+        on_log=live_logger(job.live) if ranks.leads else None, ranks=ranks,
     )  # fmt: skip
+    if not ranks.leads:
+        return None
     trained.sae.save(Path(job.out) / f"seed-{job.index}", {**job.trainer, "seed": job.index})
     sae = TopKSAE.load(Path(job.out) / f"seed-{job.index}")
     test = metrics.evaluate(sae, _clips(store, TEST))
@@ -164,19 +170,36 @@ def run_cross_entropy(job: CrossEntropyJob) -> dict[str, np.ndarray]:
         return metrics.cross_entropies(model, store.config["layer"], sae, mean, batches())
 
 
-def run_all(jobs: list[Job], processes: int) -> list[Outcome]:
-    """Every job, in processes of one thread each (on a GPU: one after the other)."""
-    alone = any(job.device != "cpu" for job in jobs)
-    with workers(1 if alone else processes) as run_each:
+def run_all(
+    jobs: list[Job],
+    processes: int,
+    ranks: Ranks = ALONE,
+    open_workers: Callable[[int], Any] = workers,
+) -> list[Outcome]:
+    """Every job, in processes of one thread each (on a GPU: one after the other).
+
+    Several ranks take each job together, one after the other; the first has the outcomes.
+    """
+    if ranks.size > 1:
+        return [outcome for job in jobs if (outcome := run(job, ranks))]
+    alone = open_workers is workers and any(job.device != "cpu" for job in jobs)
+    with open_workers(1 if alone else processes) as run_each:
         return list(run_each(run, jobs))
 
 
 @contextlib.contextmanager
-def sole_user(scratch: Path) -> Iterator[None]:
-    """Wait while another process works in `scratch`: a killed `dvc` leaves its stage running."""
+def sole_user(scratch: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Wait while another run works in `scratch`: a killed `dvc` leaves its stage running."""
+    if not ranks.leads:
+        ranks.wait()
+        yield
+        ranks.wait()
+        return
     with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        ranks.wait()
         yield
+        ranks.wait()
 
 
 def report(

@@ -4,6 +4,8 @@ Scores of a latent, all above 0 where it speaks for the concept:
 
 * share (SAeUron, arXiv 2501.18052): its share of the mean code with the concept less that without;
 * effect: difference of the classes' mean clip averages over their pooled standard deviation;
+* partial: t of the concept in a linear regression of the clip average on the labels of all
+  families, so that what the concept happens to be mixed with does not count for it;
 * auroc: of the clip average, less 1/2.
 """
 
@@ -34,8 +36,13 @@ MOMENTS = 4
 """Moments a clip at which the gate learns to answer, the last at its end."""
 
 
-def latent_scores(means: np.ndarray, labels: np.ndarray, score: str) -> np.ndarray:
-    """One of `SCORES` from clip averages [clips, F] and labels [clips], float64 [F]."""
+def latent_scores(
+    means: np.ndarray, labels: np.ndarray, score: str, others: np.ndarray
+) -> np.ndarray:
+    """One of `SCORES` from clip averages [clips, F] and labels [clips], float64 [F].
+
+    `others` [clips, m]: labels of the other families, for partial.
+    """
     with_, without = means[labels].astype(np.float64), means[~labels].astype(np.float64)
     if score == "share":
         shares = [m.mean(0) / max(m.mean(0).sum(), 1e-12) for m in (with_, without)]
@@ -45,9 +52,27 @@ def latent_scores(means: np.ndarray, labels: np.ndarray, score: str) -> np.ndarr
         pooled = (n * with_.var(0) + m * without.var(0)) / (n + m)
         gap = with_.mean(0) - without.mean(0)
         return np.divide(gap, np.sqrt(pooled), out=np.zeros_like(gap), where=pooled > 1e-12)
+    if score == "partial":
+        return _partial_t(means.astype(np.float64), labels, others)
     if score == "auroc":
         return np.nan_to_num(auroc_columns(means, labels) - 0.5)
     raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
+
+
+def _partial_t(means: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """t of `labels` in ordinary least squares of each column on it, `others` and a constant."""
+    # Frisch-Waugh-Lovell: the coefficient is that of what the others leave over of both sides.
+    basis = np.column_stack([np.ones(len(labels)), others.astype(np.float64)])
+    both = np.column_stack([labels.astype(np.float64), means])
+    left = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
+    own, columns = left[:, 0], left[:, 1:]
+    power = own @ own
+    if power < 1e-9:
+        return np.zeros(means.shape[1])  # the other labels say it all
+    slope = own @ columns / power
+    spare = max(1, len(labels) - np.linalg.matrix_rank(basis) - 1)
+    error = np.sqrt(((columns - np.outer(own, slope)) ** 2).sum(0) / spare / power)
+    return np.divide(slope, error, out=np.zeros_like(slope), where=error > 1e-12)
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,12 @@ class Clips:
                     "clips in prepare_data, or take it out of params.steer.concepts"
                 )
         return at, labels, train
+
+    def others(self, concept: str) -> np.ndarray:
+        """Labels of the other families that are known for every clip, bool [clips, m]."""
+        names = [c for c in self.rows if c.startswith("has_") and c != f"has_{concept}"]
+        known = [self.rows[c].to_numpy(bool) for c in names if self.rows[c].notna().all()]
+        return np.stack(known, 1) if known else np.zeros((len(self.rows), 0), bool)
 
 
 def read_clips(
@@ -165,7 +196,8 @@ def learn_recipe(
     learns = at[train]
     known = labels[train]
     sides = {"with": learns[known], "without": learns[~known]}
-    statistics = {score: latent_scores(clips.means[learns], known, score) for score in SCORES}
+    others = clips.others(concept)[learns]
+    statistics = {s: latent_scores(clips.means[learns], known, s, others) for s in SCORES}
     for side, members in sides.items():
         mask = np.zeros(len(clips.rows), bool)
         mask[members] = True

@@ -25,7 +25,7 @@ from musicscope.steering import ALWAYS, ConceptEdit, Edit, Gate, Schedule, Steer
 FORMAT = 1
 FOLDER = "data/steering"
 DIRECTIONS = ("off", "on")
-SCORES = ("share", "effect", "auroc")
+SCORES = ("share", "effect", "partial", "auroc")
 MEANS = ("mean_with", "mean_without", "active_with", "active_without")
 
 

@@ -124,6 +124,7 @@ def batches(
     *,
     start_step: int = 0,
     buffer_mb: float = 512.0,
+    rows: slice | None = None,
 ) -> Iterator[list[np.ndarray]]:
     """Shuffled paired rows, float32 [batch_size, d_j] a model, ``samples // batch_size`` times.
 
@@ -131,24 +132,26 @@ def batches(
     are permuted and taken into windows of at most `buffer_mb` MiB over all models (at least one
     clip), each emitted in uniformly random order: an exact uniform permutation where all fits into
     one window. Memory is one window plus one batch. The orders depend on (seed, epoch) alone:
-    ``start_step=n`` gives exactly what an unbroken run gives from batch n on.
+    ``start_step=n`` gives exactly what an unbroken run gives from batch n on. With `rows`, a slice
+    from start to stop, only those rows of each batch are decoded and given.
     """
     steps = samples // batch_size
     if batch_size < 1 or steps < 1:
         raise StoreError(f"{samples} samples give no batch of {batch_size}")
     row_bytes = sum(s.width * STORAGE[s.dtype].itemsize for s in paired.stores)
     limit = max(1.0, buffer_mb * 2**20 / row_bytes)
-    return _stream(paired, batch_size, seed, start_step, steps, limit)
+    part = rows or slice(0, batch_size)
+    return _stream(paired, batch_size, part, seed, start_step, steps, limit)
 
 
 def _stream(
-    paired: Paired, batch_size: int, seed: int, step: int, steps: int, limit: float
+    paired: Paired, batch_size: int, part: slice, seed: int, step: int, steps: int, limit: float
 ) -> Iterator[list[np.ndarray]]:
     total = int(paired.frames.sum())
     # One window for everything is read once, in the order of the table, and kept.
     kept = _load(paired, np.arange(len(paired))) if total <= limit else None
     epoch, skip = divmod(step * batch_size, total)
-    batch, filled = _empty(paired, batch_size), 0
+    batch, filled = _empty(paired, part.stop - part.start), 0
     while step < steps:
         rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
         windows = [np.arange(len(paired))]
@@ -166,15 +169,18 @@ def _stream(
             position, skip = skip, 0
             while position < len(order):
                 take = order[position : position + batch_size - filled]
+                first, stop = max(filled, part.start), min(filled + len(take), part.stop)
+                own = take[first - filled : max(stop - filled, 0)]
                 for store, buffer, rows in zip(paired.stores, buffers, batch, strict=True):
-                    rows[filled : filled + len(take)] = decode(buffer[take], store.dtype)
+                    if len(own):
+                        rows[first - part.start :][: len(own)] = decode(buffer[own], store.dtype)
                 position, filled = position + len(take), filled + len(take)
                 if filled == batch_size:
                     yield batch
                     step += 1
                     if step == steps:
                         return
-                    batch, filled = _empty(paired, batch_size), 0
+                    batch, filled = _empty(paired, part.stop - part.start), 0
             del buffers  # before the next window is read, or two would be in memory
         epoch += 1
 

@@ -7,7 +7,7 @@ on how many processes there are. `Plan` is what the stages' sections of params.y
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from musicscope import sae_metrics
 from musicscope import usae_metrics as metrics
 from musicscope.artifacts import seed_for, sha256
 from musicscope.parallel import workers
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae import TopKSAE
 from musicscope.sae_runs import TEST, TRAIN
 from musicscope.sae_training import SAEConfig
@@ -117,7 +118,8 @@ def scratch_key(plan: Plan) -> dict[str, Any]:
     sources = sorted([*folder.glob("sae*.py"), *folder.glob("usae*.py")])
     stores = [ActivationStore.open(store).manifest["sha256"] for store in plan.stores]
     code = {path.name: sha256(path) for path in sources}
-    return {**asdict(plan), "manifests": stores, "code": code}
+    settings = {**asdict(plan), "device": plan.device.split(":")[0]}  # ranks have GPUs of their own
+    return {**settings, "manifests": stores, "code": code}
 
 
 def jobs_of(plan: Plan, scratch: Path) -> list[Job]:
@@ -127,22 +129,35 @@ def jobs_of(plan: Plan, scratch: Path) -> list[Job]:
     return [Job(plan, name, str(scratch)) for name in names]
 
 
-def run_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
-    """Every job in order, with the size of the work and a progress bar on stderr."""
+def run_all(
+    jobs: Sequence[Job],
+    processes: int,
+    ranks: Ranks = ALONE,
+    open_workers: Callable[[int], Any] = workers,
+) -> list[Outcome]:
+    """Every job in order, with the size of the work and a progress bar on stderr.
+
+    Several ranks take each job together, one after the other; the first has the outcomes.
+    """
     plan = jobs[0].plan
+    if ranks.size > 1:
+        return [outcome for job in jobs if (outcome := run(job, ranks))]
     print(
         f"{len(jobs)} x {plan.config.samples:,} frames, {plan.config.n_latents} latents, models "
         f"{', '.join(plan.names)} ({plan.method})",
         file=sys.stderr,
     )
-    if plan.device != "cpu":
+    if plan.device != "cpu" and open_workers is workers:
         processes = 1
-    with workers(min(processes, len(jobs))) as run_in:
+    with open_workers(min(processes, len(jobs))) as run_in:
         return list(tqdm(run_in(run, jobs), total=len(jobs), unit="dictionary", mininterval=1))
 
 
-def run(job: Job) -> Outcome:
-    """Train on (mis)paired train clips, save, evaluate on paired clips of held-out compositions."""
+def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
+    """Train on (mis)paired train clips, save, evaluate on paired clips of held-out compositions.
+
+    Several ranks train together; only the first goes on from there, the others have None.
+    """
     plan = job.plan
     stores = [ActivationStore.open(folder) for folder in plan.stores]
     paired, test = pair(stores, TRAIN), pair(stores, TEST)
@@ -151,14 +166,16 @@ def run(job: Job) -> Outcome:
     # One bar stands for all that run at the same time: they are equally long.
     bar = tqdm(
         total=plan.config.steps, desc=job.name, unit="step", mininterval=5, leave=False,
-        disable=job.name != "seed-0",
+        disable=job.name != "seed-0" or not ranks.leads,
     )  # fmt: skip
     with bar:
         trained = train(
             paired, plan.config, plan.method, seed_for(plan.seed, plan.method, job.name),
             plan.names, plan.slot, plan.device, Path(job.scratch) / f"{job.name}.pt",
-            on_log=lambda row: bar.update(row["step"] + 1 - bar.n),
+            on_log=lambda row: bar.update(row["step"] + 1 - bar.n), ranks=ranks,
         )  # fmt: skip
+    if not ranks.leads:
+        return None
     trainer = {**asdict(plan.config), "method": plan.method, "name": job.name}
     trainer["layers"] = [store.config["layer"] for store in stores]
     trained.usae.save(job.folder, trainer)

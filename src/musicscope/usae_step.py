@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from musicscope import sae_step
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae import largest_k
 from musicscope.sae_step import Aux, Codes, Weights, decode, select
 
@@ -155,7 +156,7 @@ def _aux(
     for j, (model, error) in enumerate(zip(weights, errors, strict=True)):
         W_dec = model.W_dec[aux.dead]
         miss = codes @ W_dec - error
-        variance = (error - error.mean(0)).square_().sum()
+        variance = aux.ranks.squares(error)
         loss = loss + (miss.square().sum() / variance).nan_to_num(0.0)
         grad = miss * (2 * aux.weight / variance).nan_to_num(0.0, 0.0, 0.0)
         dz.addmm_(grad, W_dec.T)
@@ -187,21 +188,25 @@ def step(
     aux_k: int = 0,
     aux_weight: float = 0.0,
     dead_after: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """One step in place on paired, normalised xs[j] [B, d_j] with the code of model `drawn`.
 
     As in sae_step.step: the gradient along each decoder row is removed, rows that stepped go back
-    to unit norm, latents that fired for none of the last `dead_after` frames are dead.
+    to unit norm, latents that fired for none of the last `dead_after` frames are dead. With several
+    `ranks` xs are this rank's equal part of the batch.
     """
     aux = None
     if dead_after is not None and aux_weight > 0:
         dead = (state.unfired >= dead_after).nonzero().squeeze(1)
-        aux = Aux(dead, min(aux_k, len(dead)), aux_weight)
+        aux = Aux(dead, min(aux_k, len(dead)), aux_weight, ranks)
     shape = (len(xs[0]), len(state.unfired))
     if state.scratch is None or state.scratch.shape != shape:
         state.scratch = xs[0].new_empty(shape)
     learning = RULES[rule](drawn, len(xs))
     found = gradients(state.weights, xs, drawn, k, learning, aux, state.scratch)
+    decoders = [tensor for j in sorted(found.decoders) for tensor in found.decoders[j]]
+    ranks.average_(*found.encoder, *decoders, found.losses, found.aux_loss)
     for j, (W_grad, _) in found.decoders.items():
         W_dec = state.weights[j].W_dec
         W_grad.addcmul_(torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1), W_dec, value=-1)
@@ -211,8 +216,9 @@ def step(
     for j in found.decoders:
         W_dec = state.weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
-    state.unfired += len(xs[0])
+    state.unfired += len(xs[0]) * ranks.size
     state.unfired[found.codes.columns[found.codes.values > 0].long()] = 0
+    ranks.minimum_(state.unfired)
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from musicscope import sae_step, usae_step
 from musicscope.artifacts import seed_for
+from musicscope.ranks import ALONE, Ranks
 from musicscope.sae_training import SAEConfig, _load_checkpoint, _save_checkpoint
 from musicscope.usae import ModelWeights, UniversalSAE
 from musicscope.usae_data import Paired, batches
@@ -61,11 +62,13 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train on all frames of `paired`; `method` is one of METHODS, `config.activation` topk.
 
     With `checkpoint` (a file) the state is saved there every so many steps and taken up again.
-    FloatingPointError when the loss is not finite.
+    Several `ranks` share every batch, as in sae_training.train. FloatingPointError when the loss is
+    not finite.
     """
     if method not in METHODS or config.activation != "topk":
         raise ValueError(f"{method!r} with {config.activation!r}: known {METHODS} with 'topk'")
@@ -88,16 +91,21 @@ def train(
         "aux_k": aux_k,
         "aux_weight": config.aux_weight,
         "dead_after": config.dead_after_samples,
+        "ranks": ranks,
     }
     start, history = 0, []
     if checkpoint is not None and checkpoint.exists():
         start, history = _load_checkpoint(checkpoint, _flat(state))
+    ranks.wait()  # none may write a newer one while another still reads
+    if not ranks.leads:
+        checkpoint = None
     for row in history if on_log else []:
         on_log(row)
     log_every = max(1, config.steps // LOG_ROWS)
     stream = batches(
-        paired, config.batch_size, seed_for(seed, "order"), config.samples, start_step=start
-    )
+        paired, config.batch_size, seed_for(seed, "order"), config.samples, start_step=start,
+        rows=ranks.rows(config.batch_size),
+    )  # fmt: skip
     for number, batch in enumerate(stream, start):
         xs, rate, drawn = normalise(batch), config.rate(number), int(draws[number])
         if joint:
