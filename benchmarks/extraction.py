@@ -31,7 +31,10 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from musicscope import codes, extraction  # noqa: E402
+from musicscope.activations import (
+    codes,  # noqa: E402
+    extraction,  # noqa: E402
+)
 from musicscope.artifacts import write_json  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
 

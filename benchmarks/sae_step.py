@@ -31,7 +31,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.functional import embedding_bag  # noqa: E402
 
 from musicscope.artifacts import write_json  # noqa: E402
-from musicscope.sae_step import Aux, gradients, initial_state, step  # noqa: E402
+from musicscope.dictionaries.sae_step import Aux, gradients, initial_state, step  # noqa: E402
 
 SHAPES = ((1024, 8192), (192, 1536), (128, 1024))
 BATCH, K, DEAD_BIAS = 2048, 32, -1000.0

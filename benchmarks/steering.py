@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from musicscope.artifacts import read_json, write_json  # noqa: E402
+from musicscope.dictionaries.sae import TopKSAE  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
-from musicscope.sae import TopKSAE  # noqa: E402
-from musicscope.steering import (  # noqa: E402
+from musicscope.steering.editing import (  # noqa: E402
     ConceptEdit,
     Edit,
     Gate,
@@ -36,7 +36,7 @@ from musicscope.steering import (  # noqa: E402
     change_hook,
     steering_hook,
 )
-from musicscope.steering_baselines import passthrough_change  # noqa: E402
+from musicscope.steering.steering_baselines import passthrough_change  # noqa: E402
 
 RESULT = "benchmarks/results/steering.json"
 LATENTS = 16

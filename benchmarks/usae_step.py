@@ -7,7 +7,7 @@ One thread, process CPU time (robust to other processes), implementations interl
 loading is left out; every step includes forward, backward, optimiser and decoder norm.
 
 * gemm: x_i W_enc_i^T alone for the drawn model, the floor.
-* paper, all_decoders: musicscope.usae_step; paper_auxk with 10 % of latents dead, kept dead by a
+* paper, all_decoders: usae_step; paper_auxk with 10 % of latents dead, kept dead by a
   bias of -1000. crosscoder: one step on both models, whose own floor is both products (gemm_both).
 * released: the step of the USAE paper's released code, written here from its description, since
   the original trains on images with CUDA: encoder Linear -> BatchNorm -> ReLU -> TopK to dense
@@ -31,8 +31,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.sae_step import activations  # noqa: E402
-from musicscope import sae_step, usae_step  # noqa: E402
 from musicscope.artifacts import write_json  # noqa: E402
+from musicscope.dictionaries import (
+    sae_step,  # noqa: E402
+    usae_step,  # noqa: E402
+)
 
 SHAPES = (((1024, 1024), 8192), ((128, 192), 1536))
 BATCH, K, DEAD_BIAS = 2048, 32, -1000.0

@@ -12,8 +12,8 @@ import re
 import shlex
 from pathlib import Path
 
-from musicscope import plan, plan_rates
-from musicscope.full_size import shape_of
+from musicscope.planning import plan, plan_rates
+from musicscope.planning.full_size import shape_of
 
 README = Path("experiments/README.md")
 PLANNED_CLIPS = {"folder": 2000}

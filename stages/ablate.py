@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from musicscope import ablation, plots
+from musicscope import plots
 from musicscope.artifacts import seed_for, write_json, write_text
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
+from musicscope.layers import ablation
 from musicscope.models import MusicModel, load_model
 from musicscope.parallel import workers
 

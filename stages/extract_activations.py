@@ -11,7 +11,8 @@ import sys
 
 from omegaconf import OmegaConf
 
-from musicscope import artifacts, engines, extraction
+from musicscope import artifacts
+from musicscope.activations import engines, extraction
 from musicscope.config import Params, load_params
 
 CLIPS = "data/clips"

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from musicscope import concept_plots, concept_run, plots
+from musicscope import plots
+from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import atomic_dir, write_json, write_text
 from musicscope.clips import ClipStore
+from musicscope.concepts import concept_plots, concept_run
 from musicscope.config import load_params
-from musicscope.sae import TopKSAE
-from musicscope.store import ActivationStore
-from musicscope.usae import UniversalSAE
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import UniversalSAE
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from dataclasses import asdict
 
 import torch
 
-from musicscope import feature_table, match_report, match_run
+from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import write_json
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.sae import TopKSAE
-from musicscope.store import ActivationStore
-from musicscope.usae import UniversalSAE
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.features import feature_table, match_report, match_run
 
 
 def main() -> None:

@@ -13,12 +13,17 @@ import sys
 
 import torch
 
-from musicscope import maximization, maximization_jobs, maximization_report, maximization_run
+from musicscope.activations.extraction import folder_sha256
+from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.extraction import folder_sha256
-from musicscope.feature_choice import Latent, choose, read_features
-from musicscope.store import ActivationStore
+from musicscope.features.feature_choice import Latent, choose, read_features
+from musicscope.maximizing import (
+    maximization,
+    maximization_jobs,
+    maximization_report,
+    maximization_run,
+)
 
 
 def main() -> None:

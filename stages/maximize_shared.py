@@ -14,12 +14,17 @@ import sys
 
 import torch
 
-from musicscope import maximization, maximization_jobs, maximization_report, maximization_run
+from musicscope.activations.extraction import folder_sha256
+from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.extraction import folder_sha256
-from musicscope.feature_choice import mismatched, read_features, universal
-from musicscope.store import ActivationStore
+from musicscope.features.feature_choice import mismatched, read_features, universal
+from musicscope.maximizing import (
+    maximization,
+    maximization_jobs,
+    maximization_report,
+    maximization_run,
+)
 
 
 def main() -> None:

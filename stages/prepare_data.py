@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from musicscope import embedded
 from musicscope.artifacts import atomic_dir, write_json
 from musicscope.clips import ClipStore
 from musicscope.config import PrepareData, load_params
+from musicscope.rendering import embedded
 from musicscope.sources import report, writing
 
 OUT = "data/clips"

@@ -10,11 +10,11 @@ from musicscope import assets
 from musicscope.artifacts import atomic_dir, partial_dir, read_json, seed_for, write_json
 from musicscope.clips import FAMILIES, ClipStore
 from musicscope.config import load_params
-from musicscope.family_judge import family_report
-from musicscope.model_card import model_card
+from musicscope.judges.family_judge import family_report
+from musicscope.judges.musicnn import load_musicnn
 from musicscope.models import load_model
-from musicscope.musicnn import load_musicnn
-from musicscope.pretraining import (
+from musicscope.nano.model_card import model_card
+from musicscope.nano.pretraining import (
     get_codec,
     get_codes,
     get_decoder,
@@ -23,7 +23,7 @@ from musicscope.pretraining import (
     render_corpus,
     save_model,
 )  # fmt: skip
-from musicscope.pretraining_evaluation import (
+from musicscope.nano.pretraining_evaluation import (
     encode_rows,
     evaluate_codec,
     evaluate_decoder,

@@ -12,15 +12,16 @@ import sys
 import numpy as np
 import torch
 
-from musicscope import artifacts, probe_report, probes
-from musicscope.baselines import baseline_pools
+from musicscope import artifacts
+from musicscope.activations.extraction import folder_sha256
+from musicscope.activations.store import ActivationStore
 from musicscope.clips import FAMILIES, ClipStore
 from musicscope.config import load_params
-from musicscope.extraction import folder_sha256
+from musicscope.dictionaries.pooling import pool_store
+from musicscope.dictionaries.sae import TopKSAE
 from musicscope.models import load_model
-from musicscope.pooling import pool_store
-from musicscope.sae import TopKSAE
-from musicscope.store import ActivationStore
+from musicscope.probing import probe_report, probes
+from musicscope.probing.baselines import baseline_pools
 
 
 def main() -> None:

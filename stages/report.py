@@ -14,8 +14,8 @@ import torch
 
 from musicscope.artifacts import write_text
 from musicscope.config import load_params
-from musicscope.report import build
-from musicscope.report_data import Sources
+from musicscope.reporting.report import build
+from musicscope.reporting.report_data import Sources
 
 OUT = "data/report/report.html"
 

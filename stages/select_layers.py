@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from musicscope.ablation import select_layers
 from musicscope.artifacts import read_json, write_text
 from musicscope.config import load_params
+from musicscope.layers.ablation import select_layers
 
 
 def main() -> None:

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-from musicscope import steering_report, steering_run
+from musicscope.activations.extraction import folder_sha256
+from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import partial_dir
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.extraction import folder_sha256
-from musicscope.judging import frechet_distance
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.judges.judging import frechet_distance
 from musicscope.models import load_model
-from musicscope.sae import TopKSAE
-from musicscope.steering_bench import open_bench
-from musicscope.steering_learning import learn_recipes, read_clips
-from musicscope.steering_recipes import save_recipe
-from musicscope.store import ActivationStore
+from musicscope.steering import steering_report, steering_run
+from musicscope.steering.steering_bench import open_bench
+from musicscope.steering.steering_learning import learn_recipes, read_clips
+from musicscope.steering.steering_recipes import save_recipe
 
 
 def main() -> None:

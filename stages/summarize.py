@@ -10,7 +10,7 @@ import argparse
 from musicscope import plots
 from musicscope.artifacts import read_json, write_json
 from musicscope.config import load_params
-from musicscope.summary import plot_summary, summarize, summary_table
+from musicscope.reporting.summary import plot_summary, summarize, summary_table
 
 OUT = "metrics/summary.json"
 

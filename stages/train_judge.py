@@ -13,11 +13,12 @@ from dataclasses import asdict
 
 import torch
 
-from musicscope import assets, judge_training, plots
+from musicscope import assets, plots
+from musicscope.activations.extraction import folder_sha256
 from musicscope.artifacts import partial_dir, write_json, write_text
 from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.extraction import folder_sha256
+from musicscope.judges import judge_training
 from musicscope.parallel import workers
 
 CLIPS = "data/clips"

@@ -13,11 +13,13 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from musicscope import artifacts, engines, sae_runs
+from musicscope import artifacts
+from musicscope.activations import engines
+from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore, main_clips
 from musicscope.config import Params, load_params
-from musicscope.sae_training import SAEConfig
-from musicscope.store import ActivationStore
+from musicscope.dictionaries import sae_runs
+from musicscope.dictionaries.sae_training import SAEConfig
 
 
 def main() -> None:

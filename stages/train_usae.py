@@ -10,9 +10,11 @@ import shutil
 
 import torch
 
-from musicscope import artifacts, engines, usae_plots, usae_runs
+from musicscope import artifacts
+from musicscope.activations import engines
 from musicscope.config import Params, load_params
-from musicscope.sae_runs import sole_user
+from musicscope.dictionaries import usae_plots, usae_runs
+from musicscope.dictionaries.sae_runs import sole_user
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from musicscope.clips import FAMILIES
-from musicscope.sae import TopKSAE
-from musicscope.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
 
 SHARED, CLOCK, OWN, DEAD, K, FRAMES = 12, 1, 4, 2, 16, 30
 BOTH = SHARED + CLOCK

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CAPTIONS
 
-from musicscope import ablation
+from musicscope.layers import ablation
 from musicscope.models import load_model
 from musicscope.models.musicgen import MusicgenModel
 

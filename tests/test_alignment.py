@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope import audio_extraction, extraction, usae_data
-from musicscope.alignment import align, aligned_store, frame_rate, outside, pair_rates
+from musicscope.activations import audio_extraction, extraction
+from musicscope.activations.alignment import align, aligned_store, frame_rate, outside, pair_rates
+from musicscope.activations.store import ActivationStore, StoreError
+from musicscope.activations.store_writer import StoreWriter, shard_spans
+from musicscope.dictionaries import usae_data
+from musicscope.dictionaries.sae_training import SAEConfig
+from musicscope.dictionaries.usae_training import train
 from musicscope.models import load_model
-from musicscope.sae_training import SAEConfig
-from musicscope.store import ActivationStore, StoreError
-from musicscope.store_writer import StoreWriter, shard_spans
-from musicscope.usae_training import train
 
 SLOW = 44100 / 2048  # RAVE: 21.53 Hz
 

@@ -14,12 +14,13 @@ from code_deps import ROOT
 from planted import clip_rows
 from scipy.stats import mannwhitneyu
 
-from musicscope import cli, concept_clips, concept_finder, concept_plots, concept_stats
-from musicscope import concept_recordings as reading
+from musicscope import cli
 from musicscope.clips import FAMILIES
+from musicscope.concepts import concept_clips, concept_finder, concept_plots, concept_stats
+from musicscope.concepts import concept_recordings as reading
 from musicscope.config import ParamsError, load_params
-from musicscope.sae import TopKSAE
-from musicscope.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
 
 RATE, HOP, BANDS = 16_000, 320, 40
 WIDTH_HZ = 50.0 * 2  # two bins of a 20-ms spectrum a band

@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope import codes, extraction
+from musicscope.activations import codes, extraction
+from musicscope.activations.extraction import Plan, extract, plan, summary
+from musicscope.activations.store import ActivationStore, StoreError
 from musicscope.artifacts import partial_dir
-from musicscope.extraction import Plan, extract, plan, summary
 from musicscope.models import HookPoint, load_model
-from musicscope.store import ActivationStore, StoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE, SAMPLES, FRAMES, CLIPS = 3200, 1280, 20, 11

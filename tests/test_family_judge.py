@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope import family_judge as fj
-from musicscope import family_judge_training as training
-from musicscope.musicnn import silent
+from musicscope.judges import family_judge as fj
+from musicscope.judges import family_judge_training as training
+from musicscope.judges.musicnn import silent
 
 RATE = 16_000
 FAMILIES = ("saw", "pluck", "noise")

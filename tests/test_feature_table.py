@@ -12,10 +12,11 @@ from planted import BOTH, CLOCK, DEAD, GUITAR, OWN, SHARED, WIDTH, plant
 from scipy.sparse import csr_array
 from scipy.stats import mannwhitneyu, norm
 
-from musicscope import feature_concepts as concepts
-from musicscope import feature_table, match_report, match_run, stats
+from musicscope import stats
 from musicscope.artifacts import read_json, sha256, write_json
-from musicscope.sparse_codes import Codes, pool_clips
+from musicscope.dictionaries.sparse_codes import Codes, pool_clips
+from musicscope.features import feature_concepts as concepts
+from musicscope.features import feature_table, match_report, match_run
 
 
 def dense_codes(seed: int = 0, F: int = 6) -> tuple[np.ndarray, Codes]:

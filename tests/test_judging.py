@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from musicscope import assets, judge_corpus, judge_training, judging, stats
+from musicscope import assets, stats
 from musicscope.clips import FAMILIES
-from musicscope.family_judge import FamilyJudge, FamilyNet, JudgeConfig
-from musicscope.musicnn import load_musicnn
+from musicscope.judges import judge_corpus, judge_training, judging
+from musicscope.judges.family_judge import FamilyJudge, FamilyNet, JudgeConfig
+from musicscope.judges.musicnn import load_musicnn
 
 RATE = 16_000
 SMALL = JudgeConfig(channels=(4, 4, 4, 4), n_mels=32, crop_frames=50, epochs=1, batch=8)

@@ -8,9 +8,9 @@ import torch
 from planted import BOTH, OWN, WIDTH, plant
 from scipy.sparse import csr_array
 
-from musicscope import feature_sets, matching
-from musicscope.matching import Match
-from musicscope.sparse_codes import Codes, encode_clips, to_csr
+from musicscope.dictionaries.sparse_codes import Codes, encode_clips, to_csr
+from musicscope.features import feature_sets, matching
+from musicscope.features.matching import Match
 
 
 def sparse(rng, n: int, F: int, rate: float = 0.2) -> np.ndarray:

@@ -15,19 +15,18 @@ import yaml
 from conftest import ROOT, build_tiny_musicgen
 from torch.nn import functional as F
 
-from musicscope import extraction
-from musicscope import maximization as mx
-from musicscope import maximization_jobs as mj
-from musicscope import maximization_report as report
-from musicscope import maximization_run as mr
+from musicscope.activations import extraction
 from musicscope.clips import ClipStore, write_clips
 from musicscope.config import MaximizeActivation, ParamsError, load_params
-from musicscope.feature_choice import Latent, choose, mismatched, read_features, universal
-from musicscope.models import Batch, load_model
-from musicscope.models.musicgen_gradient import substitution_gains, traced
-from musicscope.sae import TopKSAE
-from musicscope.token_excerpts import cut
-from musicscope.token_objective import (
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.features.feature_choice import Latent, choose, mismatched, read_features, universal
+from musicscope.maximizing import maximization as mx
+from musicscope.maximizing import maximization_jobs as mj
+from musicscope.maximizing import maximization_report as report
+from musicscope.maximizing import maximization_run as mr
+from musicscope.maximizing.token_excerpts import cut
+from musicscope.maximizing.token_objective import (
     Objective,
     Target,
     activations,
@@ -35,8 +34,16 @@ from musicscope.token_objective import (
     log_probs,
     window_means,
 )
-from musicscope.token_search import Codec, Settings, best_start, propose, search, survival
-from musicscope.usae import ModelWeights, UniversalSAE
+from musicscope.maximizing.token_search import (
+    Codec,
+    Settings,
+    best_start,
+    propose,
+    search,
+    survival,
+)
+from musicscope.models import Batch, load_model
+from musicscope.models.musicgen_gradient import substitution_gains, traced
 
 LAYER, T, PLANTED = "layers.1", 16, 7
 SETTINGS = Settings(steps=12, proposals=8, kept=4)

@@ -11,7 +11,7 @@ from conftest import CAPTIONS, ROOT
 from torch.nn import functional as F
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-from musicscope import hooks
+from musicscope.layers import hooks
 from musicscope.models import load_model
 from musicscope.models.musicgen_decoder import delayed, undelayed
 from musicscope.models.musicgen_generation import sample

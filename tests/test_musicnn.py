@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope import assets, musicnn
-from musicscope.tf_checkpoint import read_checkpoint
+from musicscope import assets
+from musicscope.judges import musicnn
+from musicscope.judges.tf_checkpoint import read_checkpoint
 
 RATE = musicnn.SAMPLE_RATE
 

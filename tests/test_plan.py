@@ -12,11 +12,13 @@ import pytest
 import torch
 from test_extraction import FakeClips
 
-from musicscope import cli, extraction, plan, plan_rates
+from musicscope import cli
+from musicscope.activations import extraction
 from musicscope.config import load_params
-from musicscope.full_size import MUSICGEN, Shape, shape_of
-from musicscope.measure import measure
 from musicscope.models import load_model
+from musicscope.planning import plan, plan_rates
+from musicscope.planning.full_size import MUSICGEN, Shape, shape_of
+from musicscope.planning.measure import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 MUSICBENCH = ["prepare_data.source=musicbench", "prepare_data.recordings.sample_rate=32000"]

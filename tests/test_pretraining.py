@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope.codec_start import finish_weights, mdct_kernels, start_weights
-from musicscope.codec_training import (
+from musicscope.nano.codec_start import finish_weights, mdct_kernels, start_weights
+from musicscope.nano.codec_training import (
     CodebookTrainer,
     CodecConfig,
     build_codec,
@@ -15,7 +15,7 @@ from musicscope.codec_training import (
     nearest_code,
     train_codec,
 )
-from musicscope.decoder_training import (
+from musicscope.nano.decoder_training import (
     DecoderConfig,
     build_musicgen,
     decoder_loss,
@@ -23,7 +23,7 @@ from musicscope.decoder_training import (
     draw_batch,
     train_decoder,
 )
-from musicscope.pretraining_evaluation import (
+from musicscope.nano.pretraining_evaluation import (
     code_use,
     log_mel_distance,
     previous_frame_ce,

@@ -10,9 +10,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from musicscope import baselines, codes, plots, pooling, probe_report, probes, sae_runs, stats
-from musicscope.logistic import Standardiser, fit_logistic
+from musicscope import plots, stats
+from musicscope.activations import codes
+from musicscope.dictionaries import pooling, sae_runs
 from musicscope.models import load_model
+from musicscope.probing import baselines, probe_report, probes
+from musicscope.probing.logistic import Standardiser, fit_logistic
 
 SETTINGS = dict(
     k=[1, 2, 4], c_grid=[1e-3, 1e-1], min_positive=10, null_seeds=4, n_bootstrap=200, seed=3

@@ -14,11 +14,11 @@ import torch
 from test_extraction import BatchModel, FakeClips, contents, make_plan, out
 from test_sae_training import config, store, weights  # noqa: F401 (store: a fixture)
 
-from musicscope import codes, engines
-from musicscope.extraction import extract
-from musicscope.ranks import ALONE, Ranks
-from musicscope.sae_training import train
-from musicscope.store import ActivationStore
+from musicscope.activations import codes, engines
+from musicscope.activations.extraction import extract
+from musicscope.activations.ranks import ALONE, Ranks
+from musicscope.activations.store import ActivationStore
+from musicscope.dictionaries.sae_training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -27,7 +27,7 @@ import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "src")!r}]
 import os, signal
 from pathlib import Path
 import test_ranks as t
-from musicscope.ranks import join
+from musicscope.activations.ranks import join
 """
 
 

@@ -16,12 +16,12 @@ import yaml
 from test_ranks import ROOT, torchrun
 from test_sae_runs import make_workspace, write_embedded
 
-from musicscope.ranks import ALONE, Ranks
-from musicscope.sae_training import SAEConfig
-from musicscope.store import ActivationStore
-from musicscope.store_writer import StoreWriter
-from musicscope.usae_data import batches, pair
-from musicscope.usae_training import CROSSCODER, train
+from musicscope.activations.ranks import ALONE, Ranks
+from musicscope.activations.store import ActivationStore
+from musicscope.activations.store_writer import StoreWriter
+from musicscope.dictionaries.sae_training import SAEConfig
+from musicscope.dictionaries.usae_data import batches, pair
+from musicscope.dictionaries.usae_training import CROSSCODER, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 WIDTHS, CLIPS, FRAMES = (16, 24), 12, 60

@@ -18,14 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from musicscope import ablation, audio_extraction, rave_ablation
+from musicscope.activations import audio_extraction
+from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for
-from musicscope.hooks import on_frames
+from musicscope.layers import ablation, rave_ablation
+from musicscope.layers.hooks import on_frames
 from musicscope.models import load_model
 from musicscope.models.audio_model import is_audio_model
 from musicscope.models.rave import RaveModel
 from musicscope.models.torchscript import check_archive
-from musicscope.store import ActivationStore
 
 SECONDS = 0.5
 SAMPLES = 689  # half a second; 10.8 frames of 64, so the last one is mostly padding

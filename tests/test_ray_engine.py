@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_extraction import BatchModel, FakeClips, contents, make_plan, out
 
-from musicscope.extraction import extract
+from musicscope.activations.extraction import extract
 
 pytest.importorskip("ray", reason="Ray is an extra: pip install '.[ray]' runs these tests")
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def square(job: int) -> int:
 
 
 def test_killed_workers_lose_nothing_and_errors_come_through(tmp_path, monkeypatch):
-    from musicscope import ray_engine
+    from musicscope.activations import ray_engine
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from musicscope import audio
-from musicscope.captions import KEYS, MAJOR, MINOR, estimate_key, write_caption
 from musicscope.clips import ClipStore, write_clips
-from musicscope.compositions import (
+from musicscope.rendering.captions import KEYS, MAJOR, MINOR, estimate_key, write_caption
+from musicscope.rendering.compositions import (
     Composition,
     Part,
     midi_lumps,
     playable_windows,
     split_compositions,
 )
-from musicscope.corpus import make_clip
-from musicscope.embedded import soundfont
-from musicscope.orchestration import PROGRAM_NAMES, draw_plan, with_target
-from musicscope.pairs import make_pairs
-from musicscope.render import SAMPLE_RATE, Synth, mix, render, rms
+from musicscope.rendering.corpus import make_clip
+from musicscope.rendering.embedded import soundfont
+from musicscope.rendering.orchestration import PROGRAM_NAMES, draw_plan, with_target
+from musicscope.rendering.pairs import make_pairs
+from musicscope.rendering.render import SAMPLE_RATE, Synth, mix, render, rms
 
 
 def scale(program: int, pitch: int, notes: int = 60, is_drum: bool = False) -> Part:

@@ -23,11 +23,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
 
-from musicscope import feature_table, report, report_cards, report_charts, report_html, report_media
-from musicscope import report_moments as moments
+from musicscope.activations.store_writer import StoreWriter
 from musicscope.clips import ClipStore, write_clips
-from musicscope.report_data import Sources
-from musicscope.report_parts import (
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.sparse_codes import encode_clips, pool_clips
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.features import feature_table
+from musicscope.reporting import report, report_cards, report_charts, report_html, report_media
+from musicscope.reporting import report_moments as moments
+from musicscope.reporting.report_data import Sources
+from musicscope.reporting.report_parts import (
     Card,
     Details,
     Figure,
@@ -39,11 +44,7 @@ from musicscope.report_parts import (
     plain,
     short,
 )
-from musicscope.report_shared import matches_section, maximised_section
-from musicscope.sae import TopKSAE
-from musicscope.sparse_codes import encode_clips, pool_clips
-from musicscope.store_writer import StoreWriter
-from musicscope.usae import ModelWeights, UniversalSAE
+from musicscope.reporting.report_shared import matches_section, maximised_section
 
 HOSTILE = "</script><img src=x onerror='boom()'>\"&"
 MODELS = ("tiny", "wide")
@@ -356,7 +357,7 @@ def test_committed_metrics_make_sections_without_gaps():
 
     params = load_params(ROOT / "params.yaml")
     sources = Sources(ROOT, params.models, params.slots)
-    from musicscope.report_sections import concepts_section, layers_section
+    from musicscope.reporting.report_sections import concepts_section, layers_section
 
     for builder in (layers_section, concepts_section):
         section = builder(sources)

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from musicscope import report_charts, report_html, report_media
-from musicscope.report_parts import Card, Figure, Moment, Note, Section, Table, plain
+from musicscope.reporting import report_charts, report_html, report_media
+from musicscope.reporting.report_parts import Card, Figure, Moment, Note, Section, Table, plain
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = next(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.sae import TopKSAE, largest_k
+from musicscope.dictionaries.sae import TopKSAE, largest_k
 
 
 def make(F=96, d=12, k=5, activation="topk", threshold=-1.0, seed=0) -> TopKSAE:
@@ -70,7 +70,9 @@ def test_codes_equal_the_dense_formula():
 
 
 def test_batchtopk_inference_keeps_what_exceeds_the_threshold(monkeypatch):
-    monkeypatch.setattr("musicscope.sae.CHUNK", 64)  # chunks of different widths must be padded
+    monkeypatch.setattr(
+        "musicscope.dictionaries.sae.CHUNK", 64
+    )  # chunks of different widths must be padded
     sae, x = make(activation="batchtopk", threshold=4.0), frames()
     values, indices = sae.encode(x)
     z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc

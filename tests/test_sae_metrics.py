@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope import sae_metrics as metrics
-from musicscope.sae import TopKSAE
+from musicscope.dictionaries import sae_metrics as metrics
+from musicscope.dictionaries.sae import TopKSAE
 
 
 def lossless(d: int, mean: np.ndarray | None = None) -> TopKSAE:

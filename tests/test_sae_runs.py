@@ -15,14 +15,14 @@ import torch
 import yaml
 from source_archives import configured, encoded, tone
 
-from musicscope import sae_runs
+from musicscope.activations.store import ActivationStore
+from musicscope.activations.store_writer import StoreWriter
 from musicscope.clips import ClipStore, write_clips
+from musicscope.dictionaries import sae_runs
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.sae_training import SAEConfig
 from musicscope.models import load_model
-from musicscope.sae import TopKSAE
-from musicscope.sae_training import SAEConfig
 from musicscope.sources.writing import write_recordings
-from musicscope.store import ActivationStore
-from musicscope.store_writer import StoreWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from musicscope.sae_step import Aux, Weights, gradients, initial_state, step
+from musicscope.dictionaries.sae_step import Aux, Weights, gradients, initial_state, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope.sae_metrics import evaluate
-from musicscope.sae_step import initial_state, step
-from musicscope.sae_training import SAEConfig, live_logger, train
-from musicscope.store import ActivationStore
-from musicscope.store_writer import StoreWriter
+from musicscope.activations.store import ActivationStore
+from musicscope.activations.store_writer import StoreWriter
+from musicscope.dictionaries.sae_metrics import evaluate
+from musicscope.dictionaries.sae_step import initial_state, step
+from musicscope.dictionaries.sae_training import SAEConfig, live_logger, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

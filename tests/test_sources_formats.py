@@ -23,7 +23,7 @@ from source_archives import (
 )
 
 from musicscope.config import RecordingLimits
-from musicscope.orchestration import FAMILIES
+from musicscope.rendering.orchestration import FAMILIES
 from musicscope.sources import folder, mtg_jamendo, musicbench, song_describer
 from musicscope.sources.jamendo_tags import read_tags
 from musicscope.sources.recordings import Recording, assign_splits, last_two, limit, unsafe

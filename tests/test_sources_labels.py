@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from musicscope.orchestration import FAMILIES
+from musicscope.rendering.orchestration import FAMILIES
 from musicscope.sources import labels
 from musicscope.sources.labels import NEGATED, PRESENT, UNKNOWN, UNLISTED
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import CAPTIONS
 
-from musicscope import steering as st
-from musicscope import steering_baselines as baselines
-from musicscope.hooks import chain
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.layers.hooks import chain
 from musicscope.models import load_model
-from musicscope.sae import TopKSAE
+from musicscope.steering import editing as st
+from musicscope.steering import steering_baselines as baselines
 
 WIDTH, LATENTS, K = 48, 96, 8
 PROMPTS = [CAPTIONS[0], CAPTIONS[2], None]

@@ -11,16 +11,16 @@ import pytest
 import torch
 from test_steering import PUSH, random_sae
 
-from musicscope import steering_cells as cells
-from musicscope import steering_evaluation as ev
-from musicscope import steering_report, steering_run
 from musicscope.artifacts import read_json
-from musicscope.captions import KEYS
 from musicscope.clips import FAMILIES
 from musicscope.models import load_model
-from musicscope.steering import Gate
-from musicscope.steering_prompts import FORMS, PromptSet, make_prompts
-from musicscope.steering_recipes import SCORES, Recipe, Settings, load_recipe
+from musicscope.rendering.captions import KEYS
+from musicscope.steering import steering_cells as cells
+from musicscope.steering import steering_evaluation as ev
+from musicscope.steering import steering_report, steering_run
+from musicscope.steering.editing import Gate
+from musicscope.steering.steering_prompts import FORMS, PromptSet, make_prompts
+from musicscope.steering.steering_recipes import SCORES, Recipe, Settings, load_recipe
 
 # --- prompts ----------------------------------------------------------------------------------
 

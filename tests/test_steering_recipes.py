@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope import steering_learning as learning
-from musicscope import steering_recipes as recipes
-from musicscope.sae import TopKSAE
+from musicscope.dictionaries.sae import TopKSAE
 from musicscope.stats import auroc
+from musicscope.steering import steering_learning as learning
+from musicscope.steering import steering_recipes as recipes
 
 F, FRAMES, RATE = 12, 40, 50.0
 FOR, AGAINST, RARE, DEAD = 3, 7, 5, 11

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.store import ActivationStore, StoreError, decode, encode
-from musicscope.store_writer import Moments, StoreWriter, shard_spans
+from musicscope.activations.store import ActivationStore, StoreError, decode, encode
+from musicscope.activations.store_writer import Moments, StoreWriter, shard_spans
 
 SPLITS = ("train", "validation", "test")
 

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from musicscope import plots, summary
+from musicscope import plots
 from musicscope.artifacts import write_json, write_text
+from musicscope.reporting import summary
 
 MODELS, SLOTS = ("nano-small", "nano-medium"), ("top1", "top2")
 # As specified, not as implemented.

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope import usae_data, usae_metrics
-from musicscope.sae_runs import TEST, TRAIN
-from musicscope.sae_training import SAEConfig
-from musicscope.store import ActivationStore, StoreError
-from musicscope.store_writer import StoreWriter
-from musicscope.usae import ModelWeights, UniversalSAE
-from musicscope.usae_training import normalisation, train
+from musicscope.activations.store import ActivationStore, StoreError
+from musicscope.activations.store_writer import StoreWriter
+from musicscope.dictionaries import usae_data, usae_metrics
+from musicscope.dictionaries.sae_runs import TEST, TRAIN
+from musicscope.dictionaries.sae_training import SAEConfig
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.usae_training import normalisation, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -56,7 +56,7 @@ def formula(usae, parts):
 
 
 def test_codes_and_decodes_equal_the_dense_formula(monkeypatch):
-    monkeypatch.setattr("musicscope.usae.CHUNK", 16)
+    monkeypatch.setattr("musicscope.dictionaries.usae.CHUNK", 16)
     usae = make()
     xs = rows(usae)
     for i, x in enumerate(xs):
@@ -371,7 +371,7 @@ def test_nan_activations_stop_training(stores, monkeypatch):
         xs[1][2, 3] = np.nan
         return iter([xs])
 
-    monkeypatch.setattr("musicscope.usae_training.batches", damaged)
+    monkeypatch.setattr("musicscope.dictionaries.usae_training.batches", damaged)
     with pytest.raises(FloatingPointError, match=r"step 0 on .*m1.*NaN"):
         fit(paired, samples=128)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from musicscope import usae_metrics as metrics
-from musicscope import usae_plots
-from musicscope.sae import TopKSAE
-from musicscope.store_writer import StoreWriter
-from musicscope.usae import ModelWeights, UniversalSAE
+from musicscope.activations.store_writer import StoreWriter
+from musicscope.dictionaries import usae_metrics as metrics
+from musicscope.dictionaries import usae_plots
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -279,8 +279,8 @@ def test_shared_structure_shows_against_every_null(workspace, monkeypatch):
 
 
 def test_one_model_alone_is_an_error(workspace, monkeypatch):
-    from musicscope import usae_runs
     from musicscope.config import load_params
+    from musicscope.dictionaries import usae_runs
 
     monkeypatch.chdir(workspace)
     with pytest.raises(ValueError, match="compares models"):

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from musicscope import sae_step
-from musicscope.sae_step import Aux, Weights
-from musicscope.usae_step import RULES, gradients, initial_state, join, split, step
+from musicscope.dictionaries import sae_step
+from musicscope.dictionaries.sae_step import Aux, Weights
+from musicscope.dictionaries.usae_step import RULES, gradients, initial_state, join, split, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from yue_export import build_tiny_yue, write_tokenizer
 
-from musicscope import ablation, hooks
-from musicscope.extraction import extract, plan
+from musicscope.activations.extraction import extract, plan
+from musicscope.dictionaries.sae_metrics import replace_frames
+from musicscope.layers import ablation, hooks
 from musicscope.models import MusicModel, load_model
 from musicscope.models import yue_tokens as tokens
 from musicscope.models.yue_decoder import frame_labels
-from musicscope.sae_metrics import replace_frames
 
 GOLDEN = [
     3251, 403, 4696, 515, 278, 2183, 26627, 1199, 10768, 491, 10768, 29889, 13, 29961, 15462, 276,

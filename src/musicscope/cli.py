@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "find-concept": (
-        "musicscope.concept_finder",
+        "musicscope.concepts.concept_finder",
         "features of a model that tell two folders of recordings apart",
     ),
-    "plan": ("musicscope.plan", "what a configuration will take, before anything runs"),
+    "plan": ("musicscope.planning.plan", "what a configuration will take, before anything runs"),
 }
 """Command -> module with `add_arguments(parser)` and `run(args)`, and a line of help."""
 

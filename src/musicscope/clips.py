@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from musicscope.artifacts import read_json, sha256, write_json, write_text
-from musicscope.orchestration import FAMILIES
+from musicscope.rendering.orchestration import FAMILIES
 
 __all__ = ["FAMILIES", "ClipStore", "known_labels", "main_clips", "write_clips"]
 

@@ -376,7 +376,7 @@ class Steer:
     pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like")
     """Edits of several concepts at once, such as guitar-off+organ-on."""
     scores: tuple[str, ...] = choice("share", "effect", "partial", "auroc")
-    """How train clips rank latents; see musicscope.steering_learning."""
+    """How train clips rank latents; see musicscope.steering.steering_learning."""
     target: str = choice("active", "mean")
     """What latents are raised to: their mean where they fire, or over all frames."""
     both_sides: bool
@@ -386,7 +386,7 @@ class Steer:
     n_features: tuple[int, ...] = number(1, 65536)
     """Numbers of latents."""
     branches: tuple[str, ...] = choice("conditional", "both", "guidance")
-    """Rows of guided generation that are edited; see musicscope.steering.Steering."""
+    """Rows of guided generation that are edited; see musicscope.steering.editing.Steering."""
     loops: tuple[str, ...] = choice("open", "closed")
     """closed: edit only while a probe on the latents hears something to change."""
     direction_strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)

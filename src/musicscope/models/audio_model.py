@@ -36,7 +36,7 @@ class AudioModel(Protocol):
     """Audio in, audio out; hooks as in `musicscope.models.Hook`, one clip at a time.
 
     There is no start column, but frame t is position t + 1 here too, so that
-    `musicscope.hooks.on_frames` counts frames alike in every model. Hook points have frame rates
+    `hooks.on_frames` counts frames alike in every model. Hook points have frame rates
     of their own; frame t of rate r covers the seconds t / r to (t + 1) / r.
     """
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
-from musicscope.orchestration import FAMILIES
+from musicscope.rendering.orchestration import FAMILIES
 from musicscope.sources import labels
 from musicscope.sources.decoding import SUFFIXES
 from musicscope.sources.recordings import (

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from musicscope.orchestration import FAMILIES
+from musicscope.rendering.orchestration import FAMILIES
 
 PRESENT, NEGATED, UNLISTED, UNKNOWN = "present", "negated", "unlisted", "unknown"
 

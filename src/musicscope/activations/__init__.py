@@ -1,0 +1,1 @@
+"""From clips to stored activations: extraction, the store, engines, alignment by time."""

@@ -1,0 +1,1 @@
+"""From recordings with and without a concept to the features responsible."""

@@ -1,0 +1,208 @@
+"""From a folder of recordings with a concept and one without it to features of a model.
+
+    musicscope find-concept --model nano-small --with guitars --without others
+
+Reads whatever libsndfile reads; what the statistics mean is in `concept_stats`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from musicscope.artifacts import atomic_dir, read_json, seed_for, write_json
+from musicscope.concepts import concept_recordings as reading
+from musicscope.concepts import concept_stats
+from musicscope.concepts.concept_listening import dictionary, hear, top_moments
+from musicscope.concepts.concept_recordings import Plan
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.sources.recordings import Problem
+
+
+@dataclass(frozen=True)
+class ConceptReport:
+    """What was found, and what to know about it."""
+
+    tables: Mapping[str, pd.DataFrame]
+    """By dictionary: all tested features, best first (`concept_stats.COLUMNS`)"""
+    moments: pd.DataFrame
+    """Where the best features are highest in recordings with the concept; columns MOMENTS of
+    `concept_listening`"""
+    recordings: Mapping[str, int]
+    """Usable ones, "with" and "without" """
+    problems: tuple[Problem, ...]
+    """Files, or windows of files, that were left out, and why"""
+    plan: Plan
+    cues: Mapping[str, float]
+    """AUROC of trivial cues by which the folders differ too"""
+    q: float
+    smallest_p: float
+    excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """File name -> audio of a moment, mono, at `rate`"""
+    rate: int = 0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """That of the first dictionary."""
+        return next(iter(self.tables.values()))
+
+    def discoveries(self, name: str | None = None) -> pd.DataFrame:
+        """Rows with q at most the limit; of the first dictionary unless named."""
+        table = self.table if name is None else self.tables[name]
+        return table[table["q"] <= self.q]
+
+    def text(self, rows: int = 10) -> str:
+        """All that a user should read, as lines."""
+        plan, n = self.plan, self.recordings
+        lines = [
+            f"{n['with']} recordings with and {n['without']} without the concept, "
+            f"up to {plan.windows} windows of {plan.seconds:.3g} s each"
+        ]
+        lines += [f"left out: {p.name}: {p.reason} {p.detail}".rstrip() for p in self.problems]
+        for name, value in self.cues.items():
+            lines.append(
+                f"warning: the folders also differ in {name.replace('_', ' ')} (AUROC {value:.2f});"
+                " what is found may be that instead of the concept"
+            )
+        if self.smallest_p > self.q:
+            lines.append(
+                f"warning: with so few recordings no p is below {self.smallest_p:.2g}: nothing "
+                f"can be found at q = {self.q:g}; add recordings"
+            )
+        for name, table in self.tables.items():
+            found = int((table["q"] <= self.q).sum())
+            if found:
+                lines.append(f"{name}: {found} of {len(table)} features found at q = {self.q:g}")
+            else:
+                best = f"; the best has q = {table['q'].min():.2g}" if len(table) else ""
+                lines.append(
+                    f"{name}: nothing to find: of {len(table)} features none tells the folders "
+                    f"apart better than chance (q = {self.q:g}){best}"
+                )
+            if len(table):
+                lines.append(table.head(rows).to_string(index=False, float_format="%.3g"))
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write features.csv, moments.csv, report.json and the moments' WAV files; whole or not."""
+        with atomic_dir(folder) as out:
+            tables = [t.assign(dictionary=name) for name, t in self.tables.items()]
+            pd.concat(tables).to_csv(out / "features.csv", index=False, float_format="%.6g")
+            self.moments.to_csv(out / "moments.csv", index=False, float_format="%.6g")
+            for name, audio in self.excerpts.items():
+                soundfile.write(out / name, np.clip(audio, -1, 1), self.rate, subtype="PCM_16")
+            write_json(
+                out / "report.json",
+                {
+                    "recordings": dict(self.recordings),
+                    "problems": [p.texts() for p in self.problems],
+                    "window_seconds": self.plan.seconds,
+                    "windows": self.plan.windows,
+                    "cues": dict(self.cues),
+                    "q": self.q,
+                    "smallest_p": self.smallest_p,
+                    "discoveries": {n: len(self.discoveries(n)) for n in self.tables},
+                },
+            )
+
+
+def find_concept(
+    model: Any, features: TopKSAE | UniversalSAE | Mapping[str, Any], with_dir: str | Path,
+    without_dir: str | Path, layer: str, *, seconds: float = 10.0, windows: int = 4,
+    permutations: int = 2000, draws: int = 200, q: float = 0.05, audible: int = 4, moments: int = 3,
+    seed: int = 0,
+) -> ConceptReport:  # fmt: skip
+    """Features of `layer` of a model that are higher in one folder of recordings than in another.
+
+    Args:
+        features: an SAE, a universal SAE that knows the model, or several by name.
+        seconds, windows: most that is heard of a recording: windows spread over it.
+        permutations, draws: of the labels for p, of recordings for the stability.
+        q: limit of the corrected p for a discovery.
+        audible, moments: so many features get so many excerpts.
+
+    Raises:
+        FileNotFoundError: a folder is not there or empty.
+        ValueError: fewer than two usable recordings in a folder; the message names the others.
+    """
+    if not isinstance(features, Mapping):
+        features = {"usae" if isinstance(features, UniversalSAE) else "sae": features}
+    dictionaries = {name: dictionary(of, model.name) for name, of in features.items()}
+    plan, problems = reading.plan_recordings((with_dir, without_dir), seconds, windows)
+    heard, more = hear(model, layer, dictionaries, plan)
+    problems += more
+    usable = {"with": int(heard.labels.sum()), "without": int((~heard.labels).sum())}
+    if min(usable.values()) < 2:
+        left = "; ".join(f"{p.name}: {p.reason}" for p in problems[:8]) or "nothing else is there"
+        raise ValueError(
+            f"{usable['with']} usable recordings in {with_dir}, {usable['without']} in "
+            f"{without_dir}: at least two of each are needed, ten to find anything ({left})"
+        )
+    tables = {
+        name: concept_stats.rank_features(
+            scores.mean, heard.labels, permutations, draws, seed_for(seed, "find_concept", name)
+        )
+        for name, scores in heard.scores.items()
+    }
+    rate = model.sample_rate
+    table, excerpts = top_moments(heard, tables, plan, rate, audible, moments)
+    return ConceptReport(
+        tables, table, usable, tuple(problems), plan,
+        reading.telling_cues(heard.cues, heard.labels), q,
+        concept_stats.smallest_p(heard.labels), excerpts, rate,
+    )  # fmt: skip
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``musicscope find-concept``."""
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, or a name under data/models")
+    add("--with", required=True, dest="with_dir", metavar="DIR", help="recordings with the concept")
+    add("--without", required=True, dest="without_dir", metavar="DIR", help="without it")
+    add("--features", choices=("sae", "usae", "both"), default="sae", help="which dictionary")
+    add("--slot", default="top1", help="slot whose SAE is searched")
+    add("--out", metavar="DIR", help="where tables and excerpts go; data/found/<name of DIR>")
+    add("--seconds", type=float, default=10.0, help="length of the windows that are heard")
+    add("--windows", type=int, default=4, help="most windows a recording")
+    add("--q", type=float, default=0.05, help="limit of the corrected p")
+    add("--permutations", type=int, default=2000, help="for p")
+    add("--seed", type=int, default=0, help="of permutations and draws")
+    add("--device", default="cpu", help="cpu or cuda")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Find, print and save. ValueError and FileNotFoundError say what is wrong with the input."""
+    from musicscope.models import load_model
+
+    name = Path(args.model).name
+    folder = Path("data/sae") / name / args.slot / "seed-0"
+    features: dict[str, Any] = {}
+    if args.features in ("sae", "both"):
+        features["sae"] = TopKSAE.load(folder, args.device)
+    if args.features in ("usae", "both"):
+        usae = features["usae"] = UniversalSAE.load("data/usae/seed-0", args.device)
+        if usae.slot != args.slot:
+            raise ValueError(f"data/usae is of slot {usae.slot}: give --slot {usae.slot}")
+    layer = read_json(folder / "config.json")["trainer"].get("layer")
+    if not isinstance(layer, str):
+        raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
+    report = find_concept(
+        load_model(args.model, args.device), features, args.with_dir, args.without_dir, layer,
+        seconds=args.seconds, windows=args.windows, permutations=args.permutations, q=args.q,
+        seed=args.seed,
+    )  # fmt: skip
+    out = Path(args.out or Path("data/found") / Path(args.with_dir).resolve().name)
+    report.save(out)
+    print(report.text())
+    print(f"tables and {len(report.excerpts)} excerpts are in {out}")

@@ -1,0 +1,1 @@
+"""TopK SAEs, universal SAEs and crosscoders: the step, training, metrics."""

@@ -1,0 +1,1 @@
+"""Features matched over models, their concepts and their table."""

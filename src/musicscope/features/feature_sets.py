@@ -1,0 +1,94 @@
+"""Common, own, unmatched: named sets over the SAE latents of M models.
+
+Pairs and correlations are those of `matching.match_activations`: chosen on validation, scored on
+test. The threshold is the one of the matched shares; it is set beforehand in params.yaml.
+
+silent       fires on no validation frame or on no test frame: nothing can be said.
+common       one latent of each model, every two of them paired with one another, and every such
+             pair's test correlation above the threshold.
+positional   the same, but every pair's correlation also stays above the threshold when clips are
+             re-paired to other compositions: these latents follow the place in the clip, not the
+             music. They are no longer in `common`.
+partial      (M > 2 only) matched in some other model but in no such tuple.
+own_<model>  matched in no other model; *no* latent of any other model correlates above the
+             threshold on test, paired or not; and reproduced: matched one to one, by the same
+             rule, in a second SAE of its own model. Without the last condition every accident of
+             training would count as a model's own feature.
+unmatched    the rest: not reproduced, or similar to a latent that is paired with another.
+
+An own latent is one that the *SAEs* of the other models do not have; whether those models have the
+direction all the same, only their activations could tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from musicscope.features.matching import Match
+
+NAMES = ("common", "positional", "partial", "own", "unmatched", "silent")
+"""The sets; in metrics `own` carries the model's name."""
+
+
+def common_tuples(matches: dict[tuple[str, str], Match], models: Sequence[str]) -> np.ndarray:
+    """[tuples, M] latents, one a model, every two of which are paired (whatever their score)."""
+    first, *others = models
+    columns = [np.arange(len(matches[first, others[0]].partner))]
+    columns += [matches[first, other].partner for other in others]
+    found = np.stack(columns, 1)
+    whole = (found >= 0).all(1)
+    for j, a in enumerate(others, start=1):
+        for k, b in enumerate(others[j:], start=j + 1):
+            whole &= matches[a, b].partner[found[:, j]] == found[:, k]
+    return found[whole]
+
+
+def tuple_scores(
+    matches: dict[tuple[str, str], Match], models: Sequence[str], tuples: np.ndarray
+) -> np.ndarray:
+    """[2 + resamples, tuples] lowest pairwise correlation within each tuple.
+
+    Row 0 is that of re-paired clips (NaN where there were none), row 1 the data's.
+    """
+    lowest = np.inf
+    for (a, _), match in matches.items():
+        r = np.concatenate([match.repaired[None], match.score[None], match.resampled])
+        lowest = np.minimum(lowest, r[:, tuples[:, models.index(a)]])
+    return lowest
+
+
+def name_sets(
+    matches: dict[tuple[str, str], Match],
+    highest: dict[tuple[str, str], np.ndarray],
+    reproduced: dict[str, np.ndarray],
+    active: dict[str, np.ndarray],
+    threshold: float,
+) -> dict[str, np.ndarray]:
+    """{model: the set of each SAE latent [F], one of `NAMES`}; definitions at the top of the file.
+
+    `matches` [a, b] for models in order; `highest` [a, b] [F_a]: the highest test correlation of
+    each latent of a with any of b, for both orders; `reproduced`, `active`: bool [F] a model.
+    """
+    models = list(active)
+    tuples = common_tuples(matches, models)
+    survives, above = tuple_scores(matches, models, tuples)[:2] > threshold
+    sets = {}
+    for at, model in enumerate(models):
+        F = len(active[model])
+        matched, similar = np.zeros(F, bool), np.zeros(F, bool)
+        for (a, b), match in matches.items():
+            if model in (a, b):
+                score = match.score if model == a else match.inverse(F)[1]
+                matched |= score > threshold
+                similar |= highest[model, b if model == a else a] > threshold
+        common, positional = (
+            np.isin(np.arange(F), tuples[which, at])
+            for which in (above & ~survives, above & survives)
+        )
+        own = reproduced[model] & ~matched & ~similar
+        conditions = [~active[model], common, positional, matched, own]
+        chosen = ["silent", "common", "positional", "partial", "own"]
+        sets[model] = np.select(conditions, chosen, "unmatched")
+    return sets

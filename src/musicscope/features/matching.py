@@ -1,0 +1,275 @@
+"""Which features do two models share? One-to-one matching of sparse dictionaries, with its nulls.
+
+SAE against SAE of another model: Pearson correlation of two latents' activations over paired
+frames. The one-to-one pairs are *chosen* on validation clips (Hungarian assignment over all
+latents of both, maximising the sum) and *scored* on test clips of other compositions, so that a
+pair's correlation is not inflated by having been searched for. Null: the same procedure with the
+clips of one model re-paired to clips of other compositions (frame t stays frame t, so what is
+common to all clips, such as their beginnings, stays in the null). A true pair whose correlation
+survives re-pairing follows the place in the clip, which every clip shares, and not the music: such
+matches are counted apart from the musical ones. Ceiling: the same procedure between two SAEs of
+one model that differ in their seed.
+
+SAE against USAE of one model: cosine of decoder rows, matched as in arXiv 2502.03714, 4.4. Null:
+random dictionaries with the mean and covariance of the USAE decoder's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+
+from musicscope.artifacts import seed_for
+from musicscope.dictionaries.sae_metrics import random_like
+from musicscope.dictionaries.sparse_codes import Codes
+from musicscope.stats import percentile_interval, resample_weights
+
+CHUNK = 16384  # frames multiplied at once
+
+
+@dataclass(frozen=True)
+class Match:
+    """One-to-one pairs between latents of a first (F1) and a second (F2) dictionary."""
+
+    partner: np.ndarray
+    """[F1] latent of the second, -1 for none; at most min(F1, F2) pairs"""
+    score: np.ndarray
+    """[F1] correlation on test, or cosine; NaN without a partner"""
+    null: list[np.ndarray]
+    """One array a draw: the scores of the null's pairs, from high to low"""
+    repaired: np.ndarray
+    """[F1] score of the *same* pair with clips re-paired, mean over draws; NaN without draws"""
+    null_repaired: list[np.ndarray]
+    """One array a draw, in the order of `null`: the null's pairs under yet another re-pairing"""
+    resampled: np.ndarray
+    """[resamples, F1] score in each bootstrap over compositions; no rows for cosines"""
+
+    def inverse(self, latents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`partner`, `score` and `repaired` of the second dictionary's `latents` latents."""
+        has = np.flatnonzero(self.partner >= 0)
+        partner, (score, repaired) = np.full(latents, -1), np.full((2, latents), np.nan)
+        partner[self.partner[has]] = has
+        score[self.partner[has]], repaired[self.partner[has]] = self.score[has], self.repaired[has]
+        return partner, score, repaired
+
+    def musical(self, threshold: float) -> np.ndarray:
+        """[F1] matched, and not by the place in the clip: `repaired` at most the threshold."""
+        return (self.score > threshold) & ~(self.repaired > threshold)
+
+    def share(self, threshold: float, latents: int | None = None) -> dict[str, float]:
+        """Matched pairs as a share of all latents of the first dictionary, or of `latents`.
+
+        {"matched"}; "null_matched", the mean over draws; where clips were re-paired "musical" and
+        "null_musical", the part of either that re-pairing ends; "matched_low", "matched_high" and
+        "musical_low", "musical_high", 95 % intervals, where there are resamples. Dead latents count
+        as not matched.
+        """
+        F = latents or len(self.partner)
+        found: dict[str, float] = {"matched": (self.score > threshold).sum() / F}
+        if self.null:
+            counts = [(draw > threshold).sum() / F for draw in self.null]
+            found["null_matched"] = float(np.mean(counts))
+        kept = {"matched": np.ones(len(self.partner), bool)}
+        if self.null_repaired:
+            found["musical"] = self.musical(threshold).sum() / F
+            both = zip(self.null, self.null_repaired, strict=True)
+            counts = [((n > threshold) & ~(r > threshold)).sum() / F for n, r in both]
+            found["null_musical"] = float(np.mean(counts))
+            kept["musical"] = ~(self.repaired > threshold)
+        if len(self.resampled):
+            for name, where in kept.items():
+                counts = (self.resampled[:, where] > threshold).sum(1) / F
+                found[f"{name}_low"], found[f"{name}_high"] = percentile_interval(counts)
+        return found
+
+
+def _sums(x: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and sum of squares of every column, in float64."""
+    data = x.data.astype(np.float64)
+    return tuple(np.bincount(x.indices, d, x.shape[1]) for d in (data, data * data))
+
+
+def _pearson(n: Any, sx: Any, sy: Any, sxx: Any, syy: Any, sxy: Any) -> np.ndarray:
+    """Pearson's r from sums over n frames; 0 where either side is constant."""
+    vx, vy = sxx - sx * sx / n, syy - sy * sy / n
+    # A constant column leaves rounding error behind, not an exact 0.
+    known = (vx > 1e-10 * sxx) & (vy > 1e-10 * syy)
+    bottom = np.sqrt(np.where(known, vx, 1.0)) * np.sqrt(np.where(known, vy, 1.0))
+    return np.where(known, np.clip((sxy - sx * sy / n) / bottom, -1, 1), 0.0)
+
+
+def correlation(x: csr_array, y: csr_array) -> np.ndarray:
+    """Pearson correlation of every column of x [N, F1] with every column of y [N, F2], float32.
+
+    Rows are the same frames. Co-activation sums are CSR^T CSR products of `CHUNK` frames, added in
+    float64: about N k^2 multiplications instead of N F1 F2. A latent that never fires, or always
+    with one value, has correlation 0.
+    """
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"codes of {x.shape[0]} and of {y.shape[0]} frames are not paired")
+    both = np.zeros((x.shape[1], y.shape[1]))
+    for at in range(0, x.shape[0], CHUNK):
+        a, b = (m[at : at + CHUNK].astype(np.float64) for m in (x, y))
+        both += (a.T @ b).toarray()
+    (sx, sxx), (sy, syy) = _sums(x), _sums(y)
+    r = _pearson(x.shape[0], sx[:, None], sy, sxx[:, None], syy, both)
+    return r.astype(np.float32)
+
+
+def assign(scores: np.ndarray) -> np.ndarray:
+    """Column [F1] of each row under the one-to-one assignment with the largest sum, -1 for none.
+
+    A pair that scores 0 or less only fills the assignment up (a latent that never fires, say), and
+    is no pair.
+    """
+    rows, columns = linear_sum_assignment(scores, maximize=True)
+    real = scores[rows, columns] > 0
+    partner = np.full(len(scores), -1)
+    partner[rows[real]] = columns[real]
+    return partner
+
+
+def pair_correlations(
+    x: csr_array, y: csr_array, partner: np.ndarray, member: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Correlation of each latent with its partner under each row of weights, [W, F1].
+
+    `member` [N] is the group of each frame, `weights` [W, groups] how often a group counts. From
+    sums per group and pair, so a thousand resamples cost no second look at the frames. NaN where
+    there is no partner.
+    """
+    rows, N = np.flatnonzero(partner >= 0), x.shape[0]
+    a, b = x[:, rows].astype(np.float64), y[:, partner[rows]].astype(np.float64)
+    groups = csr_array((np.ones(N), (member, np.arange(N))), shape=(weights.shape[1], N))
+    terms = (a, b, a.multiply(a), b.multiply(b), a.multiply(b))
+    n = weights @ np.bincount(member, minlength=weights.shape[1])
+    r = np.full((len(weights), len(partner)), np.nan)
+    r[:, rows] = _pearson(n[:, None], *(weights @ (groups @ t).toarray() for t in terms))
+    return r
+
+
+def correlations_of(x: csr_array, y: csr_array, partner: np.ndarray) -> np.ndarray:
+    """[F1] correlation of each latent with its partner over all frames; NaN without a partner."""
+    return pair_correlations(x, y, partner, np.zeros(x.shape[0], np.int64), np.ones((1, 1)))[0]
+
+
+def repaired_clips(groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+    """For every clip [clips] the position of a clip of another group; each is used once.
+
+    Clips are laid out group after group, in random order, and shifted round by at least the size
+    of the largest group.
+    """
+    groups, rng = np.asarray(groups), np.random.default_rng(seed)
+    names, sizes = np.unique(groups, return_counts=True)
+    if 2 * sizes.max() > len(groups):
+        raise ValueError(
+            f"composition '{names[sizes.argmax()]}' has {sizes.max()} of {len(groups)} clips: "
+            "over half, so they cannot be re-paired to others; raise prepare_data.timgm6mb_clips"
+        )
+    line = np.concatenate(
+        [rng.permutation(np.flatnonzero(groups == name)) for name in rng.permutation(names)]
+    )
+    order = np.empty(len(line), np.int64)
+    order[line] = np.roll(line, rng.integers(sizes.max(), len(line) - sizes.max() + 1))
+    return order
+
+
+def _repaired(first: Codes, second: Codes, order: np.ndarray) -> tuple[csr_array, csr_array]:
+    """Frame t of clip i beside frame t of clip order[i]; the longer of the two clips is cut."""
+    length = np.minimum(first.frames, second.frames[order])
+    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    rows = []
+    for codes, clips in ((first, np.arange(len(order))), (second, order)):
+        starts = np.cumsum(codes.frames) - codes.frames
+        rows.append(np.repeat(starts[clips], length) + within)
+    return first.matrix[rows[0]], second.matrix[rows[1]]
+
+
+def match_activations(
+    first: dict[str, Codes],
+    second: dict[str, Codes],
+    groups: dict[str, np.ndarray],
+    null_draws: int,
+    n_bootstrap: int,
+    seed: int,
+) -> Match:
+    """Pairs chosen by correlation on validation frames, scored by it on test frames.
+
+    `first`, `second`: codes of the same clips by set, "validation" and "test"; `groups`: the
+    composition of each clip by set. Intervals: test compositions resampled, pairs kept.
+    """
+    for name in ("validation", "test"):
+        if not np.array_equal(first[name].frames, second[name].frames):
+            raise ValueError(
+                f"{name} clips have other frame counts in the two models: extract both from the "
+                "same clips (dvc repro extract_activations)"
+            )
+    x, y = first["test"], second["test"]
+    names, member = np.unique(groups["test"], return_inverse=True)
+    weights = resample_weights(names, n_bootstrap, seed_for(seed, "match_features", "bootstrap"))
+    weights = np.concatenate([np.ones((1, len(names))), weights])
+    partner = assign(correlation(first["validation"].matrix, second["validation"].matrix))
+    r = pair_correlations(x.matrix, y.matrix, partner, member[x.owner], weights)
+
+    def other_clips(name: str, draw: int) -> tuple[csr_array, csr_array]:
+        stream = seed_for(seed, "match_features", "null", name, draw)
+        return _repaired(first[name], second[name], repaired_clips(groups[name], stream))
+
+    null, null_repaired, repaired = [], [], np.full((null_draws, len(partner)), np.nan)
+    for draw in range(null_draws):
+        chosen = assign(correlation(*other_clips("validation", draw)))
+        a, b = other_clips("test", draw)
+        repaired[draw], found = correlations_of(a, b, partner), correlations_of(a, b, chosen)
+        again = correlations_of(*other_clips("test", null_draws + draw), chosen)
+        has = np.flatnonzero(chosen >= 0)
+        order = has[np.argsort(-found[has], kind="stable")]
+        null.append(found[order])
+        null_repaired.append(again[order])
+    survived = repaired.mean(0) if null_draws else np.full(len(partner), np.nan)
+    return Match(partner, r[0], null, survived, null_repaired, r[1:])
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def match_decoders(first: np.ndarray, second: np.ndarray, null_draws: int, seed: int) -> Match:
+    """Pairs of rows of two decoders [F1, d], [F2, d] by cosine; a zero row has cosine 0.
+
+    With F2 < F1 at most F2 / F1 of the first can be matched.
+    """
+    a = _unit(first)
+
+    def match(other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosine = a @ _unit(other).T
+        partner = assign(cosine)
+        taken = cosine[np.arange(len(a)), partner]
+        return partner, np.where(partner >= 0, taken, np.nan)
+
+    partner, score = match(second)
+    draws = [
+        match(random_like(np.asarray(second), seed_for(seed, "match_features", "random", i)))[1]
+        for i in range(null_draws)
+    ]
+    null = [np.sort(d[np.isfinite(d)])[::-1] for d in draws]
+    return Match(partner, score, null, np.full(len(a), np.nan), [], np.empty((0, len(a))))
+
+
+def raw_decoder(usae: Any, i: int) -> np.ndarray:
+    """Decoder rows [F, d_i] of model i in activation units, float64: what 1 of a latent adds.
+
+    A cosine with an SAE's decoder needs both in the same space; the rows that `usae.decoder(i)`
+    gives are in normalised units.
+    """
+    device, large = usae.decoder(i).device, 1000.0  # large: the mean's digits must not count
+    latents = torch.arange(usae.n_latents, device=device)[:, None]
+    values = torch.full(latents.shape, large, device=device)
+    added = usae.decode(i, values, latents) - usae.decode(i, 0 * values, latents)
+    return added.cpu().double().numpy() / large

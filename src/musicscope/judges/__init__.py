@@ -1,0 +1,1 @@
+"""Instrument judges of audio, never used to choose features."""

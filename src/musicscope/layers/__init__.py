@@ -1,0 +1,1 @@
+"""Score of every layer by ablation, and hooks by name."""

@@ -1,0 +1,1 @@
+"""Training of the embedded models: codec, text encoder, decoders; evidence that they learned."""

@@ -1,0 +1,1 @@
+"""Concept classifiers in SAE space against every baseline."""

@@ -1,0 +1,1 @@
+"""The embedded set: pieces, orchestrations, matched pairs, captions, rendered with soundfonts."""

@@ -1,0 +1,1 @@
+"""metrics/summary.json and the report page."""

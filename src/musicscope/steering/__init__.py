@@ -1,0 +1,1 @@
+"""Concepts switched off and on in what a model generates."""

@@ -1,0 +1,26 @@
+"""Opens what the cells of an evaluation are run with, once a process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.judges.judging import load_judges
+from musicscope.models import load_model
+from musicscope.steering.steering_cells import Bench
+from musicscope.steering.steering_recipes import load_recipe
+
+
+@lru_cache(maxsize=1)
+def open_bench(
+    model: str, recipes: str, sae: str, concepts: tuple[str, ...], device: str, seed: int,
+    seconds: float, batch: int, guidance: float,
+) -> Bench:  # fmt: skip
+    """Model data/models/<model>, the SAE and the recipes in these folders, and data/judge."""
+    return Bench(
+        load_model(f"data/models/{model}", device),
+        TopKSAE.load(sae, device),
+        {concept: load_recipe(recipes, concept) for concept in concepts},
+        load_judges("data/judge"),
+        seed, seconds, batch, guidance,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""What it takes to switch a concept off or on in one model: latents, targets, gate, directions.
+
+Learnt on train clips (of the training soundfont), with regularisation and the gate's threshold
+chosen on validation clips; test clips are never read. How strongly to edit, and with how many
+latents, is chosen later on generated music (`steering_run`) and kept in `chosen`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from musicscope.artifacts import read_json, write_json
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.steering.editing import ALWAYS, ConceptEdit, Edit, Gate, Schedule, Steering
+
+FORMAT = 1
+FOLDER = "data/steering"
+DIRECTIONS = ("off", "on")
+SCORES = ("share", "effect", "partial", "auroc")
+MEANS = ("mean_with", "mean_without", "active_with", "active_without")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one concept is edited in one direction."""
+
+    strength: float
+    n_features: int
+    score: str = "effect"
+    """Which of `SCORES` ranks the latents; see `musicscope.steering.steering_learning`."""
+    branch: str = "conditional"
+    loop: str = "open"
+    """closed: only while the gate hears that there is something to change."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A concept in the latents of one SAE."""
+
+    model: str
+    slot: str
+    layer: str
+    """Hook point, such as layers.3."""
+    concept: str
+    target: str
+    """Value that a latent is raised to: its mean over frames where it is "active", or over all
+    frames ("mean"), of train clips of the class."""
+    both_sides: bool
+    """Whether latents that speak against the concept are edited too, the other way round."""
+    statistics: Mapping[str, Tensor]
+    """[F] float32 each. `SCORES`: above 0 for latents with evidence for the concept, the more the
+    better. `MEANS`: mean_* over all frames of clips with and without it, active_* over frames
+    where the latent fires, 0 where it never does."""
+    directions: Mapping[str, Tensor]
+    """[d] each, pointing towards the concept: difference of the classes' mean activations, and
+    probe, the weights of a logistic probe at the same length."""
+    gate: Gate
+    chosen: Mapping[str, Settings] = field(default_factory=dict)
+    """By direction: what served best on validation prompts."""
+
+    def ranked(self, score: str, sign: int = 1) -> list[int]:
+        """Latents with evidence for (sign 1) or against (-1) the concept, best first."""
+        if score not in SCORES:
+            raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
+        evidence = sign * self.statistics[score]
+        order = torch.argsort(-evidence, stable=True)
+        return order[evidence[order] > 0].tolist()
+
+    def edits(
+        self, direction: str, settings: Settings, features: tuple[int, ...] | None = None
+    ) -> tuple[Edit, ...]:
+        """Edits of the best `settings.n_features` latents, or of `features` in their place.
+
+        on: latents for the concept are raised to what is usual with it; off: they are ablated.
+        With `both_sides`, latents against it are ablated to switch on, raised to switch off.
+        """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction {direction!r}: known {', '.join(DIRECTIONS)}")
+        found = []
+        sides = ((1, "with"), (-1, "without")) if self.both_sides and features is None else (
+            (1, "with"),
+        )  # fmt: skip
+        for sign, side in sides:
+            ranked = self.ranked(settings.score, sign)[: settings.n_features]
+            chosen = tuple(ranked) if features is None else features
+            if not chosen:
+                continue
+            if (direction == "on") == (sign == 1):
+                usual = self.statistics[f"{self.target}_{side}"]
+                values = tuple(float(usual[f]) for f in chosen)
+                found.append(Edit(chosen, "clamp_min", values))
+            else:
+                found.append(Edit(chosen, "ablate"))
+        if not found:
+            raise ValueError(f"{self.model}: no latent has evidence for {self.concept}")
+        return tuple(found)
+
+    def concept_edit(
+        self, direction: str, settings: Settings, features: tuple[int, ...] | None = None
+    ) -> ConceptEdit:
+        """The edits as one `ConceptEdit`; the branch is the caller's to set."""
+        opens = "present" if direction == "off" else "absent"
+        return ConceptEdit(
+            f"{self.concept} {direction}",
+            self.edits(direction, settings, features),
+            settings.strength,
+            replace(self.gate, opens=opens) if settings.loop == "closed" else None,
+        )
+
+
+def save_recipe(recipe: Recipe, folder: str | Path) -> None:
+    """Write <concept>.safetensors (tensors) and <concept>.json (all else) into `folder`."""
+    folder, gate = Path(folder), recipe.gate
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        **{f"statistics.{k}": v.float().contiguous() for k, v in recipe.statistics.items()},
+        **{f"directions.{k}": v.float().contiguous() for k, v in recipe.directions.items()},
+        "gate.features": torch.tensor(gate.features),
+        "gate.weights": torch.tensor(gate.weights, dtype=torch.float64),
+        "gate.bias": torch.tensor(gate.bias, dtype=torch.float64),
+    }
+    path = folder / f"{recipe.concept}.safetensors"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(to_safetensors(tensors))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    plain = ("model", "slot", "layer", "concept", "target", "both_sides")
+    write_json(
+        folder / f"{recipe.concept}.json",
+        {
+            "format": FORMAT,
+            **{name: getattr(recipe, name) for name in plain},
+            "gate_seconds": gate.seconds,
+            "chosen": {direction: asdict(s) for direction, s in recipe.chosen.items()},
+        },
+    )
+
+
+def load_recipe(folder: str | Path, concept: str) -> Recipe:
+    """Read what `save_recipe` wrote; errors name the file and the stage to run."""
+    folder = Path(folder)
+    path, weights = folder / f"{concept}.json", folder / f"{concept}.safetensors"
+    if not path.is_file() or not weights.is_file():
+        known = sorted(p.stem for p in folder.glob("*.safetensors"))
+        raise FileNotFoundError(
+            f"{folder} has no recipe for {concept!r} (it has: {', '.join(known) or 'none'}); add "
+            "it to params.steer.concepts and run dvc repro steer"
+        )
+    found, tensors = read_json(path), load_file(weights)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {found.get('format')}, expected {FORMAT}; rerun steer")
+
+    def group(name: str) -> dict[str, Tensor]:
+        return {k.split(".")[1]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+    try:
+        gate = group("gate")
+        return Recipe(
+            **{k: found[k] for k in ("model", "slot", "layer", "concept", "target", "both_sides")},
+            statistics=group("statistics"),
+            directions=group("directions"),
+            gate=Gate(
+                tuple(gate["features"].tolist()), tuple(gate["weights"].tolist()),
+                float(gate["bias"]), found["gate_seconds"],
+            ),
+            chosen={direction: Settings(**s) for direction, s in found["chosen"].items()},
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error
+
+
+# --- ready for use ----------------------------------------------------------------------------
+
+
+def concept_edits(
+    model: str, concept: str, direction: str, strength: float = 1.0,
+    n_features: int | None = None, loop: str | None = None, folder: str | Path = FOLDER,
+) -> ConceptEdit:  # fmt: skip
+    """The edit of a concept from the recipe that the stage `steer` saved for a model.
+
+    `strength` is in units of what was chosen on validation prompts: 1 is that, 0 does nothing.
+    `n_features` and `loop` ("open", "closed") are as chosen unless given.
+    """
+    recipe = load_recipe(Path(folder) / model, concept)
+    return _edit(recipe, direction, strength, n_features, loop)
+
+
+def _edit(
+    recipe: Recipe, direction: str, strength: float, n_features: int | None, loop: str | None
+) -> ConceptEdit:
+    if direction not in recipe.chosen:
+        raise ValueError(
+            f"{recipe.concept}: nothing is chosen for {direction!r}; known "
+            f"{', '.join(recipe.chosen) or 'none'}: rerun the stage steer"
+        )
+    usual = recipe.chosen[direction]
+    settings = replace(
+        usual, strength=strength * usual.strength, n_features=n_features or usual.n_features,
+        loop=loop or usual.loop,
+    )  # fmt: skip
+    return recipe.concept_edit(direction, settings)
+
+
+def load_steering(
+    model: str, wishes: Mapping[str, str], strength: float = 1.0, *, branch: str | None = None,
+    schedule: Schedule = ALWAYS, n_features: int | None = None, loop: str | None = None,
+    folder: str | Path = FOLDER, sae_folder: str | Path = "data/sae", device: str = "cpu",
+) -> tuple[str, Steering]:  # fmt: skip
+    """Hook point and `Steering` for {"guitar": "off", "piano": "on"}, ready for `steering_hook`.
+
+    The arguments are those of `concept_edits`; the branch is as chosen for the model unless given.
+    """
+    if not wishes:
+        raise ValueError("name at least one concept to switch off or on")
+    recipes = {concept: load_recipe(Path(folder) / model, concept) for concept in wishes}
+    edits = tuple(
+        _edit(recipes[concept], direction, strength, n_features, loop)
+        for concept, direction in wishes.items()
+    )
+    (layer, slot), *others = {(r.layer, r.slot) for r in recipes.values()}
+    if others:
+        raise ValueError(f"{folder}/{model}: recipes of several layers; rerun the stage steer")
+    concept, direction = next(iter(wishes.items()))
+    sae = TopKSAE.load(Path(sae_folder) / model / slot / "seed-0", device)
+    branch = branch or recipes[concept].chosen[direction].branch
+    return layer, Steering(sae, edits, branch, schedule)
+
+
+def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
+    """The best latents of a recipe by every score, for metrics."""
+    return {
+        score: {
+            str(f): {name: float(recipe.statistics[name][f]) for name in (score, *MEANS)}
+            for f in recipe.ranked(score)[:most]
+        }
+        for score in SCORES
+    }

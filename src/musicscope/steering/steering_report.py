@@ -1,0 +1,299 @@
+"""Results of steering as metrics, tables, charts and audio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+from matplotlib.figure import Figure
+
+from musicscope import plots
+from musicscope.artifacts import atomic_dir, write_json, write_text
+from musicscope.steering.steering_cells import Bench, Cell
+from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
+from musicscope.steering.steering_prompts import make_prompts
+from musicscope.steering.steering_recipes import save_recipe, summary_of
+from musicscope.steering.steering_run import SEARCHED, Result, Wish, parse_pair
+
+RIVALS = ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction")
+"""Methods that success is compared with, paired over prompts."""
+SUMMARY = ("prompt_edit", "diff_means", "random_feature", "passthrough")
+DOSE_KEYS = (
+    "success", "success_ci_low", "success_ci_high", "change", "change_ci_low", "change_ci_high",
+    "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
+    "frechet", "silent",
+)  # fmt: skip
+
+
+def _name(wish: Wish) -> str:
+    return f"{wish[0]} {wish[1]}"
+
+
+def _outcome(result: Result, plain: Cell, cell: Cell, wish: Wish) -> dict[str, Any]:
+    return outcome(result.scorer, result.measured[plain], result.measured[cell], *wish)
+
+
+def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
+    """Chosen settings, the outcome of every method, and the latents' success less that of each."""
+    cells = result.tests[wish]
+    plain = result.measured[cells["plain"]]
+    methods = {m: _outcome(result, cells["plain"], c, wish) for m, c in cells.items()}
+    del methods["plain"]  # against itself: no change
+    ours = result.measured[cells["sae"]]
+    return {
+        "chosen": {m: asdict(result.choices[m, wish]) for m in SEARCHED},
+        "methods": methods,
+        "sae_minus": {
+            m: advantage(result.scorer, plain, ours, result.measured[cells[m]], *wish)
+            for m in RIVALS
+        },
+    }
+
+
+def joint_metrics(result: Result, name: str) -> dict[str, Any]:
+    """Per method the share of pieces with every wish fulfilled; per wish its success in company
+    and alone; and what each concept's probability changes by under every edit."""
+    cells, pair = result.joints[name], parse_pair(name)
+    plain = cells["plain"]
+    found: dict[str, Any] = {}
+    for method in ("sae", "diff_means", "prompt_edit"):
+        measured = result.measured[cells[method]]
+        entry = all_wishes(result.scorer, result.measured[plain], measured, pair)
+        for concept, direction in pair:
+            own = _outcome(result, plain, cells[method], (concept, direction))
+            entry[concept] = {k: own[k] for k in ("success", "change")}
+            entry |= {k: own[k] for k in ("ce_cost", "frechet", "silent")}
+        found[method] = entry
+    for concept, direction in pair:
+        own = _outcome(result, plain, cells[f"alone {concept}"], (concept, direction))
+        found[f"alone_{concept}"] = {k: own[k] for k in ("success", "change", "ce_cost")}
+    return found
+
+
+def cross_talk(result: Result) -> pd.DataFrame:
+    """One row an edit (single wishes, then pairs alone and together), one column a family: mean
+    change of the families' judge from the plain pieces on the same prompts."""
+    families = result.scorer.families
+    rows = {}
+
+    def add(label: str, plain: Cell, cell: Cell) -> None:
+        rows[label] = family_changes(result.measured[plain], result.measured[cell])
+
+    for wish, cells in result.tests.items():
+        add(_name(wish), cells["plain"], cells["sae"])
+    for name, cells in result.joints.items():
+        for concept, direction in parse_pair(name):
+            add(f"{name}: {concept} {direction}", cells["plain"], cells[f"alone {concept}"])
+        add(f"{name}: both", cells["plain"], cells["sae"])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(families))
+
+
+def test_table(result: Result) -> pd.DataFrame:
+    """One row a method and strength on test prompts: all doses, and every control."""
+    records = []
+    for wish, cells in result.tests.items():
+        listed = {
+            (m, c.settings[0].strength if c.settings else np.nan): c for m, c in cells.items()
+        }
+        for (method, strength), cell in {**listed, **result.doses[wish]}.items():
+            if method == "plain":
+                continue
+            found = _outcome(result, cells["plain"], cell, wish)
+            at = {"concept": wish[0], "direction": wish[1], "method": method, "strength": strength}
+            chosen = cell == cells[method]
+            records.append({**at, "chosen": chosen, **{k: found[k] for k in DOSE_KEYS}})
+    return pd.DataFrame(records)
+
+
+def metrics(result: Result, recipes: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
+    """All numbers of metrics/steer/<model>.json; `recipes`: concept -> (Recipe, its AUROCs)."""
+    cells = next(iter(result.tests.values()))
+    return {
+        "layer": bench.layer,
+        "prompts": cells["plain"].prompts.n,
+        "seconds": bench.seconds,
+        "thresholds": result.scorer.thresholds,
+        "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
+        "concepts": {
+            c: {d: concept_metrics(result, (c, d)) for d in ("off", "on")} for c in recipes
+        },
+        "joint": {name: joint_metrics(result, name) for name in result.joints},
+    }
+
+
+def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline numbers of metrics/steer/<model>.json under steer.*, one level deep.
+
+    quality_cost is the rise of the unsteered model's cross-entropy, nats a code.
+    """
+    keys: dict[str, Any] = {}
+    for concept, directions in found["concepts"].items():
+        for direction, entry in directions.items():
+            at, methods = f"steer.{concept}.{direction}", entry["methods"]
+            for key in ("success", "success_ci_low", "success_ci_high"):
+                keys[f"{at}.{key}"] = methods["sae"][key]
+            keys |= {f"{at}.{m}": methods[m]["success"] for m in (*SUMMARY, "reseed")}
+            keys[f"{at}.quality_cost"] = methods["sae"]["ce_cost"]
+            keys[f"{at}.others_change"] = methods["sae"]["others_change"]
+            gap = entry["sae_minus"]["diff_means"]
+            keys[f"{at}.minus_diff_means"] = gap["difference"]
+            for end in ("low", "high"):
+                keys[f"{at}.minus_diff_means_ci_{end}"] = gap[f"difference_ci_{end}"]
+    for name, entry in found["joint"].items():
+        at = "steer.joint." + name.replace("+", "_").replace("-", "_")
+        ours = entry["sae"]
+        for key in ("all_wanted_plain", "all_wanted", "all_wanted_ci_low", "all_wanted_ci_high"):
+            keys[f"{at}.{key}"] = ours[key]
+        keys[f"{at}.prompt_edit"] = entry["prompt_edit"]["all_wanted"]
+        keys[f"{at}.diff_means"] = entry["diff_means"]["all_wanted"]
+        keys[f"{at}.quality_cost"] = ours["ce_cost"]
+    return keys
+
+
+# --- charts -----------------------------------------------------------------------------------
+
+
+def _panels(table: pd.DataFrame, title: str) -> tuple[Figure, list[tuple[Any, pd.DataFrame]]]:
+    """One panel a concept (columns) and direction (rows), and its rows of the table."""
+    concepts = list(dict.fromkeys(table["concept"]))
+    figure, axes = plots.new_figure(2, len(concepts), (3.3 * len(concepts) + 0.8, 6.2), sharey=True)
+    figure.suptitle(title)
+    parts = []
+    for row, direction in enumerate(("off", "on")):
+        for column, concept in enumerate(concepts):
+            axis = axes[row, column]
+            axis.set(title=f"{concept} {direction}", ylim=(-0.03, 1.03))
+            here = (table["concept"] == concept) & (table["direction"] == direction)
+            parts.append((axis, table[here]))
+    return figure, parts
+
+
+def dose_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Success over strength, with the controls that need none as lines."""
+    figure, parts = _panels(table, title)
+    for axis, rows in parts:
+        for series, method in enumerate(("sae", "diff_means")):
+            part = rows[rows["method"] == method].sort_values("strength")
+            plots.interval_curve(
+                axis, part["strength"], part["success"], part["success_ci_low"],
+                part["success_ci_high"], method, series,
+            )  # fmt: skip
+        for method in ("prompt_edit", "reseed"):
+            value = rows[rows["method"] == method]["success"].iloc[0]
+            if np.isfinite(value):
+                plots.reference_line(axis, value, method.replace("_", " "))
+        if rows["success"].notna().any():  # nothing to change: no point, and no logarithm
+            axis.set(xscale="log")
+        axis.set_xlabel("strength")
+    _legend(figure, parts, "success (95 %)")
+    return figure
+
+
+def trade_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Success over what it costs in naturalness: methods compare at the same place on the axis."""
+    figure, parts = _panels(table, title)
+    for axis, rows in parts:
+        for series, method in enumerate(dict.fromkeys(table["method"])):
+            part = rows[rows["method"] == method].sort_values("strength")
+            style = {"color": plots.COLOURS[series % 8], "marker": plots.MARKERS[series % 8]}
+            line = "-" if len(part) > 1 else "none"
+            axis.plot(part["ce_cost"], part["success"], ls=line, ms=5, label=method, **style)
+        axis.set(xlabel="CE of the plain model, rise in nats")
+        axis.grid(color="#dddddd", lw=0.7)
+    _legend(figure, parts, "success")
+    return figure
+
+
+def _legend(figure: Figure, parts: Sequence[tuple[Any, Any]], label: str) -> None:
+    for axis in (parts[0][0], parts[len(parts) // 2][0]):
+        axis.set_ylabel(label)
+    handles, texts = parts[0][0].get_legend_handles_labels()
+    texts = [text.replace("_", " ") for text in texts]
+    figure.legend(handles, texts, loc="outside lower center", ncols=4)
+
+
+def cross_talk_figure(table: pd.DataFrame, title: str) -> Figure:
+    """The cross-talk matrix as a heat map with its numbers."""
+    figure, ((axis,),) = plots.new_figure(
+        size=(2.8 + 0.62 * table.shape[1], 1.4 + 0.36 * len(table))
+    )
+    values = table.to_numpy()
+    largest = float(np.nanmax(np.abs(values), initial=1e-3))
+    axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        colour = "white" if abs(value) > 0.6 * largest else "black"
+        axis.text(x, y, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(table.shape[1]), [c.replace("_", " ") for c in table], rotation=40)
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set_title(title)
+    return figure
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def write_examples(result: Result, folder: Path, bench: Bench) -> None:
+    """Plain and steered WAV files of the first test prompts, and index.json.
+
+    index.json: ``sample_rate``, ``families`` and ``examples``, each with ``wishes`` ("guitar off"
+    ...), ``prompt``, the files ``plain`` and ``steered``, and ``judges``: judge -> concept ->
+    [probability before, after].
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rate, entries = bench.model.sample_rate, []
+    groups = [((wish,), cells) for wish, cells in result.tests.items()]
+    groups += [(parse_pair(name), cells) for name, cells in result.joints.items()]
+    for wishes, cells in groups:
+        plain, steered = (result.measured[cells[m]] for m in ("plain", "sae"))
+        texts = make_prompts(cells["plain"].prompts, bench.seed)
+        stem = "-".join(f"{c}-{d}" for c, d in wishes)
+        for i in range(len(plain.audio)):
+            files = {}
+            for kind, measured in (("plain", plain), ("steered", steered)):
+                files[kind] = f"{stem}-{i}-{kind}.wav"
+                sound = np.clip(measured.audio[i], -1, 1)
+                soundfile.write(folder / files[kind], sound, rate, subtype="PCM_16")
+            judges = {
+                judge: {
+                    c: [float(m.probabilities[judge][i, result.scorer.column(c)])
+                        for m in (plain, steered)]
+                    for c, _ in wishes
+                }
+                for judge in plain.probabilities
+            }  # fmt: skip
+            entries.append(
+                {"wishes": [_name(w) for w in wishes], "prompt": texts[i], **files,
+                 "judges": judges}
+            )  # fmt: skip
+    write_json(
+        folder / "index.json",
+        {"sample_rate": rate, "families": result.scorer.families, "examples": entries},
+    )
+
+
+def write(result: Result, recipes: Mapping[str, Any], bench: Bench, model: str) -> None:
+    """All outs of a run: data/steering/<model>, metrics/steer/<model>.json, plots/steer/*."""
+    with atomic_dir(f"data/steering/{model}") as folder:
+        for concept, (recipe, _) in recipes.items():
+            chosen = {d: result.choices["sae", (concept, d)] for d in ("off", "on")}
+            save_recipe(replace(recipe, chosen=chosen), folder)
+        write_examples(result, folder / "examples", bench)
+    stem, table, talk = f"plots/steer/{model}", test_table(result), cross_talk(result)
+    frames = {
+        "": table,
+        "-search": result.search,
+        "-crosstalk": talk.rename_axis("edit").reset_index(),
+    }
+    for suffix, frame in frames.items():
+        write_text(f"{stem}{suffix}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    plots.save_figure(dose_figure(table, model), f"{stem}-dose.png")
+    plots.save_figure(trade_figure(table, model), f"{stem}-trade.png")
+    plots.save_figure(
+        cross_talk_figure(talk, f"{model}: mean change of the judge"), f"{stem}-crosstalk.png"
+    )
+    write_json(f"metrics/steer/{model}.json", metrics(result, recipes, bench))

@@ -1,0 +1,247 @@
+"""The evaluation of one model: search on validation prompts, then numbers on test prompts.
+
+The search sees validation prompts only, other phrasings than the test's. Every method that has a
+strength (latents, difference of means, probe) gets the same search: of its settings within the
+budget of quality, the one that moves the judges most. So methods meet at equal quality cost; the
+controls take the latents' settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from musicscope.artifacts import seed_for
+from musicscope.steering.steering_cells import (
+    DIRECTIONS,
+    METHODS,
+    Bench,
+    Cell,
+    Measured,
+    Open,
+    estimate,
+    run_cells,
+)
+from musicscope.steering.steering_evaluation import Scorer, fix_thresholds, outcome
+from musicscope.steering.steering_prompts import PromptSet
+from musicscope.steering.steering_recipes import Settings
+
+Wish = tuple[str, str]
+SEARCHED = ("sae", *DIRECTIONS)
+"""Methods with a strength."""
+JOINT_METHODS = ("sae", "diff_means", "prompt_edit")
+Choices = Mapping[tuple[str, Wish], Settings]
+"""(method, wish) -> what was chosen for it."""
+
+
+def parse_pair(text: str) -> tuple[Wish, ...]:
+    """(("guitar", "off"), ("organ", "on")) of guitar-off+organ-on."""
+    return tuple(tuple(part.rsplit("-", 1)) for part in text.split("+"))  # type: ignore[misc]
+
+
+def wishes_of(section: Any) -> list[Wish]:
+    return [(c, direction) for c in section.concepts for direction in ("off", "on")]
+
+
+def prompt_set(split: str, n: int, wishes: Sequence[Wish]) -> PromptSet:
+    """Prompts that name what is to go and keep clear of what is to come."""
+    named, without = (tuple(c for c, direction in wishes if direction == d) for d in ("off", "on"))
+    return PromptSet(split, n, named, without)
+
+
+def grid(section: Any, method: str) -> list[Settings]:
+    """All settings that are tried for a method of `SEARCHED`."""
+    if method == "sae":
+        names = ("strengths", "n_features", "scores", "branches", "loops")
+        return [Settings(*v) for v in itertools.product(*(getattr(section, n) for n in names))]
+    pairs = itertools.product(section.direction_strengths, section.branches)
+    return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
+
+
+def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
+    """Plain and, by method, one cell for each of its settings, on validation prompts."""
+    prompts = prompt_set("validation", section.validation_prompts, [wish])
+    cells = {
+        method: [Cell(prompts, method, (wish,), (s,)) for s in grid(section, method)]
+        for method in SEARCHED
+    }
+    return {"plain": [Cell(prompts)], **cells}
+
+
+def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
+    """One cell a method on test prompts."""
+    prompts = prompt_set("test", section.n_prompts, [wish])
+    cells = {}
+    for method in METHODS:
+        keep = section.examples if method in ("plain", "sae") else 0
+        if method in ("plain", "reseed", "passthrough"):
+            cells[method] = Cell(prompts, method, keep=keep)
+        elif method == "prompt_edit":
+            cells[method] = Cell(prompts, method, (wish,))
+        else:
+            settings = choices[method if method in SEARCHED else "sae", wish]
+            cells[method] = Cell(prompts, method, (wish,), (settings,), keep)
+    return cells
+
+
+def dose_cells(section: Any, wish: Wish, choices: Choices) -> dict[tuple[str, float], Cell]:
+    """Chosen settings at every strength of the grid, on test prompts; a chosen one is not new."""
+    cells = {}
+    main = test_cells(section, wish, choices)
+    for method, strengths in (
+        ("sae", section.strengths),
+        ("diff_means", section.direction_strengths),
+    ):
+        settings = choices[method, wish]
+        for strength in strengths:
+            keep = main[method].keep if strength == settings.strength else 0
+            changed = replace(settings, strength=strength)
+            cells[method, strength] = replace(main[method], settings=(changed,), keep=keep)
+    return cells
+
+
+def joint_cells(section: Any, pair: Sequence[Wish], choices: Choices) -> dict[str, Cell]:
+    """Plain, every wish alone (by its concept) and all at once, on the prompts of the pair."""
+    prompts = prompt_set("test", section.n_prompts, pair)
+    # One branch at a time acts on a generation: that of the first wish.
+    branch = {m: choices[m, pair[0]].branch for m in JOINT_METHODS if m in SEARCHED}
+    cells = {"plain": Cell(prompts, keep=section.examples)}
+    for wish in pair:
+        settings = replace(choices["sae", wish], branch=branch["sae"])
+        cells[f"alone {wish[0]}"] = Cell(prompts, "sae", (wish,), (settings,))
+    for method in JOINT_METHODS:
+        settings = ()
+        if method in SEARCHED:
+            settings = tuple(replace(choices[method, w], branch=branch[method]) for w in pair)
+        keep = section.examples if method == "sae" else 0
+        cells[method] = Cell(prompts, method, tuple(pair), settings, keep)
+    return cells
+
+
+def within_budget(rows: pd.DataFrame, budget: float) -> pd.Series:
+    """The row that moves the judges most at |ce_cost| within the budget; the cheapest if none is.
+
+    A cost below 0 counts as well: music that a model finds too easy has lost something.
+    """
+    cost = rows["ce_cost"].abs()
+    allowed = rows[cost <= budget]
+    if not len(allowed):
+        return rows.loc[cost.idxmin()]
+    return allowed.loc[allowed["change"].fillna(-1.0).idxmax()]
+
+
+def choose(table: pd.DataFrame, budget: float) -> dict[tuple[str, Wish], Settings]:
+    """The settings of every method and wish from the search's table.
+
+    The branch is one for all wishes of a method, so that concepts can be edited together: that
+    with the highest mean change of the wishes' best settings. Ties go to the first.
+    """
+    chosen = {}
+    for method, rows in table.groupby("method", sort=False):
+        best = {}
+        for branch, part in rows.groupby("branch", sort=False):
+            picks = [
+                within_budget(p, budget)
+                for _, p in part.groupby(["concept", "direction"], sort=False)
+            ]
+            best[branch] = picks
+        means = {
+            branch: pd.DataFrame(p)["change"].fillna(-1.0).mean() for branch, p in best.items()
+        }
+        for pick in best[max(means, key=means.__getitem__)]:
+            chosen[method, (pick["concept"], pick["direction"])] = _settings(pick)
+    return chosen
+
+
+def _settings(row: Any) -> Settings:
+    """The settings in a row of the search's table."""
+    names = [f.name for f in fields(Settings)]
+    found = {name: row[name] for name in names}
+    found |= {"strength": float(row["strength"]), "n_features": int(row["n_features"])}
+    return Settings(**found)
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that the report needs."""
+
+    scorer: Scorer
+    search: pd.DataFrame
+    """One row a setting tried on validation prompts: concept, direction, method, the settings,
+    change, success, ce_cost, frechet, chosen."""
+    choices: Choices
+    tests: Mapping[Wish, Mapping[str, Cell]]
+    doses: Mapping[Wish, Mapping[tuple[str, float], Cell]]
+    joints: Mapping[str, Mapping[str, Cell]]
+    measured: Mapping[Cell, Measured]
+
+
+def count_cells(section: Any) -> tuple[int, int]:
+    """Cells of the whole evaluation, and their mean number of prompts."""
+    wishes, pairs = wishes_of(section), [parse_pair(p) for p in section.pairs]
+    search = len(wishes) * (1 + sum(len(grid(section, m)) for m in SEARCHED))
+    doses = len(section.strengths) + len(section.direction_strengths) - 2
+    tests = len(wishes) * (len(METHODS) + doses)
+    tests += sum(1 + len(pair) + len(JOINT_METHODS) for pair in pairs)
+    prompts = search * section.validation_prompts + tests * section.n_prompts
+    return search + tests, round(prompts / (search + tests))
+
+
+def _bar(name: str) -> Callable:
+    return lambda finished, total: tqdm(finished, name, total, unit="cell", mininterval=1)
+
+
+def search(
+    section: Any, open_bench: Open, scratch: Path, frechet: Callable, processes: int, seed: int
+) -> tuple[Scorer, pd.DataFrame, Choices]:
+    """Thresholds, the table of all settings, and the choice; on validation prompts alone."""
+    plans = {wish: search_cells(section, wish) for wish in wishes_of(section)}
+    cells = [cell for plan in plans.values() for part in plan.values() for cell in part]
+    measured = run_cells(open_bench, scratch, cells, processes, _bar("validation prompts"))
+    families = tuple(open_bench().judges.families)
+    plain = {wish: measured[plan["plain"][0]] for wish, plan in plans.items()}
+    thresholds = fix_thresholds(
+        families, {c: (plain[c, "off"], plain[c, "on"]) for c in section.concepts}
+    )
+    bootstrap_seed = seed_for(seed, "steer", "bootstrap")
+    scorer = Scorer(families, thresholds, frechet, section.bootstrap, bootstrap_seed)
+    records = []
+    for wish, plan in plans.items():
+        for method in SEARCHED:
+            for cell in plan[method]:
+                found = outcome(scorer, plain[wish], measured[cell], *wish)
+                values = {k: found[k] for k in ("change", "success", "ce_cost", "frechet")}
+                at = {"concept": wish[0], "direction": wish[1], "method": method}
+                records.append({**at, **asdict(cell.settings[0]), **values})
+    table = pd.DataFrame(records)
+    choices = choose(table, section.quality_budget)
+    table["chosen"] = [
+        choices[row["method"], (row["concept"], row["direction"])] == _settings(row)
+        for _, row in table.iterrows()
+    ]
+    return scorer, table, choices
+
+
+def run(
+    section: Any, open_bench: Open, scratch: Path, frechet: Callable, processes: int, seed: int
+) -> Result:
+    """The whole evaluation. Cells that an earlier, killed run finished are taken from `scratch`."""
+    bench: Bench = open_bench()
+    ahead = estimate(bench, *count_cells(section), processes)
+    print(f"{bench.model.name}: {ahead}", file=sys.stderr, flush=True)
+    scorer, table, choices = search(section, open_bench, scratch, frechet, processes, seed)
+    wishes = wishes_of(section)
+    tests = {wish: test_cells(section, wish, choices) for wish in wishes}
+    doses = {wish: dose_cells(section, wish, choices) for wish in wishes}
+    joints = {p: joint_cells(section, parse_pair(p), choices) for p in section.pairs}
+    groups = (*tests.values(), *doses.values(), *joints.values())
+    cells = [cell for group in groups for cell in group.values()]
+    measured = run_cells(open_bench, scratch, cells, processes, _bar("test prompts"))
+    return Result(scorer, table, choices, tests, doses, joints, measured)
