@@ -13,7 +13,7 @@ import yaml
 from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` edits params.yaml with
 
 from musicscope import config
-from musicscope.config import ParamsError, load_params
+from musicscope.config import ParamsError, analysis, concepts, data, dictionaries, load_params
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -196,10 +196,12 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
 
 
 def test_every_field_has_a_docstring_beneath_it():
-    lines = inspect.getsource(config).splitlines()
+    modules = [config, analysis, concepts, data, dictionaries]
+    lines = [line for module in modules for line in inspect.getsource(module).splitlines()]
     fields = {
         field.name
-        for cls in vars(config).values()
+        for module in modules
+        for cls in vars(module).values()
         if dataclasses.is_dataclass(cls)
         for field in dataclasses.fields(cls)
         if not dataclasses.is_dataclass(get_type_hints(cls)[field.name])

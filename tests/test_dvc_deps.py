@@ -24,7 +24,7 @@ def make_repository(root: Path) -> None:
         "stages/a.py": "import os\nfrom musicscope import one\nfrom musicscope.config import x\n",
         "stages/b.py": "def main():\n    import musicscope.sub.three\n",
         "src/musicscope/__init__.py": '"""Only a docstring."""\n',
-        "src/musicscope/config.py": "x = 1\n",
+        "src/musicscope/config/__init__.py": "x = 1\n",
         "src/musicscope/one.py": "from .two import name\n",
         "src/musicscope/two.py": "from . import one  # a cycle ends\nname = 1\n",
         "src/musicscope/four.py": "",

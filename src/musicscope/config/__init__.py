@@ -1,0 +1,121 @@
+"""params.yaml as typed, frozen dataclasses: every key, what it means and what it may hold.
+
+An unknown key, a wrong type or a value out of range is a ``ParamsError`` that names the key, the
+value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from musicscope.config.analysis import (
+    Ablate,
+    ExtractActivations,
+    MatchFeatures,
+    MaximizeActivation,
+    Probe,
+    Report,
+    SelectLayers,
+)
+from musicscope.config.concepts import FindConcept, Steer, TrainJudge
+from musicscope.config.data import PrepareData, Pretrain, RecordingLimits
+from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
+from musicscope.typed_yaml import ParamsError, choice, load_typed, name, number, pattern
+
+__all__ = ["Params", "ParamsError", "PrepareData", "Pretrain", "RecordingLimits", "load_params"]
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to run, never what: no stage lists this section, so changing it reruns nothing."""
+
+    device: str = pattern(DEVICE, "auto, cpu, cuda or cuda:<index>")
+    """Where models run; auto takes CUDA where there is one."""
+    threads: int = number(1, 1024)
+    """Torch threads per stage."""
+    processes: int = number(1, 1024)
+    """Processes for work that splits by clip or by seed; with torchrun, ranks on this machine."""
+    engine: str = choice("processes", "torchrun", "ray")
+    """What spreads the work: processes of this machine, torchrun (one stage as several ranks, a GPU
+    each), or a Ray cluster (needs the extra `ray`)."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml; each stage has the section of its name."""
+
+    seed: int = number(0, 2**62)
+    """The one seed; every generator derives its own from it by name."""
+    models: tuple[str, ...] = name()
+    """Folders in data/models to study."""
+    slots: tuple[str, ...] = name()
+    """Layers to study in each model, by rank in the ablation."""
+    prepare_data: PrepareData
+    pretrain: Pretrain
+    ablate: Ablate
+    select_layers: SelectLayers
+    extract_activations: ExtractActivations
+    train_sae: TrainSae
+    probe: Probe
+    maximize_activation: MaximizeActivation
+    match_features: MatchFeatures
+    report: Report
+    train_usae: TrainUsae
+    train_crosscoder: TrainCrosscoder
+    steer: Steer
+    train_judge: TrainJudge
+    find_concept: FindConcept
+    compute: Compute
+
+
+def _check_together(params: Params) -> None:
+    """What no single field shows."""
+    if params.select_layers.kind not in params.ablate.kinds:
+        raise ParamsError(
+            f"select_layers.kind = {params.select_layers.kind!r} is not among "
+            f"ablate.kinds = {list(params.ablate.kinds)}; add it there or rank by another"
+        )
+    for section in ("match_features", "train_usae", "train_crosscoder", "steer", "find_concept"):
+        slot = getattr(params, section).slot
+        if slot not in params.slots:
+            raise ParamsError(
+                f"{section}.slot = {slot!r} is not among slots = {list(params.slots)}"
+            )
+    for section in ("train_sae", "train_usae", "train_crosscoder"):
+        getattr(params, section).check(section)
+    find, usae = params.find_concept, params.train_usae
+    if find.universal and find.slot != usae.slot:
+        raise ParamsError(
+            f"find_concept.slot = {find.slot!r}: with find_concept.universal allowed is only that "
+            f"of train_usae.slot = {usae.slot!r}"
+        )
+    if len({concept.name for concept in find.concepts}) < len(find.concepts):
+        raise ParamsError("find_concept.concepts has a name twice")
+    for pair in params.steer.pairs:
+        named = [part.rsplit("-", 1)[0] for part in pair.split("+")]
+        if len(set(named)) < len(named) or not set(named) <= set(params.steer.concepts):
+            raise ParamsError(
+                f"steer.pairs has {pair!r}: allowed are different concepts out of "
+                f"steer.concepts = {list(params.steer.concepts)}"
+            )
+    if (seconds := params.maximize_activation.seconds) > params.prepare_data.seconds:
+        raise ParamsError(
+            f"maximize_activation.seconds = {seconds} is out of range: allowed is at most "
+            f"prepare_data.seconds = {params.prepare_data.seconds}, the length of a clip"
+        )
+    if list(params.probe.k_sparse) != sorted(params.probe.k_sparse):
+        raise ParamsError(f"probe.k_sparse = {list(params.probe.k_sparse)} must rise")
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml; ParamsError names the key (``train_sae.k``) that is wrong."""
+    params = load_typed(path, Params)
+    try:
+        _check_together(params)
+    except ParamsError as error:
+        raise ParamsError(f"{path}: {error}") from None
+    return params
