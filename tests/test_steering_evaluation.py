@@ -226,8 +226,8 @@ def bench(tiny_musicgen):
 SECTION = SimpleNamespace(
     concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
     n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3, quality_budget=0.1,
-    examples=1, bootstrap=30,
+    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3, dose_prompts=2,
+    quality_budget=0.1, examples=1, bootstrap=30,
 )  # fmt: skip
 WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
 PROMPTS = PromptSet("test", 3, without=("guitar",))

@@ -48,6 +48,8 @@ class Steer:
     """Prompts of each concept and direction to choose settings on."""
     n_prompts: int = number(2)
     """Prompts of each concept and direction, and of each pair, that numbers are reported on."""
+    dose_prompts: int = number(2)
+    """How many of them strengths other than the chosen one are tried on, for the dose curves."""
     batch: int = number(1)
     """Prompts generated together."""
     guidance: float = number(1.0, 20.0, above=True)

@@ -18,7 +18,7 @@ from musicscope.steering.steering_cells import Bench, Cell
 from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
 from musicscope.steering.steering_prompts import make_prompts
 from musicscope.steering.steering_recipes import save_recipe, summary_of
-from musicscope.steering.steering_run import SEARCHED, Result, Wish, parse_pair
+from musicscope.steering.steering_run import PLAIN_DOSE, SEARCHED, Result, Wish, parse_pair
 
 RIVALS = ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction")
 """Methods that success is compared with, paired over prompts."""
@@ -115,10 +115,13 @@ def test_table(result: Result) -> pd.DataFrame:
         for (method, strength), cell in {**listed, **result.doses[wish]}.items():
             if method == "plain":
                 continue
-            found = _outcome(result, cells["plain"], cell, wish)
+            whole = cell.prompts == cells["plain"].prompts
+            plain = cells["plain"] if whole else result.doses[wish][PLAIN_DOSE]
+            found = _outcome(result, plain, cell, wish)
             at = {"concept": wish[0], "direction": wish[1], "method": method, "strength": strength}
             chosen = cell == cells[method]
-            records.append({**at, "chosen": chosen, **{k: found[k] for k in DOSE_KEYS}})
+            at |= {"prompts": cell.prompts.n, "chosen": chosen}
+            records.append({**at, **{k: found[k] for k in DOSE_KEYS}})
     return pd.DataFrame(records)
 
 
