@@ -19,7 +19,7 @@ def make_steerable(root: Path, model: Path) -> None:
     """data/models/tiny, data/steering/tiny (guitar off and on, organ on only) and its SAE."""
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/tiny").symlink_to(model, target_is_directory=True)
-    random_sae().save(root / SLOT, {"trainer": {"layer": "layers.3"}})
+    random_sae().save(root / SLOT, {"layer": "layers.3"})
     guitar, organ = (recipe(name, i) for i, name in enumerate(("guitar", "organ")))
     save_recipe(replace(guitar, chosen=CHOSEN), root / "data/steering/tiny")
     save_recipe(replace(organ, chosen={"on": CHOSEN["on"]}), root / "data/steering/tiny")

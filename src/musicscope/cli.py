@@ -17,6 +17,10 @@ COMMANDS = {
         "music with concepts switched off and on, beside the same music without",
     ),
     "plan": ("musicscope.planning.plan", "what a configuration will take, before anything runs"),
+    "studio": (
+        "musicscope.studio.studio",
+        "a page on this machine: switch concepts off and on, and hear it",
+    ),
 }
 """Command -> module with `add_arguments(parser)` and `run(args)`, and a line of help."""
 
