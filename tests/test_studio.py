@@ -205,6 +205,26 @@ def test_sound_and_picture_are_of_the_piece():
     assert darkest[0] > darkest[1] + 40  # low sounds are at the bottom
 
 
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_is_missing(tmp_path, monkeypatch):
+    from musicscope import cli
+    from musicscope.studio import studio
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "proxy.example" if name == "no_proxy" else "")
+    monkeypatch.setattr(studio.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install -c requirements.lock -e '\.\[studio\]'"):
+        cli.main(["studio"])
+    monkeypatch.setattr(studio.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(SystemExit, match="run dvc repro train_sae steer"):
+        cli.main(["studio"])
+    assert studio.os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert studio.os.environ["no_proxy"] == "proxy.example,127.0.0.1,localhost"
+
+
 # --- recordings -------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from musicscope.studio import studio_logic as logic  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword).*"),  # Gradio's own
     pytest.mark.skipif(
         not (BROWSER and DRIVER),
         reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
@@ -209,6 +210,24 @@ def test_cancel_ends_the_job_and_frees_the_queue(browser):
     press(browser, "steer-go")
     assert wait(browser, lambda d: sounds(d, "steer"))
     assert stopped < 10
+
+
+def test_closing_the_page_ends_its_job(browser, address):
+    from musicscope.studio import studio_page
+
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(address)
+    wait(browser, lambda d: d.find_elements("id", "steer-go"))
+    fill(browser, "steer-seconds", "30")
+    turn(browser, "wish-0", "on")
+    press(browser, "steer-go")
+    wait(browser, lambda d: studio_page._jobs)
+    (event,) = studio_page._jobs.values()
+    browser.close()
+    browser.switch_to.window(first)
+    wait(browser, lambda d: not studio_page._jobs)
+    assert event.is_set()
 
 
 def test_jobs_of_two_pages_run_one_at_a_time(browser, address, monkeypatch):

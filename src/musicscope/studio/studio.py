@@ -54,16 +54,16 @@ def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> t
         FileNotFoundError: no model has an SAE.
         ValueError: the port is taken.
     """
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from musicscope.studio import studio_page
-
     models = logic.models_with_sae()
     if not models:
         raise FileNotFoundError(
             "no model under data/models has an SAE in data/sae: run dvc repro train_sae steer"
         )
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from musicscope.studio import studio_page
+
     page = studio_page.build(models, device, usual_guidance())
     # A page elsewhere whose name points here must not get in.
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
