@@ -9,7 +9,7 @@ from musicscope.reporting.report_parts import Cell, Details, Note, Section, Tabl
 
 JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
 SETS = {
-    "timgm6mb": "clips", "fluidr3mono": "other samples", "codec": "behind the codec",
+    "timgm6mb": "clips, TimGM6mb", "fluidr3mono": "clips, FluidR3Mono", "codec": "behind the codec",
     "shuffled": "shuffled labels",
 }  # fmt: skip
 INTRO = (

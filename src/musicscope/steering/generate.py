@@ -127,17 +127,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
     add("--prompt", required=True, action="append", help="what to play; may be given again")
-    add("--off", action="append", default=[], metavar="CONCEPT", help="may be given again")
-    add("--on", action="append", default=[], metavar="CONCEPT", help="may be given again")
+    add(
+        "--off",
+        action="append",
+        default=[],
+        metavar="CONCEPT",
+        help="switch it off; may be given again",
+    )
+    add("--on", action="append", default=[], metavar="CONCEPT", help="switch it on; the same")
     add("--strength", type=float, default=1.0,
         help="1: as chosen on validation prompts; 0: no edit")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the draws; the same for both pieces")
-    add("--seconds", type=float, default=5.0, help="length of a piece")
-    add("--out", default="data/generated", metavar="DIR", help="where the files go")
-    add("--guidance", type=float, help="scale of guidance; params.steer.guidance")
-    add("--branch", choices=BRANCHES, help="which half of guidance is edited; as chosen")
-    add("--loop", choices=("open", "closed"), help="closed: only while a probe hears a need")
-    add("--schedule", type=float, nargs=2, metavar=("START", "END"), help="seconds; all of it")
+    add("--seed", type=int, default=0, help="of the draws, the same for both pieces; 0")
+    add("--seconds", type=float, default=5.0, help="length of a piece; 5")
+    add("--out", default="data/generated", metavar="DIR", help="where the files go; data/generated")
+    add("--guidance", type=float, help="its scale; that of params.steer.guidance")
+    add("--branch", choices=BRANCHES, help="rows of guided generation to edit; as chosen for steer")
+    add(
+        "--loop",
+        choices=("open", "closed"),
+        help="closed: only while a probe hears a need; as chosen",
+    )
+    add(
+        "--schedule",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="seconds in which to edit; all",
+    )
     add("--features", type=int, metavar="N", help="so many features a concept; as chosen")
     add("--device", default="cpu", help="cpu or cuda")
 
