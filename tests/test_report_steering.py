@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,19 @@ def run(bench, tmp_path_factory):  # noqa: F811
     result = steering_run.run(section, lambda: bench, root / "scratch", spread, 1, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        steering_report.write(result, learnt, bench, "tiny")
+        names = ("data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny")
+        steering_report.write(result, learnt, bench, steering_report.Outs(*names))
     return root
+
+
+def test_the_whole_evaluation_comes_before_the_quick_one(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    found = read_json(run / "metrics/steer/tiny.json") | {"prompts": 77}
+    write_metrics(tmp_path, "steer_full/tiny", found)
+    section = steering_section(sources(tmp_path))
+    notes = [p.text for p in section.parts if isinstance(p, Note)]
+    assert any("77 test prompts" in text for text in notes)
+    assert any("data/steering_full/tiny/examples is not there" in text for text in notes)
 
 
 def test_every_method_stands_beside_the_controls_with_its_interval(run):
@@ -193,7 +205,7 @@ def hostile_run(root: Path) -> None:
          "success_ci_low": v, "success_ci_high": v}
         for m, s, v in (("sae", 1, 0.5), ("sae", 4, np.nan), ("reseed", np.nan, 0.1))
     ])  # fmt: skip
-    dose.to_csv(root / "plots/steer/tiny.csv", index=False)
+    dose.to_csv(root / "plots/steer/tiny-dose.csv", index=False)
     talk = pd.DataFrame({"edit": [HOSTILE], HOSTILE: [0.1], "drums": [np.nan]})
     talk.to_csv(root / "plots/steer/tiny-crosstalk.csv", index=False)
     found = {HOSTILE: {HOSTILE: {"with": 2, "best": {"feature": 1234, "q": 0.01}}}}

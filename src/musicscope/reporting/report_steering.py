@@ -1,7 +1,7 @@
 """Concepts switched off and on: success and cost by method, doses, cross-talk, and music to hear.
 
-Reads metrics/steer, plots/steer and data/steering/<model>/examples, as the stage `steer` wrote
-them.
+Reads what the stage `steer_full` wrote (metrics, plots, data/steering_full/<model>/examples), or,
+for models that have only that, the stage `steer`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ METHODS = {
 DOSES = ("sae", "diff_means")
 LEVELS = ("prompt_edit", "reseed")
 """Methods without a strength, drawn as lines beside the doses."""
+FOLDERS = {"steer": "data/steering", "steer_full": "data/steering_full"}
 EXAMPLES = 2
 """Pairs of pieces to hear for each wish."""
 INTRO = (
@@ -54,11 +55,11 @@ INTRO = (
 
 def steering_section(sources: Sources) -> Section | None:
     """Every model's numbers and examples; None where nothing was steered."""
-    runs = {model: sources.metrics(f"steer/{model}") for model in sources.models}
-    if not any(runs.values()):
+    runs = {model: _run(sources, model) for model in sources.models}
+    if not any(found for _, found in runs.values()):
         return None
     parts: list[Any] = [Note(text) for text in INTRO]
-    for model, found in runs.items():
+    for model, (stage, found) in runs.items():
         if found is None:
             parts.append(sources.missing(f"steer/{model}", "steer"))
             continue
@@ -70,9 +71,15 @@ def steering_section(sources: Sources) -> Section | None:
         parts += [_success(model, found), _cost(model, found)]
         if get(found, "joint"):
             parts.append(_joint(model, found["joint"]))
-        parts += _players(sources, model)
-        parts += _folded(sources, model, found)
+        parts += _players(sources, stage, model)
+        parts += _folded(sources, stage, model, found)
     return Section("steering", "Concepts off and on", tuple(parts))
+
+
+def _run(sources: Sources, model: str) -> tuple[str, dict[str, Any] | None]:
+    """The stage whose numbers to show, and these; None where there are none."""
+    whole = sources.metrics(f"steer_full/{model}")
+    return ("steer_full", whole) if whole else ("steer", sources.metrics(f"steer/{model}"))
 
 
 def _entries(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -183,10 +190,10 @@ def _verdicts(judges: dict[str, Any], side: int) -> str:
     return "; ".join(f"{concept}: {', '.join(texts)}" for concept, texts in by_concept.items())
 
 
-def _players(sources: Sources, model: str) -> list[Players | Note]:
-    folder = sources.root / "data/steering" / model / "examples"
+def _players(sources: Sources, stage: str, model: str) -> list[Players | Note]:
+    folder = sources.root / FOLDERS[stage] / model / "examples"
     if not (folder / "index.json").is_file():
-        text = f"No music to hear: data/steering/{model}/examples is not there (stage steer)."
+        text = f"No music to hear: {FOLDERS[stage]}/{model}/examples is not there (stage {stage})."
         return [Note(text, "missing")]
     rows, seen, lost = [], {}, 0
     for example in read_json(folder / "index.json")["examples"]:
@@ -215,12 +222,12 @@ def _players(sources: Sources, model: str) -> list[Players | Note]:
 # --- folded -----------------------------------------------------------------------------------
 
 
-def _folded(sources: Sources, model: str, found: dict[str, Any]) -> list[Details]:
+def _folded(sources: Sources, stage: str, model: str, found: dict[str, Any]) -> list[Details]:
     parts = []
-    doses = sources.plot(f"steer/{model}")
-    if doses is not None and (charts := _doses(model, doses)):
+    doses = sources.plot(f"{stage}/{model}-dose")
+    if doses is not None and (charts := _doses(model, doses, found)):
         parts.append(Details(f"{model}: dose curves", (Group(charts),)))
-    talk = sources.plot(f"steer/{model}-crosstalk")
+    talk = sources.plot(f"{stage}/{model}-crosstalk")
     if talk is not None and len(talk):
         parts.append(Details(f"{model}: cross-talk", (_cross_talk(model, talk),)))
     if (gaps := _advantages(model, found)) is not None:
@@ -228,8 +235,8 @@ def _folded(sources: Sources, model: str, found: dict[str, Any]) -> list[Details
     return parts
 
 
-def _doses(model: str, table: pd.DataFrame) -> tuple[Figure, ...]:
-    """Success over strength; one chart a wish."""
+def _doses(model: str, table: pd.DataFrame, found: dict[str, Any]) -> tuple[Figure, ...]:
+    """Success over strength, with the levels of test prompts; one chart a wish."""
 
     def values(rows: pd.DataFrame, column: str) -> list[float | None]:
         return [float(v) if math.isfinite(v) else None for v in rows[column]]
@@ -248,14 +255,14 @@ def _doses(model: str, table: pd.DataFrame) -> tuple[Figure, ...]:
         if not ends:
             continue
         for method in LEVELS:
-            own = values(rows[rows["method"] == method], "success")
-            if own and own[0] is not None:
+            level = get(found, f"concepts.{concept}.{direction}.methods.{method}.success")
+            if level is not None:
                 span = sorted({min(ends), max(ends)})
-                series.append(Series(_name(method), span, own[:1] * len(span)))
+                series.append(Series(_name(method), span, [level] * len(span)))
         chart = line_chart(
             f"{concept} {direction}", "strength", "success", series, log_x=min(ends) < max(ends)
         )
-        caption = f"{model}, {concept} {direction}: success by strength on test prompts."
+        caption = f"{model}, {concept} {direction}: success by strength, validation prompts."
         charts.append(Figure(chart, caption))
     return tuple(charts)
 

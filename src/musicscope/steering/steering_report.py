@@ -300,15 +300,15 @@ def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) 
             save_recipe(replace(recipe, chosen=chosen), folder)
         write_examples(result, folder / "examples", bench)
     stem, model = outs.plots, bench.model.name
-    table, talk = test_table(result), cross_talk(result)
+    table, talk, doses = test_table(result), cross_talk(result), dose_table(result.search)
     frames = {
         "": table,
         "-search": result.search,
+        "-dose": doses,
         "-crosstalk": talk.rename_axis("edit").reset_index(),
     }
     for suffix, frame in frames.items():
         write_text(f"{stem}{suffix}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    doses = dose_table(result.search)
     plots.save_figure(dose_figure(doses, table, model), f"{stem}-dose.png")
     plots.save_figure(trade_figure(doses, model), f"{stem}-trade.png")
     plots.save_figure(
