@@ -93,10 +93,15 @@ def stage_module(cmd: str) -> str | None:
     return match[1] if match else None
 
 
+def stages_of(text: str) -> dict[str, dict]:
+    """Stages of a dvc.yaml, those of a foreach by what they do."""
+    return {name: body.get("do", body) for name, body in yaml.safe_load(text)["stages"].items()}
+
+
 def compare(root: Path = ROOT) -> dict[str, tuple[list[str], list[str]]]:
     """(missing, superfluous) code deps of each stage in dvc.yaml whose script exists."""
     found = {}
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = stages_of((root / "dvc.yaml").read_text(encoding="utf-8"))
     for name, stage in stages.items():
         entry = root / "stages" / f"{stage_module(stage['cmd'])}.py"
         if not entry.is_file():
@@ -109,17 +114,17 @@ def compare(root: Path = ROOT) -> dict[str, tuple[list[str], list[str]]]:
 
 def rewrite(text: str, wanted: dict[str, list[str]]) -> str:
     """dvc.yaml with each stage's code deps replaced, first under `deps:`; the rest untouched."""
-    lines, stage, inside = [], "", False
+    lines, stage, inside, bullet = [], "", False, ""
     for line in text.splitlines():
         if match := re.fullmatch(r"  (\w+):", line):
             stage, inside = match[1], False
-        elif re.match(r"    \w", line):
-            inside = line == "    deps:"
+        elif match := re.match(r"(    |      )\w", line):  # the deeper ones: of a foreach
+            inside, bullet = line == f"{match[1]}deps:", f"{match[1]}  - "
             if inside and stage in wanted:
                 lines.append(line)
-                lines += [f"      - {dep}" for dep in wanted[stage]]
+                lines += [f"{bullet}{dep}" for dep in wanted[stage]]
                 continue
-        if inside and stage in wanted and is_code(line.removeprefix("      - ")):
+        if inside and stage in wanted and is_code(line.removeprefix(bullet)):
             continue
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -136,7 +141,7 @@ def main(write: bool) -> int:
     if write and differs:
         path = ROOT / "dvc.yaml"
         text = path.read_text(encoding="utf-8")
-        stages = yaml.safe_load(text)["stages"]
+        stages = stages_of(text)
         entries = {n: ROOT / "stages" / f"{stage_module(stages[n]['cmd'])}.py" for n in found}
         path.write_text(rewrite(text, {n: code_of(e) for n, e in entries.items()}), "utf-8")
         print("dvc.yaml is rewritten")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-from code_deps import ROOT, code_of, compare, is_code, rewrite
+from code_deps import ROOT, code_of, compare, is_code, rewrite, stages_of
 
 
 def test_dvc_yaml_lists_the_code_that_each_stage_imports():
@@ -65,9 +64,9 @@ def test_a_missing_and_a_superfluous_dep_are_found(tmp_path):
 
 def test_rewriting_changes_code_deps_only():
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    before = yaml.safe_load(text)["stages"]
+    before = stages_of(text)
     wanted = {name: ["src/musicscope/x.py", f"stages/{name}.py"] for name in before}
-    after = yaml.safe_load(rewrite(text, wanted))["stages"]
+    after = stages_of(rewrite(text, wanted))
     for name, stage in before.items():
         others = [dep for dep in stage["deps"] if not is_code(dep)]
         assert after[name]["deps"] == wanted[name] + others

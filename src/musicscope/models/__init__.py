@@ -183,11 +183,8 @@ def load_model(
                 "fetch the weights (git checkout data/models, or dvc pull) or give a hub id "
                 "owner/model"
             )
-        from musicscope.models import hub
-
-        system = system or _detect(hub.fetch(str(name), revision, ("config.json",)))
-        path = hub.fetch_model(str(name), revision, system)
-    system = system or _detect(path)
+        path = fetch_model(str(name), revision, system)
+    system = system or detect_system(path)
     if system not in SYSTEMS:
         raise ValueError(f"no system {system!r}; known: {', '.join(SYSTEMS)}")
     model = SYSTEMS[system][1](path, device=torch.device(device), dtype=dtype, **options)
@@ -196,7 +193,19 @@ def load_model(
     return model
 
 
-def _detect(path: Path) -> str:
+def fetch_model(name: str, revision: str | None, system: str | None = None) -> Path:
+    """Folder in the hub's local cache with what a model's family needs of hub id `name`.
+
+    Errors as of `musicscope.models.hub.fetch`.
+    """
+    from musicscope.models import hub
+
+    system = system or detect_system(hub.fetch(name, revision, ("config.json",)))
+    return hub.fetch_model(name, revision, system)
+
+
+def detect_system(path: Path) -> str:
+    """The family of the model in a folder or file: a key of SYSTEMS. FileNotFoundError if none."""
     file = path / "config.json"
     config = read_json(file) if file.is_file() else {}
     for name, (detect, _) in SYSTEMS.items():
