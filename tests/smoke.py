@@ -64,7 +64,7 @@ def make_copy(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     for result in [*folder.glob("metrics/*"), *folder.glob("plots/*"), folder / "dvc.lock"]:
-        if result.name == "pretrain":  # frozen: its results are inputs here
+        if result.name in ("pretrain", "steer_full"):  # frozen: their results are inputs here
             continue
         shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
     params = folder / "params.yaml"

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope import listening
+from musicscope import resampling
 from musicscope.activations import extraction, extraction_plans
 from musicscope.activations.alignment import (
     align,
@@ -311,7 +311,7 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     )
     fast = extraction.extract(plan, lambda: (musicgen, clips), {"top1": tmp_path / "m"})["top1"]
     rave = load_model(rave_export.save(rave_export.TinyRave(), tmp_path / "tiny.ts"))
-    view = listening.ResampledClips(clips, rave.sample_rate)
+    view = resampling.ResampledClips(clips, rave.sample_rate)
     plans = extraction_plans.plans(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
     slow = extraction_plans.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
     assert (fast.frames[0], slow.frames[0]) == (50, 22)
@@ -390,7 +390,7 @@ class Bursts16k:
 
 
 def extracted(model, clips, layer: str, folder: Path) -> ActivationStore:
-    heard = listening.at_rate(clips, model.sample_rate)
+    heard = resampling.at_rate(clips, model.sample_rate)
     plans = extraction_plans.plans(
         model, heard, {"top1": layer}, dtype="float16", shard_mb=1, batch_clips=4,
         model_sha256=model.name, clips_sha256="bursts",

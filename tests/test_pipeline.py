@@ -24,7 +24,7 @@ NO_SECTION = {
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
     "train_usae", "train_crosscoder", "match_features", "maximize_activation", "maximize_shared",
-    "summarize", "report",
+    "find_concept", "steer", "summarize", "report",
 )  # fmt: skip
 
 
@@ -50,10 +50,11 @@ def instances(*names: str) -> set[str]:
 
 
 def downstream(index, changed) -> set[str]:
-    """Names of the stages that `changed(stage)` holds for and of all that follow from them."""
+    """Names of the stages that `changed(stage)` holds for and of all that follow and may run."""
     graph = index.graph  # edges go from a stage to what it depends on
-    first = [stage for stage in graph if changed(stage)]
-    return {s.name for s in first}.union(*({a.name for a in nx.ancestors(graph, s)} for s in first))
+    first = {stage for stage in graph if changed(stage)}
+    behind = first.union(*(nx.ancestors(graph, stage) for stage in first))
+    return {stage.name for stage in behind if not stage.frozen}
 
 
 def reads_param(key: str):
@@ -69,6 +70,7 @@ def reads_param(key: str):
     [
         ("train_sae.k", ("train_sae", "probe", *BEHIND_SAES)),
         ("probe.bootstrap", ("probe", "summarize", "report")),
+        ("train_judge.epochs", ("train_judge", "steer", "summarize")),
         ("train_crosscoder.k", ("train_crosscoder", "summarize", "report")),
         ("extract_activations.dtype", ("extract_activations", "train_sae", "probe", *BEHIND_SAES)),
     ],
@@ -89,15 +91,17 @@ def test_chosen_layers_reach_their_users_in_one_pass(index):
         assert f"extract_activations@{model}" in users
 
 
-def test_every_instance_is_in_the_dag_and_all_but_pretraining_runs(index):
+def test_every_instance_is_in_the_dag_and_runs_unless_its_hours_are_committed(index):
     assert {stage.name for stage in index.graph} == instances(*STAGES)
-    assert {s.name for s in index.graph if s.frozen} == instances("pretrain")
+    assert {s.name for s in index.graph if s.frozen} == instances("pretrain", "steer_full")
 
 
 def test_results_are_kept_by_git_and_data_by_the_cache(index):
     for stage in index.graph:
         for out in stage.outs:
-            by_git = str(out).startswith(("metrics/", "plots/", "data/models/"))
+            by_git = str(out).startswith(
+                ("metrics/", "plots/", "data/models/", "data/steering_full/")
+            )
             assert out.use_cache != by_git, f"{stage.name}: {out}"
             if str(out).startswith("metrics/layers/"):  # both metrics and params breaks `exp show`
                 assert not out.metric, f"{stage.name}: {out} must stand under outs"

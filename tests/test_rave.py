@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from musicscope import listening
+from musicscope import resampling
 from musicscope.activations import extraction_plans
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for
@@ -504,16 +504,16 @@ class Clips:
 def test_resampling_keeps_time_and_level():
     t = np.arange(8000) / 16000
     tone = np.sin(2 * np.pi * 440 * t)
-    high = listening.resample(tone, 16000, 44100)
+    high = resampling.resample(tone, 16000, 44100)
     assert high.shape == (22050,)
     expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)
     np.testing.assert_allclose(high[2000:-2000], expected[2000:-2000], atol=2e-3)
-    assert listening.resample(tone, 16000, 16000).dtype == np.float32
+    assert resampling.resample(tone, 16000, 16000).dtype == np.float32
 
 
 def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    view = listening.ResampledClips(Clips(), model.sample_rate)
+    view = resampling.ResampledClips(Clips(), model.sample_rate)
     layers = {"top1": "posterior_mean", "top2": "decoder.net.2", "top3": "latent"}
     plans = extraction_plans.plans(
         model, view, layers, dtype="float16", shard_mb=0.001, batch_clips=2,
@@ -522,7 +522,7 @@ def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monke
     assert [sorted(plan.layers) for plan in plans] == [["top1", "top3"], ["top2"]]
     folders = {slot: tmp_path / slot for slot in layers}
     stores = extraction_plans.extract(plans, lambda: (model, view), folders)
-    audio = listening.resample(Clips().audio(range(5)), 1000, export.SR)
+    audio = resampling.resample(Clips().audio(range(5)), 1000, export.SR)
     assert audio.shape == (5, 689)
     found = model.capture(model.encode(audio), list(layers.values()))
     for slot, layer in layers.items():

@@ -135,11 +135,10 @@ def test_strength_0_gives_the_same_activations_and_the_same_tokens(model, plante
 
 
 def share_of_token(model, hook, seed=0) -> float:
-    _, codes = model.generate([CAPTIONS[0]] * 6, 0.6, seed, {LAYER: hook} if hook else None)
+    _, codes = model.generate([CAPTIONS[0]] * 24, 1.0, seed, {LAYER: hook} if hook else None)
     return (codes[:, 0] == TOKEN).float().mean().item()
 
 
-@pytest.mark.xfail(strict=False, reason="shares of few tokens: ties with other random weights")
 def test_a_planted_latent_switches_its_token_on_and_off(model, planted):
     """And guidance counts the edit as it should: its scale, once, its scale less one."""
 
@@ -148,10 +147,10 @@ def test_a_planted_latent_switches_its_token_on_and_off(model, planted):
         return st.steering_hook(model, st.Steering(planted, (edit,), branch))
 
     plain = share_of_token(model, None)
-    up = {b: share_of_token(model, push("clamp_min", (4.0,), 1.0, b)) for b in st.BRANCHES}
+    up = {b: share_of_token(model, push("clamp_min", (20.0,), 1.0, b)) for b in st.BRANCHES}
     assert up["conditional"] > up["guidance"] > up["both"] > plain
     # Off: first make sure that there is something to remove, with a hook that always adds it.
-    adds = st.change_hook(model, baselines.direction_change(12 * planted.W_dec[PUSH]), "both")
+    adds = st.change_hook(model, baselines.direction_change(60 * planted.W_dec[PUSH]), "both")
     present = share_of_token(model, adds)
     ablated = share_of_token(model, chain(adds, push("ablate", (), 1.0, "both")))
     assert present > plain + 0.1

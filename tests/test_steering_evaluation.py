@@ -226,8 +226,8 @@ def bench(tiny_musicgen):
 SECTION = SimpleNamespace(
     concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
     n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3, quality_budget=0.1,
-    examples=1, bootstrap=30,
+    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3, dose_prompts=2,
+    quality_budget=0.1, examples=1, bootstrap=30,
 )  # fmt: skip
 WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
 PROMPTS = PromptSet("test", 3, without=("guitar",))
@@ -330,7 +330,10 @@ def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monk
     made = []
     for _ in range(2):
         result = steering_run.run(SECTION, lambda: bench, tmp_path / "scratch", spread, 1, 5)
-        steering_report.write(result, learnt, bench, "tiny")
+        outs = steering_report.Outs(
+            "data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny"
+        )
+        steering_report.write(result, learnt, bench, outs)
         names = [p for p in tmp_path.rglob("*") if p.is_file() and "scratch" not in p.parts]
         made.append({p.relative_to(tmp_path): p.read_bytes() for p in names})
     assert made[0] == made[1]
@@ -345,8 +348,9 @@ def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monk
     keys = steering_report.summary_keys(found)
     for key in ("success", "success_ci_low", "prompt_edit", "diff_means", "random_feature",
                 "passthrough", "quality_cost"):  # fmt: skip
-        assert f"steer.organ.on.{key}" in keys
-    assert "steer.joint.guitar_off_organ_on.all_wanted" in keys
+        assert f"organ.on.{key}" in keys
+    assert "joint.guitar_off_organ_on.all_wanted" in keys
+    assert keys["prompts"] == 3
     # The chosen settings are in the recipes, and among those of the grid.
     kept = load_recipe("data/steering/tiny", "guitar")
     assert kept.chosen["off"].strength in SECTION.strengths

@@ -39,6 +39,18 @@ def ablation_metrics():
     return {"layers": {str(i): entry for i in range(12)}}
 
 
+def steer_metrics(value):
+    success = {"success": value, "success_ci_low": value - 0.1, "success_ci_high": value + 0.1}
+    methods = ("sae", "prompt_edit", "diff_means", "random_feature", "passthrough", "reseed")
+    entry = {name: {**success, "ce_cost": 0.02, "others_change": 0.1} for name in methods}
+    gap = {"difference": 0.1, "difference_ci_low": 0.0, "difference_ci_high": 0.2}
+    both = {"methods": entry, "sae_minus": {"diff_means": gap}}
+    joint = ("all_wanted_plain", "all_wanted", "all_wanted_ci_low", "all_wanted_ci_high", "ce_cost")
+    together = dict.fromkeys(("sae", "prompt_edit", "diff_means"), dict.fromkeys(joint, value))
+    concepts = {"guitar": {"off": both, "on": both}}
+    return {"prompts": 9, "concepts": concepts, "joint": {"guitar-off+organ-on": together}}
+
+
 @pytest.fixture
 def metrics(tmp_path):
     """The metrics folder of a finished run, and files of a model that is no longer studied."""
@@ -57,6 +69,14 @@ def metrics(tmp_path):
     write_json(tmp_path / "train_crosscoder.json", usae | {"independent_r2": {}})
     matched = {"matched": 0.3, "null_matched": 0.01}
     shared = {"sae_usae": {"nano-small": matched}, "seeds": {"nano-small": {"musical": 0.2}}}
+    judged = {"mean_auroc": 0.8, "guitar": class_numbers(0.9)}
+    judges = {"family_judge": {"codec": judged, "pairs": {"accuracy": 0.7}}, "musicnn": {}}
+    write_json(tmp_path / "train_judge.json", judges | {"cross_font": {"a_to_b": judged}})
+    finder = {"sae": {"guitar": {"discoveries": 5, "test": {"best_auroc": 0.7}}}}
+    for model in (*MODELS, "dropped"):
+        write_json(tmp_path / f"find_concept/{model}.json", finder)
+        write_json(tmp_path / f"steer/{model}.json", steer_metrics(0.4))
+    write_json(tmp_path / "steer_full/nano-small.json", steer_metrics(0.6))
     shared |= {"sae_sae": {}, "sets": {"common": 7, "own_nano-small": 3}}
     write_json(tmp_path / "match_features.json", shared)
     write_json(tmp_path / "pretrain/codec.json", {"si_sdr": 7.0})
@@ -91,6 +111,23 @@ def test_keys_are_those_of_the_specification(metrics):
     assert found["match.common"] == 7
     assert found["maximize.nano-medium.ratio"] == 3
     assert found["maximize.shared.ratio"] == 1.5
+    assert found["judge.family_judge.codec.guitar_auroc"] == 0.9
+    assert found["judge.family_judge.pairs_accuracy"] == 0.7
+    assert found["judge.cross_font.a_to_b.mean_auroc"] == 0.8
+    assert found["find_concept.nano-small.sae.guitar.discoveries"] == 5
+
+
+def test_steering_is_of_the_whole_evaluation_where_there_is_one(metrics):
+    found = summary.summarize(MODELS, SLOTS, metrics)
+    for direction in ("off", "on"):
+        for key in ("success", "success_ci_low", "success_ci_high", "prompt_edit", "diff_means",
+                    "random_feature", "passthrough", "quality_cost"):  # fmt: skip
+            assert f"nano-small.steer.guitar.{direction}.{key}" in found
+    assert found["nano-small.steer.guitar.on.success"] == 0.6
+    assert found["nano-small.steer_quick.guitar.on.success"] == 0.4
+    assert found["nano-small.steer.joint.guitar_off_organ_on.all_wanted"] == 0.6
+    assert found["nano-medium.steer.guitar.off.success_ci_low"] == pytest.approx(0.3)
+    assert "nano-medium.steer_quick.prompts" not in found
 
 
 def test_files_of_a_dropped_model_do_not_count(metrics):
@@ -110,6 +147,8 @@ def test_files_of_a_dropped_model_do_not_count(metrics):
         ("prepare_data.json", "prepare_data"),
         ("train_usae.json", "train_usae"),
         ("maximize_activation/nano-small.json", "maximize_activation@nano-small"),
+        ("train_judge.json", "train_judge"),
+        ("steer/nano-medium.json", "steer@nano-medium"),
     ],
 )
 def test_a_missing_file_names_itself_and_its_stage(metrics, file, stage):

@@ -122,7 +122,7 @@ def plan(
     if clips.sample_rate != model.sample_rate:
         raise ValueError(
             f"clips are at {clips.sample_rate} Hz, {model.name} works at {model.sample_rate} Hz; "
-            "read them through listening.at_rate"
+            "read them through resampling.at_rate"
         )
     table = clips.rows[list(CLIP_COLUMNS[:-1])].reset_index(drop=True)
     samples = clips.audio([0]).shape[1]

@@ -69,6 +69,7 @@ class Params:
     train_usae: TrainUsae
     train_crosscoder: TrainCrosscoder
     steer: Steer
+    steer_full: Steer
     train_judge: TrainJudge
     find_concept: FindConcept
     compute: Compute
@@ -81,7 +82,14 @@ def _check_together(params: Params) -> None:
             f"select_layers.kind = {params.select_layers.kind!r} is not among "
             f"ablate.kinds = {list(params.ablate.kinds)}; add it there or rank by another"
         )
-    for section in ("match_features", "train_usae", "train_crosscoder", "steer", "find_concept"):
+    for section in (
+        "match_features",
+        "train_usae",
+        "train_crosscoder",
+        "steer",
+        "steer_full",
+        "find_concept",
+    ):
         slot = getattr(params, section).slot
         if slot not in params.slots:
             raise ParamsError(
@@ -97,13 +105,8 @@ def _check_together(params: Params) -> None:
         )
     if len({concept.name for concept in find.concepts}) < len(find.concepts):
         raise ParamsError("find_concept.concepts has a name twice")
-    for pair in params.steer.pairs:
-        named = [part.rsplit("-", 1)[0] for part in pair.split("+")]
-        if len(set(named)) < len(named) or not set(named) <= set(params.steer.concepts):
-            raise ParamsError(
-                f"steer.pairs has {pair!r}: allowed are different concepts out of "
-                f"steer.concepts = {list(params.steer.concepts)}"
-            )
+    for section in ("steer", "steer_full"):
+        getattr(params, section).check(section)
     if (seconds := params.maximize_activation.seconds) > params.prepare_data.seconds:
         raise ParamsError(
             f"maximize_activation.seconds = {seconds} is out of range: allowed is at most "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from musicscope.typed_yaml import choice, name, number, pattern
+from musicscope.typed_yaml import ParamsError, choice, name, number, pattern
 
 PAIR = re.compile(r"\w+-(on|off)(\+\w+-(on|off))+")
 
@@ -13,8 +13,8 @@ PAIR = re.compile(r"\w+-(on|off)(\+\w+-(on|off))+")
 @dataclass(frozen=True)
 class Steer:
     """Concepts switched off and on in generated music. Lists are searched over, on validation
-    prompts. The committed numbers take n_prompts 128 and validation_prompts 32 (hours); what
-    stands in params.yaml is what `dvc repro` can do in minutes."""
+    prompts. `steer` is what `dvc repro` does in minutes, `steer_full` what the committed numbers
+    took hours for."""
 
     slot: str = name()
     """The slot whose layer and SAE are edited; one of `slots`."""
@@ -48,6 +48,8 @@ class Steer:
     """Prompts of each concept and direction to choose settings on."""
     n_prompts: int = number(2)
     """Prompts of each concept and direction, and of each pair, that numbers are reported on."""
+    dose_prompts: int = number(2)
+    """How many of them strengths other than the chosen one are tried on, for the dose curves."""
     batch: int = number(1)
     """Prompts generated together."""
     guidance: float = number(1.0, 20.0, above=True)
@@ -58,6 +60,16 @@ class Steer:
     """Pieces of each concept, direction and pair whose audio is kept."""
     bootstrap: int = number(1)
     """Bootstrap draws over prompts for each interval."""
+
+    def check(self, section: str) -> None:
+        """ParamsError, which names the keys under `section`, for pairs of unknown concepts."""
+        for pair in self.pairs:
+            named = [part.rsplit("-", 1)[0] for part in pair.split("+")]
+            if len(set(named)) < len(named) or not set(named) <= set(self.concepts):
+                raise ParamsError(
+                    f"{section}.pairs has {pair!r}: allowed are different concepts out of "
+                    f"{section}.concepts = {list(self.concepts)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from musicscope.activations.extraction import folder_sha256
 from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore
 from musicscope.features.feature_choice import Latent
-from musicscope.listening import at_rate
 from musicscope.maximizing import maximization_report, maximization_run, moments_only
 from musicscope.maximizing.maximization_jobs import Open, make_plan
+from musicscope.resampling import at_rate
 
 
 def maximize(

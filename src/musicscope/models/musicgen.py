@@ -85,7 +85,10 @@ class MusicgenModel(DelayPatternModel):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         codes = codes.to(self.device)
-        return self.hf.audio_encoder.decode(codes[None], [None]).audio_values[:, 0]
+        # One piece at a time on a CPU, as in `encode`: twice as fast as 32 together.
+        parts = codes.split(1 if self.device.type == "cpu" else max(1, len(codes)))
+        decode = self.hf.audio_encoder.decode
+        return torch.cat([decode(part[None], [None]).audio_values[:, 0] for part in parts])
 
     def trace(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
         """An nnsight view of the model and the inputs that make it see `batch` as `forward` does.

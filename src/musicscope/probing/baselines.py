@@ -19,9 +19,9 @@ import torch
 from musicscope import artifacts, audio
 from musicscope.activations import codes
 from musicscope.dictionaries.pooling import Pools, by_batch
-from musicscope.listening import at_rate
 from musicscope.models.audio_model import is_audio_model
 from musicscope.models.rave_survey import POSTERIOR
+from musicscope.resampling import at_rate
 
 
 def log_mel_statistics(signal: np.ndarray, rate: int) -> np.ndarray:

@@ -30,7 +30,7 @@ SPLIT_WINDOW = 10.0
 JOB_CLIPS = 40
 JOB_PAIRS = 20
 """Cues are balanced within each run of so many pairs."""
-FLUIDR3MONO = Path(__file__).parents[2] / "assets" / "soundfonts" / "FluidR3Mono_GM.sf3"
+FLUIDR3MONO = Path(__file__).parents[3] / "assets" / "soundfonts" / "FluidR3Mono_GM.sf3"
 
 
 @dataclass(frozen=True)

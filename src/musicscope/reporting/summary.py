@@ -17,9 +17,12 @@ from omegaconf import OmegaConf
 
 from musicscope import plots
 from musicscope.artifacts import read_json
+from musicscope.concepts import concept_plots
 from musicscope.dictionaries import usae_metrics
 from musicscope.features import match_report
+from musicscope.judges import judge_training
 from musicscope.maximizing import maximization_report
+from musicscope.steering import steering_report
 
 SAE_KEYS = ("explained_variance", "dead_fraction", "ce_recovered", "l0", "stability")
 # Summary key -> where it is in concepts.guitar of metrics/probe/<model>-<slot>.json.
@@ -95,7 +98,7 @@ def summarize(
     ``<model>.ablate.top_layer``; ``<model>.sae.<slot>.<SAE_KEYS>``;
     ``<model>.probe.<slot>.guitar.<GUITAR_KEYS>``; ``data.trivial_cue_auroc.*``; and, where they
     are (pretraining is frozen), ``pretrain.codec.*`` and ``pretrain.<model>.*``; and what
-    `shared_numbers` gives.
+    `shared_numbers` and `concept_numbers` give.
     """
     metrics = Path(metrics)
     summary: dict[str, Any] = {}
@@ -118,7 +121,8 @@ def summarize(
             summary |= flatten(read_json(path), f"pretrain.{name}.")
     data = _read(metrics / "prepare_data.json", "prepare_data")
     cues = _lookup(data, "trivial_cue_auroc", metrics / "prepare_data.json", "prepare_data")
-    return summary | flatten(cues, "data.trivial_cue_auroc.") | shared_numbers(models, metrics)
+    summary |= flatten(cues, "data.trivial_cue_auroc.")
+    return summary | shared_numbers(models, metrics) | concept_numbers(models, metrics)
 
 
 def shared_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
@@ -138,6 +142,25 @@ def shared_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
         found |= maximization_report.summary_keys(numbers, model)
     numbers = _read(metrics / "maximize_shared.json", "maximize_shared")
     return found | maximization_report.summary_keys(numbers, "shared")
+
+
+def concept_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
+    """``judge.*``, ``find_concept.*`` and ``<model>.steer.*``.
+
+    ``<model>.steer.*`` is of the whole evaluation (steer_full, frozen) where a model has one, and
+    ``<model>.steer_quick.*`` then of the stage steer; else the former is of steer.
+    """
+    found = judge_training.judge_summary(_read(metrics / "train_judge.json", "train_judge"))
+    for model in models:
+        path = metrics / "find_concept" / f"{model}.json"
+        found |= concept_plots.find_summary(model, _read(path, f"find_concept@{model}"))
+        runs = {"steer": _read(metrics / "steer" / f"{model}.json", f"steer@{model}")}
+        if (path := metrics / "steer_full" / f"{model}.json").is_file():
+            runs = {"steer": read_json(path), "steer_quick": runs["steer"]}
+        for prefix, numbers in runs.items():
+            keys = steering_report.summary_keys(numbers)
+            found |= {f"{model}.{prefix}.{key}": value for key, value in keys.items()}
+    return found
 
 
 def summary_table(

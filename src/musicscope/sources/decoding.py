@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from musicscope.listening import resample
+from musicscope.resampling import resample
 
 Separator = Callable[[np.ndarray, int], np.ndarray]
 """(audio float32 [channels, samples], Hz) -> the same without its voice, [channels, samples]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from musicscope.steering.steering_cells import Bench, Cell
 from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
 from musicscope.steering.steering_prompts import make_prompts
 from musicscope.steering.steering_recipes import save_recipe, summary_of
-from musicscope.steering.steering_run import SEARCHED, Result, Wish, parse_pair
+from musicscope.steering.steering_run import PLAIN_DOSE, SEARCHED, Result, Wish, parse_pair
 
 RIVALS = ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction")
 """Methods that success is compared with, paired over prompts."""
@@ -28,6 +28,18 @@ DOSE_KEYS = (
     "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
     "frechet", "silent",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outs:
+    """Where an evaluation is written."""
+
+    folder: str
+    """Recipes with the chosen settings, and examples/ with audio."""
+    metrics: str
+    """JSON file"""
+    plots: str
+    """Beginning of the names of tables and charts."""
 
 
 def _name(wish: Wish) -> str:
@@ -103,10 +115,13 @@ def test_table(result: Result) -> pd.DataFrame:
         for (method, strength), cell in {**listed, **result.doses[wish]}.items():
             if method == "plain":
                 continue
-            found = _outcome(result, cells["plain"], cell, wish)
+            whole = cell.prompts == cells["plain"].prompts
+            plain = cells["plain"] if whole else result.doses[wish][PLAIN_DOSE]
+            found = _outcome(result, plain, cell, wish)
             at = {"concept": wish[0], "direction": wish[1], "method": method, "strength": strength}
             chosen = cell == cells[method]
-            records.append({**at, "chosen": chosen, **{k: found[k] for k in DOSE_KEYS}})
+            at |= {"prompts": cell.prompts.n, "chosen": chosen}
+            records.append({**at, **{k: found[k] for k in DOSE_KEYS}})
     return pd.DataFrame(records)
 
 
@@ -127,14 +142,15 @@ def metrics(result: Result, recipes: Mapping[str, Any], bench: Bench) -> dict[st
 
 
 def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The headline numbers of metrics/steer/<model>.json under steer.*, one level deep.
+    """The headline numbers of metrics/steer/<model>.json, one level deep.
 
-    quality_cost is the rise of the unsteered model's cross-entropy, nats a code.
+    prompts: how many each is over; quality_cost: rise of the unsteered model's cross-entropy, nats
+    a code.
     """
-    keys: dict[str, Any] = {}
+    keys: dict[str, Any] = {"prompts": found["prompts"]}
     for concept, directions in found["concepts"].items():
         for direction, entry in directions.items():
-            at, methods = f"steer.{concept}.{direction}", entry["methods"]
+            at, methods = f"{concept}.{direction}", entry["methods"]
             for key in ("success", "success_ci_low", "success_ci_high"):
                 keys[f"{at}.{key}"] = methods["sae"][key]
             keys |= {f"{at}.{m}": methods[m]["success"] for m in (*SUMMARY, "reseed")}
@@ -145,7 +161,7 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
             for end in ("low", "high"):
                 keys[f"{at}.minus_diff_means_ci_{end}"] = gap[f"difference_ci_{end}"]
     for name, entry in found["joint"].items():
-        at = "steer.joint." + name.replace("+", "_").replace("-", "_")
+        at = "joint." + name.replace("+", "_").replace("-", "_")
         ours = entry["sae"]
         for key in ("all_wanted_plain", "all_wanted", "all_wanted_ci_low", "all_wanted_ci_high"):
             keys[f"{at}.{key}"] = ours[key]
@@ -238,7 +254,7 @@ def cross_talk_figure(table: pd.DataFrame, title: str) -> Figure:
 
 
 def write_examples(result: Result, folder: Path, bench: Bench) -> None:
-    """Plain and steered WAV files of the first test prompts, and index.json.
+    """Plain and steered FLAC files of the first test prompts, and index.json.
 
     index.json: ``sample_rate``, ``families`` and ``examples``, each with ``wishes`` ("guitar off"
     ...), ``prompt``, the files ``plain`` and ``steered``, and ``judges``: judge -> concept ->
@@ -255,7 +271,7 @@ def write_examples(result: Result, folder: Path, bench: Bench) -> None:
         for i in range(len(plain.audio)):
             files = {}
             for kind, measured in (("plain", plain), ("steered", steered)):
-                files[kind] = f"{stem}-{i}-{kind}.wav"
+                files[kind] = f"{stem}-{i}-{kind}.flac"
                 sound = np.clip(measured.audio[i], -1, 1)
                 soundfile.write(folder / files[kind], sound, rate, subtype="PCM_16")
             judges = {
@@ -276,14 +292,15 @@ def write_examples(result: Result, folder: Path, bench: Bench) -> None:
     )
 
 
-def write(result: Result, recipes: Mapping[str, Any], bench: Bench, model: str) -> None:
-    """All outs of a run: data/steering/<model>, metrics/steer/<model>.json, plots/steer/*."""
-    with atomic_dir(f"data/steering/{model}") as folder:
+def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) -> None:
+    """All outs of a run; `recipes` as for `metrics`."""
+    with atomic_dir(outs.folder) as folder:
         for concept, (recipe, _) in recipes.items():
             chosen = {d: result.choices["sae", (concept, d)] for d in ("off", "on")}
             save_recipe(replace(recipe, chosen=chosen), folder)
         write_examples(result, folder / "examples", bench)
-    stem, table, talk = f"plots/steer/{model}", test_table(result), cross_talk(result)
+    stem, model = outs.plots, bench.model.name
+    table, talk = test_table(result), cross_talk(result)
     frames = {
         "": table,
         "-search": result.search,
@@ -296,4 +313,4 @@ def write(result: Result, recipes: Mapping[str, Any], bench: Bench, model: str) 
     plots.save_figure(
         cross_talk_figure(talk, f"{model}: mean change of the judge"), f"{stem}-crosstalk.png"
     )
-    write_json(f"metrics/steer/{model}.json", metrics(result, recipes, bench))
+    write_json(outs.metrics, metrics(result, recipes, bench))

@@ -36,6 +36,8 @@ from musicscope.steering.steering_recipes import Settings
 Wish = tuple[str, str]
 SEARCHED = ("sae", *DIRECTIONS)
 """Methods with a strength."""
+PLAIN_DOSE = ("plain", 0.0)
+"""Key of the plain pieces that other doses are compared with."""
 JOINT_METHODS = ("sae", "diff_means", "prompt_edit")
 Choices = Mapping[tuple[str, Wish], Settings]
 """(method, wish) -> what was chosen for it."""
@@ -50,10 +52,14 @@ def wishes_of(section: Any) -> list[Wish]:
     return [(c, direction) for c in section.concepts for direction in ("off", "on")]
 
 
-def prompt_set(split: str, n: int, wishes: Sequence[Wish]) -> PromptSet:
-    """Prompts that name what is to go and keep clear of what is to come."""
-    named, without = (tuple(c for c, direction in wishes if direction == d) for d in ("off", "on"))
-    return PromptSet(split, n, named, without)
+def prompt_set(split: str, n: int, wishes: Sequence[Wish], concepts: Sequence[str]) -> PromptSet:
+    """Prompts that name what is to go; where something is to come, clear of all other concepts.
+
+    So all wishes to switch one concept on have the same prompts, and share their plain pieces.
+    """
+    named = tuple(concept for concept, direction in wishes if direction == "off")
+    comes = any(direction == "on" for _, direction in wishes)
+    return PromptSet(split, n, named, tuple(c for c in concepts if comes and c not in named))
 
 
 def grid(section: Any, method: str) -> list[Settings]:
@@ -67,7 +73,7 @@ def grid(section: Any, method: str) -> list[Settings]:
 
 def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
     """Plain and, by method, one cell for each of its settings, on validation prompts."""
-    prompts = prompt_set("validation", section.validation_prompts, [wish])
+    prompts = prompt_set("validation", section.validation_prompts, [wish], section.concepts)
     cells = {
         method: [Cell(prompts, method, (wish,), (s,)) for s in grid(section, method)]
         for method in SEARCHED
@@ -77,7 +83,7 @@ def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
 
 def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
     """One cell a method on test prompts."""
-    prompts = prompt_set("test", section.n_prompts, [wish])
+    prompts = prompt_set("test", section.n_prompts, [wish], section.concepts)
     cells = {}
     for method in METHODS:
         keep = section.examples if method in ("plain", "sae") else 0
@@ -92,24 +98,31 @@ def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
 
 
 def dose_cells(section: Any, wish: Wish, choices: Choices) -> dict[tuple[str, float], Cell]:
-    """Chosen settings at every strength of the grid, on test prompts; a chosen one is not new."""
-    cells = {}
+    """Chosen settings at every strength of the grid, on the first test prompts, and plain.
+
+    The chosen strength itself is the cell of all test prompts.
+    """
     main = test_cells(section, wish, choices)
+    fewer = replace(main["plain"].prompts, n=section.dose_prompts)
+    cells = {PLAIN_DOSE: replace(main["plain"], prompts=fewer, keep=0)}
     for method, strengths in (
         ("sae", section.strengths),
         ("diff_means", section.direction_strengths),
     ):
         settings = choices[method, wish]
         for strength in strengths:
-            keep = main[method].keep if strength == settings.strength else 0
             changed = replace(settings, strength=strength)
-            cells[method, strength] = replace(main[method], settings=(changed,), keep=keep)
+            cells[method, strength] = (
+                main[method]
+                if changed == settings
+                else replace(main[method], prompts=fewer, settings=(changed,), keep=0)
+            )
     return cells
 
 
 def joint_cells(section: Any, pair: Sequence[Wish], choices: Choices) -> dict[str, Cell]:
     """Plain, every wish alone (by its concept) and all at once, on the prompts of the pair."""
-    prompts = prompt_set("test", section.n_prompts, pair)
+    prompts = prompt_set("test", section.n_prompts, pair, section.concepts)
     # One branch at a time acts on a generation: that of the first wish.
     branch = {m: choices[m, pair[0]].branch for m in JOINT_METHODS if m in SEARCHED}
     cells = {"plain": Cell(prompts, keep=section.examples)}
@@ -184,14 +197,15 @@ class Result:
 
 
 def count_cells(section: Any) -> tuple[int, int]:
-    """Cells of the whole evaluation, and their mean number of prompts."""
+    """Cells of the whole evaluation, at most, and their mean number of prompts."""
     wishes, pairs = wishes_of(section), [parse_pair(p) for p in section.pairs]
     search = len(wishes) * (1 + sum(len(grid(section, m)) for m in SEARCHED))
-    doses = len(section.strengths) + len(section.direction_strengths) - 2
-    tests = len(wishes) * (len(METHODS) + doses)
+    doses = len(wishes) * (len(section.strengths) + len(section.direction_strengths) - 1)
+    tests = len(wishes) * len(METHODS)
     tests += sum(1 + len(pair) + len(JOINT_METHODS) for pair in pairs)
     prompts = search * section.validation_prompts + tests * section.n_prompts
-    return search + tests, round(prompts / (search + tests))
+    cells = search + tests + doses
+    return cells, round((prompts + doses * section.dose_prompts) / cells)
 
 
 def _bar(name: str) -> Callable:

@@ -1,0 +1,61 @@
+"""What the stages `steer` and `steer_full` do: recipes, search on validation prompts, test."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musicscope.activations.extraction import folder_sha256
+from musicscope.activations.store import ActivationStore
+from musicscope.artifacts import partial_dir
+from musicscope.clips import ClipStore
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.judges.judging import frechet_distance
+from musicscope.models import load_model
+from musicscope.steering import steering_report, steering_run
+from musicscope.steering.steering_bench import open_bench
+from musicscope.steering.steering_learning import learn_recipes, read_clips
+from musicscope.steering.steering_recipes import save_recipe
+
+
+def evaluate(
+    name: str, section: Any, seed: int, device: str, processes: int, outs: steering_report.Outs
+) -> None:
+    """Learn recipes for one model, choose settings, measure them, write `outs`.
+
+    `section` is params.steer or params.steer_full. Cells that a killed run finished are kept
+    under the hash of all inputs, and taken from there.
+    """
+    clips = ClipStore.open("data/clips")
+    store = ActivationStore.open(f"data/activations/{name}/{section.slot}")
+    if store.ids != clips.rows["id"].tolist():
+        sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
+    sae_folder = f"data/sae/{name}/{section.slot}/seed-0"
+    seen = read_clips(store, TopKSAE.load(sae_folder, device), clips.rows, processes, device)
+    recipes = learn_recipes(
+        seen, section.concepts, model=name, slot=section.slot, layer=store.config["layer"],
+        target=section.target, both_sides=section.both_sides,
+        gate_features=section.gate_features, gate_seconds=section.gate_seconds,
+        frame_rate=load_model(f"data/models/{name}").frame_rate,
+    )  # fmt: skip
+    del seen
+
+    inputs = ("data/clips", f"data/models/{name}", str(store.folder), sae_folder, "data/judge")
+    key = {"stage": "steer", "seed": seed, **asdict(section)}
+    scratch = partial_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]})
+    for recipe, _ in recipes.values():
+        save_recipe(recipe, scratch)
+    bench = functools.partial(
+        open_bench, name, str(scratch), sae_folder, section.concepts, device, seed,
+        section.seconds, section.batch, section.guidance,
+    )  # fmt: skip
+    torch.set_num_threads(1)  # the work is parallel over cells instead
+    result = steering_run.run(section, bench, scratch, frechet_distance, processes, seed)
+    steering_report.write(result, recipes, bench(), outs)
+    shutil.rmtree(Path(scratch))
