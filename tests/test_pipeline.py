@@ -19,6 +19,7 @@ EACH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 # Stages without a section in params.yaml, and why.
 NO_SECTION = {
     "summarize": "it copies numbers",
+    "model_code": "it hashes files",
     "maximize_shared": "it is maximize_activation over all models at once",
 }
 # What reads data/sae: the universal SAE and the crosscoder for comparison.

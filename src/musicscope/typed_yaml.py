@@ -57,10 +57,10 @@ def choice(*allowed: str) -> Any:
     return dataclasses.field(metadata={"ok": lambda value: value in allowed, "text": text})
 
 
-def pattern(regex: re.Pattern[str], text: str) -> Any:
-    """A required string (or tuple of strings) that `regex` matches whole."""
+def pattern(regex: re.Pattern[str], text: str, *, empty: bool = False) -> Any:
+    """A required string (or tuple of strings, with `empty` of none) that `regex` matches whole."""
     ok = lambda value: regex.fullmatch(value) is not None  # noqa: E731
-    return dataclasses.field(metadata={"ok": ok, "text": text})
+    return dataclasses.field(metadata={"ok": ok, "text": text, "empty": empty})
 
 
 def name() -> Any:

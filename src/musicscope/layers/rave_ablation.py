@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,6 @@ from torch import Tensor
 from musicscope import plots
 from musicscope.models import Hook
 from musicscope.models.audio_model import AudioBatch, AudioModel
-from musicscope.models.rave import RaveModel
 from musicscope.spectral import spectra, spectral_distance
 from musicscope.stats import bootstrap_groups
 
@@ -98,7 +98,7 @@ class AudioAblationScores:
 
 
 def ablate(
-    model: RaveModel,
+    model: Any,
     batch: AudioBatch,
     kinds: Sequence[str] = KINDS,
     means: dict[str, Tensor] | None = None,
