@@ -83,6 +83,6 @@ lock *args:
 # remove what a rerun makes again; models and DVC's cache stay
 clean:
     rm -rf data/clips data/activations data/sae data/usae data/crosscoder data/features
-    rm -rf data/maximize_activation data/maximize_shared data/report dvclive .dvc/tmp/partial
+    rm -rf data/model_code data/maximize_activation data/maximize_shared data/report dvclive .dvc/tmp/partial
     rm -rf .pytest_cache .ruff_cache .hypothesis
     find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -12,8 +12,9 @@ import sys
 from omegaconf import OmegaConf
 
 from musicscope import artifacts
-from musicscope.activations import engines, extraction
+from musicscope.activations import engines, extraction, extraction_plans
 from musicscope.config import Params, load_params
+from musicscope.listening import open_sources
 
 CLIPS = "data/clips"
 
@@ -33,28 +34,30 @@ def extract(name: str, params: Params, engine: engines.Engine) -> None:
     chosen = OmegaConf.load(f"metrics/layers/{name}.yaml")
     if missing := [slot for slot in params.slots if slot not in chosen]:
         sys.exit(f"metrics/layers/{name}.yaml lacks {missing}: run dvc repro select_layers")
-    sources = functools.partial(
-        extraction.open_sources, f"data/models/{name}", CLIPS, engine.device
-    )
-    plan = extraction.plan(
-        *sources(),
-        layers={slot: f"layers.{chosen[slot]}" for slot in params.slots},
+    folder = f"data/models/{name}"
+    sources = functools.partial(open_sources, folder, CLIPS, engine.device)
+    model, clips = sources()
+    plans = extraction_plans.plans(
+        model,
+        clips,
+        extraction_plans.hook_names(model, {slot: chosen[slot] for slot in params.slots}),
+        captions=section.captions,
         dtype=section.dtype,
         shard_mb=section.shard_mb,
         batch_clips=section.batch_clips,
-        captions=section.captions,
-        model_sha256=extraction.folder_sha256(f"data/models/{name}"),
+        model_sha256=extraction.folder_sha256(folder),
         clips_sha256=extraction.folder_sha256(CLIPS),
     )
     if engine.ranks.leads:
-        print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
+        for plan in plans:
+            print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
     folders = {slot: f"data/activations/{name}/{slot}" for slot in params.slots}
-    stores = extraction.extract(
-        plan, sources, folders, engine.processes, engine.ranks, engine.workers
+    stores = extraction_plans.extract(
+        plans, sources, folders, engine.processes, ranks=engine.ranks, workers=engine.workers
     )
     if engine.ranks.leads:
         artifacts.write_json(
-            f"metrics/extract_activations/{name}.json", extraction.summary(plan, stores)
+            f"metrics/extract_activations/{name}.json", extraction_plans.summary(plans, stores)
         )
 
 

@@ -1,7 +1,8 @@
 """Common, own and unmatched features of all models: metrics/match_features.json,
 data/features/{features,top_clips}.parquet and plots/match_features/.
 
-Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls.
+Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls,
+on frames that the models have in common (the slowest one's, where their rates differ).
 Reads data/clips, data/usae/seed-0 and, for every model in params.yaml, its folders
 data/activations/<model>/<slot> and data/sae/<model>/<slot>.
 """
@@ -13,6 +14,7 @@ from dataclasses import asdict
 
 import torch
 
+from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import write_json
 from musicscope.clips import ClipStore
@@ -34,18 +36,17 @@ def main() -> None:
     )  # fmt: skip
 
     clips, slot, subjects = ClipStore.open("data/clips"), section.slot, []
-    for model in params.models:
-        store = ActivationStore.open(f"data/activations/{model}/{slot}")
+    stores = common_frames([f"data/activations/{model}/{slot}" for model in params.models])
+    for model, store in zip(params.models, stores, strict=True):
         folders = [f"data/sae/{model}/{slot}/seed-{i}" for i in range(params.train_sae.seeds)]
         saes = [TopKSAE.load(folder, device) for folder in folders]
-        subjects.append(match_run.Subject(model, store, saes))
+        subjects.append(match_run.Subject(model, ActivationStore.open(store), saes))
     usae = UniversalSAE.load("data/usae/seed-0", device)
     match_run.check(subjects, usae, clips.rows, slot)
     at = match_run.clip_positions(clips.rows)
     found = match_run.compare(subjects, usae, clips.rows, at, settings)
-    frame_rate = float(subjects[0].store.frames[0]) * clips.sample_rate / clips.samples
     features, top, skipped = match_run.describe_features(
-        found, subjects, usae, clips.rows, at, frame_rate, settings
+        found, subjects, usae, clips.rows, at, frame_rate(subjects[0].store), settings
     )
     metrics = match_report.metrics(found, features, skipped, at, settings)
     feature_table.write("data/features", features, top)

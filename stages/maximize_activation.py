@@ -1,8 +1,9 @@
 """What chosen features of one model answer to: data/maximize_activation/<model>.
 
 Best moments of real clips, and token sequences searched for under the model's own prior, as audio
-with index.json. Reads data/features, data/activations, data/sae, data/usae, data/models and
-data/clips; writes metrics and plots/maximize_activation/<model>.
+with index.json; moments alone where a model has no tokens to search over (YuE, RAVE). Reads
+data/features, data/activations, data/sae, data/usae, data/models and data/clips; writes metrics and
+plots/maximize_activation/<model>.
 """
 
 from __future__ import annotations
@@ -13,17 +14,10 @@ import sys
 
 import torch
 
-from musicscope.activations.extraction import folder_sha256
-from musicscope.activations.store import ActivationStore
-from musicscope.clips import ClipStore
 from musicscope.config import load_params
 from musicscope.features.feature_choice import Latent, choose, read_features
-from musicscope.maximizing import (
-    maximization,
-    maximization_jobs,
-    maximization_report,
-    maximization_run,
-)
+from musicscope.maximizing import maximization
+from musicscope.maximizing.maximize import maximize
 
 
 def main() -> None:
@@ -46,16 +40,10 @@ def main() -> None:
     open_run = functools.partial(
         maximization.open_instruments, (name,), device, params.seed, with_sae=True
     )
-    (instrument,), clips = open_run(), ClipStore.open("data/clips")
-    store = ActivationStore.open(f"data/activations/{name}/{instrument.usae.slot}")
-    plan = maximization_jobs.make_plan(
-        section, latents, (instrument,), ("prior", "clip", "free", "heard"), params.seed
-    )
-    sha256 = folder_sha256("data/clips")
-    result = maximization_run.run(plan, open_run, (store,), clips, sha256, processes)
-    maximization_report.write(
-        result, f"maximize_activation/{name}", clips, instrument.model, section.bootstrap
-    )
+    maximize(
+        f"maximize_activation/{name}", section, latents, open_run,
+        ("prior", "clip", "free", "heard"), params.seed, processes,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

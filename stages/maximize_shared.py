@@ -2,8 +2,10 @@
 
 One token sequence is searched for that activates a USAE feature through every model (coordinated);
 beside it, searches on each model alone and what they do in the others, and pairs of unrelated
-features as null. Params are those of maximize_activation. Reads data/features, data/activations,
-data/usae, data/models and data/clips; writes metrics and plots/maximize_shared.
+features as null. Models of different codecs have no tokens in common: for them only the moments of
+real clips that activate a feature in all. Params are those of maximize_activation. Reads
+data/features, data/activations, data/usae, data/models and data/clips; writes metrics and
+plots/maximize_shared.
 """
 
 from __future__ import annotations
@@ -14,17 +16,10 @@ import sys
 
 import torch
 
-from musicscope.activations.extraction import folder_sha256
-from musicscope.activations.store import ActivationStore
-from musicscope.clips import ClipStore
 from musicscope.config import load_params
 from musicscope.features.feature_choice import mismatched, read_features, universal
-from musicscope.maximizing import (
-    maximization,
-    maximization_jobs,
-    maximization_report,
-    maximization_run,
-)
+from musicscope.maximizing import maximization
+from musicscope.maximizing.maximize import maximize
 
 
 def main() -> None:
@@ -44,15 +39,8 @@ def main() -> None:
     open_run = functools.partial(
         maximization.open_instruments, names, device, params.seed, with_sae=False
     )
-    instruments, clips = open_run(), ClipStore.open("data/clips")
-    stores = [ActivationStore.open(f"data/activations/{i.name}/{i.usae.slot}") for i in instruments]
-    plan = maximization_jobs.make_plan(
-        section, latents, instruments, ("heard", "alone"), params.seed
-    )
-    sha256 = folder_sha256("data/clips")
-    result = maximization_run.run(plan, open_run, stores, clips, sha256, processes)
-    maximization_report.write(
-        result, "maximize_shared", clips, instruments[0].model, section.bootstrap
+    maximize(
+        "maximize_shared", section, latents, open_run, ("heard", "alone"), params.seed, processes
     )
 
 

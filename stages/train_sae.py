@@ -18,7 +18,7 @@ from musicscope.activations import engines
 from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore, main_clips
 from musicscope.config import Params, load_params
-from musicscope.dictionaries import sae_runs
+from musicscope.dictionaries import sae_losses, sae_runs
 from musicscope.dictionaries.sae_training import SAEConfig
 
 
@@ -49,10 +49,10 @@ def train(model: str, slot: str, params: Params, engine: engines.Engine) -> None
 
     scratch = artifacts.partial_dir(sae_runs.scratch_key(store, config, seeds))
     jobs = sae_runs.seed_jobs(folder, config, seeds, scratch, f"{stem}-live", device, model)
-    ce = sae_runs.CrossEntropyJob(
+    losses = sae_losses.LossJob(
         f"data/models/{model}", "data/clips", rows, folder, f"{jobs[0].out}/seed-0", device
     )
-    jobs[0] = replace(jobs[0], cross_entropy=ce)
+    jobs[0] = replace(jobs[0], losses=losses)
     with sae_runs.sole_user(scratch, ranks):
         outcomes = sae_runs.run_all(jobs, engine.processes, ranks, engine.workers)
         if not ranks.leads:

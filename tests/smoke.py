@@ -47,12 +47,19 @@ def merged(base: Any, over: Any) -> Any:
     return over
 
 
-def make_copy(folder: Path, env: dict[str, str]) -> None:
-    """A Git repository in `folder` with this work tree's files, the small params and no results."""
+def make_copy(
+    folder: Path, env: dict[str, str], over: dict[str, Any] | None = None, skip: str = ""
+) -> None:
+    """A Git repository in `folder` with this work tree's files, the small params and no results.
+
+    `over` is laid over the small params. Files whose name begins with `skip` are left out.
+    """
     folder.mkdir()
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     for name in filter(None, names.stdout.split("\0")):
+        if skip and name.startswith(skip):
+            continue
         if (ROOT / name).is_file():  # a deleted file is still listed until that is committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -63,6 +70,7 @@ def make_copy(folder: Path, env: dict[str, str]) -> None:
     params = folder / "params.yaml"
     small = yaml.safe_load((ROOT / "tests/smoke_params.yaml").read_text(encoding="utf-8"))
     whole = merged(yaml.safe_load(params.read_text(encoding="utf-8")), small)
+    whole = merged(whole, over or {})
     params.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
     load_params(params)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "smoke"]):

@@ -9,11 +9,20 @@ import pandas as pd
 import pytest
 import rave_export
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.activations import audio_extraction, extraction
-from musicscope.activations.alignment import align, aligned_store, frame_rate, outside, pair_rates
+from musicscope import resampling
+from musicscope.activations import extraction, extraction_plans
+from musicscope.activations.alignment import (
+    align,
+    aligned_store,
+    common_frames,
+    frame_rate,
+    outside,
+    slowest,
+)
 from musicscope.activations.store import ActivationStore, StoreError
 from musicscope.activations.store_writer import StoreWriter, shard_spans
 from musicscope.dictionaries import usae_data
@@ -153,7 +162,7 @@ def test_an_aligned_store_pairs_with_the_slower_one(tmp_path):
     again = aligned_store(fast, slow, tmp_path / "again", shard_mb=0.001)
     assert again.manifest == found.manifest
     assert len(usae_data.pair([found, slow], "train")) == 3
-    assert pair_rates([fast, slow]) == (1, [50.0, SLOW])
+    assert slowest([fast, slow]) == 1
 
 
 def test_two_models_of_one_rate_lose_only_what_the_shorter_lacks(tmp_path):
@@ -302,9 +311,9 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     )
     fast = extraction.extract(plan, lambda: (musicgen, clips), {"top1": tmp_path / "m"})["top1"]
     rave = load_model(rave_export.save(rave_export.TinyRave(), tmp_path / "tiny.ts"))
-    view = audio_extraction.ResampledClips(clips, rave.sample_rate)
-    plans = audio_extraction.plans(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
-    slow = audio_extraction.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
+    view = resampling.ResampledClips(clips, rave.sample_rate)
+    plans = extraction_plans.plans(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
+    slow = extraction_plans.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
     assert (fast.frames[0], slow.frames[0]) == (50, 22)
     aligned = aligned_store(fast, slow, tmp_path / "x", fast_rate=musicgen.frame_rate)
     assert len(usae_data.pair([aligned, slow], "train")) == 2
@@ -318,3 +327,152 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     assert abs(first - expected) <= 2
     unaligned = int(np.flatnonzero(change(fast) > 0.2 * change(fast).max())[0])
     assert abs(unaligned - expected) > 10
+
+
+def test_stores_of_other_rates_are_brought_to_the_slowest_and_others_left_alone(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    fast = write(tmp_path / "fast", noise(5, 100, 5), 50.0)
+    slow_clips = {n: np.ones((int(np.ceil((100 + i % 3) / 50 * SLOW)), 3), np.float32)
+                  for i, n in enumerate(fast.ids)}  # fmt: skip
+    slow = write(tmp_path / "slow", slow_clips, SLOW)
+    found = common_frames([fast.folder, slow.folder])
+    assert found[1] == str(slow.folder)
+    stores = [ActivationStore.open(folder) for folder in found]
+    assert stores[0].frames.tolist() == slow.frames.tolist()
+    assert stores[0].config["frame_rate"] == SLOW
+    np.testing.assert_array_equal(
+        stores[0].clip(2), aligned_store(fast, slow, tmp_path / "by hand").clip(2)
+    )
+    assert len(usae_data.pair(stores, "train")) == 3
+    written = (Path(found[0]) / "manifest.json").stat().st_mtime_ns
+    assert common_frames([fast.folder, slow.folder]) == found  # kept, not written again
+    assert (Path(found[0]) / "manifest.json").stat().st_mtime_ns == written
+    # One rate: nothing to do, also without a rate in the manifest.
+    twin = write(tmp_path / "twin", noise(5, 100, 2), None)
+    assert common_frames([fast.folder, twin.folder]) == (str(fast.folder), str(twin.folder))
+    # One rate, but one model drops the end of a clip: the shorter is what they share.
+    less = {n: np.ones((99 + i % 3, 2), np.float32) for i, n in enumerate(fast.ids)}
+    short = write(tmp_path / "short", less, 50.0)
+    cut = common_frames([fast.folder, short.folder])
+    assert cut[1] == str(short.folder)
+    assert ActivationStore.open(cut[0]).frames.tolist() == short.frames.tolist()
+
+
+# ---- two families of real models hear the same planted sound
+
+
+class Bursts16k:
+    """Two-second clips at 16 kHz: one of two sounds comes and goes at random moments."""
+
+    sample_rate, samples = 16_000, 32_000
+
+    def __init__(self, count: int = 30) -> None:
+        names = [f"c{i}" for i in range(count)]
+        self.rows = pd.DataFrame(
+            {"id": names, "split": ["test" if i % 4 == 0 else "train" for i in range(count)],
+             "font": "f", "kind": "clip", "group": names, "caption": None}
+        )  # fmt: skip
+        t = np.arange(self.samples) / self.sample_rate
+        rng = np.random.default_rng(3)
+        # Whole periods a frame of 20 ms: frames of one sound are alike, whoever encodes them.
+        sounds = (np.sin(2 * np.pi * 200 * t), np.sign(np.sin(2 * np.pi * 350 * t)))
+        self.all = np.zeros((count, self.samples))
+        for clip in self.all:
+            for _ in range(3):
+                begin = int(rng.uniform(0, 1.6) * self.sample_rate)
+                on = slice(begin, begin + int(rng.uniform(0.2, 0.5) * self.sample_rate))
+                clip[on] += 0.7 * sounds[int(rng.integers(2))][on]
+        self.all = np.clip(self.all, -1, 1).astype(np.float32)
+
+    def audio(self, rows):
+        return self.all[list(rows)]
+
+
+def extracted(model, clips, layer: str, folder: Path) -> ActivationStore:
+    heard = resampling.at_rate(clips, model.sample_rate)
+    plans = extraction_plans.plans(
+        model, heard, {"top1": layer}, dtype="float16", shard_mb=1, batch_clips=4,
+        model_sha256=model.name, clips_sha256="bursts",
+    )  # fmt: skip
+    return extraction_plans.extract(plans, lambda: (model, heard), {"top1": folder})["top1"]
+
+
+@pytest.fixture(scope="module")
+def tiny_yue(tmp_path_factory):
+    import yue_export
+
+    folder = tmp_path_factory.mktemp("yue") / "tiny"
+    yue_export.build_tiny_yue(folder)
+    return load_model(folder)
+
+
+@pytest.mark.slow
+def test_a_universal_sae_over_nano_and_rave_shares_what_sounds_in_both(tmp_path, monkeypatch):
+    """Each model hears the clips at its own rate. One's code predicts the other's activations on
+    clips that nothing learnt from, and does not after training on mispaired clips."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    export = rave_export.save(rave_export.TinyRave(), tmp_path / "tiny.ts")
+    models = (load_model(ROOT / "data/models/nano-small"), load_model(export))
+    clips, layers = Bursts16k(), ("layers.1", "encoder.encoder.net.3")
+    rates = (models[0].frame_rate, models[1].frame_rates[layers[1]])
+    folders = [
+        extracted(model, clips, layer, tmp_path / str(i)).folder
+        for i, (model, layer) in enumerate(zip(models, layers, strict=True))
+    ]
+    stores = [ActivationStore.open(folder) for folder in common_frames(folders)]
+    assert {int(n) for s in stores for n in s.frames} == {int(np.ceil(2 * min(rates) - 1e-6))}
+    learn, test = (usae_data.pair(stores, split) for split in ("train", "test"))
+    config = SAEConfig(
+        n_latents=32, k=4, batch_size=128, samples=128 * 300, learning_rate=0.005,
+        dead_after_samples=5000,
+    )  # fmt: skip
+    scores = {}
+    for name, paired in (("paired", learn), ("mispaired", usae_data.mispair(learn, 5))):
+        found = train(paired, config, "paper", 0, ("a", "b"), "top1").usae
+        x, y = (torch.from_numpy(np.concatenate(p)) for p in zip(*test.clips(), strict=True))
+        with torch.no_grad():
+            scores[name] = (
+                explained(found.decode(1, *found.encode(0, x)).numpy(), y.numpy()),
+                explained(found.decode(0, *found.encode(1, y)).numpy(), x.numpy()),
+            )
+    assert min(scores["paired"]) > 0.1
+    assert max(scores["mispaired"]) < 0.05
+
+
+def ridge(x: np.ndarray, y: np.ndarray):
+    """Linear readout of y from activations x."""
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    z = (x - mean) / scale
+    w = np.linalg.solve(z.T @ z + 0.01 * len(z) * np.eye(z.shape[1]), z.T @ (y - y.mean()))
+    return lambda new: (new - mean) / scale @ w
+
+
+@pytest.mark.slow
+def test_musicgen_and_yue_tell_the_same_planted_sounds_at_the_same_frames(
+    tiny_musicgen, tiny_yue, tmp_path, monkeypatch
+):
+    """16 and 3.2 kHz, 50 frames a second each: linear readouts of whether a sound is on, learnt in
+    each model alone, agree on clips that neither was learnt on, frame by frame."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    clips, models = Bursts16k(), (load_model(tiny_musicgen), tiny_yue)
+    folders = [
+        extracted(model, clips, "layers.0", tmp_path / str(i)).folder
+        for i, model in enumerate(models)
+    ]
+    stores = [ActivationStore.open(folder) for folder in common_frames(folders)]
+    assert {int(n) for s in stores for n in s.frames} == {100}
+    sounds = np.abs(clips.all.reshape(len(clips.all), 100, 320)).mean(2) > 0.02
+
+    def frames(split: str) -> tuple[list[np.ndarray], np.ndarray]:
+        pairs = usae_data.pair(stores, split)
+        rows = [int(stores[0].ids[i][1:]) for i in pairs.members[:, 0]]
+        parts = [np.concatenate(part) for part in zip(*pairs.clips(), strict=True)]
+        return parts, sounds[rows].ravel().astype(float)
+
+    (learn, on), (test, heard) = frames("train"), frames("test")
+    told = [ridge(x, on)(y) for x, y in zip(learn, test, strict=True)]
+    assert min(np.corrcoef(values, heard)[0, 1] for values in told) > 0.35
+    assert np.corrcoef(*told)[0, 1] > 0.3
+    assert abs(np.corrcoef(told[0], np.roll(told[1], 30))[0, 1]) < 0.2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-from code_deps import ROOT, code_of, compare, is_code, rewrite
+from code_deps import EVERY_LOADER, ROOT, compare, is_code, rewrite, stages_of
+
+from musicscope.code_files import code_of, loader_files
 
 
 def test_dvc_yaml_lists_the_code_that_each_stage_imports():
@@ -65,9 +66,9 @@ def test_a_missing_and_a_superfluous_dep_are_found(tmp_path):
 
 def test_rewriting_changes_code_deps_only():
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    before = yaml.safe_load(text)["stages"]
+    before = stages_of(text)
     wanted = {name: ["src/musicscope/x.py", f"stages/{name}.py"] for name in before}
-    after = yaml.safe_load(rewrite(text, wanted))["stages"]
+    after = stages_of(rewrite(text, wanted))
     for name, stage in before.items():
         others = [dep for dep in stage["deps"] if not is_code(dep)]
         assert after[name]["deps"] == wanted[name] + others
@@ -77,3 +78,49 @@ def test_rewriting_changes_code_deps_only():
     assert [line for line in rewrite(text, wanted).splitlines() if line.startswith("#")] == [
         line for line in text.splitlines() if line.startswith("#")
     ]
+
+
+def test_a_loader_is_a_dep_of_its_own_models_only():
+    """In dvc.yaml no stage but those that tell models apart names a loader's file."""
+    own = {
+        name: set(loader_files(ROOT, name)) for name in ("musicgen", "audiocraft", "rave", "yue")
+    }
+    assert "src/musicscope/models/yue_codec.py" in own["yue"] - own["musicgen"]
+    assert "src/musicscope/models/musicgen_decoder.py" in own["musicgen"]
+    assert set(loader_files(ROOT)) == set().union(*own.values())
+    stages = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    for name, stage in stages.items():
+        deps = set(stage["deps"])
+        if name in EVERY_LOADER:
+            assert set(loader_files(ROOT)) <= deps
+        elif name != "pretrain":  # which trains one family, and is frozen
+            assert "src/musicscope/models/yue.py" not in deps, name
+            assert "src/musicscope/models/audiocraft.py" not in deps, name
+        models = "data/models/${item.model}" in deps and name != "model_code"
+        assert ("data/model_code/${item.model}.json" in deps) == models, name
+
+
+def test_what_a_model_runs_on_is_its_familys_code(tmp_path, monkeypatch):
+    from stages import model_code as stage
+
+    copied = {*loader_files(ROOT), "src/musicscope/models/__init__.py"}
+    for file in copied:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    for name, kind in (("tiny", "musicgen"), ("other", "llama")):
+        (tmp_path / "data/models" / name).mkdir(parents=True)
+        (tmp_path / "data/models" / name / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+
+    def written(name: str) -> str:
+        monkeypatch.setattr("sys.argv", ["model_code", name])
+        stage.main()
+        return (tmp_path / f"data/model_code/{name}.json").read_text()
+
+    before = {name: written(name) for name in ("tiny", "other")}
+    assert '"system": "yue"' in before["other"]
+    with (tmp_path / "src/musicscope/models/yue_tokens.py").open("a") as file:
+        file.write("# an edit\n")
+    assert written("tiny") == before["tiny"]
+    assert written("other") != before["other"]

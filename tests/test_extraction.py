@@ -370,7 +370,7 @@ def test_the_stage_writes_stores_and_metrics(model, tiny_musicgen, tmp_path, mon
     Path("data/models/nano-small/config.json").write_text("{}")
     Path("data/clips/clips.bin").write_text("audio")
     Path("metrics/layers/nano-small.yaml").write_text("top1: 2\n")
-    monkeypatch.setattr(extraction, "open_sources", lambda *_: (model, FakeClips()))
+    monkeypatch.setattr(stage, "open_sources", lambda *_: (model, FakeClips()))
     monkeypatch.setattr(sys, "argv", ["extract_activations", "nano-small"])
     with pytest.raises(SystemExit, match=r"nano-small.yaml lacks \['top2'\]: run dvc repro"):
         stage.main()

@@ -25,6 +25,7 @@ from musicscope.maximizing import maximization as mx
 from musicscope.maximizing import maximization_jobs as mj
 from musicscope.maximizing import maximization_report as report
 from musicscope.maximizing import maximization_run as mr
+from musicscope.maximizing import moments_only
 from musicscope.maximizing.token_excerpts import cut
 from musicscope.maximizing.token_objective import (
     Objective,
@@ -384,12 +385,15 @@ def test_measure_is_capture_and_cross_entropy(instruments):
     np.testing.assert_allclose(found.values, windows.max(1), atol=1e-4)
 
 
-def test_models_with_different_codecs_are_not_searched_together(instruments, tmp_path):
-    assert mx.same_codec(instruments) is instruments
+def test_models_without_common_tokens_are_not_searched(instruments, tmp_path):
+    assert moments_only.unsearchable(instruments) is None
     build_tiny_musicgen(tmp_path / "tiny", seed=2)
     foreign = replace(instruments[1], model=load_model(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match="m0, m1 have different codecs"):
-        mx.same_codec((instruments[0], foreign))
+    reason = moments_only.unsearchable((instruments[0], foreign))
+    assert reason.startswith("m0, m1 have different codecs")
+    assert moments_only.unsearchable((foreign,)) is None
+    other = moments_only.unsearchable((replace(foreign, model=object()),))
+    assert other.startswith("m1 is a object: token search needs")
 
 
 @pytest.mark.parametrize(("frame", "expected"), [(0, 0), (40, 35), (3, 0), (96, 80), (50, 45)])
@@ -526,6 +530,43 @@ def in_folder(tmp_path, monkeypatch):
 
 def outs(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_without_tokens_features_have_their_moments_and_say_so(instruments, data, in_folder):
+    clips, stores = data
+    latents = [*LATENTS[:2], LATENTS[3]]  # the last one a random direction, the null
+    plan = mj.make_plan(SECTION, latents, instruments[:1], (), seed=1, rate=50.0)
+    result = moments_only.run(plan, instruments[:1], stores[:1], clips, "no tokens", 1)
+    moments_only.write(result, "a/m0", clips, 50.0)
+    metrics = json.loads((in_folder / "metrics/a/m0.json").read_text())
+    assert metrics["not_searched"] == "no tokens"
+    head, entries = metrics["headline"], metrics["features"]
+    assert (head["features"], head["not_searched"], head["skipped"]) == (2, 2, 0)
+    test = clips.rows.index[clips.rows["split"] == "test"]
+    for column, latent in enumerate(latents):
+        found = entries[latent.name]["m0"]["controls"]
+        values = mx.scan(instruments[0], stores[0], latents, 0, np.arange(12), plan.window)
+        scale = values[:, column].max()
+        assert entries[latent.name]["m0"]["best_clip"] == pytest.approx(scale, rel=1e-5)
+        middle = np.median(values[test, column]) / scale
+        assert found["whole_clips_q50"] == pytest.approx(middle, rel=1e-4)
+        assert max(found["best_train"], found["best_test"]) == pytest.approx(1)
+    real = [entries[latent.name]["m0"]["controls"]["whole_clips_q95"] for latent in latents[:2]]
+    assert head["whole_clips_q95"] == pytest.approx(np.mean(real), rel=1e-4)
+    null = entries["direction-00000"]["m0"]["controls"]["whole_clips_q50"]
+    assert head["null_whole_clips_q50"] == pytest.approx(null, rel=1e-4)
+    index = json.loads((in_folder / "data/a/m0/index.json").read_text())
+    assert [f["name"] for f in index["features"]] == [latent.name for latent in latents[:2]]
+    for feature in index["features"]:
+        assert feature["maximised"] == []
+        assert len(feature["moments"]) == 4  # examples of either split
+        for moment in feature["moments"]:
+            audio, rate = soundfile.read(in_folder / "data/a/m0" / moment["file"])
+            assert (len(audio), rate) == (round(plan.frames / 50 * 3200), 3200)
+            assert len(moment["curves"]["m0"]) == plan.frames
+            inside = moment["curves"]["m0"][moment["frame"] : moment["frame"] + plan.window]
+            assert np.mean(inside) == pytest.approx(moment["values"]["m0"], rel=1e-3)
+    assert (in_folder / "plots/a/m0.png").stat().st_size > 1000
 
 
 def test_one_model_from_features_to_files(instruments, data, in_folder):

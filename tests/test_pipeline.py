@@ -8,16 +8,18 @@ import itertools
 import networkx as nx
 import pytest
 import yaml
-from code_deps import ROOT, stage_module
+from code_deps import ROOT, stage_module, stages_of
 from dvc.repo import Repo
 
 from musicscope.config import Params, load_params
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+EACH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
 # Stages without a section in params.yaml, and why.
 NO_SECTION = {
     "summarize": "it copies numbers",
+    "model_code": "it hashes files",
     "maximize_shared": "it is maximize_activation over all models at once",
 }
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
@@ -39,7 +41,11 @@ def instances(*names: str) -> set[str]:
     values = {"model": params.models, "slot": params.slots}
     found = set()
     for name in names:
-        axes = [values[axis] for axis in STAGES[name].get("matrix", {})]
+        if "foreach" in EACH[name]:
+            found |= {f"{name}@{key}" for key in params.download_model}
+            continue
+        matrix = STAGES[name].get("matrix", {})
+        axes = [m if isinstance(m, list) else values[axis] for axis, m in matrix.items()]
         found |= {"@".join([name, *filter(None, ["-".join(c)])]) for c in itertools.product(*axes)}
     return found
 
@@ -107,7 +113,7 @@ def test_stage_script_section_and_metrics_share_one_name(name):
     stage = STAGES[name]
     assert stage_module(stage["cmd"]) == name
     assert (ROOT / "stages" / f"{name}.py").is_file()
-    declared = {p for p in stage.get("params", []) if isinstance(p, str)}
+    declared = {p.removesuffix(".${key}") for p in stage.get("params", []) if isinstance(p, str)}
     if name in NO_SECTION:
         assert name not in Params.__dataclass_fields__
     else:

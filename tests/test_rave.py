@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from musicscope.activations import audio_extraction
+from musicscope import resampling
+from musicscope.activations import extraction_plans
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for
 from musicscope.layers import ablation, rave_ablation
@@ -503,25 +504,25 @@ class Clips:
 def test_resampling_keeps_time_and_level():
     t = np.arange(8000) / 16000
     tone = np.sin(2 * np.pi * 440 * t)
-    high = audio_extraction.resample(tone, 16000, 44100)
+    high = resampling.resample(tone, 16000, 44100)
     assert high.shape == (22050,)
     expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)
     np.testing.assert_allclose(high[2000:-2000], expected[2000:-2000], atol=2e-3)
-    assert audio_extraction.resample(tone, 16000, 16000).dtype == np.float32
+    assert resampling.resample(tone, 16000, 16000).dtype == np.float32
 
 
 def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    view = audio_extraction.ResampledClips(Clips(), model.sample_rate)
+    view = resampling.ResampledClips(Clips(), model.sample_rate)
     layers = {"top1": "posterior_mean", "top2": "decoder.net.2", "top3": "latent"}
-    plans = audio_extraction.plans(
+    plans = extraction_plans.plans(
         model, view, layers, dtype="float16", shard_mb=0.001, batch_clips=2,
         model_sha256="m", clips_sha256="c",
     )  # fmt: skip
     assert [sorted(plan.layers) for plan in plans] == [["top1", "top3"], ["top2"]]
     folders = {slot: tmp_path / slot for slot in layers}
-    stores = audio_extraction.extract(plans, lambda: (model, view), folders)
-    audio = audio_extraction.resample(Clips().audio(range(5)), 1000, export.SR)
+    stores = extraction_plans.extract(plans, lambda: (model, view), folders)
+    audio = resampling.resample(Clips().audio(range(5)), 1000, export.SR)
     assert audio.shape == (5, 689)
     found = model.capture(model.encode(audio), list(layers.values()))
     for slot, layer in layers.items():
@@ -532,11 +533,11 @@ def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monke
         for i in range(5):
             expected = found[layer][i].numpy().astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(store.clip(i), expected)
-    numbers = audio_extraction.summary(plans, stores)
+    numbers = extraction_plans.summary(plans, stores)
     assert numbers["slots"]["top2"]["frame_rate"] == model.frame_rates["decoder.net.2"]
     assert numbers["frames"] == 5 * (11 + 44)
     with pytest.raises(ValueError, match=r"no \['layers.1'\].*posterior_mean"):
-        audio_extraction.plans(model, view, {"top1": "layers.1"})
+        extraction_plans.plans(model, view, {"top1": "layers.1"})
 
 
 # ---- the real package, where somebody has installed it

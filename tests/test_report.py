@@ -391,7 +391,7 @@ def make_inputs(root: Path) -> None:
     for model, d in WIDTHS.items():
         writer = StoreWriter(
             root / f"data/activations/{model}/top1", width=d, dtype="float16", clips=rows,
-            spans=[(0, CLIPS)], config={"layer": "layers.0"},
+            spans=[(0, CLIPS)], config={"layer": "layers.0", "frame_rate": FRAMES / SECONDS},
         )  # fmt: skip
         writer.write(0, [rng.standard_normal((FRAMES, d)).astype(np.float32) for _ in range(CLIPS)])
         stores[model] = writer.finish()

@@ -10,11 +10,11 @@ import tomllib
 
 import pytest
 import yaml
-from code_deps import ROOT
+from code_deps import ROOT, stages_of
 
 from musicscope.config import load_params
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 MACHINE_PATH = re.compile(r"(?<![\w.$}/:])/(home|root|work|farm|opt|mnt|Users|tmp/\w)[\w.-]*/")
 REGISTRY = re.compile(
     r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|deb\.debian\.org|npmjs\.org"
@@ -81,7 +81,9 @@ def test_stage_explains_itself(name, monkeypatch, capsys):
         runpy.run_module(f"stages.{name}", run_name="__main__")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    placed = re.findall(r"\$\{item\.(\w+)\}", STAGES[name]["cmd"])
+    placed = re.findall(
+        r"\$\{item\.(\w+)\}", STAGES[name]["cmd"].replace("${key}", "${item.model}")
+    )
     assert all(re.search(rf"\b{argument}\b", text) for argument in placed), text
     assert len(text.split("\n\n", 1)[1].strip()) > 40, "say what the stage reads and makes"
 

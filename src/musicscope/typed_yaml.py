@@ -28,6 +28,13 @@ class ParamsError(ValueError):
     """A value in params.yaml that cannot be used; the message names its full key."""
 
 
+class Sections(dict):
+    """Sections by a name that whoever writes the file chooses; not to be changed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
     """A required number (or tuple of numbers) in [low, high]; `above`/`below` open that end."""
 
@@ -50,15 +57,20 @@ def choice(*allowed: str) -> Any:
     return dataclasses.field(metadata={"ok": lambda value: value in allowed, "text": text})
 
 
-def pattern(regex: re.Pattern[str], text: str) -> Any:
-    """A required string (or tuple of strings) that `regex` matches whole."""
+def pattern(regex: re.Pattern[str], text: str, *, empty: bool = False) -> Any:
+    """A required string (or tuple of strings, with `empty` of none) that `regex` matches whole."""
     ok = lambda value: regex.fullmatch(value) is not None  # noqa: E731
-    return dataclasses.field(metadata={"ok": ok, "text": text})
+    return dataclasses.field(metadata={"ok": ok, "text": text, "empty": empty})
 
 
 def name() -> Any:
     """A required string (or tuple of strings) that becomes a folder name."""
     return pattern(SAFE_NAME, "letters, digits, '_', '.', '-' only (it becomes a folder name)")
+
+
+def may_be_empty() -> Any:
+    """A required list that may have no entry."""
+    return dataclasses.field(metadata={"empty": True})
 
 
 TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -80,6 +92,11 @@ def _entries(hint: Any) -> type | None:
     return of if of is not hint and dataclasses.is_dataclass(of) else None
 
 
+def _named(hint: Any) -> type | None:
+    """The dataclass of sections by name, ``dict[str, Section]``; None for any other field."""
+    return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+
+
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """All (full key, field, type) below `cls` that are not sections themselves."""
     for field in dataclasses.fields(cls):
@@ -91,6 +108,9 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def _allowed(field: dataclasses.Field, hint: Any) -> str:
+    if named := _named(hint):
+        keys = ", ".join(f.name for f in dataclasses.fields(named))
+        return f"sections by name (letters, digits, '_', '-'), each with the keys {keys}"
     if entries := _entries(hint):
         keys = ", ".join(f.name for f in dataclasses.fields(entries))
         return f"a list of sections with the keys {keys}"
@@ -119,6 +139,15 @@ def _check_shape(raw: Any, cls: type, path: str, root: type, prefix: str = "") -
             _check_shape(value, hint, path, root, f"{full}.")
             continue
         allowed = _allowed(known[key], hint)
+        if named := _named(hint):
+            # A name with a dot could not be told from two keys where DVC names params.
+            if not isinstance(value, Mapping) or any(
+                not SAFE_NAME.fullmatch(str(k)) or "." in str(k) for k in value
+            ):
+                raise ParamsError(f"{path}: {full} = {value!r}: allowed is {allowed}")
+            for own, entry in value.items():
+                _check_shape(entry, named, path, root, f"{full}.{own}.")
+            continue
         if isinstance(value, list) != (typing.get_origin(hint) is tuple):
             raise ParamsError(
                 f"{path}: {full} = {value!r} has the wrong type: allowed is {allowed}"
@@ -154,6 +183,12 @@ def _build(raw: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> An
                 _build(entry, entries, path, f"{prefix}{key}[{index}].")
                 for index, entry in enumerate(raw[key])
             )
+    for key, named in ((key, _named(hint)) for key, hint in types.items()):
+        if named:
+            values[key] = Sections(
+                (str(own), _build(entry, named, path, f"{prefix}{key}.{own}."))
+                for own, entry in raw[key].items()
+            )
     node = OmegaConf.structured(cls)
     OmegaConf.set_readonly(node, False)  # a frozen dataclass gives a node that takes no values
     for field in dataclasses.fields(cls):
@@ -177,7 +212,11 @@ def _check_ranges(typed: Any, path: str, prefix: str = "") -> None:
         value = functools.reduce(getattr, key.split("."), typed)
         full, allowed = f"{prefix}{key}", _allowed(field, hint)
         is_tuple = isinstance(value, tuple)
-        if is_tuple and not value:
+        if _named(hint):
+            for own, entry in value.items():
+                _check_ranges(entry, path, f"{full}.{own}.")
+            continue
+        if is_tuple and not value and not field.metadata.get("empty"):
             raise ParamsError(f"{path}: {full} is empty: allowed is {allowed}, at least one")
         if _entries(hint):
             for index, entry in enumerate(value):

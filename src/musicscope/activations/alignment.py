@@ -11,7 +11,9 @@ Index pairing would be wrong by 28.5 frames of MusicGen (50 Hz) after one second
 
 from __future__ import annotations
 
+import fcntl
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +147,40 @@ def aligned_store(
     return ActivationStore.open(folder)
 
 
-def pair_rates(
-    stores: list[ActivationStore], rates: list[float | None] | None = None
-) -> tuple[int, list[float]]:
-    """Which of several stores is the slowest (the first of equals), and the rates of all.
+def slowest(stores: Sequence[ActivationStore]) -> int:
+    """Which of several stores has the fewest frames a second; of equals the one with the fewest
+    frames in all, then the first."""
+    rates = [frame_rate(store) for store in stores]
+    return min(range(len(stores)), key=lambda i: (rates[i], int(stores[i].frames.sum()), i))
 
-    Align every faster store to that one before training on them together.
+
+def _same_frames(store: ActivationStore, other: ActivationStore) -> bool:
+    return store.ids == other.ids and np.array_equal(store.frames, other.frames)
+
+
+def common_frames(folders: Sequence[str | Path]) -> tuple[str, ...]:
+    """Folders of the same activations in the same frames: the given ones where all agree already.
+
+    Else every store is aligned to the `slowest` one (`aligned_store`), kept in scratch under the
+    hash of both (artifacts.partial_dir), where the next stage finds it; deleting it costs time
+    only. Several processes may ask at once: one writes, the others wait.
     """
-    given = rates or [None] * len(stores)
-    found = [frame_rate(store, rate) for store, rate in zip(stores, given, strict=True)]
-    return int(np.argmin(found)), found
+    stores = [ActivationStore.open(folder) for folder in folders]
+    given = tuple(str(folder) for folder in folders)
+    if all(_same_frames(store, stores[0]) for store in stores):
+        return given
+    slow = stores[slowest(stores)]
+    found = []
+    for folder, store in zip(given, stores, strict=True):
+        if _same_frames(store, slow):
+            found.append(folder)
+            continue
+        hashes = {"fast": store.manifest["sha256"], "slow": slow.manifest["sha256"]}
+        code = artifacts.sha256(__file__)
+        scratch = artifacts.partial_dir({"stage": "align", **hashes, "code": code})
+        with open(scratch.with_name(f"{scratch.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (scratch / "store" / "manifest.json").is_file():
+                aligned_store(store, slow, scratch / "store")
+        found.append(str(scratch / "store"))
+    return tuple(found)

@@ -62,8 +62,9 @@ class Plan:
     batch_clips: int
     captions: bool
     """Whether the model is given each clip's caption, or runs unconditionally."""
-    config: dict[str, str]
-    """What else identifies the run: model, model_sha256, clips_sha256."""
+    config: dict[str, Any]
+    """What else identifies the run: model, model_sha256, clips_sha256; its frame_rate in Hz and
+    the sample_rate that it heard."""
 
     def writer(self, slot: str, folder: Path) -> StoreWriter:
         """The writer of one slot's store."""
@@ -121,7 +122,7 @@ def plan(
     if clips.sample_rate != model.sample_rate:
         raise ValueError(
             f"clips are at {clips.sample_rate} Hz, {model.name} works at {model.sample_rate} Hz; "
-            "make the clips at the model's rate (prepare_data)"
+            "read them through resampling.at_rate"
         )
     table = clips.rows[list(CLIP_COLUMNS[:-1])].reset_index(drop=True)
     samples = clips.audio([0]).shape[1]
@@ -139,6 +140,8 @@ def plan(
         captions=captions,
         config={
             "model": model.name,
+            "frame_rate": float(model.frame_rate),
+            "sample_rate": int(model.sample_rate),
             "model_sha256": model_sha256,
             "clips_sha256": clips_sha256,
         },
@@ -286,12 +289,3 @@ def summary(plan: Plan, stores: dict[str, ActivationStore]) -> dict[str, Any]:
         "bytes": sum(store.nbytes for store in stores.values()),
         "slots": slots,
     }
-
-
-@functools.cache
-def open_sources(model: str, clips: str, device: str = "cpu") -> tuple[Any, Any]:
-    """Load a MusicModel and a ClipStore, once a process; use with functools.partial."""
-    from musicscope.clips import ClipStore
-    from musicscope.models import load_model
-
-    return load_model(model, device=device), ClipStore.open(clips)

@@ -20,7 +20,7 @@ from musicscope.config.analysis import (
     SelectLayers,
 )
 from musicscope.config.concepts import FindConcept, Steer, TrainJudge
-from musicscope.config.data import PrepareData, Pretrain, RecordingLimits
+from musicscope.config.data import DownloadModel, PrepareData, Pretrain, RecordingLimits
 from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
 from musicscope.typed_yaml import ParamsError, choice, load_typed, name, number, pattern
 
@@ -56,6 +56,8 @@ class Params:
     """Layers to study in each model, by rank in the ablation."""
     prepare_data: PrepareData
     pretrain: Pretrain
+    download_model: dict[str, DownloadModel]
+    """Models to fetch, by the name of their folder in data/models."""
     ablate: Ablate
     select_layers: SelectLayers
     extract_activations: ExtractActivations
@@ -110,6 +112,8 @@ def _check_together(params: Params) -> None:
             f"maximize_activation.seconds = {seconds} is out of range: allowed is at most "
             f"prepare_data.seconds = {params.prepare_data.seconds}, the length of a clip"
         )
+    if clash := sorted(set(params.download_model) & set(params.pretrain.sizes)):
+        raise ParamsError(f"download_model.{clash[0]}: this name is of a model that is in Git")
     if list(params.probe.k_sparse) != sorted(params.probe.k_sparse):
         raise ParamsError(f"probe.k_sparse = {list(params.probe.k_sparse)} must rise")
 

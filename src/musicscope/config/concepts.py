@@ -20,8 +20,8 @@ class Steer:
     """The slot whose layer and SAE are edited; one of `slots`."""
     concepts: tuple[str, ...] = name()
     """Instrument families, each to be switched off and on."""
-    pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like")
-    """Edits of several concepts at once, such as guitar-off+organ-on."""
+    pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like", empty=True)
+    """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
     scores: tuple[str, ...] = choice("share", "effect", "partial", "auroc")
     """How train clips rank latents; see musicscope.steering.steering_learning."""
     target: str = choice("active", "mean")

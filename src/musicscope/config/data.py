@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from musicscope.typed_yaml import ParamsError, choice, number
+from musicscope.typed_yaml import ParamsError, choice, may_be_empty, number, pattern
+
+ANY = re.compile(r".+")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,36 @@ class PrepareData:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Files from elsewhere that belong into a model's folder, such as YuE's codec."""
+
+    into: str
+    """Folder below the model's, such as xcodec; empty is the model's own."""
+    source: str = pattern(ANY, "a hub id or a local folder")
+    """Hub id (owner/model) or local folder."""
+    revision: str
+    """Commit or tag of a hub id; empty says that the source is a local folder."""
+    files: tuple[str, ...] = pattern(ANY, "a file pattern")
+    """Patterns of the files to take; "*" takes all."""
+
+
+@dataclass(frozen=True)
+class DownloadModel:
+    """A model to bring to data/models/<its name here>."""
+
+    source: str = pattern(ANY, "a hub id or a local folder")
+    """Hub id (owner/model) or local folder; a folder's contents are not watched."""
+    revision: str
+    """Commit or tag of a hub id; empty says that the source is a local folder."""
+    system: str = choice("auto", "musicgen", "audiocraft", "rave", "yue")
+    """Family, where a hub page or folder holds files of two; auto asks what is there."""
+    files: tuple[str, ...] = pattern(ANY, "a file pattern")
+    """Patterns of the files to take; "*" takes what the family needs of a hub page, else all."""
+    parts: tuple[Part, ...] = may_be_empty()
+    """What comes from elsewhere."""
+
+
+@dataclass(frozen=True)
 class DecoderSize:
     """Size of one nano decoder."""
 
@@ -129,9 +162,13 @@ class Pretrain:
     bootstrap: int = number(1)
     """Bootstrap draws for each interval."""
 
+    @property
+    def sizes(self) -> dict[str, DecoderSize]:
+        """Of the models that it makes."""
+        return {"nano-small": self.nano_small, "nano-medium": self.nano_medium}
+
     def size(self, model: str) -> DecoderSize:
         """Decoder size of `nano-small` or `nano-medium`."""
-        sizes = {"nano-small": self.nano_small, "nano-medium": self.nano_medium}
-        if model not in sizes:
-            raise ParamsError(f"pretrain makes {', '.join(sizes)}, not {model}")
-        return sizes[model]
+        if model not in self.sizes:
+            raise ParamsError(f"pretrain makes {', '.join(self.sizes)}, not {model}")
+        return self.sizes[model]

@@ -19,6 +19,8 @@ from musicscope.dictionaries.sae import TopKSAE
 from musicscope.models import Batch, Hook, MusicModel
 from musicscope.stats import bootstrap_groups, ratio_of
 
+CE, SPECTRAL = "ce", "spectral"
+"""What a model loses is measured in: cross-entropy, or an audio model's spectral distance."""
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of frames on which a latent fires
 
 
@@ -190,19 +192,23 @@ def cross_entropies(
 
 
 def ce_recovered(
-    losses: dict[str, np.ndarray], groups: Sequence[str], n: int, seed: int
+    losses: dict[str, np.ndarray], groups: Sequence[str], n: int, seed: int, measure: str = CE
 ) -> dict[str, float | None]:
     """(CE ablated - CE with the SAE) / (CE ablated - CE clean), 0 = mean ablation, 1 = lossless.
 
     A ratio of sums over clips, with a 95 % bootstrap interval over groups. None, with a note in
-    the numbers beside it, where ablation does not hurt: the share of nothing is undefined.
+    the numbers beside it, where ablation does not hurt: the share of nothing is undefined. With
+    another `measure` (SPECTRAL, of sae_losses.spectral_distances) its name stands in the keys,
+    and ce_recovered is None: there is no cross-entropy.
     """
     ablated, clean, ours = (losses[name] for name in ("ablated", "clean", "sae"))
-    result = {f"ce_{name}": float(values.mean()) for name, values in losses.items()}
-    result |= {"ce_recovered": None, "ce_recovered_low": None, "ce_recovered_high": None}
+    result: dict[str, float | None] = {
+        f"{name}_recovered{end}": None for name in {CE, measure} for end in ("", "_low", "_high")
+    }
+    result |= {f"{measure}_{name}": float(values.mean()) for name, values in losses.items()}
     if ablated.sum() > clean.sum():
         ratio = ratio_of(ablated - ours, ablated - clean)
         low, high = bootstrap_groups(ratio, groups, n, seed)
-        result["ce_recovered"] = float(ratio(np.ones((1, len(clean))))[0])
-        result |= {"ce_recovered_low": low, "ce_recovered_high": high}
+        result[f"{measure}_recovered"] = float(ratio(np.ones((1, len(clean))))[0])
+        result |= {f"{measure}_recovered_low": low, f"{measure}_recovered_high": high}
     return result

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from musicscope import plots
 from musicscope.activations.ranks import ALONE, Ranks
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for, sha256, write_text
-from musicscope.clips import HELD_OUT_FONT, ClipStore, main_clips
+from musicscope.clips import HELD_OUT_FONT, main_clips
 from musicscope.dictionaries import sae_metrics as metrics
 from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.sae_losses import LossJob, run_losses
 from musicscope.dictionaries.sae_training import (
     CALIBRATION_BATCHES,
     SAEConfig,
@@ -37,20 +37,6 @@ from musicscope.parallel import workers
 TRAIN, TEST = "train", "test"
 HELDOUT_FONT = "heldout_font"
 BOOTSTRAP = 1000
-
-
-@dataclass(frozen=True)
-class CrossEntropyJob:
-    """Cross-entropies of the model with its layer clean, ablated and replaced by an SAE."""
-
-    model: str
-    clips: str
-    rows: list[int]
-    """Of the clip store."""
-    store: str
-    sae: str
-    device: str
-    batch_clips: int = 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ class Job:
     device: str
     trainer: dict[str, Any]
     """Further entries of config.json's trainer section."""
-    cross_entropy: CrossEntropyJob | None = None
+    losses: LossJob | None = None
     """What to run once this SAE is saved; one SAE of a model and slot is enough."""
 
 
@@ -82,8 +68,10 @@ class Outcome:
     trained: Trained
     test: metrics.Evaluation
     heldout_font: metrics.Evaluation | None
-    cross_entropies: dict[str, np.ndarray] | None
-    """See sae_metrics.cross_entropies; of seed 0 only."""
+    losses: dict[str, np.ndarray] | None
+    """What the model loses, see sae_losses.run_losses; of seed 0 only."""
+    measure: str = metrics.CE
+    """What these are: metrics.CE, or metrics.SPECTRAL of an audio model."""
 
 
 def seed_jobs(
@@ -151,29 +139,9 @@ def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
         f"{test.explained_variance:.4f}, dead {test.dead_fraction:.4f}",
         file=sys.stderr,
     )
-    losses = run_cross_entropy(job.cross_entropy) if job.cross_entropy else None
-    return Outcome(trained, test, font, losses)
-
-
-def run_cross_entropy(job: CrossEntropyJob) -> dict[str, np.ndarray]:
-    """See sae_metrics.cross_entropies; the captions are given if they were for the store."""
-    from musicscope.models import load_model  # transformers are slow to import
-
-    store, clips = ActivationStore.open(job.store), ClipStore.open(job.clips)
-    model = load_model(job.model, job.device)
-    mean = torch.tensor(store.mean, dtype=torch.float32, device=job.device)
-
-    def batches() -> Iterator:
-        for start in range(0, len(job.rows), job.batch_clips):
-            rows = job.rows[start : start + job.batch_clips]
-            captions = clips.rows["caption"].iloc[rows].tolist()
-            if not store.config["captions"]:
-                captions = [None] * len(rows)
-            yield model.encode(clips.audio(rows), captions)
-
-    sae = TopKSAE.load(job.sae, job.device)
-    with torch.no_grad():
-        return metrics.cross_entropies(model, store.config["layer"], sae, mean, batches())
+    if job.losses is None:
+        return Outcome(trained, test, font, None)
+    return Outcome(trained, test, font, *run_losses(job.losses))
 
 
 def run_all(
@@ -258,8 +226,10 @@ def report(
     }
     if first.heldout_font is not None:
         result["explained_variance_heldout_font"] = first.heldout_font.explained_variance
-    if (losses := first.cross_entropies) is not None:
-        result |= metrics.ce_recovered(losses, ce_groups, BOOTSTRAP, seed_for(seed, "bootstrap"))
+    if (losses := first.losses) is not None:
+        result |= metrics.ce_recovered(
+            losses, ce_groups, BOOTSTRAP, seed_for(seed, "bootstrap"), first.measure
+        )
         result["ce_clips"] = len(ce_groups)
     return result
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from musicscope.activations.alignment import common_frames
 from musicscope.activations.ranks import ALONE, Ranks
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for, sha256
@@ -43,7 +44,7 @@ class Plan:
     """Models, in order."""
     slot: str
     stores: tuple[str, ...]
-    """Folder of each model's activation store."""
+    """Folder of each model's activation store, all with the same frames."""
     independent: tuple[str, ...]
     """Folder of each model's own SAE, for comparison."""
     config: SAEConfig
@@ -92,13 +93,14 @@ def plan_of(
 ) -> Plan:
     """The plan of a section of params.yaml (config.TrainUsae or TrainCrosscoder).
 
+    Stores of different frame rates are aligned by time first (`alignment.common_frames`).
     ValueError with fewer than two models. Paths are relative to the repository root.
     """
     if len(models) < 2:
         raise ValueError(
             f"a shared code compares models, but params.yaml has models: {list(models)}; add one"
         )
-    stores = tuple(f"data/activations/{model}/{slot}" for model in models)
+    stores = common_frames([f"data/activations/{model}/{slot}" for model in models])
     widest = max(ActivationStore.open(folder).width for folder in stores)
     same = ("k", "samples", "batch_size", "learning_rate", "warmup_fraction", "decay_fraction",
             "aux_k_fraction", "aux_weight", "dead_after_samples")  # fmt: skip
@@ -246,6 +248,7 @@ def report(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "models": {str(i): name for i, name in enumerate(plan.names)},
         "layers": {str(i): store.config["layer"] for i, store in enumerate(stores)},
         "widths": {str(i): store.width for i, store in enumerate(stores)},
+        "frame_rate": stores[0].config.get("frame_rate"),
         "slot": plan.slot,
         "method": plan.method,
         "n_latents": plan.config.n_latents,

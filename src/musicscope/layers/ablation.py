@@ -229,12 +229,19 @@ def select_layers(
 ) -> dict[str, int]:
     """Slots to layers, the highest `score` under `kind` first; equal scores: the earlier layer.
 
+    For an audio model `score` names what stands in its place (`counterparts` in its metrics), and
+    layers are numbers of hook points.
+
     `skip_first`: layer 0 turns the sum of code embeddings into a stream; losing it hurts in every
     model (it tops music-sae's sweeps too), since all later layers then see input they were not
     made for. That says little about what its output holds, which is hardly more than the codes.
     `skip_last`: the last output goes straight to the heads, so its features are next codes and no
     layer is left to act on an edit.
     """
+    score = metrics.get("counterparts", {}).get(score, score)
+    if absent := [layer for layer, entry in metrics["layers"].items() if kind not in entry]:
+        known = sorted(metrics["layers"][absent[0]])
+        raise ValueError(f"select_layers.kind = {kind!r}: this model's ablations are {known}")
     values = {int(layer): entry[kind][score] for layer, entry in metrics["layers"].items()}
     allowed = sorted(values)[1 if skip_first else 0 : len(values) - (1 if skip_last else 0)]
     if len(allowed) < len(slots):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,38 +26,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from musicscope import plots
-from musicscope.audio import power_spectrogram
 from musicscope.models import Hook
 from musicscope.models.audio_model import AudioBatch, AudioModel
-from musicscope.models.rave import RaveModel
+from musicscope.spectral import spectra, spectral_distance
 from musicscope.stats import bootstrap_groups
 
 KINDS = ("zero", "mean")
-SCALES = (2048, 512, 128)
-FLOOR = 1e-2  # of magnitudes: 94 dB below a full-scale sine at n_fft 2048
 COUNTERPARTS = {"kl": "change", "dce": "rise"}
 """Which score stands where a setting names one of `musicscope.layers.ablation`'s."""
-
-
-def spectra(audio: np.ndarray) -> list[np.ndarray]:
-    """STFT magnitudes of a waveform [n] at every scale (hop n_fft / 4), floored at FLOOR."""
-    return [
-        np.maximum(np.sqrt(power_spectrogram(audio, n_fft, n_fft // 4)[0]), FLOOR)
-        for n_fft in SCALES
-    ]
-
-
-def spectral_distance(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """Multi-resolution STFT distance between `spectra` of two waveforms; 0 for equal ones.
-
-    Mean over SCALES of the spectral convergence ||A - B||_F / ||A||_F plus the mean |ln A - ln B|
-    (Yamamoto et al. 2020, Parallel WaveGAN; RAVE itself is trained with the like).
-    """
-    terms = [
-        np.linalg.norm(a - b) / np.linalg.norm(a) + np.abs(np.log(a / b)).mean()
-        for a, b in zip(reference, other, strict=True)
-    ]
-    return float(np.mean(terms))
 
 
 @dataclass(frozen=True)
@@ -121,7 +98,7 @@ class AudioAblationScores:
 
 
 def ablate(
-    model: RaveModel,
+    model: Any,
     batch: AudioBatch,
     kinds: Sequence[str] = KINDS,
     means: dict[str, Tensor] | None = None,

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from musicscope.activations import codes as codec_codes
 from musicscope.activations.store import ActivationStore
 from musicscope.artifacts import seed_for
 from musicscope.dictionaries.pooling import by_batch
@@ -25,7 +24,6 @@ from musicscope.dictionaries.sae import TopKSAE
 from musicscope.features.feature_choice import Latent
 from musicscope.maximizing.token_objective import BATCH, Target, window_means
 from musicscope.models import load_model
-from musicscope.models.delay_pattern import DelayPatternModel
 
 SPLITS = ("train", "test")
 """Where moments are looked for: what dictionaries learnt from, and compositions nothing heard."""
@@ -36,7 +34,8 @@ class Instrument:
     """One model with the dictionaries that read one of its layers."""
 
     name: str
-    model: DelayPatternModel
+    model: Any
+    """Searches need a DelayPatternModel, `moments_only` any model with hooks."""
     layer: str
     """Hook point."""
     sae: TopKSAE | None
@@ -56,7 +55,7 @@ def open_instruments(
 ) -> tuple[Instrument, ...]:
     """Models of data/models with data/usae/seed-0 and, if asked for, the SAEs of its slot.
 
-    Once a process. ValueError where a model is not one of the USAE's or cannot be searched.
+    Once a process. ValueError where a model is not one of the USAE's.
     """
     from musicscope.dictionaries.usae import UniversalSAE
 
@@ -67,28 +66,12 @@ def open_instruments(
         if name not in usae.names:
             raise ValueError(f"{folder} knows {usae.names}, not {name}: run dvc repro train_usae")
         model = load_model(f"data/models/{name}", device)
-        if not isinstance(model, DelayPatternModel):
-            raise ValueError(
-                f"{name} is a {type(model).__name__}: token search needs gradients through the "
-                "embeddings of a delay pattern, which MusicGen's implementations give"
-            )
         store = ActivationStore.open(f"data/activations/{name}/{usae.slot}")
         sae = TopKSAE.load(f"data/sae/{name}/{usae.slot}/seed-0", device) if with_sae else None
         mean = torch.as_tensor(store.mean, dtype=torch.float32, device=device)
         index = usae.names.index(name)
         found.append(Instrument(name, model, store.config["layer"], sae, usae, index, mean, seed))
-    return same_codec(tuple(found))
-
-
-def same_codec(instruments: tuple[Instrument, ...]) -> tuple[Instrument, ...]:
-    """The instruments, if one's tokens mean the same to all; else a ValueError."""
-    hashes = {i.name: codec_codes.codec_sha256(i.model) for i in instruments}
-    if len(set(hashes.values())) > 1:
-        raise ValueError(
-            f"{', '.join(hashes)} have different codecs: tokens of one mean nothing to the other, "
-            "so that no input can be searched for them together"
-        )
-    return instruments
+    return tuple(found)
 
 
 def direction(instrument: Instrument, number: int) -> Tensor:

@@ -21,6 +21,8 @@ import numpy as np
 import soundfile
 
 from musicscope.artifacts import write_json
+from musicscope.maximizing.maximization import Moment
+from musicscope.maximizing.maximization_jobs import Plan
 from musicscope.maximizing.maximization_run import Result
 from musicscope.maximizing.token_excerpts import cut
 
@@ -49,17 +51,26 @@ def write_audio(result: Result, folder: Path, clips: Any, frame_rate: float, rat
                 if found.latent == latent
             ],
             "moments": [
-                _moment(result, column, i, folder, clips, frame_rate)
+                write_moment(
+                    result.plan, result.moments[column], column, i, folder, clips, frame_rate
+                )
                 for i in range(len(result.moments[column]))
             ],
         })  # fmt: skip
+    write_index(folder, result.plan, features, frame_rate, rate)
+
+
+def write_index(
+    folder: Path, plan: Plan, features: list[dict[str, Any]], frame_rate: float, rate: int
+) -> None:
+    """index.json; `features` are its entries, without nulls."""
     index = {
         "format": FORMAT,
-        "models": result.plan.names,
+        "models": plan.names,
         "sample_rate": rate,
         "frame_rate": frame_rate,
-        "window": result.plan.window,
-        "naturalness": result.plan.naturalness,
+        "window": plan.window,
+        "naturalness": plan.naturalness,
         "features": features,
     }
     write_json(folder / "index.json", index)
@@ -93,11 +104,11 @@ def _maximised(result: Result, column: int, i: int, folder: Path, rate: int) -> 
     }
 
 
-def _moment(
-    result: Result, column: int, i: int, folder: Path, clips: Any, frame_rate: float
-) -> dict[str, Any]:
-    """Write moment number i of a latent as it sounds in the clip; its entry."""
-    moments, plan = result.moments[column], result.plan
+def write_moment(
+    plan: Plan, moments: Sequence[Moment], column: int, i: int, folder: Path, clips: Any,
+    frame_rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Write moment number i of latent number `column` as it sounds in the clip; its entry."""
     moment, hop = moments[i], clips.sample_rate / frame_rate
     rank = sum(other.split == moment.split for other in moments[:i])
     file = f"{plan.latents[column].name}-{moment.split}-{rank}.wav"
@@ -111,8 +122,8 @@ def _moment(
         "seconds": first / frame_rate,
         "file": file,
         "frame": moment.frame - first,
-        "values": _by_model(result, moment.values),
-        "curves": _by_model(result, moment.curves[:, first : first + plan.frames]),
+        "values": dict(zip(plan.names, moment.values, strict=True)),
+        "curves": dict(zip(plan.names, moment.curves[:, first : first + plan.frames], strict=True)),
     }
 
 

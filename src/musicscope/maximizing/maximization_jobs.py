@@ -104,10 +104,13 @@ def run_job(open_run: Open, job: Job) -> Search:
 
 def make_plan(
     section: Any, latents: Sequence[Latent], instruments: Sequence[mx.Instrument],
-    variants: tuple[str, ...], seed: int,
+    variants: tuple[str, ...], seed: int, rate: float | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan that the section maximize_activation of params.yaml asks for."""
-    rate = instruments[0].model.frame_rate
+    """The plan that the section maximize_activation of params.yaml asks for.
+
+    `rate`: frames a second of the activations, if they are not those of the first model.
+    """
+    rate = instruments[0].model.frame_rate if rate is None else rate
     return Plan(
         latents=tuple(latents),
         names=tuple(instrument.name for instrument in instruments),

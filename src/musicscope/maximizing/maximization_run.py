@@ -32,6 +32,25 @@ Moments = tuple[tuple[mx.Moment, ...], ...]
 
 
 @dataclass(frozen=True)
+class Found:
+    """The best moments of real clips."""
+
+    plan: Plan
+    """With the latents that answer to some clip."""
+    skipped: tuple[Latent, ...]
+    """Latents that no real clip activates in some model of the run."""
+    best: dict[str, np.ndarray]
+    """Split -> [models, latents] highest window mean of a clip, in the context of the clip."""
+    moments: Moments
+    """By latent, of both splits; none for nulls."""
+
+    @property
+    def scale(self) -> np.ndarray:
+        """[models, latents] value of the best real clip of both splits."""
+        return np.maximum(*self.best.values())
+
+
+@dataclass(frozen=True)
 class Result:
     """All values are in units of the dictionary; `Measured` lists are by model of the run."""
 
@@ -99,11 +118,14 @@ def _measure_all(
     ]
 
 
-def _find_moments(
+def find_moments(
     plan: Plan, instruments: Sequence[mx.Instrument], stores: Sequence[ActivationStore],
     rows: Any, processes: int,
-) -> tuple[Plan, tuple[Latent, ...], dict[str, np.ndarray], Moments]:  # fmt: skip
-    """The plan without latents that are silent, those, `Result.best` and `Result.moments`."""
+) -> Found:  # fmt: skip
+    """The best moments of the plan's latents; `stores`, one a model, have the same frames."""
+    for store in stores:
+        if store.ids != rows["id"].tolist():
+            raise ValueError(f"{store.folder} holds other clips than the clip store: run dvc repro")
     used = np.sort(np.concatenate([main_clips(rows, name) for name in mx.SPLITS]))
     split = rows["split"].to_numpy()[used]
     scores = np.stack([
@@ -129,7 +151,7 @@ def _find_moments(
         )
         for column, latent in enumerate(kept)
     )  # fmt: skip
-    return plan, skipped, {name: scores[:, split == name].max(1) for name in mx.SPLITS}, moments
+    return Found(plan, skipped, {n: scores[:, split == n].max(1) for n in mx.SPLITS}, moments)
 
 
 def run(
@@ -138,11 +160,8 @@ def run(
 ) -> Result:  # fmt: skip
     """Moments, controls and searches of the plan. Numbers do not depend on `processes`."""
     instruments = open_run()
-    for store in stores:
-        if store.ids != clips.rows["id"].tolist():
-            raise ValueError(f"{store.folder} holds other clips than the clip store: run dvc repro")
-    plan, skipped, best, moments = _find_moments(plan, instruments, stores, clips.rows, processes)
-    scales = np.maximum(*best.values())
+    real = find_moments(plan, instruments, stores, clips.rows, processes)
+    plan, moments, scales = real.plan, real.moments, real.scale
     flat = [moment for found in moments for moment in found]
     cuts = clip_tokens(instruments[0].model, clips, clips_sha256, [m.clip for m in flat])
     starts = [cut(m.frame, plan.window, plan.frames, cuts.shape[-1]) for m in flat]
@@ -168,7 +187,7 @@ def run(
     audio = torch.cat([model.decode(code[None]) for code in codes])
     again = model.encode(audio, [None] * len(audio)).codes[..., : plan.frames]
     return Result(
-        plan, skipped, best, moments, by_latent, controls, moment_values, searches,
+        plan, real.skipped, real.best, moments, by_latent, controls, moment_values, searches,
         _measure_all(plan, instruments, codes), _measure_all(plan, instruments, starts),
         _measure_all(plan, instruments, again), audio.cpu().numpy(),
     )  # fmt: skip

@@ -5,6 +5,7 @@ Everything after this package (ablation, activations, SAEs, steering) knows only
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,44 +116,43 @@ class MusicModel(Protocol):
         """Audio [B, n] and codes [B, K, T]."""
 
 
-def _load_musicgen(source: Path, **options: Any) -> MusicModel:
-    from musicscope.models.musicgen import MusicgenModel
-
-    return MusicgenModel.load(source, **options)
-
-
-def _load_audiocraft(source: Path, **options: Any) -> MusicModel:
-    from musicscope.models.audiocraft import AudiocraftModel
-
-    return AudiocraftModel.load(source, **options)
-
-
-def _load_rave(source: Path, **options: Any) -> Any:
-    from musicscope.models.rave import RaveModel
-
-    return RaveModel.load(source, **options)
-
-
-def _load_yue(source: Path, **options: Any) -> MusicModel:
-    from musicscope.models.yue import YueModel
-
-    return YueModel.load(source, **options)
-
-
 def _model_type(config: dict[str, Any]) -> str:
     return str(config.get("model_type", ""))
 
 
-Detect = Callable[[Path, dict[str, Any]], bool]
-"""(folder or file, its config.json, {} if there is none) -> whether it is one of this system."""
-Load = Callable[..., MusicModel]
-"""(folder or file, device=, dtype=, **options) -> the model."""
+@dataclass(frozen=True)
+class System:
+    """A model family."""
 
-SYSTEMS: dict[str, tuple[Detect, Load]] = {
-    "musicgen": (lambda path, config: _model_type(config).startswith("musicgen"), _load_musicgen),
-    "audiocraft": (lambda path, config: (path / "state_dict.bin").is_file(), _load_audiocraft),
-    "rave": (lambda path, config: path.suffix == ".ts" or any(path.glob("*.ts")), _load_rave),
-    "yue": (lambda path, config: _model_type(config) == "llama", _load_yue),
+    loader: str
+    """module:class, imported when needed; its `load(folder or file, device=, dtype=, **options)`
+    gives the model. A string, so that stages depend on the loaders of their own models alone
+    (`musicscope.code_files`)."""
+    detect: Callable[[Path, dict[str, Any]], bool]
+    """(folder or file, its config.json, {} if there is none) -> whether it is one of this system"""
+
+    def load(self, path: Path, **options: Any) -> Any:
+        """The model in a folder or file."""
+        module, name = self.loader.split(":")
+        return getattr(importlib.import_module(module), name).load(path, **options)
+
+
+SYSTEMS: dict[str, System] = {
+    "musicgen": System(
+        "musicscope.models.musicgen:MusicgenModel",
+        lambda path, config: _model_type(config).startswith("musicgen"),
+    ),
+    "audiocraft": System(
+        "musicscope.models.audiocraft:AudiocraftModel",
+        lambda path, config: (path / "state_dict.bin").is_file(),
+    ),
+    "rave": System(
+        "musicscope.models.rave:RaveModel",
+        lambda path, config: path.suffix == ".ts" or any(path.glob("*.ts")),
+    ),
+    "yue": System(
+        "musicscope.models.yue:YueModel", lambda path, config: _model_type(config) == "llama"
+    ),
 }
 """Model families in the order in which a folder is asked; the first that knows it loads it."""
 
@@ -183,24 +183,33 @@ def load_model(
                 "fetch the weights (git checkout data/models, or dvc pull) or give a hub id "
                 "owner/model"
             )
-        from musicscope.models import hub
-
-        system = system or _detect(hub.fetch(str(name), revision, ("config.json",)))
-        path = hub.fetch_model(str(name), revision, system)
-    system = system or _detect(path)
+        path = fetch_model(str(name), revision, system)
+    system = system or detect_system(path)
     if system not in SYSTEMS:
         raise ValueError(f"no system {system!r}; known: {', '.join(SYSTEMS)}")
-    model = SYSTEMS[system][1](path, device=torch.device(device), dtype=dtype, **options)
+    model = SYSTEMS[system].load(path, device=torch.device(device), dtype=dtype, **options)
     if on_hub:
         model.name = Path(name).name  # a folder in the hub's cache is called after its commit
     return model
 
 
-def _detect(path: Path) -> str:
+def fetch_model(name: str, revision: str | None, system: str | None = None) -> Path:
+    """Folder in the hub's local cache with what a model's family needs of hub id `name`.
+
+    Errors as of `musicscope.models.hub.fetch`.
+    """
+    from musicscope.models import hub
+
+    system = system or detect_system(hub.fetch(name, revision, ("config.json",)))
+    return hub.fetch_model(name, revision, system)
+
+
+def detect_system(path: Path) -> str:
+    """The family of the model in a folder or file: a key of SYSTEMS. FileNotFoundError if none."""
     file = path / "config.json"
     config = read_json(file) if file.is_file() else {}
-    for name, (detect, _) in SYSTEMS.items():
-        if detect(path, config):
+    for name, system in SYSTEMS.items():
+        if system.detect(path, config):
             return name
     raise FileNotFoundError(
         f"{path} holds no model of {', '.join(SYSTEMS)}: config.json is "

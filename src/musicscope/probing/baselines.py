@@ -19,6 +19,9 @@ import torch
 from musicscope import artifacts, audio
 from musicscope.activations import codes
 from musicscope.dictionaries.pooling import Pools, by_batch
+from musicscope.models.audio_model import is_audio_model
+from musicscope.models.rave_survey import POSTERIOR
+from musicscope.resampling import at_rate
 
 
 def log_mel_statistics(signal: np.ndarray, rate: int) -> np.ndarray:
@@ -70,8 +73,12 @@ def codec_pools(
     """Mean and max of the codec's quantised latents, from tokens that extraction left behind.
 
     Tokens that are not there (`activations.codes`) are computed first, so that the result is the
-    same whether or not extraction ran on this machine. `model` needs `codec_latents(codes)`.
+    same whether or not extraction ran on this machine. `model` needs `codec_latents(codes)`; an
+    audio model is a codec itself, and its latents are taken. The clips are resampled for it.
     """
+    clips = at_rate(clips, model.sample_rate)
+    if is_audio_model(model):
+        return _halves(latent_statistics(model, clips, rows))
     folder = codes.codes_dir(model, clips_sha256)
     if folder is None:
         raise ValueError(f"{model.name} has no codec of its own: no codec baseline for it")
@@ -84,6 +91,24 @@ def codec_pools(
             workers,
         )
     )
+    return _halves(statistics)
+
+
+def latent_statistics(model: Any, clips: Any, rows: Sequence[int]) -> np.ndarray:
+    """`codec_statistics` of an AudioModel's latents: of the posterior mean, which needs no noise,
+    where the export tells it, else of the latents as they are drawn. `clips` at its rate."""
+    known = {point.name for point in model.hook_points}
+
+    def batch(at: list[int]) -> np.ndarray:
+        heard = model.encode(clips.audio(at))
+        if POSTERIOR in known:
+            return codec_statistics(model.capture(heard, [POSTERIOR])[POSTERIOR])
+        return codec_statistics(model.latents(heard))
+
+    return np.concatenate(by_batch(batch, rows, 1))  # an export's caches are no threads' to share
+
+
+def _halves(statistics: np.ndarray) -> Pools:
     half = statistics.shape[1] // 2
     return {"mean": statistics[:, :half], "max": statistics[:, half:]}
 

@@ -17,6 +17,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.clips import ClipStore
 from musicscope.dictionaries.sae import TopKSAE
@@ -34,6 +35,7 @@ class Bench:
 
     clips: ClipStore
     stores: dict[str, ActivationStore]
+    """With the same frames in all models."""
     saes: dict[str, TopKSAE]
     usae: UniversalSAE
 
@@ -41,9 +43,8 @@ class Bench:
     def open(cls, root: Path, models: Sequence[str]) -> Bench:
         """From data/ below `root`; SAE and USAE of seed 0, at the USAE's slot."""
         usae = UniversalSAE.load(root / "data/usae/seed-0")
-        stores = {
-            m: ActivationStore.open(root / f"data/activations/{m}/{usae.slot}") for m in models
-        }
+        folders = common_frames([root / f"data/activations/{m}/{usae.slot}" for m in models])
+        stores = {m: ActivationStore.open(f) for m, f in zip(models, folders, strict=True)}
         saes = {m: TopKSAE.load(root / f"data/sae/{m}/{usae.slot}/seed-0") for m in models}
         return cls(ClipStore.open(root / "data/clips"), stores, saes, usae)
 
@@ -55,9 +56,8 @@ class Bench:
         return int(found[0])
 
     def frame_rate(self, model: str) -> float:
-        """Frames a second of a model's activations; all clips have one length."""
-        frames = float(self.stores[model].frames[0])
-        return frames * self.clips.sample_rate / self.clips.samples
+        """Frames a second of a model's activations."""
+        return frame_rate(self.stores[model])
 
 
 @torch.no_grad()

@@ -101,7 +101,9 @@ def layers_section(sources: Sources) -> Section:
         Note(
             "Each layer is put out of action in turn: mean puts its average update in its place, "
             "skip drops the update, zero cuts the whole stream. Layers are ranked by the KL "
-            "divergence at the logits under mean ablation; the first and last are left out."
+            "divergence at the logits under mean ablation; the first and last are left out. Audio "
+            "models have no logits: the spectral distance between what they make with and without "
+            "the layer takes that place, and mean and zero replace the layer's whole output."
         )
     ]
     charts, tables = [], []
@@ -112,29 +114,35 @@ def layers_section(sources: Sources) -> Section:
             continue
         layers = sorted(found["layers"], key=int)
         kinds = sorted({kind for layer in layers for kind in found["layers"][layer]})
+        other = found.get("counterparts")  # of an audio model, which has no logits
+        kl, dce = ("kl", "dce") if other is None else (other["kl"], other["dce"])
+        unit = "KL (nats a code)" if other is None else "spectral distance"
         series = [
             Series(
                 kind,
                 [int(layer) for layer in layers],
                 *([get(found, f"layers.{layer}.{kind}.{key}") for layer in layers]
-                  for key in ("kl", "kl_low", "kl_high")),
+                  for key in (kl, f"{kl}_low", f"{kl}_high")),
             )
             for kind in kinds
         ]  # fmt: skip
         clips = f"{plain(found.get('clips'))} clips of {plain(found.get('groups'))} compositions"
         charts.append(
             Figure(
-                line_chart(model, "layer", "KL (nats a code)", series, log_y=True),
+                line_chart(model, "layer", unit, series, log_y=True),
                 f"{model}, {clips}. Shaded: 95 % bootstrap over compositions; log scale.",
             )
         )
         rows = tuple(
-            (layer, *(cell(found["layers"][layer].get(kind), key, digits=4)
-                      for kind in kinds for key in ("kl", "dce")))
+            (f"{layer} {get(found, 'hook_points') and found['hook_points'][layer] or ''}".strip(),
+             *(cell(found["layers"][layer].get(kind), key, digits=4)
+               for kind in kinds for key in (kl, dce)))
             for layer in layers
         )  # fmt: skip
-        columns = tuple(f"{kind} {what}" for kind in kinds for what in ("KL", "rise of CE"))
-        tables.append(Table(f"{model}: nats a code", ("layer", *columns), rows))
+        shown = ("KL", "rise of CE") if other is None else ("change", "rise of distance to clip")
+        columns = tuple(f"{kind} {what}" for kind in kinds for what in shown)
+        title = f"{model}: {'nats a code' if other is None else 'spectral distance'}"
+        tables.append(Table(title, ("layer", *columns), rows))
     if charts:
         parts.append(Group(tuple(charts)))
         parts.append(
@@ -170,7 +178,9 @@ def sae_section(sources: Sources) -> Section:
         ("the same, held-out soundfont", "explained_variance_heldout_font"),
         ("control: PCA of k components", "explained_variance_pca"),
         ("control: random dictionary", "explained_variance_random"),
-        ("cross-entropy recovered", "ce_recovered"), ("dead latents", "dead_fraction"),
+        ("cross-entropy recovered", "ce_recovered"),
+        ("audio models: spectral distance recovered", "spectral_recovered"),
+        ("dead latents", "dead_fraction"),
         ("stability between seeds (cosine)", "stability"),
         ("control: random rows of equal mean and covariance", "stability_null"),
     )  # fmt: skip
@@ -182,6 +192,7 @@ def sae_section(sources: Sources) -> Section:
                 tuple(
                     (label, *(cell(one, key, 4 if key.startswith(FINE) else 3) for one in found))
                     for label, key in rows
+                    if key != "spectral_recovered" or any(key in one for one in found)
                 ),
                 "Explained variance is about the per-dimension mean, so predicting the mean gives "
                 "0. Cross-entropy recovered: 0 is mean ablation of the layer, 1 is no loss. A high "

@@ -196,17 +196,21 @@ VARIANTS = {
 ANCHORS = (
     ("features", "features"), ("directions or pairs searched as null", "nulls"),
     ("features left out: silent in real clips", "skipped"),
+    ("features not searched for: no tokens to search over", "not_searched"),
     ("best clip of training", "best_train"), ("best clip of test", "best_test"),
     ("best moments cut out of their clips", "moments_max"),
     ("random real excerpts: median", "clips_q50"), ("random real excerpts: 95 %", "clips_q95"),
-    ("random real excerpts: best", "clips_max"), ("the models' own samples: median", "samples_q50"),
+    ("random real excerpts: best", "clips_max"),
+    ("whole test clips: median", "whole_clips_q50"), ("whole test clips: 95 %", "whole_clips_q95"),
+    ("random directions on whole test clips: median", "null_whole_clips_q50"),
+    ("the models' own samples: median", "samples_q50"),
     ("the models' own samples: best", "samples_max"),
     ("random tokens: median", "random_tokens_q50"),
     ("log p a code: real excerpts", "log_prob_clips"),
     ("log p a code: own samples", "log_prob_samples"),
     ("log p a code: random tokens", "log_prob_random_tokens"),
 )  # fmt: skip
-COUNTS = ("features", "nulls", "skipped")
+COUNTS = ("features", "nulls", "skipped", "not_searched")
 
 
 def maximised_section(sources: Sources) -> Section:
@@ -285,6 +289,7 @@ def _anchors(heads: dict[str, dict[str, Any]]) -> Table:
         (label, *(plain(head.get(key), 0) if key in COUNTS else cell(head, key, 2)
                   for head in heads.values()))
         for label, key in ANCHORS
+        if any(key in head for head in heads.values())
     )  # fmt: skip
     return Table(
         "Controls: the same features on inputs that were not searched for",

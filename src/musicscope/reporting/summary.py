@@ -196,7 +196,8 @@ def _cell(value: Any) -> str:
 def plot_summary(
     ablations: dict[str, dict], probes: dict[str, dict], kind: str, concept: str = "guitar"
 ) -> Figure:
-    """The picture of the README: KL of every layer, and one concept's AUROC beside its baselines.
+    """The picture of the README: KL of every layer (of an audio model: its counterpart), and one
+    concept's AUROC beside its baselines.
 
     `ablations`: {model: metrics/ablate/<model>.json}, of which one `kind` is drawn; `probes`:
     {"<model> <slot>": metrics/probe/<model>-<slot>.json}.
@@ -204,11 +205,13 @@ def plot_summary(
     figure, (axes,) = plots.new_figure(1, 2, size=(13.0, 4.4), width_ratios=[1, 1.8])
     for series, (model, found) in enumerate(ablations.items()):
         layers = sorted(found["layers"], key=int)
+        score = found.get("counterparts", {}).get("kl", "kl")
         kl, low, high = (
             [found["layers"][layer][kind][key] for layer in layers]
-            for key in ("kl", "kl_low", "kl_high")
+            for key in (score, f"{score}_low", f"{score}_high")
         )
-        plots.interval_curve(axes[0], list(map(int, layers)), kl, low, high, model, series)
+        name = model if score == "kl" else f"{model} (spectral distance)"
+        plots.interval_curve(axes[0], list(map(int, layers)), kl, low, high, name, series)
     axes[0].set(title=f"{kind} ablation", xlabel="layer", ylabel="KL (nats per code)", yscale="log")
     axes[0].legend()
     names = ["sae", "dense", "logmel", "codec", "trivial", "shuffled"]

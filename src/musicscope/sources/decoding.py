@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import firwin, resample_poly
+
+from musicscope.resampling import resample
 
 Separator = Callable[[np.ndarray, int], np.ndarray]
 """(audio float32 [channels, samples], Hz) -> the same without its voice, [channels, samples]."""
@@ -54,22 +53,6 @@ class Decoded:
     """Shorter than a clip, filled up with zeros."""
     limited: int = 0
     """Windows above full scale, turned down to it."""
-
-
-@lru_cache(maxsize=8)
-def _lowpass(up: int, down: int) -> np.ndarray:
-    """Kaiser-windowed sinc: passes 0.9, stops (80 dB) 1.0 of the lower of the two Nyquist rates."""
-    widest = max(up, down)
-    return firwin(96 * widest + 1, 0.95 / widest, window=("kaiser", 7.86))
-
-
-def resample(audio: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Audio [..., n] at `rate` Hz to `to` Hz, zero phase: float32 [..., ceil(n * to / rate)]."""
-    if rate == to:
-        return np.asarray(audio, np.float32)
-    common = math.gcd(rate, to)
-    up, down = to // common, rate // common
-    return resample_poly(audio, up, down, axis=-1, window=_lowpass(up, down)).astype(np.float32)
 
 
 def window_starts(length: float, seconds: float, windows: int) -> list[float]:

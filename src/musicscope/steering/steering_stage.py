@@ -18,7 +18,8 @@ from musicscope.clips import ClipStore
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.judges.judging import frechet_distance
 from musicscope.models import load_model
-from musicscope.steering import steering_report, steering_run
+from musicscope.models.audio_model import is_audio_model
+from musicscope.steering import steering_absent, steering_report, steering_run
 from musicscope.steering.steering_bench import open_bench
 from musicscope.steering.steering_learning import learn_recipes, read_clips
 from musicscope.steering.steering_recipes import save_recipe
@@ -30,21 +31,26 @@ def evaluate(
     """Learn recipes for one model, choose settings, measure them, write `outs`.
 
     `section` is params.steer or params.steer_full. Cells that a killed run finished are kept
-    under the hash of all inputs, and taken from there.
+    under the hash of all inputs, and taken from there. An audio model has no prompts to steer:
+    see `steering_absent`.
     """
     clips = ClipStore.open("data/clips")
     store = ActivationStore.open(f"data/activations/{name}/{section.slot}")
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
+    model = load_model(f"data/models/{name}", device)
+    if is_audio_model(model):
+        steering_absent.write(section, name, outs)
+        return
     sae_folder = f"data/sae/{name}/{section.slot}/seed-0"
     seen = read_clips(store, TopKSAE.load(sae_folder, device), clips.rows, processes, device)
     recipes = learn_recipes(
         seen, section.concepts, model=name, slot=section.slot, layer=store.config["layer"],
         target=section.target, both_sides=section.both_sides,
         gate_features=section.gate_features, gate_seconds=section.gate_seconds,
-        frame_rate=load_model(f"data/models/{name}").frame_rate,
+        frame_rate=model.frame_rate,
     )  # fmt: skip
-    del seen
+    del seen, model
 
     inputs = ("data/clips", f"data/models/{name}", str(store.folder), sae_folder, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}

@@ -1,79 +1,45 @@
-"""Activations of audio models (RAVE) into the same stores as everybody's, at their own rates.
+"""Extraction of any model: hook points by number, one plan for each frame rate among them.
 
-The clips are resampled to the model's rate as they are read. Hook points of an audio model differ
-in frame rate, so slots are extracted in one pass for each rate. A manifest's ``config`` says the
+A text-to-music model has one rate, so one plan. Hook points of an audio model (RAVE) differ in
+frame rate, so its slots are extracted in one pass for each rate. A manifest's ``config`` says the
 rate (``frame_rate``, Hz): `alignment` pairs such a store with another model's.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from scipy.signal import resample_poly
-
 from musicscope.activations import extraction
 from musicscope.activations.extraction import Plan, Sources
 from musicscope.activations.store import ActivationStore
+from musicscope.models.audio_model import is_audio_model
 
 
-def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """Audio [..., n] at `rate` Hz to float32 [..., ceil(n * wanted / rate)] at `wanted` Hz.
-
-    Polyphase filtering (Kaiser window, 5.0, scipy's default), linear phase: time is kept.
-    """
-    if rate == wanted:
-        return np.asarray(audio, np.float32)
-    common = math.gcd(rate, wanted)
-    return resample_poly(audio, wanted // common, rate // common, axis=-1).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class ResampledClips:
-    """A ClipStore as if its audio had been stored at `sample_rate`."""
-
-    clips: Any
-    sample_rate: int
-
-    @property
-    def rows(self) -> pd.DataFrame:
-        return self.clips.rows
-
-    def __len__(self) -> int:
-        return len(self.clips.rows)
-
-    def audio(self, rows: Any) -> np.ndarray:
-        """float32 [n, samples] of the given row numbers."""
-        return resample(self.clips.audio(rows), self.clips.sample_rate, self.sample_rate)
-
-
-@functools.cache
-def open_sources(model: str, clips: str, device: str = "cpu") -> tuple[Any, Any]:
-    """Load an AudioModel and the clips at its rate, once a process; use with functools.partial."""
-    loaded, store = extraction.open_sources(model, clips, device)
-    return loaded, ResampledClips(store, loaded.sample_rate)
+def hook_names(model: Any, chosen: Mapping[str, int]) -> dict[str, str]:
+    """Slot -> hook point, from slot -> its number in `model.hook_points` (metrics/layers)."""
+    names = [point.name for point in model.hook_points]
+    if wrong := {slot: i for slot, i in chosen.items() if not 0 <= int(i) < len(names)}:
+        raise ValueError(
+            f"{model.name} has hook points 0 to {len(names) - 1}, not {wrong}: run dvc repro "
+            "select_layers"
+        )
+    return {slot: names[int(i)] for slot, i in chosen.items()}
 
 
 def plans(
-    model: Any,
-    clips: Any,
-    layers: dict[str, str],
-    **options: Any,
+    model: Any, clips: Any, layers: dict[str, str], captions: bool = False, **options: Any
 ) -> list[Plan]:
     """One plan for each frame rate among the slots, slowest first; nothing is run.
 
     `layers` names a hook point for each slot; `options` are those of `extraction.plan`
-    (dtype, shard_mb, batch_clips, model_sha256, clips_sha256) but `captions`, which mean nothing
-    to an audio model. Errors as there.
+    (dtype, shard_mb, batch_clips, model_sha256, clips_sha256), errors as there. `captions` mean
+    nothing to an audio model.
     """
+    if not is_audio_model(model):
+        return [extraction.plan(model, clips, layers, captions=captions, **options)]
     known = [point.name for point in model.hook_points]
     if unknown := sorted(set(layers.values()) - set(known)):
         raise ValueError(f"{model.name} has no {unknown}; its hook points are {known}")
@@ -86,15 +52,13 @@ def plans(
             frame_rate=rate,
         )
         chosen = {slot: point for slot, point in layers.items() if model.frame_rates[point] == rate}
-        plan = extraction.plan(view, clips, chosen, captions=False, **options)
-        config = {**plan.config, "frame_rate": rate, "sample_rate": model.sample_rate}
-        result.append(dataclasses.replace(plan, config=config))
+        result.append(extraction.plan(view, clips, chosen, captions=False, **options))
     return result
 
 
 def extract(
     chosen: list[Plan],
-    sources: Sources | Callable[[], tuple[Any, Any]],
+    sources: Sources,
     folders: dict[str, str | Path],
     processes: int = 1,
     **engine: Any,

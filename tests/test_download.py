@@ -1,0 +1,183 @@
+"""download_model: folders out of a hub and of local folders, whole or absent, in DVC's graph."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rave_export
+import smoke
+import yaml
+from code_deps import ROOT
+from dvc.utils.hydra import apply_overrides
+
+from experiments.table import commands
+from musicscope import config, models
+from musicscope.artifacts import read_json
+from musicscope.config import ParamsError, load_params
+from musicscope.config.data import DownloadModel, Part
+from musicscope.models import download, hub, load_model
+
+LOCAL = DownloadModel(source="", revision="", system="auto", files=("*",), parts=())
+
+
+def test_a_local_folder_becomes_a_model_that_loads(tiny_musicgen, tmp_path):
+    (tmp_path / "hub").mkdir()
+    for path in tiny_musicgen.iterdir():  # as the hub's cache: links to files elsewhere
+        (tmp_path / "hub" / path.name).symlink_to(path)
+    (tmp_path / "hub/.cache").mkdir()
+    (tmp_path / "hub/.cache/lock").write_text("not a part of it")
+    target = tmp_path / "data/models/tiny"
+    found = download.download(replace(LOCAL, source=str(tmp_path / "hub")), target)
+    assert found["system"] == "musicgen"
+    assert found["files"] == len(list(tiny_musicgen.iterdir()))
+    assert found["bytes"] == sum(p.stat().st_size for p in tiny_musicgen.iterdir())
+    assert not any(p.is_symlink() for p in target.iterdir())
+    assert not (target / ".cache").exists()
+    assert load_model(target).num_layers == load_model(tiny_musicgen).num_layers
+
+
+def test_parts_come_from_elsewhere(tmp_path):
+    for name in ("llama/config.json", "llama/README.md", "code/deep/tokenizer.model",
+                 "codec/config.json", "codec/model.safetensors"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+    entry = replace(
+        LOCAL, source=str(tmp_path / "llama"), files=("*.json",),
+        parts=(
+            Part("xcodec", str(tmp_path / "codec"), "", ("*",)),
+            Part("", str(tmp_path / "code/deep"), "", ("tokenizer.model",)),
+        ),
+    )  # fmt: skip
+    assert download.download(entry, tmp_path / "yue")["system"] == "yue"
+    names = sorted(
+        p.relative_to(tmp_path / "yue").as_posix() for p in (tmp_path / "yue").rglob("*")
+    )
+    assert names == ["config.json", "tokenizer.model", "xcodec", "xcodec/config.json",
+                     "xcodec/model.safetensors"]  # fmt: skip
+
+
+def test_nothing_is_left_of_what_is_no_model_or_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/readme.md").write_text("no model")
+    target = tmp_path / "out/model"
+    cases = {
+        "empty": "has no file",
+        "text": "holds no model of musicgen",
+        "absent": "is no folder here; a hub id needs a revision",
+    }
+    for name, message in cases.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            download.download(replace(LOCAL, source=str(tmp_path / name)), target)
+        assert not target.exists()
+        assert not list(target.parent.iterdir())
+    rave_export.save(rave_export.TinyRave(), tmp_path / "empty/a.ts")
+    outside = replace(
+        LOCAL, source=str(tmp_path / "empty"), parts=(Part("../x", str(tmp_path), "", ("*",)),)
+    )
+    with pytest.raises(ValueError, match="leaves the folder"):
+        download.download(outside, target)
+
+
+def test_a_hub_id_is_fetched_at_its_revision_by_what_its_family_needs(
+    tiny_musicgen, tmp_path, monkeypatch
+):
+    asked = []
+
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tiny_musicgen)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    entry = replace(LOCAL, source="facebook/musicgen-small", revision="4c8334b")
+    assert download.download(entry, tmp_path / "small")["system"] == "musicgen"
+    assert asked == [
+        ("facebook/musicgen-small", "4c8334b", ["config.json"]),
+        ("facebook/musicgen-small", "4c8334b", [*hub.TEXTS, "model*.safetensors"]),
+    ]
+    asked.clear()
+    download.download(replace(entry, files=("*.json", "*.safetensors")), tmp_path / "again")
+    assert asked == [("facebook/musicgen-small", "4c8334b", ["*.json", "*.safetensors"])]
+    with pytest.raises(ValueError, match="needs revision="):
+        download.download(replace(entry, revision="main"), tmp_path / "moving")
+    assert not (tmp_path / "moving").exists()
+
+
+def test_systems_that_params_know_are_those_there_are():
+    text = config.data.DownloadModel.__dataclass_fields__["system"].metadata["text"]
+    assert text == "one of auto, " + ", ".join(models.SYSTEMS)
+
+
+OVERRIDE = (
+    "+download_model.musicgen-small={source: facebook/musicgen-small, revision: '4c8334b', "
+    "system: auto, files: ['*'], parts: []}"
+)
+
+
+def test_an_override_adds_a_model(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    apply_overrides(path, [OVERRIDE])
+    params = load_params(path)
+    assert params.download_model["musicgen-small"].revision == "4c8334b"
+    hash(params)
+    for wrong, message in (
+        (OVERRIDE.replace("auto", "mp3"), r"musicgen-small.system = 'mp3' .*one of auto"),
+        (OVERRIDE.replace("files: ['*'], ", ""), "musicgen-small.files is missing"),
+        (OVERRIDE.replace("musicgen-small=", "nano-small="), "nano-small: this name is of a model"),
+        (OVERRIDE.replace("{source: facebook/musicgen-small,", "{"), "small.source is missing"),
+        ("+download_model.musicgen-small=a", "musicgen-small .*'a' is not a section"),
+    ):
+        path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+        apply_overrides(path, [wrong])
+        with pytest.raises(ParamsError, match=message):
+            load_params(path)
+
+
+@pytest.mark.slow
+def test_dvc_fetches_a_model_before_its_first_use_and_again_only_when_asked(
+    tiny_musicgen, tmp_path
+):
+    folder, env = tmp_path / "repo", smoke.environment()
+    entry = {"source": str(tiny_musicgen), "revision": "", "system": "auto", "files": ["*"],
+             "parts": []}  # fmt: skip
+    smoke.make_copy(folder, env, {"models": ["tiny", "other"], "download_model": {"tiny": entry}})
+
+    def dvc(*words: str) -> str:
+        done = subprocess.run(["dvc", *words], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    graph = dvc("dag", "--dot", "ablate@tiny")
+    assert '"download_model@tiny" -> "ablate@tiny"' in graph
+    assert "download_model@other" not in dvc("stage", "list", "--name-only")
+    dvc("repro", "download_model@tiny")
+    assert read_json(folder / "metrics/download_model/tiny.json")["system"] == "musicgen"
+    assert (folder / "data/models/tiny/config.json").is_file()
+    params = folder / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    more = yaml.safe_load(text)
+    more["download_model"]["other"] = entry
+    params.write_text(yaml.safe_dump(more, sort_keys=False), encoding="utf-8")
+    out = dvc("repro", "download_model@tiny", "download_model@other")
+    assert "Stage 'download_model@tiny' didn't change, skipping" in out
+    assert "Running stage 'download_model@other'" in out
+    assert Path(folder / "data/models/other/config.json").is_file()
+
+
+def test_the_page_of_experiments_says_how_to_fetch_each_model_that_it_names(tmp_path):
+    page = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in page.split("```yaml\n")[1:] if b.startswith("download_model:"))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "params.yaml"
+    merged = smoke.merged(params, yaml.safe_load(block.split("```")[0]))
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+    fetched = load_params(path).download_model
+    named = {m for sets in commands(page).values() for s in sets if s.startswith("models=")
+             for m in s.removeprefix("models=[").removesuffix("]").split(",")}  # fmt: skip
+    assert named == set(fetched)
+    for entry in fetched.values():  # a revision says that it is a hub id
+        assert entry.source.startswith("downloads/") == (entry.revision == "")
