@@ -35,8 +35,7 @@ METHODS = {
     "random_direction": "random direction", "passthrough": "passthrough", "reseed": "other noise",
 }  # fmt: skip
 DOSES = ("sae", "diff_means")
-LEVELS = ("prompt_edit", "reseed")
-"""Methods without a strength, drawn as lines beside the doses."""
+LEVELS = ("prompt_edit", "reseed")  # no strength: lines beside the doses
 FOLDERS = {"steer": "data/steering", "steer_full": "data/steering_full"}
 EXAMPLES = 2
 """Pairs of pieces to hear for each wish."""
