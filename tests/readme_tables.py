@@ -185,7 +185,9 @@ def steering(numbers: Numbers) -> str:
     """Success of every method by model and wish; of the latents with its interval."""
     rows = []
     for model in numbers.models:
-        found = read_json(ROOT / f"metrics/steer_full/{model}.json")["concepts"]
+        if not (path := ROOT / f"metrics/steer_full/{model}.json").is_file():
+            continue  # not every model has the whole evaluation
+        found = read_json(path)["concepts"]
         for concept, directions in found.items():
             for direction, entry in directions.items():
                 of = entry["methods"]
@@ -201,7 +203,9 @@ def costs(numbers: Numbers) -> str:
     shown = ("sae", "diff_means", "probe_direction", "prompt_edit", "reseed")
     rows = []
     for model in numbers.models:
-        found = read_json(ROOT / f"metrics/steer_full/{model}.json")["concepts"]
+        if not (path := ROOT / f"metrics/steer_full/{model}.json").is_file():
+            continue  # not every model has the whole evaluation
+        found = read_json(path)["concepts"]
         for concept, directions in found.items():
             for direction, entry in directions.items():
                 of = entry["methods"]
