@@ -1,8 +1,9 @@
 """The report: data/report/report.html, one page of tables, charts and feature cards with sound.
 
 It needs no network and nothing beside it. Reads metrics and plots of all stages, data/features,
-data/maximize_activation, data/maximize_shared, and for the cards data/clips, data/activations,
-data/sae and data/usae. A part that is not there is left out with a note.
+data/maximize_activation, data/maximize_shared, data/find_concept, data/steering, and for the cards
+data/clips, data/activations, data/sae and data/usae. A part that is not there is left out, with a
+note where a reader would miss it.
 """
 
 from __future__ import annotations

@@ -169,12 +169,88 @@ def matched(numbers: Numbers) -> str:
     return table(["share of latents matched above .5", "found", "null"], rows)
 
 
+STEERING = {
+    "sae": "**SAE latents**",
+    "diff_means": "difference of means",
+    "probe_direction": "probe direction",
+    "prompt_edit": "prompt edit",
+    "random_feature": "random latents",
+    "random_direction": "random direction",
+    "passthrough": "passthrough",
+    "reseed": "another seed",
+}
+
+
+def steering(numbers: Numbers) -> str:
+    """Success of every method by model and wish; of the latents with its interval."""
+    rows = []
+    for model in numbers.models:
+        found = read_json(ROOT / f"metrics/steer_full/{model}.json")["concepts"]
+        for concept, directions in found.items():
+            for direction, entry in directions.items():
+                of = entry["methods"]
+                low, high = (number(of["sae"][f"success_ci_{end}"], 2) for end in ("low", "high"))
+                cells = [number(of[m]["success"], 2) for m in STEERING]
+                cells[0] += f" [{low}, {high}]"
+                rows.append([f"{model}: {concept} {direction}", *cells])
+    return table(["success", *STEERING.values()], rows)
+
+
+def costs(numbers: Numbers) -> str:
+    """What the same edits cost."""
+    shown = ("sae", "diff_means", "probe_direction", "prompt_edit", "reseed")
+    rows = []
+    for model in numbers.models:
+        found = read_json(ROOT / f"metrics/steer_full/{model}.json")["concepts"]
+        for concept, directions in found.items():
+            for direction, entry in directions.items():
+                of = entry["methods"]
+                cells = [
+                    f"{of[m]['ce_cost']:+.2f}, {of[m]['frechet']:.1f}, {of[m]['others_change']:.3f}"
+                    for m in shown
+                ]
+                rows.append([f"{model}: {concept} {direction}", *cells])
+    return table(["cross-entropy, Fréchet, other families", *(STEERING[m] for m in shown)], rows)
+
+
+def judges(_: Numbers) -> str:
+    """How far to trust the judges: AUROC by family behind the codec."""
+    found = read_json(ROOT / "metrics/train_judge.json")
+    families = [
+        f
+        for f in found["family_judge"]["codec"]
+        if "auroc" in str(found["family_judge"]["codec"][f])
+    ]
+    rows = []
+    for family in families:
+        cells = []
+        for judge in ("family_judge", "musicnn"):
+            entry = found[judge]["codec"].get(family)
+            cells.append(
+                "no tag"
+                if entry is None
+                else f"{number(entry['auroc'], 2)} [{number(entry['ci_low'], 2)}, "
+                f"{number(entry['ci_high'], 2)}]"
+            )
+        crossed = [
+            number(found["cross_font"][name][family]["auroc"], 2)
+            for name in ("timgm6mb_to_fluidr3mono", "fluidr3mono_to_timgm6mb")
+        ]
+        rows.append([family.replace("_", " "), *cells, *crossed])
+    head = ["AUROC, test compositions", "family judge, codec output", "musicnn, codec output"]
+    fonts = ["TimGM6mb judge on FluidR3Mono", "FluidR3Mono judge on TimGM6mb"]
+    return table([*head, *fonts], rows)
+
+
 TABLES: dict[str, Callable[[Numbers], str]] = {
     "features": features,
     "models": models,
     "cues": cues,
     "shared": shared,
     "matched": matched,
+    "steering": steering,
+    "costs": costs,
+    "judges": judges,
 }
 
 

@@ -71,7 +71,7 @@ def reads_param(key: str):
     [
         ("train_sae.k", ("train_sae", "probe", *BEHIND_SAES)),
         ("probe.bootstrap", ("probe", "summarize", "report")),
-        ("train_judge.epochs", ("train_judge", "steer", "summarize")),
+        ("train_judge.epochs", ("train_judge", "steer", "summarize", "report")),
         ("train_crosscoder.k", ("train_crosscoder", "summarize", "report")),
         ("extract_activations.dtype", ("extract_activations", "train_sae", "probe", *BEHIND_SAES)),
     ],

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from musicscope.reporting import report_charts, report_html, report_media
-from musicscope.reporting.report_parts import Card, Figure, Moment, Note, Section, Table, plain
+from musicscope.reporting.report_parts import (
+    Card,
+    Details,
+    Figure,
+    Moment,
+    Note,
+    Players,
+    Section,
+    Table,
+    plain,
+)
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = next(
@@ -67,9 +77,14 @@ def page(tmp_path_factory) -> str:
     chart = report_charts.line_chart(HOSTILE, "layer", "KL", [curve], log_y=True)
     columns = tuple(f"column {i} {HOSTILE if i == 3 else ''}" for i in range(12))
     table = Table(HOSTILE, columns, (tuple(["row", *["0.123"] * 11]),), "What the null is.")
+    players = Players(
+        ((f"{HOSTILE} off: {LONG}", (moment("plain", 330), moment(HOSTILE, 550))),), LONG
+    )
+    folded = Details(HOSTILE, (Players((("folded", (moment("plain", 660),)),)), table))
     sections = [
         Section("tables", "Tables", (Note(HOSTILE), Figure(chart, HOSTILE), table)),
         Section("features", "Features", (), cards, sorts),
+        Section("steering", "Concepts off and on", (players, folded)),
     ]
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(report_html.page("Test report", [LONG], sections), encoding="utf-8")
@@ -145,7 +160,7 @@ def test_every_sound_and_picture_can_be_decoded(browser):
         }));
         const wide = all('.moment img').map((image) => image.naturalWidth);
         Promise.all(loads).then((durations) => done({durations, wide}));""")
-    assert len(found["durations"]) == 8
+    assert len(found["durations"]) == 8 + 3
     assert min(found["durations"]) > 0.9
     assert set(found["wide"]) == {51}
 
@@ -218,6 +233,29 @@ def test_page_works_from_the_keyboard(browser):
     assert browser.execute_script(playing) == 0
 
 
+def test_players_beside_each_other_play_from_the_keyboard(browser):
+    title, _, steered = browser.execute_script("""
+        const box = document.querySelector('#steering .players');
+        return [box.querySelector('h3').textContent,
+                ...[...box.querySelectorAll('.play')].map((b) => b.getAttribute('aria-label'))]""")
+    assert title == f"{HOSTILE} off: {LONG}"
+    assert steered == f"Play: moment 1, {title}"
+    places = browser.execute_script("""
+        return [...document.querySelectorAll('#steering .players')[0].querySelectorAll('.moment')]
+          .map((m) => [m.getBoundingClientRect().left, m.getBoundingClientRect().top])""")
+    assert places[0][0] < places[1][0]
+    assert places[0][1] == places[1][1]
+    browser.execute_script("document.querySelectorAll('#steering .play')[1].focus()")
+    press(browser, webdriver.Keys.ENTER)
+    playing = "return [...document.querySelectorAll('audio')].map(a => !a.paused)"
+    assert browser.execute_script(playing).index(True) == 9
+    press(browser, webdriver.Keys.ENTER)
+    assert True not in browser.execute_script(playing)
+    fold = browser.find_element("css selector", "#steering summary")
+    fold.send_keys(webdriver.Keys.ENTER)
+    assert browser.execute_script("return document.querySelector('#steering details').open")
+
+
 def test_link_to_a_match_shows_it_even_when_it_is_filtered_out(browser):
     choose(browser, "kind", "b")
     assert "low" not in shown(browser)
@@ -235,6 +273,7 @@ def test_nothing_overflows(browser, width):
         {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     assert browser.execute_script("return innerWidth") == width
+    browser.execute_script("document.querySelector('#steering details').open = true")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     # Text may neither leave its box nor the page; tables scroll in their own frame.
     wide = browser.execute_script("""

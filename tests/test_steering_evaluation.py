@@ -150,21 +150,25 @@ def test_thresholds_lie_halfway_between_prompts_with_and_without():
 # --- choice -----------------------------------------------------------------------------------
 
 
-def trial(method, strength, change, cost, branch="both", direction="off"):
+def trial(method, strength, change, cost, branch="both", direction="off", frechet=1.0):
     return {"concept": "guitar", "direction": direction, "method": method, "strength": strength,
             "n_features": 4, "score": "share", "branch": branch, "loop": "open",
-            "change": change, "ce_cost": cost}  # fmt: skip
+            "change": change, "ce_cost": cost, "frechet_ratio": frechet}  # fmt: skip
 
 
-def test_the_choice_moves_judges_most_within_the_budget():
+BUDGETS = SimpleNamespace(quality_budget=0.1, frechet_budget=2.0)
+
+
+def test_the_choice_moves_judges_most_within_the_budgets():
     table = pd.DataFrame(
         [
             trial("sae", 1.0, 0.1, 0.01), trial("sae", 2.0, 0.3, -0.09),
             trial("sae", 4.0, 0.9, 0.5), trial("sae", 8.0, 0.95, -0.5),
+            trial("sae", 3.0, 0.8, 0.0, frechet=2.1),
             trial("diff_means", 1.0, 0.9, 0.4), trial("diff_means", 2.0, 0.99, 0.6),
         ]
     )  # fmt: skip
-    found = steering_run.choose(table, 0.1)
+    found = steering_run.choose(table, BUDGETS)
     assert found["sae", ("guitar", "off")].strength == 2.0
     assert found["diff_means", ("guitar", "off")].strength == 1.0  # none is: the cheapest
 
@@ -174,7 +178,7 @@ def test_one_branch_serves_all_wishes_of_a_method():
         trial("sae", 1.0, 0.5, 0.0, "conditional"), trial("sae", 1.0, 0.4, 0.0, "both"),
         trial("sae", 1.0, 0.1, 0.0, "conditional", "on"), trial("sae", 2.0, 0.6, 0.0, "both", "on"),
     ]  # fmt: skip
-    found = steering_run.choose(pd.DataFrame(rows), 0.1)
+    found = steering_run.choose(pd.DataFrame(rows), BUDGETS)
     assert {s.branch for s in found.values()} == {"both"}
     assert found["sae", ("guitar", "on")].strength == 2.0
 
@@ -226,8 +230,8 @@ def bench(tiny_musicgen):
 SECTION = SimpleNamespace(
     concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
     n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3, dose_prompts=2,
-    quality_budget=0.1, examples=1, bootstrap=30,
+    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3,
+    quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
 )  # fmt: skip
 WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
 PROMPTS = PromptSet("test", 3, without=("guitar",))

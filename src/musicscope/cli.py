@@ -12,7 +12,15 @@ COMMANDS = {
         "musicscope.concepts.concept_finder",
         "features of a model that tell two folders of recordings apart",
     ),
+    "generate": (
+        "musicscope.steering.generate",
+        "music with concepts switched off and on, beside the same music without",
+    ),
     "plan": ("musicscope.planning.plan", "what a configuration will take, before anything runs"),
+    "studio": (
+        "musicscope.studio.studio",
+        "a page on this machine: switch concepts off and on, and hear it",
+    ),
 }
 """Command -> module with `add_arguments(parser)` and `run(args)`, and a line of help."""
 

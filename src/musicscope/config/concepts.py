@@ -48,14 +48,14 @@ class Steer:
     """Prompts of each concept and direction to choose settings on."""
     n_prompts: int = number(2)
     """Prompts of each concept and direction, and of each pair, that numbers are reported on."""
-    dose_prompts: int = number(2)
-    """How many of them strengths other than the chosen one are tried on, for the dose curves."""
     batch: int = number(1)
     """Prompts generated together."""
     guidance: float = number(1.0, 20.0, above=True)
     """Scale of classifier-free guidance."""
-    quality_budget: float = number(0.0)
+    quality_budget: float = number(0.0, above=True)
     """Most that the unsteered model's cross-entropy may change by, nats a code, in the choice."""
+    frechet_budget: float = number(0.0, above=True)
+    """Most Frechet distance from plain music, in multiples of what other noise alone gives."""
     examples: int = number(0)
     """Pieces of each concept, direction and pair whose audio is kept."""
     bootstrap: int = number(1)

@@ -1,14 +1,17 @@
 """The report: one self-contained page out of everything that the line has made so far.
 
 `SECTIONS` is the order of the page. A new part of the line adds one builder, which takes the
-`Sources` and returns a `Section`, in a module of its own.
+`Sources` and returns a `Section`, in a module of its own; None for a part that the page does well
+without.
 """
 
 from __future__ import annotations
 
 from musicscope.reporting.report_cards import SORT_KEYS, cards
 from musicscope.reporting.report_data import Sources
+from musicscope.reporting.report_found import found_section
 from musicscope.reporting.report_html import page
+from musicscope.reporting.report_judges import judges_section
 from musicscope.reporting.report_parts import Note, Section
 from musicscope.reporting.report_sections import (
     concepts_section,
@@ -17,11 +20,12 @@ from musicscope.reporting.report_sections import (
     sae_section,
 )
 from musicscope.reporting.report_shared import matches_section, maximised_section
+from musicscope.reporting.report_steering import steering_section
 from musicscope.reporting.report_usae import usae_section
 
 SECTIONS = (
     data_section, layers_section, sae_section, concepts_section, usae_section, matches_section,
-    maximised_section,
+    maximised_section, judges_section, found_section, steering_section,
 )  # fmt: skip
 MAX_BYTES = 15_000_000
 
@@ -76,7 +80,7 @@ def build(sources: Sources, count: int, moments: int, seconds: float) -> str:
     Raises:
         ValueError: the page would be over 15 MB.
     """
-    sections = [builder(sources) for builder in SECTIONS]
+    sections = [made for builder in SECTIONS if (made := builder(sources)) is not None]
     sections.append(features_section(sources, count, moments, seconds))
     text = page(f"musicscope: {' and '.join(sources.models)}", LEAD, sections)
     if (size := len(text.encode())) > MAX_BYTES:

@@ -88,9 +88,13 @@ def _svg(height: float, label: str, inside: str) -> str:
 
 
 def line_chart(
-    title: str, x_label: str, y_label: str, series: Sequence[Series], log_y: bool = False
-) -> str:
-    """Lines with markers and shaded intervals; on a log axis values <= 0 are left out."""
+    title: str, x_label: str, y_label: str, series: Sequence[Series], log_y: bool = False,
+    log_x: bool = False,
+) -> str:  # fmt: skip
+    """Lines with markers and shaded intervals; on a log axis values <= 0 are left out.
+
+    All x must be above 0 for `log_x`.
+    """
 
     def usable(value: float | None) -> bool:
         return value is not None and math.isfinite(value) and (not log_y or value > 0)
@@ -117,7 +121,10 @@ def line_chart(
     bottom = top + HEIGHT - TOP - BOTTOM
 
     def at_x(x: float) -> float:
-        return LEFT + 8 + (WIDTH - LEFT - RIGHT - 16) * (x - first) / (last - first or 1)
+        share = math.log(x / first) / (math.log(last / first) or 1) if log_x else (
+            (x - first) / (last - first or 1)
+        )  # fmt: skip
+        return LEFT + 8 + (WIDTH - LEFT - RIGHT - 16) * share
 
     def at_y(y: float) -> float:
         share = math.log(y / low) / math.log(high / low) if log_y else (y - low) / (high - low)

@@ -21,6 +21,7 @@ from musicscope.reporting.report_parts import (
     Group,
     Moment,
     Part,
+    Players,
     Section,
     Table,
 )
@@ -66,6 +67,8 @@ def _part(part: Part) -> str:
     if isinstance(part, Details):
         inside = "".join(map(_part, part.parts))
         return f"<details><summary>{escape(part.summary)}</summary>{inside}</details>"
+    if isinstance(part, Players):
+        return _players(part)
     return f'<p class="{escape(part.kind)}">{escape(part.text)}</p>'
 
 
@@ -84,6 +87,16 @@ def _moment(moment: Moment, title: str) -> str:
         f'<p><span class="what">{escape(moment.caption)}</span> '
         f'<span class="where">{escape(moment.detail)}</span></p></li>\n'
     )
+
+
+def _players(part: Players) -> str:
+    rows = "".join(
+        f'<h3>{escape(title)}</h3><ul class="moments">\n'
+        f"{''.join(_moment(moment, title) for moment in moments)}</ul>"
+        for title, moments in part.rows
+    )
+    note = f'<p class="note">{escape(part.caption)}</p>' if part.caption else ""
+    return f'<div class="players">{note}{rows}</div>'
 
 
 def _moments(heading: str, moments: Sequence[Moment], title: str, folded: bool = False) -> str:

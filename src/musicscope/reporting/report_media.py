@@ -11,18 +11,21 @@ import io
 import math
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
 from musicscope.audio import log_mel
+from musicscope.reporting.report_parts import Moment
 
 RATE = 16_000
 FADE = 0.01  # seconds at either end, so that a cut does not click
 BANDS, HOP = 48, 320
 RANGE = 10.0  # nats of power below the loudest point that are still drawn (43 dB)
 LEVELS = 16
+LONGEST = 6.0  # seconds of a file that are played
 DARKEST = 200  # of 255: the activation curve must stand out on the loudest patch
 
 
@@ -104,3 +107,22 @@ def curve(values: np.ndarray, top: float) -> str:
     keep[1:-1] = np.diff(heights, 2) != 0
     points = " ".join(f"{x} {heights[x]:.0f}" for x in np.flatnonzero(keep))
     return f"M{points}"
+
+
+def file_moment(
+    folder: Path, name: str, caption: str, detail: str, label: str = ""
+) -> Moment | None:
+    """The first `LONGEST` seconds of a sound file in `folder`; None if it cannot be read there."""
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        return None
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        audio = audio[: round(LONGEST * rate)].mean(1)
+        sound, picture = mp3(audio, rate), png(spectrogram_levels(audio, rate))
+    except (soundfile.LibsndfileError, ValueError):
+        return None
+    return Moment(
+        caption, detail, data_uri("audio/mpeg", sound), data_uri("image/png", picture),
+        label=label or caption,
+    )  # fmt: skip

@@ -63,6 +63,14 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Players:
+    """Excerpts side by side, in rows that each have a title."""
+
+    rows: tuple[tuple[str, tuple[Moment, ...]], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Card:
     """One feature."""
 
@@ -97,10 +105,10 @@ class Details:
     """Parts that stay folded until asked for."""
 
     summary: str
-    parts: tuple[Figure | Table | Group, ...]
+    parts: tuple[Figure | Table | Group | Players, ...]
 
 
-Part = Table | Figure | Note | Group | Details
+Part = Table | Figure | Note | Group | Details | Players
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from musicscope import plots
 from musicscope.artifacts import atomic_dir, write_json, write_text
 from musicscope.steering.steering_report import Outs
 
-TABLES, CHARTS = ("", "-search", "-crosstalk"), ("-dose", "-trade", "-crosstalk")
+TABLES, CHARTS = ("", "-search", "-dose", "-crosstalk"), ("-dose", "-trade", "-crosstalk")
 REASON = "an audio model has no prompts: nothing was generated, so nothing was steered"
 
 

@@ -18,12 +18,12 @@ from musicscope.steering.steering_cells import Bench, Cell
 from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
 from musicscope.steering.steering_prompts import make_prompts
 from musicscope.steering.steering_recipes import save_recipe, summary_of
-from musicscope.steering.steering_run import PLAIN_DOSE, SEARCHED, Result, Wish, parse_pair
+from musicscope.steering.steering_run import SEARCHED, Result, Wish, parse_pair
 
 RIVALS = ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction")
 """Methods that success is compared with, paired over prompts."""
 SUMMARY = ("prompt_edit", "diff_means", "random_feature", "passthrough")
-DOSE_KEYS = (
+TEST_KEYS = (
     "success", "success_ci_low", "success_ci_high", "change", "change_ci_low", "change_ci_high",
     "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
     "frechet", "silent",
@@ -106,23 +106,23 @@ def cross_talk(result: Result) -> pd.DataFrame:
 
 
 def test_table(result: Result) -> pd.DataFrame:
-    """One row a method and strength on test prompts: all doses, and every control."""
+    """One row a method on test prompts, at the settings chosen for it."""
     records = []
     for wish, cells in result.tests.items():
-        listed = {
-            (m, c.settings[0].strength if c.settings else np.nan): c for m, c in cells.items()
-        }
-        for (method, strength), cell in {**listed, **result.doses[wish]}.items():
+        for method, cell in cells.items():
             if method == "plain":
                 continue
-            whole = cell.prompts == cells["plain"].prompts
-            plain = cells["plain"] if whole else result.doses[wish][PLAIN_DOSE]
-            found = _outcome(result, plain, cell, wish)
+            found = _outcome(result, cells["plain"], cell, wish)
+            strength = cell.settings[0].strength if cell.settings else np.nan
             at = {"concept": wish[0], "direction": wish[1], "method": method, "strength": strength}
-            chosen = cell == cells[method]
-            at |= {"prompts": cell.prompts.n, "chosen": chosen}
-            records.append({**at, **{k: found[k] for k in DOSE_KEYS}})
+            records.append({**at, **{k: found[k] for k in TEST_KEYS}})
     return pd.DataFrame(records)
+
+
+def dose_table(search: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the search in which nothing but the strength differs from what was chosen."""
+    others = ["concept", "direction", "method", "n_features", "score", "branch", "loop"]
+    return search.merge(search.loc[search["chosen"], others], on=others)
 
 
 def metrics(result: Result, recipes: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
@@ -189,37 +189,37 @@ def _panels(table: pd.DataFrame, title: str) -> tuple[Figure, list[tuple[Any, pd
     return figure, parts
 
 
-def dose_figure(table: pd.DataFrame, title: str) -> Figure:
-    """Success over strength, with the controls that need none as lines."""
-    figure, parts = _panels(table, title)
+def dose_figure(doses: pd.DataFrame, tests: pd.DataFrame, title: str) -> Figure:
+    """Success over strength on validation prompts, with test prompts' controls as lines."""
+    figure, parts = _panels(doses, title)
     for axis, rows in parts:
+        at = rows.iloc[0]
         for series, method in enumerate(("sae", "diff_means")):
             part = rows[rows["method"] == method].sort_values("strength")
             plots.interval_curve(
                 axis, part["strength"], part["success"], part["success_ci_low"],
                 part["success_ci_high"], method, series,
             )  # fmt: skip
-        for method in ("prompt_edit", "reseed"):
-            value = rows[rows["method"] == method]["success"].iloc[0]
-            if np.isfinite(value):
-                plots.reference_line(axis, value, method.replace("_", " "))
+        here = (tests["concept"] == at["concept"]) & (tests["direction"] == at["direction"])
+        for style, method in (("--", "prompt_edit"), (":", "reseed")):
+            value = tests.loc[here & (tests["method"] == method), "success"].iloc[0]
+            axis.axhline(value, color="#555555", lw=1.4, ls=style, label=method)
         if rows["success"].notna().any():  # nothing to change: no point, and no logarithm
-            axis.set(xscale="log")
+            axis.set_xscale("log")
         axis.set_xlabel("strength")
     _legend(figure, parts, "success (95 %)")
     return figure
 
 
-def trade_figure(table: pd.DataFrame, title: str) -> Figure:
-    """Success over what it costs in naturalness: methods compare at the same place on the axis."""
-    figure, parts = _panels(table, title)
+def trade_figure(doses: pd.DataFrame, title: str) -> Figure:
+    """Success over what it costs: methods compare at the same place on the axis."""
+    figure, parts = _panels(doses, title)
     for axis, rows in parts:
-        for series, method in enumerate(dict.fromkeys(table["method"])):
+        for series, method in enumerate(dict.fromkeys(doses["method"])):
             part = rows[rows["method"] == method].sort_values("strength")
             style = {"color": plots.COLOURS[series % 8], "marker": plots.MARKERS[series % 8]}
-            line = "-" if len(part) > 1 else "none"
-            axis.plot(part["ce_cost"], part["success"], ls=line, ms=5, label=method, **style)
-        axis.set(xlabel="CE of the plain model, rise in nats")
+            axis.plot(part["frechet"], part["success"], ms=5, label=method, **style)
+        axis.set(xlabel="Frechet distance from plain")
         axis.grid(color="#dddddd", lw=0.7)
     _legend(figure, parts, "success")
     return figure
@@ -300,16 +300,17 @@ def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) 
             save_recipe(replace(recipe, chosen=chosen), folder)
         write_examples(result, folder / "examples", bench)
     stem, model = outs.plots, bench.model.name
-    table, talk = test_table(result), cross_talk(result)
+    table, talk, doses = test_table(result), cross_talk(result), dose_table(result.search)
     frames = {
         "": table,
         "-search": result.search,
+        "-dose": doses,
         "-crosstalk": talk.rename_axis("edit").reset_index(),
     }
     for suffix, frame in frames.items():
         write_text(f"{stem}{suffix}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    plots.save_figure(dose_figure(table, model), f"{stem}-dose.png")
-    plots.save_figure(trade_figure(table, model), f"{stem}-trade.png")
+    plots.save_figure(dose_figure(doses, table, model), f"{stem}-dose.png")
+    plots.save_figure(trade_figure(doses, model), f"{stem}-trade.png")
     plots.save_figure(
         cross_talk_figure(talk, f"{model}: mean change of the judge"), f"{stem}-crosstalk.png"
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -36,8 +37,10 @@ from musicscope.steering.steering_recipes import Settings
 Wish = tuple[str, str]
 SEARCHED = ("sae", *DIRECTIONS)
 """Methods with a strength."""
-PLAIN_DOSE = ("plain", 0.0)
-"""Key of the plain pieces that other doses are compared with."""
+SEARCH_KEYS = (
+    "change", "success", "success_ci_low", "success_ci_high", "others_change", "ce_cost", "frechet",
+    "silent",
+)  # fmt: skip
 JOINT_METHODS = ("sae", "diff_means", "prompt_edit")
 Choices = Mapping[tuple[str, Wish], Settings]
 """(method, wish) -> what was chosen for it."""
@@ -72,13 +75,14 @@ def grid(section: Any, method: str) -> list[Settings]:
 
 
 def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
-    """Plain and, by method, one cell for each of its settings, on validation prompts."""
+    """Plain, plain with other noise and, by method, one cell for each of its settings, on
+    validation prompts."""
     prompts = prompt_set("validation", section.validation_prompts, [wish], section.concepts)
     cells = {
         method: [Cell(prompts, method, (wish,), (s,)) for s in grid(section, method)]
         for method in SEARCHED
     }
-    return {"plain": [Cell(prompts)], **cells}
+    return {"plain": [Cell(prompts)], "reseed": [Cell(prompts, "reseed")], **cells}
 
 
 def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
@@ -94,29 +98,6 @@ def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
         else:
             settings = choices[method if method in SEARCHED else "sae", wish]
             cells[method] = Cell(prompts, method, (wish,), (settings,), keep)
-    return cells
-
-
-def dose_cells(section: Any, wish: Wish, choices: Choices) -> dict[tuple[str, float], Cell]:
-    """Chosen settings at every strength of the grid, on the first test prompts, and plain.
-
-    The chosen strength itself is the cell of all test prompts.
-    """
-    main = test_cells(section, wish, choices)
-    fewer = replace(main["plain"].prompts, n=section.dose_prompts)
-    cells = {PLAIN_DOSE: replace(main["plain"], prompts=fewer, keep=0)}
-    for method, strengths in (
-        ("sae", section.strengths),
-        ("diff_means", section.direction_strengths),
-    ):
-        settings = choices[method, wish]
-        for strength in strengths:
-            changed = replace(settings, strength=strength)
-            cells[method, strength] = (
-                main[method]
-                if changed == settings
-                else replace(main[method], prompts=fewer, settings=(changed,), keep=0)
-            )
     return cells
 
 
@@ -138,19 +119,22 @@ def joint_cells(section: Any, pair: Sequence[Wish], choices: Choices) -> dict[st
     return cells
 
 
-def within_budget(rows: pd.DataFrame, budget: float) -> pd.Series:
-    """The row that moves the judges most at |ce_cost| within the budget; the cheapest if none is.
+def within_budget(rows: pd.DataFrame, section: Any) -> pd.Series:
+    """The row that moves the judges most at a cost within both budgets; the cheapest if none is.
 
-    A cost below 0 counts as well: music that a model finds too easy has lost something.
+    Costs, in budgets: |ce_cost| (a cost below 0 counts as well: music that a model finds too easy
+    has lost something), and the Frechet distance from plain pieces over that of plain pieces with
+    other noise.
     """
-    cost = rows["ce_cost"].abs()
-    allowed = rows[cost <= budget]
+    naturalness = rows["ce_cost"].abs() / section.quality_budget
+    cost = np.maximum(naturalness, rows["frechet_ratio"] / section.frechet_budget)
+    allowed = rows[cost <= 1]
     if not len(allowed):
-        return rows.loc[cost.idxmin()]
+        return rows.loc[cost.fillna(np.inf).idxmin()]
     return allowed.loc[allowed["change"].fillna(-1.0).idxmax()]
 
 
-def choose(table: pd.DataFrame, budget: float) -> dict[tuple[str, Wish], Settings]:
+def choose(table: pd.DataFrame, section: Any) -> dict[tuple[str, Wish], Settings]:
     """The settings of every method and wish from the search's table.
 
     The branch is one for all wishes of a method, so that concepts can be edited together: that
@@ -161,7 +145,7 @@ def choose(table: pd.DataFrame, budget: float) -> dict[tuple[str, Wish], Setting
         best = {}
         for branch, part in rows.groupby("branch", sort=False):
             picks = [
-                within_budget(p, budget)
+                within_budget(p, section)
                 for _, p in part.groupby(["concept", "direction"], sort=False)
             ]
             best[branch] = picks
@@ -188,10 +172,9 @@ class Result:
     scorer: Scorer
     search: pd.DataFrame
     """One row a setting tried on validation prompts: concept, direction, method, the settings,
-    change, success, ce_cost, frechet, chosen."""
+    `SEARCH_KEYS`, frechet_ratio (over reseed's), chosen. Also the response to the dose."""
     choices: Choices
     tests: Mapping[Wish, Mapping[str, Cell]]
-    doses: Mapping[Wish, Mapping[tuple[str, float], Cell]]
     joints: Mapping[str, Mapping[str, Cell]]
     measured: Mapping[Cell, Measured]
 
@@ -199,13 +182,11 @@ class Result:
 def count_cells(section: Any) -> tuple[int, int]:
     """Cells of the whole evaluation, at most, and their mean number of prompts."""
     wishes, pairs = wishes_of(section), [parse_pair(p) for p in section.pairs]
-    search = len(wishes) * (1 + sum(len(grid(section, m)) for m in SEARCHED))
-    doses = len(wishes) * (len(section.strengths) + len(section.direction_strengths) - 1)
+    search = len(wishes) * (2 + sum(len(grid(section, m)) for m in SEARCHED))
     tests = len(wishes) * len(METHODS)
     tests += sum(1 + len(pair) + len(JOINT_METHODS) for pair in pairs)
     prompts = search * section.validation_prompts + tests * section.n_prompts
-    cells = search + tests + doses
-    return cells, round((prompts + doses * section.dose_prompts) / cells)
+    return search + tests, round(prompts / (search + tests))
 
 
 def _bar(name: str) -> Callable:
@@ -228,14 +209,16 @@ def search(
     scorer = Scorer(families, thresholds, frechet, section.bootstrap, bootstrap_seed)
     records = []
     for wish, plan in plans.items():
+        chance = outcome(scorer, plain[wish], measured[plan["reseed"][0]], *wish)["frechet"]
         for method in SEARCHED:
             for cell in plan[method]:
                 found = outcome(scorer, plain[wish], measured[cell], *wish)
-                values = {k: found[k] for k in ("change", "success", "ce_cost", "frechet")}
+                values = {k: found[k] for k in SEARCH_KEYS}
+                values["frechet_ratio"] = found["frechet"] / max(chance, 1e-12)
                 at = {"concept": wish[0], "direction": wish[1], "method": method}
                 records.append({**at, **asdict(cell.settings[0]), **values})
     table = pd.DataFrame(records)
-    choices = choose(table, section.quality_budget)
+    choices = choose(table, section)
     table["chosen"] = [
         choices[row["method"], (row["concept"], row["direction"])] == _settings(row)
         for _, row in table.iterrows()
@@ -253,9 +236,8 @@ def run(
     scorer, table, choices = search(section, open_bench, scratch, frechet, processes, seed)
     wishes = wishes_of(section)
     tests = {wish: test_cells(section, wish, choices) for wish in wishes}
-    doses = {wish: dose_cells(section, wish, choices) for wish in wishes}
     joints = {p: joint_cells(section, parse_pair(p), choices) for p in section.pairs}
-    groups = (*tests.values(), *doses.values(), *joints.values())
+    groups = (*tests.values(), *joints.values())
     cells = [cell for group in groups for cell in group.values()]
     measured = run_cells(open_bench, scratch, cells, processes, _bar("test prompts"))
-    return Result(scorer, table, choices, tests, doses, joints, measured)
+    return Result(scorer, table, choices, tests, joints, measured)

@@ -1,0 +1,209 @@
+"""Music with concepts switched off and on, beside the same music without, and both judges' scores.
+
+    musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on organ
+
+Concepts are those that the stage `steer` learnt (data/steering/<model>). Writes two WAV files and a
+JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
+settings, so another setting makes other files, and the same one the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from musicscope.artifacts import write_json
+from musicscope.config import load_params
+from musicscope.judges.judging import load_judges
+from musicscope.steering import pieces
+from musicscope.steering.editing import ALWAYS, BRANCHES, Steering
+from musicscope.steering.pieces import Order, Piece, Scores
+from musicscope.steering.steering_recipes import load_steering
+
+JUDGES = "data/judge"
+TRUST = "one piece's scores are rough; metrics/train_judge.json says how far to trust them"
+
+
+def usual_guidance() -> float | None:
+    """The scale at which strengths were chosen (params.steer.guidance); None without params.yaml:
+    the model's own."""
+    return load_params().steer.guidance if Path("params.yaml").is_file() else None
+
+
+def wishes_of(off: list[str], on: list[str]) -> dict[str, str]:
+    """{"guitar": "off"} of the two options; ValueError for none, or for both at once."""
+    if both := set(off) & set(on):
+        raise ValueError(f"{', '.join(sorted(both))}: off or on, not both")
+    if not off and not on:
+        raise ValueError("name a concept: --off CONCEPT, --on CONCEPT, or several of them")
+    return {**dict.fromkeys(off, "off"), **dict.fromkeys(on, "on")}
+
+
+def wav_bytes(piece: Piece) -> bytes:
+    """16-bit WAV."""
+    stream = io.BytesIO()
+    sound = np.clip(piece.audio, -1, 1)
+    soundfile.write(stream, sound, piece.rate, format="WAV", subtype="PCM_16")
+    return stream.getvalue()
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "music"
+
+
+def place(folder: Path, stem: str, kind: str, content: bytes) -> Path:
+    """Write <stem>-<kind>.wav, whole or not at all, and say where it is.
+
+    A file of that name with other content (made with another model, say) stays: the new one gets a
+    number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = folder / f"{stem}-{kind}{'' if number == 1 else f'-{number}'}.wav"
+        if not path.exists():
+            break
+        if path.read_bytes() == content:
+            return path
+        number += 1
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def describe(steering: Steering) -> dict[str, Any]:
+    """The edits that were made, JSON-able."""
+    end = steering.schedule[1]
+    return {
+        "branch": steering.branch,
+        "schedule": [steering.schedule[0], None if end == float("inf") else end],
+        "concepts": {
+            c.name: {
+                "strength": c.strength,
+                "loop": "closed" if c.gate else "open",
+                "edits": [asdict(edit) for edit in c.edits],
+            }
+            for c in steering.concepts
+        },
+    }
+
+
+def table(scores: Scores, wishes: Mapping[str, str]) -> str:
+    """What was asked for and the likeliest other families, before and after, as lines."""
+    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in pieces.KINDS]
+    lines = ["  ".join(["family".ljust(20), *(head.rjust(len(head)) for head in heads)])]
+    for label, values in pieces.score_rows(scores, wishes):
+        cells = [
+            ("-" if v is None else f"{v:.3f}").rjust(len(h))
+            for v, h in zip(values, heads, strict=True)
+        ]
+        lines.append("  ".join([label.ljust(20), *cells]))
+    return "\n".join(lines)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``musicscope generate``."""
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, or a name under data/models")
+    add("--prompt", required=True, action="append", help="what to play; may be given again")
+    add(
+        "--off",
+        action="append",
+        default=[],
+        metavar="CONCEPT",
+        help="switch it off; may be given again",
+    )
+    add("--on", action="append", default=[], metavar="CONCEPT", help="switch it on; the same")
+    add("--strength", type=float, default=1.0,
+        help="1: as chosen on validation prompts; 0: no edit")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the draws, the same for both pieces; 0")
+    add("--seconds", type=float, default=5.0, help="length of a piece; 5")
+    add("--out", default="data/generated", metavar="DIR", help="where the files go; data/generated")
+    add("--guidance", type=float, help="its scale; that of params.steer.guidance")
+    add("--branch", choices=BRANCHES, help="rows of guided generation to edit; as chosen for steer")
+    add(
+        "--loop",
+        choices=("open", "closed"),
+        help="closed: only while a probe hears a need; as chosen",
+    )
+    add(
+        "--schedule",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="seconds in which to edit; all",
+    )
+    add("--features", type=int, metavar="N", help="so many features a concept; as chosen")
+    add("--device", default="cpu", help="cpu or cuda")
+
+
+def _steering(args: argparse.Namespace, wishes: Mapping[str, str]) -> tuple[str, Steering]:
+    schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
+    if not 0 <= schedule[0] < schedule[1]:
+        raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")
+    if args.features is not None and args.features < 1:
+        raise ValueError(f"--features {args.features}: at least 1")
+    return load_steering(
+        Path(args.model).name, wishes, args.strength, branch=args.branch, schedule=schedule,
+        n_features=args.features, loop=args.loop, device=args.device,
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
+    name, wishes = Path(args.model).name, wishes_of(args.off, args.on)
+    guidance = usual_guidance() if args.guidance is None else args.guidance
+    orders = [Order(prompt, args.seconds, args.seed, guidance) for prompt in args.prompt]
+    pieces.check_model(args.model)
+    pieces.check_wishes(name, wishes)
+    layer, steering = _steering(args, wishes)
+    model = pieces.open_model(args.model, args.device)
+    try:
+        judges = load_judges(JUDGES)
+    except FileNotFoundError as error:
+        print(f"no scores: {error} (or fetch it: dvc pull {JUDGES})", file=sys.stderr)
+        judges = None
+    for order in orders:
+        plain = pieces.draw(model, order, layer)
+        steered = pieces.draw(model, order, layer, steering)
+        settings = {"model": name, "layer": layer, **asdict(order), **describe(steering)}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        stem, out = f"{slug(order.prompt)}-seed{order.seed}-{digest}", Path(args.out)
+        files = {
+            kind: place(out, stem, kind, wav_bytes(piece))
+            for kind, piece in zip(pieces.KINDS, (plain, steered), strict=True)
+        }
+        scores = None if judges is None else pieces.judge(judges, (plain, steered))
+        about = {"wishes": wishes, "files": {k: p.name for k, p in files.items()}}
+        write_json(files["steered"].with_suffix(".json"), {**settings, **about, "scores": scores})
+        asked = ", ".join(f"{concept} {direction}" for concept, direction in wishes.items())
+        print(f"{name}, seed {order.seed}, {order.seconds:g} s, {asked}: {order.prompt}")
+        for kind, path in files.items():
+            print(f"{kind.ljust(8)} {path}")
+        if torch.equal(plain.codes, steered.codes):
+            print("the edit changed no token: both pieces are the same")
+        if scores is not None:
+            print(table(scores, wishes))
+    if judges is not None:
+        print(TRUST)

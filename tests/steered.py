@@ -1,0 +1,33 @@
+"""A folder with a tiny model that can be steered: recipes, an SAE and judges made on the spot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from test_steering import random_sae
+from test_steering_evaluation import StubJudges, recipe
+
+from musicscope.dictionaries.sae import TopKSAE
+from musicscope.steering.steering_recipes import Settings, save_recipe
+
+CHOSEN = {"off": Settings(4.0, 40), "on": Settings(4.0, 4)}
+SLOT = "data/sae/tiny/top1/seed-0"
+
+
+def make_steerable(root: Path, model: Path) -> None:
+    """data/models/tiny, data/steering/tiny (guitar off and on, organ on only) and its SAE."""
+    (root / "data/models").mkdir(parents=True)
+    (root / "data/models/tiny").symlink_to(model, target_is_directory=True)
+    random_sae().save(root / SLOT, {"layer": "layers.3"})
+    guitar, organ = (recipe(name, i) for i, name in enumerate(("guitar", "organ")))
+    save_recipe(replace(guitar, chosen=CHOSEN), root / "data/steering/tiny")
+    save_recipe(replace(organ, chosen={"on": CHOSEN["on"]}), root / "data/steering/tiny")
+
+
+def other_sae() -> TopKSAE:
+    """An SAE of another model."""
+    return random_sae(width=6)
+
+
+__all__ = ["CHOSEN", "SLOT", "StubJudges", "make_steerable", "other_sae"]
