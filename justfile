@@ -49,6 +49,8 @@ bench:
     python -m benchmarks.sae_step
     python -m benchmarks.usae_step
     python -m benchmarks.extraction
+    python -m benchmarks.generation
+    python -m benchmarks.steering
 
 # fail if dvc.lock, metrics or plots are not those of this code and these params
 locked:

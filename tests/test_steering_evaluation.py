@@ -355,6 +355,8 @@ def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monk
         assert f"organ.on.{key}" in keys
     assert "joint.guitar_off_organ_on.all_wanted" in keys
     assert keys["prompts"] == 3
+    validation = found["concepts"]["guitar"]["on"]["chosen"]["sae"]["validation"]
+    assert set(validation) == {"change", "success", "ce_cost", "frechet_ratio"}
     # The chosen settings are in the recipes, and among those of the grid.
     kept = load_recipe("data/steering/tiny", "guitar")
     assert kept.chosen["off"].strength in SECTION.strengths

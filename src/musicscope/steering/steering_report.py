@@ -50,6 +50,15 @@ def _outcome(result: Result, plain: Cell, cell: Cell, wish: Wish) -> dict[str, A
     return outcome(result.scorer, result.measured[plain], result.measured[cell], *wish)
 
 
+def _chosen(result: Result, method: str, wish: Wish) -> dict[str, Any]:
+    """The settings chosen for a method, and what they did on validation prompts."""
+    search = result.search
+    own = (search["concept"] == wish[0]) & (search["direction"] == wish[1])
+    (row,) = search[own & (search["method"] == method) & search["chosen"]].to_dict("records")
+    kept = ("change", "success", "ce_cost", "frechet_ratio")
+    return {**asdict(result.choices[method, wish]), "validation": {k: row[k] for k in kept}}
+
+
 def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
     """Chosen settings, the outcome of every method, and the latents' success less that of each."""
     cells = result.tests[wish]
@@ -58,7 +67,7 @@ def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
     del methods["plain"]  # against itself: no change
     ours = result.measured[cells["sae"]]
     return {
-        "chosen": {m: asdict(result.choices[m, wish]) for m in SEARCHED},
+        "chosen": {m: _chosen(result, m, wish) for m in SEARCHED},
         "methods": methods,
         "sae_minus": {
             m: advantage(result.scorer, plain, ours, result.measured[cells[m]], *wish)
