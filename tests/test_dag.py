@@ -24,9 +24,12 @@ from musicscope.clips import ClipStore
 from musicscope.config import load_params
 from musicscope.models import load_model
 
-NULLS = ("heldout_font", "pair_accuracy", "_low", "_high", "ce_recovered")
+NULLS = (
+    "heldout_font", "pair_accuracy", "_low", "_high", "ce_recovered", "found_above_half", ".steer.",
+)  # fmt: skip
 """Parts of summary keys that may be null: recordings have no held-out font and no pairs, an
-interval needs two of what it resamples, and what a random model recovers may be undefined."""
+interval needs two of what it resamples, and of random models it is chance whether an ablation does
+harm, a feature is found, or a prompt gives music with the concept to switch off."""
 
 
 def run_dag(root: Path, over: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
