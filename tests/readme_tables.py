@@ -169,6 +169,26 @@ def matched(numbers: Numbers) -> str:
     return table(["share of latents matched above .5", "found", "null"], rows)
 
 
+def found(numbers: Numbers) -> str:
+    """What the finder finds with the SAE, by model and concept."""
+    rows = []
+    for model in numbers.models:
+        concepts = read_json(ROOT / f"metrics/find_concept/{model}.json")["sae"]
+        for concept in concepts:
+            key = f"find_concept.{model}.sae.{concept}"
+            all_ = numbers.all
+            rows.append([
+                f"{model}: {concept}", str(all_[f"{key}.discoveries"]),
+                number(all_[f"{key}.found_above_half"], 2),
+                numbers(f"{key}.best_test_auroc", 2), number(all_[f"{key}.tested_test_auroc"], 2),
+                number(all_[f"{key}.few_any_discovery"], 2),
+                number(all_[f"{key}.null_any_discovery"], 2),
+            ])  # fmt: skip
+    head = ["", "features found", "of them on the same side in test", "best feature, test AUROC"]
+    few = ["draws of ten that find any", "the same without a concept"]
+    return table([*head, "all features, test AUROC", *few], rows)
+
+
 STEERING = {
     "sae": "**SAE latents**",
     "diff_means": "difference of means",
@@ -252,6 +272,7 @@ TABLES: dict[str, Callable[[Numbers], str]] = {
     "cues": cues,
     "shared": shared,
     "matched": matched,
+    "found": found,
     "steering": steering,
     "costs": costs,
     "judges": judges,
