@@ -29,6 +29,8 @@ from musicscope.artifacts import read_json  # noqa: E402
 from musicscope.config import load_params  # noqa: E402
 from musicscope.dvc_repair import RWLOCK, repair  # noqa: E402
 
+FROZEN = ("pretrain", "steer_full")
+"""Stages whose committed results, and entries in dvc.lock, are inputs here."""
 GIT = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@localhost"]
 
 
@@ -63,10 +65,12 @@ def make_copy(
         if (ROOT / name).is_file():  # a deleted file is still listed until that is committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    for result in [*folder.glob("metrics/*"), *folder.glob("plots/*"), folder / "dvc.lock"]:
-        if result.name in ("pretrain", "steer_full"):  # frozen: their results are inputs here
-            continue
-        shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
+    for result in [*folder.glob("metrics/*"), *folder.glob("plots/*")]:
+        if result.name not in FROZEN:
+            shutil.rmtree(result) if result.is_dir() else result.unlink()
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))
+    stages = {k: v for k, v in lock["stages"].items() if k.split("@")[0] in FROZEN}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({**lock, "stages": stages}), encoding="utf-8")
     params = folder / "params.yaml"
     small = yaml.safe_load((ROOT / "tests/smoke_params.yaml").read_text(encoding="utf-8"))
     whole = merged(yaml.safe_load(params.read_text(encoding="utf-8")), small)
