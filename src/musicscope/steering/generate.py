@@ -1,6 +1,6 @@
 """Music with concepts switched off and on, beside the same music without, and both judges' scores.
 
-    musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on organ
+    musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
 
 Concepts are those that the stage `steer` learnt (data/steering/<model>). Writes two WAV files and a
 JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
