@@ -12,6 +12,7 @@ import soundfile
 from steered import SLOT, StubJudges, make_steerable, other_sae
 
 from musicscope import cli
+from musicscope.config import load_params
 from musicscope.models import load_model
 from musicscope.steering import generate, pieces
 from musicscope.steering.steering_recipes import load_steering
@@ -191,7 +192,7 @@ def test_guidance_is_that_of_the_choice_where_params_say_so(folder):
 
     assert generate.usual_guidance() is None
     (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text("utf-8"), "utf-8")
-    assert generate.usual_guidance() == 3.0
+    assert generate.usual_guidance() == load_params().steer.guidance
 
 
 def test_a_tick_sees_the_piece_grow_changes_nothing_and_can_stop_it(folder):
