@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,50 +201,41 @@ STEERING = {
 }
 
 
+def wishes(numbers: Numbers) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("<model>: <concept> <direction>", numbers by method) of all models with steer_full."""
+    for model in numbers.models:
+        if (path := ROOT / f"metrics/steer_full/{model}.json").is_file():
+            for concept, directions in read_json(path)["concepts"].items():
+                for direction, entry in directions.items():
+                    yield f"{model}: {concept} {direction}", entry["methods"]
+
+
 def steering(numbers: Numbers) -> str:
     """Success of every method by model and wish; of the latents with its interval."""
     rows = []
-    for model in numbers.models:
-        if not (path := ROOT / f"metrics/steer_full/{model}.json").is_file():
-            continue  # not every model has the whole evaluation
-        found = read_json(path)["concepts"]
-        for concept, directions in found.items():
-            for direction, entry in directions.items():
-                of = entry["methods"]
-                low, high = (number(of["sae"][f"success_ci_{end}"], 2) for end in ("low", "high"))
-                cells = [number(of[m]["success"], 2) for m in STEERING]
-                cells[0] += f" [{low}, {high}]"
-                rows.append([f"{model}: {concept} {direction}", *cells])
+    for wish, of in wishes(numbers):
+        low, high = (number(of["sae"][f"success_ci_{end}"], 2) for end in ("low", "high"))
+        cells = [number(of[m]["success"], 2) for m in STEERING]
+        rows.append([wish, f"{cells[0]} [{low}, {high}]", *cells[1:]])
     return table(["success", *STEERING.values()], rows)
 
 
 def costs(numbers: Numbers) -> str:
     """What the same edits cost."""
     shown = ("sae", "diff_means", "probe_direction", "prompt_edit", "reseed")
-    rows = []
-    for model in numbers.models:
-        if not (path := ROOT / f"metrics/steer_full/{model}.json").is_file():
-            continue  # not every model has the whole evaluation
-        found = read_json(path)["concepts"]
-        for concept, directions in found.items():
-            for direction, entry in directions.items():
-                of = entry["methods"]
-                cells = [
-                    f"{of[m]['ce_cost']:+.2f}, {of[m]['frechet']:.1f}, {of[m]['others_change']:.3f}"
-                    for m in shown
-                ]
-                rows.append([f"{model}: {concept} {direction}", *cells])
+    keys = {"ce_cost": "+.2f", "frechet": ".1f", "others_change": ".3f"}
+    rows = [
+        [wish, *(", ".join(format(of[m][key], spec) for key, spec in keys.items()) for m in shown)]
+        for wish, of in wishes(numbers)
+    ]
     return table(["cross-entropy, Fréchet, other families", *(STEERING[m] for m in shown)], rows)
 
 
 def judges(_: Numbers) -> str:
     """How far to trust the judges: AUROC by family behind the codec."""
     found = read_json(ROOT / "metrics/train_judge.json")
-    families = [
-        f
-        for f in found["family_judge"]["codec"]
-        if "auroc" in str(found["family_judge"]["codec"][f])
-    ]
+    reports = found["family_judge"]["codec"]
+    families = [name for name, entry in reports.items() if isinstance(entry, dict)]
     rows = []
     for family in families:
         cells = []
