@@ -13,9 +13,9 @@ repro *args:
     @python -m musicscope.dvc_repair
     dvc repro "$@"
 
-# all tests; for a part: just test tests/test_config.py -k name
+# all tests, in two processes; for a part: just test tests/test_config.py -k name
 test *args:
-    pytest -q "$@"
+    pytest -q -n 2 --dist worksteal "$@"
 
 # rules, format, the code deps in dvc.yaml, and README's tables
 lint:
