@@ -191,7 +191,9 @@ def found(numbers: Numbers) -> str:
 
 STEERING = {
     "sae": "**SAE latents**",
+    "sae_words": "**latents and words**",
     "diff_means": "difference of means",
+    "diff_means_words": "difference of means and words",
     "probe_direction": "probe direction",
     "prompt_edit": "prompt edit",
     "random_feature": "random latents",
@@ -211,18 +213,20 @@ def wishes(numbers: Numbers) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def steering(numbers: Numbers) -> str:
-    """Success of every method by model and wish; of the latents with its interval."""
+    """Success of every method by model and wish; of the latents with intervals."""
     rows = []
     for wish, of in wishes(numbers):
-        low, high = (number(of["sae"][f"success_ci_{end}"], 2) for end in ("low", "high"))
         cells = [number(of[m]["success"], 2) for m in STEERING]
-        rows.append([wish, f"{cells[0]} [{low}, {high}]", *cells[1:]])
+        for i, method in enumerate(("sae", "sae_words")):
+            ends = [number(of[method][f"success_ci_{end}"], 2) for end in ("low", "high")]
+            cells[i] += f" [{', '.join(ends)}]"
+        rows.append([wish, *cells])
     return table(["success", *STEERING.values()], rows)
 
 
 def costs(numbers: Numbers) -> str:
     """What the same edits cost."""
-    shown = ("sae", "diff_means", "probe_direction", "prompt_edit", "reseed")
+    shown = ("sae", "sae_words", "diff_means", "diff_means_words", "prompt_edit", "reseed")
     keys = {"ce_cost": "+.2f", "frechet": ".1f", "others_change": ".3f"}
     rows = [
         [wish, *(", ".join(format(of[m][key], spec) for key, spec in keys.items()) for m in shown)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from test_steering import random_sae
 from test_steering_evaluation import StubJudges, recipe
 
+from musicscope.activations.extraction import folder_sha256
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.steering.steering_recipes import Settings, save_recipe
 
@@ -20,7 +21,10 @@ def make_steerable(root: Path, model: Path) -> None:
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/tiny").symlink_to(model, target_is_directory=True)
     random_sae().save(root / SLOT, {"layer": "layers.3"})
-    guitar, organ = (recipe(name, i) for i, name in enumerate(("guitar", "organ")))
+    sae = folder_sha256(root / SLOT)
+    guitar, organ = (
+        replace(recipe(name, i), sae=sae) for i, name in enumerate(("guitar", "organ"))
+    )
     save_recipe(replace(guitar, chosen=CHOSEN), root / "data/steering/tiny")
     save_recipe(replace(organ, chosen={"on": CHOSEN["on"]}), root / "data/steering/tiny")
 

@@ -15,7 +15,8 @@ from musicscope import cli
 from musicscope.config import load_params
 from musicscope.models import load_model
 from musicscope.steering import generate, pieces
-from musicscope.steering.steering_recipes import load_steering
+from musicscope.steering.ready import load_steering
+from musicscope.steering.steering_baselines import edit_prompt
 
 PROMPT = "A calm guitar/piano piece: no. 1!"
 BASE = ("generate", "--model", "tiny", "--prompt", PROMPT, "--seconds", "0.3", "--seed", "7")
@@ -109,6 +110,25 @@ def test_the_settings_are_written_down(folder):
     assert set(about["scores"]) == {"family_judge", "musicnn"}
 
 
+def test_words_may_ask_for_the_same(folder):
+    cli.main([*BASE, "--on", "guitar", "--out", "one"])
+    cli.main([*BASE, "--on", "guitar", "--words", "--out", "two"])
+    one, two = made(folder, "one"), made(folder, "two")
+    assert only(one, "-plain.wav") == only(two, "-plain.wav")
+    assert only(one, "-steered.wav") != only(two, "-steered.wav")
+    about = json.loads(only(two, ".json"))
+    assert (about["prompt"], about["prompt_steered"]) == (
+        PROMPT,
+        edit_prompt(PROMPT, {"guitar": "on"}),
+    )
+    # At strength 0 the words alone are left.
+    cli.main([*BASE, "--on", "guitar", "--words", "--strength", "0", "--out", "zero"])
+    model = load_model(folder / "data/models/tiny")
+    audio, codes = model.generate([about["prompt_steered"]], 0.3, 7)
+    piece = pieces.Piece(audio[0].numpy(), model.sample_rate, codes[0])
+    assert generate.wav_bytes(piece) == only(made(folder, "zero"), "-steered.wav")
+
+
 def test_both_judges_are_printed_for_what_was_asked_and_the_likeliest_others(folder, capsys):
     cli.main([*BASE, "--on", "guitar", "--on", "organ", "--out", "out"])
     text = capsys.readouterr().out
@@ -180,11 +200,13 @@ def test_missing_models_and_recipes_are_named(folder, monkeypatch):
     message = refused("generate", "--model", "other", "--prompt", "x", "--on", "guitar")
     assert "data/steering/other has no recipes: run dvc repro steer" in message
     assert "dvc pull data/steering/other" in message
-    other_sae().save(folder / SLOT)
-    assert "not of one model" in refused(*BASE, "--on", "guitar")
     audio_model = SimpleNamespace(reconstruct=None)
     monkeypatch.setattr(pieces, "load_model", lambda name, device: audio_model)
     assert "generates nothing from a prompt" in refused(*BASE, "--on", "guitar")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    other_sae().save(folder / SLOT)
+    assert "recipes of another SAE" in refused(*BASE, "--on", "guitar")
 
 
 def test_guidance_is_that_of_the_choice_where_params_say_so(folder):

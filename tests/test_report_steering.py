@@ -127,7 +127,7 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
     assert row[1].startswith(f"{ours['all_wanted']:.2f}")
     assert "organ " in row[2]
     assert [row.split(": ")[1] for row in joint] == [
-        METHODS[m] for m in ("sae", "diff_means", "prompt_edit")
+        METHODS[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")
     ]
     talk = pd.read_csv(run / "plots/steer/tiny-crosstalk.csv", index_col=0)
     shown = tables(section)["tiny: change of every family's probability under every edit"]

@@ -14,6 +14,7 @@ from musicscope.dictionaries.sae import TopKSAE
 from musicscope.layers.hooks import chain
 from musicscope.models import load_model
 from musicscope.steering import editing as st
+from musicscope.steering import firing
 from musicscope.steering import steering_baselines as baselines
 
 WIDTH, LATENTS, K = 48, 96, 8
@@ -91,7 +92,7 @@ def test_the_kth_largest_is_that_of_a_sort(rows, latents, k):
         torch.randint(0, 5, (rows, latents), generator=generator).float(),  # ties
     ):
         wanted = z.sort(1, descending=True).values[:, k - 1 : k]
-        assert torch.equal(st.kth_largest(z, k), wanted)
+        assert torch.equal(firing.kth_largest(z, k), wanted)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
@@ -264,6 +265,29 @@ def test_captioned_rows_decide_for_their_unconditional_halves():
     assert edited_by(sae, concept, x[1:2], None) is not None
     closed = x[1:2]
     assert edited_by(sae, concept, closed) is closed  # nothing open: nothing computed further
+
+
+@pytest.mark.parametrize("strengths", [(1.0, 1.0, 1.0), (0.5, 2.0, 1.0)])
+def test_concepts_apart_edited_together_are_edited_as_one_after_the_other(strengths):
+    sae, x = random_sae(), activations()
+    a, b, c, d = fires(sae, x, 2), fires(sae, x, 4)[2:], fires(sae, x, 6)[4:], fires(sae, x, 7)[6:]
+    first, second, third = strengths
+    concepts = [
+        st.ConceptEdit("a", (st.Edit(a, "ablate"), st.Edit(b, "clamp_min", (3.0, 4.0))), first),
+        st.ConceptEdit("c", (st.Edit(c, "ablate"),), second),
+        st.ConceptEdit("d", (st.Edit(d, "clamp_min", (2.0,)),), third),
+    ]
+    args = (torch.arange(1, 7), 4)
+    together = st.code_change(sae, concepts, 50.0)(x, *args)
+    apart = sum(st.code_change(sae, [concept], 50.0)(x, *args) for concept in concepts)
+    torch.testing.assert_close(together, apart)
+    assert len(st._steps(concepts)) == 2
+    # A latent with two edits: in the order given.
+    clash = [concepts[0], st.ConceptEdit("e", (st.Edit(a, "set", (1.0, 1.0)),), 1.0)]
+    assert len(st._steps(clash)) == 2
+    assert not torch.equal(
+        st.code_change(sae, clash, 50.0)(x, *args), st.code_change(sae, clash[::-1], 50.0)(x, *args)
+    )
 
 
 def test_passthrough_is_the_reconstruction_and_no_edit_is_not(model, planted):

@@ -216,7 +216,7 @@ def recipe(concept: str, seed: int) -> Recipe:
     directions = {n: torch.randn(d, generator=generator) for n in ("difference", "probe")}
     gate = Gate((1, 2), (1.0, -1.0), 0.0, 0.5)
     statistics |= {name: score.clone() for name in SCORES}
-    return Recipe("tiny", "top1", LAYER, concept, "active", False, statistics, directions, gate)
+    return Recipe("tiny", "top1", LAYER, "", concept, "active", False, statistics, directions, gate)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def bench(tiny_musicgen):
 SECTION = SimpleNamespace(
     concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
     n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), validation_prompts=2, n_prompts=3,
+    direction_strengths=(1.0,), words=True, validation_prompts=2, n_prompts=3,
     quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
 )  # fmt: skip
 WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
@@ -246,6 +246,8 @@ def test_all_methods_share_prompts_and_noise(bench):
     assert [len(texts) for texts, _ in plain] == [2, 1]
     assert list(cells.batches(bench, sae_cell(2.0))) == plain
     words = list(cells.batches(bench, cells.Cell(PROMPTS, "prompt_edit", (WISH,))))
+    for method in cells.WITH_WORDS:
+        assert list(cells.batches(bench, sae_cell(2.0, method))) == words
     assert [seed for _, seed in words] == [seed for _, seed in plain]
     assert all(text.endswith(" with guitar") for texts, _ in words for text in texts)
     again = list(cells.batches(bench, cells.Cell(PROMPTS, "reseed")))
@@ -269,6 +271,7 @@ def test_methods_do_what_their_names_say(bench, method):
     else:
         cell = sae_cell(3.0, method)
     hooks = cells.cell_hooks(bench, cell)
+    method = cells.WITH_WORDS.get(method, method)
     if method in ("plain", "reseed", "prompt_edit"):
         assert not hooks
         return

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
+from musicscope.activations.extraction import folder_sha256
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.stats import auroc
+from musicscope.steering import ready
 from musicscope.steering import steering_learning as learning
 from musicscope.steering import steering_recipes as recipes
 
@@ -19,7 +21,7 @@ F, FRAMES, RATE = 12, 40, 50.0
 FOR, AGAINST, RARE, DEAD = 3, 7, 5, 11
 """Latents that sound with guitar and without it; that says little; that never fires."""
 OPTIONS = dict(
-    model="m", slot="top1", layer="layers.1", target="active", both_sides=False,
+    model="m", slot="top1", layer="layers.1", sae="", target="active", both_sides=False,
     gate_features=2, gate_seconds=0.2, frame_rate=RATE,
 )  # fmt: skip
 
@@ -196,6 +198,7 @@ def test_a_recipe_comes_back_from_its_files_as_it_was(case, tmp_path):
     chosen = {
         "off": recipes.Settings(4.0, 2, "share", "both"),
         "on": recipes.Settings(0.5, 2, "effect", "both"),
+        "off with words": recipes.Settings(1.0, 2, "share", "both"),
     }
     recipe = replace(case[3], chosen=chosen)
     recipes.save_recipe(recipe, tmp_path / "m")
@@ -205,18 +208,40 @@ def test_a_recipe_comes_back_from_its_files_as_it_was(case, tmp_path):
     for part in ("statistics", "directions"):
         for name, values in getattr(recipe, part).items():
             assert torch.equal(getattr(found, part)[name], values)
-    edit = recipes.concept_edits("m", "guitar", "off", 0.5, folder=tmp_path)
+    edit = ready.concept_edit(found, "off", 0.5)
     assert (edit.strength, len(edit.edits[0].features)) == (2.0, 2)
     assert edit.edits[0].features[0] == FOR
-    other = recipes.concept_edits("m", "guitar", "on", n_features=1, loop="closed", folder=tmp_path)
+    other = ready.concept_edit(found, "on", n_features=1, loop="closed")
     assert (other.strength, other.edits[0].features) == (0.5, (FOR,))
     assert other.gate.opens == "absent"
 
-    sae().save(tmp_path / "sae/m/top1/seed-0")
-    layer, steering = recipes.load_steering(
-        "m", {"guitar": "off"}, folder=tmp_path, sae_folder=tmp_path / "sae"
-    )
-    assert (layer, steering.branch, steering.concepts[0].strength) == ("layers.1", "both", 4.0)
+    assert ready.concept_edit(found, "off", words=True).strength == 1.0
+    assert ready.concept_edit(found, "on", words=True).strength == 0.5  # none for words: the usual
+
+
+def in_use(recipe, root):
+    """The recipe, with settings, in the folders of steer and steer_full; the SAE in data/sae."""
+    dictionary = root / "data/sae/m/top1/seed-0"
+    sae().save(dictionary)
+    chosen = {"off": recipes.Settings(4.0, 2, "share", "both")}
+    recipe = replace(recipe, sae=folder_sha256(dictionary), chosen=chosen)
+    recipes.save_recipe(recipe, root / "data/steering/m")
+    better = {"off": replace(chosen["off"], strength=3.0)}
+    recipes.save_recipe(replace(recipe, chosen=better), root / "data/steering_full/m")
+    return dictionary
+
+
+def test_recipes_of_the_whole_evaluation_serve_while_the_sae_is_theirs(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dictionary = in_use(case[3], tmp_path)
+    layer, steering = ready.load_steering("m", {"guitar": "off"})
+    assert (layer, steering.branch, steering.concepts[0].strength) == ("layers.1", "both", 3.0)
+    _, steering = ready.load_steering("m", {"guitar": "off"}, folder="data/steering/m")
+    assert steering.concepts[0].strength == 4.0
+    (dictionary / "more").write_text("another SAE")
+    assert ready.recipe_folder("m") == Path("data/steering/m")
+    with pytest.raises(ValueError, match="recipes of another SAE"):
+        ready.load_steering("m", {"guitar": "off"})
 
 
 def test_what_is_missing_is_named(case, tmp_path):
@@ -225,11 +250,11 @@ def test_what_is_missing_is_named(case, tmp_path):
         learning.learn_recipe(clips, "drums", **OPTIONS)
     recipes.save_recipe(recipe, tmp_path / "m")
     with pytest.raises(FileNotFoundError, match=r"no recipe for 'organ' \(it has: guitar\)"):
-        recipes.concept_edits("m", "organ", "on", folder=tmp_path)
+        recipes.load_recipe(tmp_path / "m", "organ")
     with pytest.raises(ValueError, match="nothing is chosen for 'on'"):
-        recipes.concept_edits("m", "guitar", "on", folder=tmp_path)
+        ready.concept_edit(recipe, "on")
     with pytest.raises(ValueError, match="at least one concept"):
-        recipes.load_steering("m", {}, folder=tmp_path)
+        ready.load_steering("m", {}, folder=tmp_path)
     silent = replace(recipe, statistics={**recipe.statistics, "effect": torch.zeros(F)})
     with pytest.raises(ValueError, match="no latent has evidence for guitar"):
         silent.edits("on", best(4))

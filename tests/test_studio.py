@@ -12,7 +12,7 @@ from steered import StubJudges, make_steerable
 
 from musicscope.steering import pieces
 from musicscope.steering.pieces import Order, Piece
-from musicscope.steering.steering_recipes import load_steering
+from musicscope.steering.ready import load_steering
 from musicscope.studio import studio_found as finding
 from musicscope.studio import studio_logic as logic
 

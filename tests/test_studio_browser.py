@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from musicscope.models import load_model  # noqa: E402
 from musicscope.steering import pieces  # noqa: E402
-from musicscope.steering.steering_recipes import load_steering  # noqa: E402
+from musicscope.steering.ready import load_steering  # noqa: E402
 from musicscope.studio import studio  # noqa: E402
 from musicscope.studio import studio_logic as logic  # noqa: E402
 

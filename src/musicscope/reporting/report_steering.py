@@ -30,7 +30,8 @@ from musicscope.reporting.report_parts import (
 )
 
 METHODS = {
-    "sae": "features", "diff_means": "difference of means", "probe_direction": "probe direction",
+    "sae": "features", "sae_words": "features and words", "diff_means": "difference of means",
+    "diff_means_words": "difference of means and words", "probe_direction": "probe direction",
     "prompt_edit": "prompt edit", "random_feature": "random features",
     "random_direction": "random direction", "passthrough": "passthrough", "reseed": "other noise",
 }  # fmt: skip

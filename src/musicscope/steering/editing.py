@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.models import Hook, MusicModel
+from musicscope.steering.firing import firing
 
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ablate": lambda old, value: torch.zeros_like(old),
@@ -29,8 +29,6 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clamp_min": torch.maximum,
 }
 """Operation -> what it makes of values [..., n] with one number a latent [n]."""
-GROUP = 8
-"""Columns a group in the search for the k-th largest pre-activation."""
 BRANCHES = ("conditional", "both", "guidance")
 Schedule = tuple[float, float]
 """Seconds from the start: an edit acts on frames from the first up to, not with, the second."""
@@ -169,34 +167,6 @@ def change_hook(
     return hook
 
 
-def kth_largest(z: Tensor, k: int) -> Tensor:
-    """The k-th largest value of each row of z [N, F], as [N, 1]; exact.
-
-    As `sae.largest_k`, the k largest are looked for among the groups of columns with the largest
-    maxima, but in five numpy calls, which is what counts for the few rows of a step.
-    """
-    N, F = z.shape
-    if z.is_cuda or z.dtype != torch.float32 or F % GROUP or k >= F // GROUP:
-        return z.topk(k).values[:, -1:]
-    groups = z.numpy().reshape(N, GROUP, F // GROUP)
-    best = np.argpartition(groups.max(1), -k, axis=1)[:, None, -k:]
-    candidates = np.take_along_axis(groups, best, 2).reshape(N, GROUP * k)
-    return torch.from_numpy(np.partition(candidates, -k, axis=1)[:, -k, None])
-
-
-def firing(sae: TopKSAE, x: Tensor, features: Tensor) -> Tensor:
-    """Values [N, n] of some latents in the code of x [N, d]: `encode`'s, 0 where they are not."""
-    if sae.activation == "batchtopk":
-        if sae.threshold < 0:
-            raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
-        centred = x.to(sae.W_enc.dtype) - sae.b_dec
-        own = torch.addmm(sae.b_enc[features], centred, sae.W_enc[features].T)
-        return own.masked_fill(own <= sae.threshold, 0.0).relu_()
-    z = sae.pre_activations(x)
-    own = z[:, features]
-    return own.masked_fill_(own < kth_largest(z, sae.k), 0.0).relu_()
-
-
 def running_means(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (values [rows, S, n], positions [S]) -> their running means, same shape.
 
@@ -240,13 +210,39 @@ def _listener(
     return opened
 
 
+Step = tuple[float | Tensor, tuple[Edit, ...], Gate | None]
+"""Strength (a number, or one a latent), edits, gate."""
+
+
+def _steps(concepts: Sequence[ConceptEdit]) -> list[Step]:
+    """The concepts' edits in as few operations as possible, since each costs as much for one latent
+    as for fifty. Where no latent is edited twice and nothing listens, their order does not matter
+    and those of one operation go together."""
+    plain = [(c.strength, c.edits, c.gate) for c in concepts]
+    edits = [(c.strength, edit) for c in concepts for edit in c.edits]
+    latents = [f for _, edit in edits for f in edit.features]
+    if any(c.gate for c in concepts) or len(set(latents)) < len(latents):
+        return plain
+    found: list[Step] = []
+    for op in dict.fromkeys(edit.op for _, edit in edits):
+        same = [(strength, edit) for strength, edit in edits if edit.op == op]
+        together = Edit(
+            tuple(f for _, edit in same for f in edit.features), op,
+            tuple(v for _, edit in same for v in edit.values),
+        )  # fmt: skip
+        strengths = [strength for strength, edit in same for _ in edit.features]
+        one = len(set(strengths)) == 1
+        found.append((strengths[0] if one else torch.tensor(strengths), (together,), None))
+    return found
+
+
 def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float) -> Change | None:
     """What the concepts' edits add to activations; None where no concept has any strength."""
-    concepts = [c for c in concepts if c.strength != 0 and c.edits]
-    if not concepts:
+    plan = _steps([c for c in concepts if c.strength != 0 and c.edits])
+    if not plan:
         return None
-    edited = dict.fromkeys(f for c in concepts for edit in c.edits for f in edit.features)
-    heard = dict.fromkeys(f for c in concepts if c.gate for f in c.gate.features)
+    edited = dict.fromkeys(f for _, edits, _ in plan for edit in edits for f in edit.features)
+    heard = dict.fromkeys(f for _, _, gate in plan if gate for f in gate.features)
     order = [*edited, *(f for f in heard if f not in edited)]
     place = {feature: i for i, feature in enumerate(order)}
     device = sae.W_enc.device
@@ -264,9 +260,10 @@ def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float
         return TARGETS[edit.op], columns(edit.features), torch.tensor(edit.values, device=device)
 
     steps = [
-        (c.strength, [prepared(edit) for edit in c.edits],
-         c.gate and _listener(c.gate, columns(c.gate.features), frame_rate))
-        for c in concepts
+        (strength.to(device) if isinstance(strength, Tensor) else strength,
+         [prepared(edit) for edit in edits],
+         gate and _listener(gate, columns(gate.features), frame_rate))
+        for strength, edits, gate in plan
     ]  # fmt: skip
 
     def change(x: Tensor, positions: Tensor, told: int) -> Tensor | None:

@@ -2,7 +2,7 @@
 
     musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
 
-Concepts are those that the stage `steer` learnt (data/steering/<model>). Writes two WAV files and a
+Concepts are those that the stages `steer_full` and `steer` learnt. Writes two WAV files and a
 JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
 settings, so another setting makes other files, and the same one the same bytes.
 """
@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from musicscope.judges.judging import load_judges
 from musicscope.steering import pieces
 from musicscope.steering.editing import ALWAYS, BRANCHES, Steering
 from musicscope.steering.pieces import Order, Piece, Scores
-from musicscope.steering.steering_recipes import load_steering
+from musicscope.steering.ready import load_steering
+from musicscope.steering.steering_baselines import edit_prompt
 
 JUDGES = "data/judge"
 TRUST = "one piece's scores are rough; metrics/train_judge.json says how far to trust them"
@@ -155,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in which to edit; all",
     )
     add("--features", type=int, metavar="N", help="so many features a concept; as chosen")
+    add("--words", action="store_true", help="ask for it in the steered prompt too (... no guitar)")
     add("--device", default="cpu", help="cpu or cuda")
 
 
@@ -166,7 +168,7 @@ def _steering(args: argparse.Namespace, wishes: Mapping[str, str]) -> tuple[str,
         raise ValueError(f"--features {args.features}: at least 1")
     return load_steering(
         Path(args.model).name, wishes, args.strength, branch=args.branch, schedule=schedule,
-        n_features=args.features, loop=args.loop, device=args.device,
+        n_features=args.features, loop=args.loop, words=args.words, device=args.device,
     )  # fmt: skip
 
 
@@ -186,8 +188,11 @@ def run(args: argparse.Namespace) -> None:
         judges = None
     for order in orders:
         plain = pieces.draw(model, order, layer)
-        steered = pieces.draw(model, order, layer, steering)
+        words = edit_prompt(order.prompt, wishes) if args.words else order.prompt
+        steered = pieces.draw(model, replace(order, prompt=words), layer, steering)
         settings = {"model": name, "layer": layer, **asdict(order), **describe(steering)}
+        if args.words:
+            settings["prompt_steered"] = words
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         stem, out = f"{slug(order.prompt)}-seed{order.seed}-{digest}", Path(args.out)
         files = {

@@ -20,8 +20,9 @@ from musicscope.layers.hooks import chain
 from musicscope.models import Hook, MusicModel, load_model
 from musicscope.models.audio_model import is_audio_model
 from musicscope.steering.editing import Steering, steering_hook
+from musicscope.steering.ready import recipe_folder
 from musicscope.steering.steering_cells import to_judges
-from musicscope.steering.steering_recipes import FOLDER as RECIPES
+from musicscope.steering.steering_recipes import DIRECTIONS
 
 MODELS = "data/models"
 MAX_SECONDS = 120.0
@@ -74,10 +75,13 @@ def known_models(models: str | Path = MODELS) -> list[str]:
     return [p.name for p in folders if p.is_dir() and not p.name.startswith(".")]
 
 
-def known_concepts(model: str, recipes: str | Path = RECIPES) -> dict[str, tuple[str, ...]]:
+def known_concepts(model: str) -> dict[str, tuple[str, ...]]:
     """Concept -> directions ("off", "on") that the stage `steer` chose settings for."""
-    files = sorted((Path(recipes) / model).glob("*.json"))
-    return {path.stem: tuple(sorted(read_json(path).get("chosen", {}))) for path in files}
+    chosen = {
+        path.stem: read_json(path).get("chosen", {})
+        for path in sorted(recipe_folder(model).glob("*.json"))
+    }
+    return {c: tuple(d for d in DIRECTIONS if d in found) for c, found in chosen.items()}
 
 
 def check_model(model: str) -> None:
@@ -87,14 +91,14 @@ def check_model(model: str) -> None:
         raise ValueError(f"no model {model!r}; known: {known}")
 
 
-def check_wishes(model: str, wishes: Mapping[str, str], recipes: str | Path = RECIPES) -> None:
+def check_wishes(model: str, wishes: Mapping[str, str]) -> None:
     """Say in one line what is missing, or which concepts are known.
 
     Raises:
         FileNotFoundError: nothing was learnt for the model.
         ValueError: no such concept, or nothing chosen for that direction.
     """
-    folder, known = Path(recipes) / model, known_concepts(model, recipes)
+    folder, known = recipe_folder(model), known_concepts(model)
     if not known:
         raise FileNotFoundError(
             f"{folder} has no recipes: run dvc repro steer, or fetch it (dvc pull {folder})"

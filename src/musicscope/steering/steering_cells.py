@@ -31,9 +31,11 @@ from musicscope.steering.steering_prompts import PromptSet, make_prompts
 from musicscope.steering.steering_recipes import Recipe, Settings
 
 METHODS = (
-    "plain", "reseed", "prompt_edit", "sae", "diff_means", "probe_direction", "random_feature",
-    "random_direction", "passthrough",
+    "plain", "reseed", "prompt_edit", "sae", "sae_words", "diff_means", "diff_means_words",
+    "probe_direction", "random_feature", "random_direction", "passthrough",
 )  # fmt: skip
+WITH_WORDS = {"sae_words": "sae", "diff_means_words": "diff_means"}
+"""Methods on top of the edited prompt, and what acts on activations in them."""
 DIRECTIONS = {"diff_means": "difference", "probe_direction": "probe"}
 """Methods that add a direction of the recipe, and its name there."""
 JUDGE_RATE = 16_000
@@ -48,7 +50,7 @@ class Cell:
     prompts: PromptSet
     method: str = "plain"
     """plain; reseed: plain with other noise, what chance alone moves; prompt_edit: the wish in
-    words; sae: latents; the rest are controls and baselines."""
+    words; sae: latents; sae_words: both; the rest are controls and baselines."""
     wishes: tuple[tuple[str, str], ...] = ()
     """(concept, "off" or "on"), one or several at once."""
     settings: tuple[Settings, ...] = ()
@@ -131,13 +133,14 @@ def _direction(bench: Bench, cell: Cell, name: str) -> Change:
 def cell_hooks(bench: Bench, cell: Cell) -> dict[str, Hook]:
     """The hooks that a cell generates with; none where it differs in words or noise only."""
     branch = cell.settings[0].branch if cell.settings else "both"
-    if cell.method == "passthrough":
+    method = WITH_WORDS.get(cell.method, cell.method)
+    if method == "passthrough":
         change: Change | None = baselines.passthrough_change(bench.sae)
-    elif cell.method in DIRECTIONS:
-        change = _direction(bench, cell, DIRECTIONS[cell.method])
-    elif cell.method in ("sae", "random_feature"):
-        change = _edits(bench, cell, cell.method == "random_feature")
-    elif cell.method == "random_direction":
+    elif method in DIRECTIONS:
+        change = _direction(bench, cell, DIRECTIONS[method])
+    elif method in ("sae", "random_feature"):
+        change = _edits(bench, cell, method == "random_feature")
+    elif method == "random_direction":
         change = _edits(bench, cell)
         seed = seed_for(bench.seed, "steer", "random direction", *cell.wishes)
         if change is not None:
@@ -164,7 +167,7 @@ def to_judges(audio: np.ndarray, rate: int) -> np.ndarray:
 def batches(bench: Bench, cell: Cell) -> Iterator[tuple[list[str], int]]:
     """Prompts and seed of each batch; the same for all methods on the same prompts but reseed."""
     texts = make_prompts(cell.prompts, bench.seed)
-    if cell.method == "prompt_edit":
+    if cell.method == "prompt_edit" or cell.method in WITH_WORDS:
         texts = [baselines.edit_prompt(text, dict(cell.wishes)) for text in texts]
     again = ("again",) if cell.method == "reseed" else ()
     for first in range(0, len(texts), bench.batch):

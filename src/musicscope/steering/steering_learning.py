@@ -188,8 +188,8 @@ def learn_gate(
 
 
 def learn_recipe(
-    clips: Clips, concept: str, *, model: str, slot: str, layer: str, target: str, both_sides: bool,
-    gate_features: int, gate_seconds: float, frame_rate: float,
+    clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
+    both_sides: bool, gate_features: int, gate_seconds: float, frame_rate: float,
 ) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
     """The recipe of a concept, and the validation AUROC of its gate and of its probe."""
     at, labels, train = clips.labelled(concept)
@@ -212,7 +212,7 @@ def learn_recipe(
         return {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in arrays.items()}
 
     recipe = Recipe(
-        model, slot, layer, concept, target, both_sides, tensors(statistics),
+        model, slot, layer, sae, concept, target, both_sides, tensors(statistics),
         tensors({"difference": difference, "probe": probe}), gate,
     )  # fmt: skip
     return recipe, {"gate_auroc": gate_auroc, "probe_auroc": probe_auroc}

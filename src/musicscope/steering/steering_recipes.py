@@ -19,13 +19,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from musicscope.artifacts import read_json, write_json
-from musicscope.dictionaries.sae import TopKSAE
-from musicscope.steering.editing import ALWAYS, ConceptEdit, Edit, Gate, Schedule, Steering
+from musicscope.steering.editing import ConceptEdit, Edit, Gate
 
-FORMAT = 1
-FOLDER = "data/steering"
+FORMAT = 2
 DIRECTIONS = ("off", "on")
+WORDS = " with words"
+"""In `Recipe.chosen` behind a direction: what served best on top of the edited prompt."""
 SCORES = ("share", "effect", "partial", "auroc")
+PLAIN = ("model", "slot", "layer", "sae", "concept", "target", "both_sides")
 MEANS = ("mean_with", "mean_without", "active_with", "active_without")
 
 
@@ -50,6 +51,8 @@ class Recipe:
     slot: str
     layer: str
     """Hook point, such as layers.3."""
+    sae: str
+    """`folder_sha256` of the dictionary that the latents belong to."""
     concept: str
     target: str
     """Value that a latent is raised to: its mean over frames where it is "active", or over all
@@ -65,7 +68,7 @@ class Recipe:
     probe, the weights of a logistic probe at the same length."""
     gate: Gate
     chosen: Mapping[str, Settings] = field(default_factory=dict)
-    """By direction: what served best on validation prompts."""
+    """By direction, with or without `WORDS`: what served best on validation prompts."""
 
     def ranked(self, score: str, sign: int = 1) -> list[int]:
         """Latents with evidence for (sign 1) or against (-1) the concept, best first."""
@@ -135,12 +138,11 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    plain = ("model", "slot", "layer", "concept", "target", "both_sides")
     write_json(
         folder / f"{recipe.concept}.json",
         {
             "format": FORMAT,
-            **{name: getattr(recipe, name) for name in plain},
+            **{name: getattr(recipe, name) for name in PLAIN},
             "gate_seconds": gate.seconds,
             "chosen": {direction: asdict(s) for direction, s in recipe.chosen.items()},
         },
@@ -167,7 +169,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
     try:
         gate = group("gate")
         return Recipe(
-            **{k: found[k] for k in ("model", "slot", "layer", "concept", "target", "both_sides")},
+            **{k: found[k] for k in PLAIN},
             statistics=group("statistics"),
             directions=group("directions"),
             gate=Gate(
@@ -178,63 +180,6 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error
-
-
-# --- ready for use ----------------------------------------------------------------------------
-
-
-def concept_edits(
-    model: str, concept: str, direction: str, strength: float = 1.0,
-    n_features: int | None = None, loop: str | None = None, folder: str | Path = FOLDER,
-) -> ConceptEdit:  # fmt: skip
-    """The edit of a concept from the recipe that the stage `steer` saved for a model.
-
-    `strength` is in units of what was chosen on validation prompts: 1 is that, 0 does nothing.
-    `n_features` and `loop` ("open", "closed") are as chosen unless given.
-    """
-    recipe = load_recipe(Path(folder) / model, concept)
-    return _edit(recipe, direction, strength, n_features, loop)
-
-
-def _edit(
-    recipe: Recipe, direction: str, strength: float, n_features: int | None, loop: str | None
-) -> ConceptEdit:
-    if direction not in recipe.chosen:
-        raise ValueError(
-            f"{recipe.concept}: nothing is chosen for {direction!r}; known "
-            f"{', '.join(recipe.chosen) or 'none'}: rerun the stage steer"
-        )
-    usual = recipe.chosen[direction]
-    settings = replace(
-        usual, strength=strength * usual.strength, n_features=n_features or usual.n_features,
-        loop=loop or usual.loop,
-    )  # fmt: skip
-    return recipe.concept_edit(direction, settings)
-
-
-def load_steering(
-    model: str, wishes: Mapping[str, str], strength: float = 1.0, *, branch: str | None = None,
-    schedule: Schedule = ALWAYS, n_features: int | None = None, loop: str | None = None,
-    folder: str | Path = FOLDER, sae_folder: str | Path = "data/sae", device: str = "cpu",
-) -> tuple[str, Steering]:  # fmt: skip
-    """Hook point and `Steering` for {"guitar": "off", "piano": "on"}, ready for `steering_hook`.
-
-    The arguments are those of `concept_edits`; the branch is as chosen for the model unless given.
-    """
-    if not wishes:
-        raise ValueError("name at least one concept to switch off or on")
-    recipes = {concept: load_recipe(Path(folder) / model, concept) for concept in wishes}
-    edits = tuple(
-        _edit(recipes[concept], direction, strength, n_features, loop)
-        for concept, direction in wishes.items()
-    )
-    (layer, slot), *others = {(r.layer, r.slot) for r in recipes.values()}
-    if others:
-        raise ValueError(f"{folder}/{model}: recipes of several layers; rerun the stage steer")
-    concept, direction = next(iter(wishes.items()))
-    sae = TopKSAE.load(Path(sae_folder) / model / slot / "seed-0", device)
-    branch = branch or recipes[concept].chosen[direction].branch
-    return layer, Steering(sae, edits, branch, schedule)
 
 
 def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:

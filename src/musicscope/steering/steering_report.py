@@ -1,4 +1,4 @@
-"""Results of steering as metrics, tables, charts and audio."""
+"""Results of steering as metrics, tables and audio."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import soundfile
-from matplotlib.figure import Figure
 
 from musicscope import plots
 from musicscope.artifacts import atomic_dir, write_json, write_text
-from musicscope.steering.steering_cells import Bench, Cell
+from musicscope.steering.steering_cells import WITH_WORDS, Bench, Cell
+from musicscope.steering.steering_charts import cross_talk_figure, dose_figure, trade_figure
 from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
 from musicscope.steering.steering_prompts import make_prompts
-from musicscope.steering.steering_recipes import save_recipe, summary_of
-from musicscope.steering.steering_run import SEARCHED, Result, Wish, parse_pair
+from musicscope.steering.steering_recipes import DIRECTIONS, WORDS, save_recipe, summary_of
+from musicscope.steering.steering_run import Result, Wish, parse_pair
 
 RIVALS = ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction")
-"""Methods that success is compared with, paired over prompts."""
-SUMMARY = ("prompt_edit", "diff_means", "random_feature", "passthrough")
+"""Methods that the latents' success is compared with, paired over prompts."""
+WORDS_RIVALS = ("sae", "prompt_edit", "diff_means", "diff_means_words")
+"""The same for latents on top of the edited prompt."""
+SUMMARY = (
+    "prompt_edit", "diff_means", "random_feature", "passthrough", "reseed", *WITH_WORDS,
+)  # fmt: skip
 TEST_KEYS = (
     "success", "success_ci_low", "success_ci_high", "change", "change_ci_low", "change_ci_high",
     "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
@@ -65,15 +69,22 @@ def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
     plain = result.measured[cells["plain"]]
     methods = {m: _outcome(result, cells["plain"], c, wish) for m, c in cells.items()}
     del methods["plain"]  # against itself: no change
-    ours = result.measured[cells["sae"]]
-    return {
-        "chosen": {m: _chosen(result, m, wish) for m in SEARCHED},
+
+    def less(ours: str, rivals: Sequence[str]) -> dict[str, dict[str, float]]:
+        first = result.measured[cells[ours]]
+        return {
+            m: advantage(result.scorer, plain, first, result.measured[cells[m]], *wish)
+            for m in rivals
+        }
+
+    found = {
+        "chosen": {m: _chosen(result, m, wish) for m in cells if (m, wish) in result.choices},
         "methods": methods,
-        "sae_minus": {
-            m: advantage(result.scorer, plain, ours, result.measured[cells[m]], *wish)
-            for m in RIVALS
-        },
+        "sae_minus": less("sae", RIVALS),
     }
+    return found | (
+        {"sae_words_minus": less("sae_words", WORDS_RIVALS)} if "sae_words" in cells else {}
+    )
 
 
 def joint_metrics(result: Result, name: str) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def joint_metrics(result: Result, name: str) -> dict[str, Any]:
     cells, pair = result.joints[name], parse_pair(name)
     plain = cells["plain"]
     found: dict[str, Any] = {}
-    for method in ("sae", "diff_means", "prompt_edit"):
+    for method in (m for m in ("sae", "sae_words", "diff_means", "prompt_edit") if m in cells):
         measured = result.measured[cells[method]]
         entry = all_wishes(result.scorer, result.measured[plain], measured, pair)
         for concept, direction in pair:
@@ -143,9 +154,7 @@ def metrics(result: Result, recipes: Mapping[str, Any], bench: Bench) -> dict[st
         "seconds": bench.seconds,
         "thresholds": result.scorer.thresholds,
         "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
-        "concepts": {
-            c: {d: concept_metrics(result, (c, d)) for d in ("off", "on")} for c in recipes
-        },
+        "concepts": {c: {d: concept_metrics(result, (c, d)) for d in DIRECTIONS} for c in recipes},
         "joint": {name: joint_metrics(result, name) for name in result.joints},
     }
 
@@ -162,7 +171,7 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
             at, methods = f"{concept}.{direction}", entry["methods"]
             for key in ("success", "success_ci_low", "success_ci_high"):
                 keys[f"{at}.{key}"] = methods["sae"][key]
-            keys |= {f"{at}.{m}": methods[m]["success"] for m in (*SUMMARY, "reseed")}
+            keys |= {f"{at}.{m}": methods[m]["success"] for m in SUMMARY if m in methods}
             keys[f"{at}.quality_cost"] = methods["sae"]["ce_cost"]
             keys[f"{at}.others_change"] = methods["sae"]["others_change"]
             gap = entry["sae_minus"]["diff_means"]
@@ -174,89 +183,10 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
         ours = entry["sae"]
         for key in ("all_wanted_plain", "all_wanted", "all_wanted_ci_low", "all_wanted_ci_high"):
             keys[f"{at}.{key}"] = ours[key]
-        keys[f"{at}.prompt_edit"] = entry["prompt_edit"]["all_wanted"]
-        keys[f"{at}.diff_means"] = entry["diff_means"]["all_wanted"]
+        rivals = ("prompt_edit", "diff_means", "sae_words")
+        keys |= {f"{at}.{m}": entry[m]["all_wanted"] for m in rivals if m in entry}
         keys[f"{at}.quality_cost"] = ours["ce_cost"]
     return keys
-
-
-# --- charts -----------------------------------------------------------------------------------
-
-
-def _panels(table: pd.DataFrame, title: str) -> tuple[Figure, list[tuple[Any, pd.DataFrame]]]:
-    """One panel a concept (columns) and direction (rows), and its rows of the table."""
-    concepts = list(dict.fromkeys(table["concept"]))
-    figure, axes = plots.new_figure(2, len(concepts), (3.3 * len(concepts) + 0.8, 6.2), sharey=True)
-    figure.suptitle(title)
-    parts = []
-    for row, direction in enumerate(("off", "on")):
-        for column, concept in enumerate(concepts):
-            axis = axes[row, column]
-            axis.set(title=f"{concept} {direction}", ylim=(-0.03, 1.03))
-            here = (table["concept"] == concept) & (table["direction"] == direction)
-            parts.append((axis, table[here]))
-    return figure, parts
-
-
-def dose_figure(doses: pd.DataFrame, tests: pd.DataFrame, title: str) -> Figure:
-    """Success over strength on validation prompts, with test prompts' controls as lines."""
-    figure, parts = _panels(doses, title)
-    for axis, rows in parts:
-        at = rows.iloc[0]
-        for series, method in enumerate(("sae", "diff_means")):
-            part = rows[rows["method"] == method].sort_values("strength")
-            plots.interval_curve(
-                axis, part["strength"], part["success"], part["success_ci_low"],
-                part["success_ci_high"], method, series,
-            )  # fmt: skip
-        here = (tests["concept"] == at["concept"]) & (tests["direction"] == at["direction"])
-        for style, method in (("--", "prompt_edit"), (":", "reseed")):
-            value = tests.loc[here & (tests["method"] == method), "success"].iloc[0]
-            axis.axhline(value, color="#555555", lw=1.4, ls=style, label=method)
-        if rows["success"].notna().any():  # nothing to change: no point, and no logarithm
-            axis.set_xscale("log")
-        axis.set_xlabel("strength")
-    _legend(figure, parts, "success (95 %)")
-    return figure
-
-
-def trade_figure(doses: pd.DataFrame, title: str) -> Figure:
-    """Success over what it costs: methods compare at the same place on the axis."""
-    figure, parts = _panels(doses, title)
-    for axis, rows in parts:
-        for series, method in enumerate(dict.fromkeys(doses["method"])):
-            part = rows[rows["method"] == method].sort_values("strength")
-            style = {"color": plots.COLOURS[series % 8], "marker": plots.MARKERS[series % 8]}
-            axis.plot(part["frechet"], part["success"], ms=5, label=method, **style)
-        axis.set(xlabel="Frechet distance from plain")
-        axis.grid(color="#dddddd", lw=0.7)
-    _legend(figure, parts, "success")
-    return figure
-
-
-def _legend(figure: Figure, parts: Sequence[tuple[Any, Any]], label: str) -> None:
-    for axis in (parts[0][0], parts[len(parts) // 2][0]):
-        axis.set_ylabel(label)
-    handles, texts = parts[0][0].get_legend_handles_labels()
-    texts = [text.replace("_", " ") for text in texts]
-    figure.legend(handles, texts, loc="outside lower center", ncols=4)
-
-
-def cross_talk_figure(table: pd.DataFrame, title: str) -> Figure:
-    """The cross-talk matrix as a heat map with its numbers."""
-    figure, ((axis,),) = plots.new_figure(
-        size=(2.8 + 0.62 * table.shape[1], 1.4 + 0.36 * len(table))
-    )
-    values = table.to_numpy()
-    largest = float(np.nanmax(np.abs(values), initial=1e-3))
-    axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 0.6 * largest else "black"
-        axis.text(x, y, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=colour)
-    axis.set_xticks(range(table.shape[1]), [c.replace("_", " ") for c in table], rotation=40)
-    axis.set_yticks(range(len(table)), table.index, fontsize=8)
-    axis.set_title(title)
-    return figure
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -305,7 +235,10 @@ def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) 
     """All outs of a run; `recipes` as for `metrics`."""
     with atomic_dir(outs.folder) as folder:
         for concept, (recipe, _) in recipes.items():
-            chosen = {d: result.choices["sae", (concept, d)] for d in ("off", "on")}
+            chosen = {d: result.choices["sae", (concept, d)] for d in DIRECTIONS}
+            for d in DIRECTIONS:
+                if ("sae_words", (concept, d)) in result.choices:
+                    chosen[d + WORDS] = result.choices["sae_words", (concept, d)]
             save_recipe(replace(recipe, chosen=chosen), folder)
         write_examples(result, folder / "examples", bench)
     stem, model = outs.plots, bench.model.name

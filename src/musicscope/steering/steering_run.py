@@ -1,9 +1,9 @@
 """The evaluation of one model: search on validation prompts, then numbers on test prompts.
 
 The search sees validation prompts only, other phrasings than the test's. Every method that has a
-strength (latents, difference of means, probe) gets the same search: of its settings within the
-budget of quality, the one that moves the judges most. So methods meet at equal quality cost; the
-controls take the latents' settings.
+strength (latents, difference of means, probe; the first two also on top of the edited prompt) gets
+the same search: of its settings within the budget of quality, the one that moves the judges most.
+So methods meet at equal quality cost; the controls take the latents' settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from musicscope.artifacts import seed_for
 from musicscope.steering.steering_cells import (
     DIRECTIONS,
     METHODS,
+    WITH_WORDS,
     Bench,
     Cell,
     Measured,
@@ -35,13 +36,10 @@ from musicscope.steering.steering_prompts import PromptSet
 from musicscope.steering.steering_recipes import Settings
 
 Wish = tuple[str, str]
-SEARCHED = ("sae", *DIRECTIONS)
-"""Methods with a strength."""
 SEARCH_KEYS = (
     "change", "success", "success_ci_low", "success_ci_high", "others_change", "ce_cost", "frechet",
     "silent",
 )  # fmt: skip
-JOINT_METHODS = ("sae", "diff_means", "prompt_edit")
 Choices = Mapping[tuple[str, Wish], Settings]
 """(method, wish) -> what was chosen for it."""
 
@@ -55,6 +53,16 @@ def wishes_of(section: Any) -> list[Wish]:
     return [(c, direction) for c in section.concepts for direction in ("off", "on")]
 
 
+def searched(section: Any) -> tuple[str, ...]:
+    """Methods with a strength."""
+    return ("sae", *DIRECTIONS, *(WITH_WORDS if section.words else ()))
+
+
+def joint_methods(section: Any) -> tuple[str, ...]:
+    """Methods that a pair of wishes is tried with."""
+    return ("sae", "diff_means", "prompt_edit", *(("sae_words",) if section.words else ()))
+
+
 def prompt_set(split: str, n: int, wishes: Sequence[Wish], concepts: Sequence[str]) -> PromptSet:
     """Prompts that name what is to go; where something is to come, clear of all other concepts.
 
@@ -66,10 +74,12 @@ def prompt_set(split: str, n: int, wishes: Sequence[Wish], concepts: Sequence[st
 
 
 def grid(section: Any, method: str) -> list[Settings]:
-    """All settings that are tried for a method of `SEARCHED`."""
-    if method == "sae":
-        names = ("strengths", "n_features", "scores", "branches", "loops")
-        return [Settings(*v) for v in itertools.product(*(getattr(section, n) for n in names))]
+    """All settings that are tried for a method of `searched`; beside words, which ask already,
+    the first number of latents alone."""
+    if WITH_WORDS.get(method, method) == "sae":
+        numbers = section.n_features[:1] if method in WITH_WORDS else section.n_features
+        others = (section.scores, section.branches, section.loops)
+        return [Settings(*v) for v in itertools.product(section.strengths, numbers, *others)]
     pairs = itertools.product(section.direction_strengths, section.branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
 
@@ -80,7 +90,7 @@ def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
     prompts = prompt_set("validation", section.validation_prompts, [wish], section.concepts)
     cells = {
         method: [Cell(prompts, method, (wish,), (s,)) for s in grid(section, method)]
-        for method in SEARCHED
+        for method in searched(section)
     }
     return {"plain": [Cell(prompts)], "reseed": [Cell(prompts, "reseed")], **cells}
 
@@ -90,13 +100,15 @@ def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
     prompts = prompt_set("test", section.n_prompts, [wish], section.concepts)
     cells = {}
     for method in METHODS:
+        if method in WITH_WORDS and not section.words:
+            continue
         keep = section.examples if method in ("plain", "sae") else 0
         if method in ("plain", "reseed", "passthrough"):
             cells[method] = Cell(prompts, method, keep=keep)
         elif method == "prompt_edit":
             cells[method] = Cell(prompts, method, (wish,))
         else:
-            settings = choices[method if method in SEARCHED else "sae", wish]
+            settings = choices[method if (method, wish) in choices else "sae", wish]
             cells[method] = Cell(prompts, method, (wish,), (settings,), keep)
     return cells
 
@@ -105,14 +117,15 @@ def joint_cells(section: Any, pair: Sequence[Wish], choices: Choices) -> dict[st
     """Plain, every wish alone (by its concept) and all at once, on the prompts of the pair."""
     prompts = prompt_set("test", section.n_prompts, pair, section.concepts)
     # One branch at a time acts on a generation: that of the first wish.
-    branch = {m: choices[m, pair[0]].branch for m in JOINT_METHODS if m in SEARCHED}
+    methods = joint_methods(section)
+    branch = {m: choices[m, pair[0]].branch for m in methods if (m, pair[0]) in choices}
     cells = {"plain": Cell(prompts, keep=section.examples)}
     for wish in pair:
         settings = replace(choices["sae", wish], branch=branch["sae"])
         cells[f"alone {wish[0]}"] = Cell(prompts, "sae", (wish,), (settings,))
-    for method in JOINT_METHODS:
+    for method in methods:
         settings = ()
-        if method in SEARCHED:
+        if method in branch:
             settings = tuple(replace(choices[method, w], branch=branch[method]) for w in pair)
         keep = section.examples if method == "sae" else 0
         cells[method] = Cell(prompts, method, tuple(pair), settings, keep)
@@ -182,9 +195,9 @@ class Result:
 def count_cells(section: Any) -> tuple[int, int]:
     """Cells of the whole evaluation, at most, and their mean number of prompts."""
     wishes, pairs = wishes_of(section), [parse_pair(p) for p in section.pairs]
-    search = len(wishes) * (2 + sum(len(grid(section, m)) for m in SEARCHED))
-    tests = len(wishes) * len(METHODS)
-    tests += sum(1 + len(pair) + len(JOINT_METHODS) for pair in pairs)
+    search = len(wishes) * (2 + sum(len(grid(section, m)) for m in searched(section)))
+    tests = len(wishes) * (len(METHODS) - (0 if section.words else len(WITH_WORDS)))
+    tests += sum(1 + len(pair) + len(joint_methods(section)) for pair in pairs)
     prompts = search * section.validation_prompts + tests * section.n_prompts
     return search + tests, round(prompts / (search + tests))
 
@@ -210,7 +223,7 @@ def search(
     records = []
     for wish, plan in plans.items():
         chance = outcome(scorer, plain[wish], measured[plan["reseed"][0]], *wish)["frechet"]
-        for method in SEARCHED:
+        for method in searched(section):
             for cell in plan[method]:
                 found = outcome(scorer, plain[wish], measured[cell], *wish)
                 values = {k: found[k] for k in SEARCH_KEYS}

@@ -46,7 +46,7 @@ def evaluate(
     seen = read_clips(store, TopKSAE.load(sae_folder, device), clips.rows, processes, device)
     recipes = learn_recipes(
         seen, section.concepts, model=name, slot=section.slot, layer=store.config["layer"],
-        target=section.target, both_sides=section.both_sides,
+        sae=folder_sha256(sae_folder), target=section.target, both_sides=section.both_sides,
         gate_features=section.gate_features, gate_seconds=section.gate_seconds,
         frame_rate=model.frame_rate,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from musicscope.steering import pieces
 from musicscope.steering.editing import ConceptEdit, Edit, Steering
 from musicscope.steering.generate import JUDGES
 from musicscope.steering.pieces import Order, Piece, Scores, Tick
-from musicscope.steering.steering_recipes import FOLDER, load_recipe, load_steering
+from musicscope.steering.ready import load_steering, recipe_folder, sae_folder
+from musicscope.steering.steering_recipes import load_recipe
 
 LONGEST = 30.0
 """Seconds of a piece."""
@@ -50,7 +50,7 @@ def ticking(told: Tick, cancelled: Callable[[], bool]) -> Tick:
 
 def models_with_sae(slot: str = SLOT) -> list[str]:
     """Models under data/models that have an SAE to look into; first those with concepts."""
-    found = (m for m in pieces.known_models() if (_sae_folder(m, slot) / "config.json").is_file())
+    found = (m for m in pieces.known_models() if (sae_folder(m, slot) / "config.json").is_file())
     return sorted(found, key=lambda model: not pieces.known_concepts(model))
 
 
@@ -59,13 +59,9 @@ def all_concepts(models: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(c for m in models for c in pieces.known_concepts(m)))
 
 
-def _sae_folder(model: str, slot: str) -> Path:
-    return Path("data/sae") / model / slot / "seed-0"
-
-
 def sae_of(model: str, slot: str = SLOT, device: str = "cpu") -> tuple[str, TopKSAE]:
     """Hook point and SAE of a slot."""
-    folder = _sae_folder(model, slot)
+    folder = sae_folder(model, slot)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is missing: run dvc repro train_sae, or dvc pull it")
     layer = read_json(folder / "config.json").get("trainer", {}).get("layer")
@@ -137,8 +133,8 @@ def plan(
         )
         steering = replace(steering, concepts=concepts)
     else:
-        recipe = load_recipe(Path(FOLDER) / model, next(iter(pieces.known_concepts(model))))
-        sae = TopKSAE.load(_sae_folder(model, recipe.slot), device)
+        recipe = load_recipe(recipe_folder(model), next(iter(pieces.known_concepts(model))))
+        sae = TopKSAE.load(sae_folder(model, recipe.slot), device)
         layer, steering = recipe.layer, Steering(sae, (), branch or "conditional")
     single = tuple(_knob_edit(knob, usual_values(model)) for knob in knobs)
     return layer, replace(steering, concepts=steering.concepts + single)
@@ -146,7 +142,7 @@ def plan(
 
 def usual_values(model: str) -> np.ndarray:
     """[F] mean activation of each feature where it fires, by the recipes' training clips."""
-    recipe = load_recipe(Path(FOLDER) / model, next(iter(pieces.known_concepts(model))))
+    recipe = load_recipe(recipe_folder(model), next(iter(pieces.known_concepts(model))))
     sides = (recipe.statistics[f"active_{side}"] for side in ("with", "without"))
     return np.maximum(*(side.numpy() for side in sides))
 
