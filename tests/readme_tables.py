@@ -235,6 +235,35 @@ def costs(numbers: Numbers) -> str:
     return table(["cross-entropy, Fréchet, other families", *(STEERING[m] for m in shown)], rows)
 
 
+SEARCH = {
+    "search-base": "8 latents, layer 1, captioned rows, one side, raised to the mean where active",
+    "search-32-latents": "32 latents",
+    "search-both-rows": "both halves of guidance",
+    "search-guidance": "the opposite on the half without caption",
+    "search-closed-loop": "closed loop",
+    "search-mean-target": "raised to the mean over all frames",
+    "search-both-sides": "also 8 latents against the concept",
+    "search-second-layer": "layer of top2",
+}
+
+
+def search(_: Numbers) -> str:
+    """Success on validation prompts by experiment of experiments/steering_search.csv."""
+    found = pd.read_csv(ROOT / "experiments/steering_search.csv")
+    wishes = sorted({(d, c) for d, c in zip(found["direction"], found["concept"], strict=True)})
+    rows = []
+    for name, part in found.groupby("experiment", sort=False):
+        at = {(row.direction, row.concept): row for row in part.itertuples()}
+        cells = [
+            f"{at[w].success:.2f}{'' if at[w].within_budget else ' (over)'}" if w in at else "-"
+            for w in wishes
+        ]
+        means = [part.loc[part["direction"] == d, "change"].mean() for d in ("off", "on")]
+        rows.append([SEARCH[str(name)], *cells, *(f"{mean:.2f}" for mean in means)])
+    heads = [f"{concept} {direction}" for direction, concept in wishes]
+    return table(["", *heads, "mean change, off", "on"], rows)
+
+
 def judges(_: Numbers) -> str:
     """How far to trust the judges: AUROC by family behind the codec."""
     found = read_json(ROOT / "metrics/train_judge.json")
@@ -270,6 +299,7 @@ TABLES: dict[str, Callable[[Numbers], str]] = {
     "found": found,
     "steering": steering,
     "costs": costs,
+    "search": search,
     "judges": judges,
 }
 
