@@ -1,7 +1,7 @@
 """The search for a way to steer, as DVC experiments: one thing changed at a time.
 
 python -m experiments.steering_search --queue        queue them; then: dvc exp run --run-all
-python -m experiments.steering_search --write [REV]  experiments/steering_search.csv, for the README
+python -m experiments.steering_search --write [REV ...]  experiments/steering_search.csv, for the README
 
 Everything is judged on validation prompts, by the choice that the stage `steer` itself would make
 within its budget of quality; test prompts are not looked at (two a cell, for the stage must run).
@@ -31,20 +31,23 @@ CHANGES = {
     "search-base": (),
     "search-32-latents": ("steer.n_features=[32]",),
     "search-both-rows": ("steer.branches=[both]",),
+    "search-both-rows-strong": ("steer.branches=[both]", "steer.strengths=[4.0,8.0,16.0]"),
     "search-guidance": ("steer.branches=[guidance]",),
     "search-closed-loop": ("steer.loops=[closed]",),
     "search-mean-target": ("steer.target=mean",),
     "search-both-sides": ("steer.both_sides=true",),
     "search-second-layer": ("steer.slot=top2",),
 }
-"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows."""
+"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows. Guidance
+multiplies that by its scale, so an edit of both halves is also tried with larger strengths."""
 KEPT = ("success", "change", "ce_cost", "frechet_ratio")
 
 
 def queue() -> None:
     """Queue all experiments of `CHANGES`."""
     for name, changed in CHANGES.items():
-        sets = [word for key in (*COMMON, *changed) for word in ("-S", key)]
+        keys = {key.split("=")[0]: key for key in (*COMMON, *changed)}
+        sets = [word for key in keys.values() for word in ("-S", key)]
         target = f"steer@{MODEL}"
         subprocess.run(
             ["dvc", "exp", "run", "--queue", "-s", "-n", name, *sets, target], check=True
@@ -97,16 +100,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--queue", action="store_true", help="queue the experiments")
-    parser.add_argument("--write", metavar="REV", nargs="?", const="HEAD",
-                        help=f"write {RESULT} from the experiments on this commit; HEAD")  # fmt: skip
+    parser.add_argument("--write", metavar="REV", nargs="*",
+                        help=f"write {RESULT} from the experiments on these commits; HEAD")  # fmt: skip
     args = parser.parse_args()
-    if args.queue == bool(args.write):
+    if args.queue == (args.write is not None):
         parser.error("give --queue or --write")
     if args.queue:
         return queue()
     import dvc.api
 
-    found = table(dvc.api.exp_show(revs=args.write))
+    found = table(dvc.api.exp_show(revs=args.write or ["HEAD"]))
     write_text(RESULT, found.to_csv(index=False, float_format="%.4g"))
     return print(f"{RESULT}: {found['experiment'].nunique()} of {len(CHANGES)} experiments")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +240,7 @@ SEARCH = {
     "search-base": "8 latents, layer 1, captioned rows, one side, raised to the mean where active",
     "search-32-latents": "32 latents",
     "search-both-rows": "both halves of guidance",
+    "search-both-rows-strong": "both halves, strengths 4, 8 and 16",
     "search-guidance": "the opposite on the half without caption",
     "search-closed-loop": "closed loop",
     "search-mean-target": "raised to the mean over all frames",
@@ -250,7 +252,7 @@ SEARCH = {
 def search(_: Numbers) -> str:
     """Success on validation prompts by experiment of experiments/steering_search.csv."""
     found = pd.read_csv(ROOT / "experiments/steering_search.csv")
-    wishes = sorted({(d, c) for d, c in zip(found["direction"], found["concept"], strict=True)})
+    wishes = sorted(set(zip(found["direction"], found["concept"], strict=True)))
     rows = []
     for name, part in found.groupby("experiment", sort=False):
         at = {(row.direction, row.concept): row for row in part.itertuples()}
