@@ -1,7 +1,7 @@
 """The search for a way to steer, as DVC experiments: one thing changed at a time.
 
-python -m experiments.steering_search --queue        queue them; then: dvc exp run --run-all
-python -m experiments.steering_search --write [REV ...]  experiments/steering_search.csv, for the README
+python -m experiments.steering_search --queue            queue them; then: dvc exp run --run-all
+python -m experiments.steering_search --write [REV ...]  write experiments/steering_search.csv
 
 Everything is judged on validation prompts, by the choice that the stage `steer` itself would make
 within its budget of quality; test prompts are not looked at (two a cell, for the stage must run).
@@ -38,8 +38,9 @@ CHANGES = {
     "search-both-sides": ("steer.both_sides=true",),
     "search-second-layer": ("steer.slot=top2",),
 }
-"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows. Guidance
-multiplies that by its scale, so an edit of both halves is also tried with larger strengths."""
+"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows.
+
+Guidance multiplies that by its scale, so both halves are also tried with larger strengths."""
 KEPT = ("success", "change", "ce_cost", "frechet_ratio")
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--queue", action="store_true", help="queue the experiments")
     parser.add_argument("--write", metavar="REV", nargs="*",
-                        help=f"write {RESULT} from the experiments on these commits; HEAD")  # fmt: skip
+                        help=f"write {RESULT} from experiments on these commits; HEAD")  # fmt: skip
     args = parser.parse_args()
     if args.queue == (args.write is not None):
         parser.error("give --queue or --write")
