@@ -39,8 +39,8 @@ class Steer:
     direction_strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)
     """Strengths of the difference of means and of the probe direction, in lengths of the former."""
     words: bool
-    """Also try latents (the first of `n_features`), and the difference of means, on top of the
-    edited prompt."""
+    """Also try latents and the difference of means on top of the edited prompt, with the first of
+    `n_features` and of `branches`."""
     gate_features: int = number(1, 4096)
     """Latents that the closed loop's probe listens to."""
     gate_seconds: float = number(0.0, 60.0, above=True)

@@ -75,12 +75,14 @@ def prompt_set(split: str, n: int, wishes: Sequence[Wish], concepts: Sequence[st
 
 def grid(section: Any, method: str) -> list[Settings]:
     """All settings that are tried for a method of `searched`; beside words, which ask already,
-    the first number of latents alone."""
+    the first number of latents and the first branch alone."""
+    numbers, branches = section.n_features, section.branches
+    if method in WITH_WORDS:
+        numbers, branches = numbers[:1], branches[:1]
     if WITH_WORDS.get(method, method) == "sae":
-        numbers = section.n_features[:1] if method in WITH_WORDS else section.n_features
-        others = (section.scores, section.branches, section.loops)
-        return [Settings(*v) for v in itertools.product(section.strengths, numbers, *others)]
-    pairs = itertools.product(section.direction_strengths, section.branches)
+        each = (section.strengths, numbers, section.scores, branches, section.loops)
+        return [Settings(*values) for values in itertools.product(*each)]
+    pairs = itertools.product(section.direction_strengths, branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
 
 
