@@ -25,7 +25,7 @@ RESULT = "experiments/steering_search.csv"
 MODEL = "nano-small"
 COMMON = (
     "steer.pairs=[]", "steer.validation_prompts=24", "steer.n_prompts=2", "steer.examples=0",
-    "steer.direction_strengths=[0.5]", "steer.strengths=[0.5,1.0,2.0]",
+    "steer.direction_strengths=[0.5]", "steer.strengths=[0.5,1.0,2.0]", "steer.both_sides=never",
 )  # fmt: skip
 CHANGES = {
     "search-base": (),
@@ -35,7 +35,7 @@ CHANGES = {
     "search-guidance": ("steer.branches=[guidance]",),
     "search-closed-loop": ("steer.loops=[closed]",),
     "search-mean-target": ("steer.target=mean",),
-    "search-both-sides": ("steer.both_sides=true",),
+    "search-both-sides": ("steer.both_sides=always",),
     "search-second-layer": ("steer.slot=top2",),
 }
 """Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows.

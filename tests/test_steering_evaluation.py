@@ -216,7 +216,9 @@ def recipe(concept: str, seed: int) -> Recipe:
     directions = {n: torch.randn(d, generator=generator) for n in ("difference", "probe")}
     gate = Gate((1, 2), (1.0, -1.0), 0.0, 0.5)
     statistics |= {name: score.clone() for name in SCORES}
-    return Recipe("tiny", "top1", LAYER, "", concept, "active", False, statistics, directions, gate)
+    return Recipe(
+        "tiny", "top1", LAYER, "", concept, "active", "never", statistics, directions, gate
+    )
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,19 @@ def test_methods_do_what_their_names_say(bench, method):
         rows = bench.sae.W_dec[found.ranked("effect")[:2]]
         left = added.flatten(0, 1) - torch.linalg.lstsq(rows.T, added.flatten(0, 1).T)[0].T @ rows
         assert (left.norm() < 1e-4) == (method == "sae")
+
+
+def test_random_latents_stand_in_for_both_sides(bench):
+    found = replace(bench.recipes["guitar"], both_sides="when_off")
+    settings = Settings(1.0, 3)
+    ours, theirs = found.latents("off", settings), cells._random_latents(found, "off", settings, 1)
+    assert [len(side) for side in theirs] == [3, 3]
+    evident = {f for sign in (1, -1) for f in found.ranked("effect", sign)[:12]}
+    assert not evident & {f for side in (*theirs,) for f in side}
+    assert {f for side in ours for f in side} <= evident
+    ops = [edit.op for edit in found.edits("off", settings, theirs)]
+    assert ops == ["ablate", "clamp_min"]
+    assert [len(side) for side in cells._random_latents(found, "on", settings, 1)] == [3]
 
 
 def test_steered_tokens_are_less_natural_to_the_plain_model(bench):

@@ -21,7 +21,7 @@ F, FRAMES, RATE = 12, 40, 50.0
 FOR, AGAINST, RARE, DEAD = 3, 7, 5, 11
 """Latents that sound with guitar and without it; that says little; that never fires."""
 OPTIONS = dict(
-    model="m", slot="top1", layer="layers.1", sae="", target="active", both_sides=False,
+    model="m", slot="top1", layer="layers.1", sae="", target="active", both_sides="never",
     gate_features=2, gate_seconds=0.2, frame_rate=RATE,
 )  # fmt: skip
 
@@ -135,13 +135,16 @@ def test_edits_raise_to_the_target_and_ablate(case):
     assert (off.op, off.features) == ("ablate", (FOR,))
     mean = replace(recipe, target="mean").edits("on", best(1))[0].values[0]
     assert mean == pytest.approx(3.2, abs=0.2)
-    both = replace(recipe, both_sides=True)
+    both = replace(recipe, both_sides="always")
     ops = {d: [(e.op, e.features) for e in both.edits(d, best(1))] for d in ("on", "off")}
     assert ops["on"] == [("clamp_min", (FOR,)), ("ablate", (AGAINST,))]
     assert ops["off"] == [("ablate", (FOR,)), ("clamp_min", (AGAINST,))]
     raised = both.edits("off", best(1))[1].values
     assert raised == (pytest.approx(2.0),)
-    assert recipe.edits("off", best(9), features=(0, 1))[0].features == (0, 1)
+    assert recipe.edits("off", best(9), ((0, 1),))[0].features == (0, 1)
+    when_off = replace(recipe, both_sides="when_off")
+    assert when_off.edits("off", best(1)) == both.edits("off", best(1))
+    assert when_off.edits("on", best(1)) == recipe.edits("on", best(1))
     with pytest.raises(ValueError, match="known off, on"):
         recipe.edits("up", best(1))
 

@@ -26,8 +26,9 @@ class Steer:
     """How train clips rank latents; see musicscope.steering.steering_learning."""
     target: str = choice("active", "mean")
     """What latents are raised to: their mean where they fire, or over all frames."""
-    both_sides: bool
-    """Also edit as many latents that speak against the concept, the other way round."""
+    both_sides: str = choice("never", "when_off", "when_on", "always")
+    """When as many latents that speak against the concept are edited too, the other way round: to
+    switch it off, on, always."""
     strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)
     """Strengths of latents' edits: 1 reaches the target, above 1 goes past it."""
     n_features: tuple[int, ...] = number(1, 65536)

@@ -110,15 +110,24 @@ def _edits(bench: Bench, cell: Cell, at_random: bool = False) -> Change | None:
     """The latents' change of all wishes; with other latents of like activity if `at_random`."""
     found = []
     for (concept, direction), settings in zip(cell.wishes, cell.settings, strict=True):
-        recipe, features = bench.recipes[concept], None
+        recipe, latents = bench.recipes[concept], None
         if at_random:
-            ranked = recipe.ranked(settings.score)
-            activity = (recipe.statistics["mean_with"] + recipe.statistics["mean_without"]).numpy()
             seed = seed_for(bench.seed, "steer", "random", concept, direction)
-            n = settings.n_features
-            features = baselines.random_features(activity, ranked[:n], ranked[: AVOID * n], seed)
-        found.append(recipe.concept_edit(direction, settings, features))
+            latents = _random_latents(recipe, direction, settings, seed)
+        found.append(recipe.concept_edit(direction, settings, latents))
     return code_change(bench.sae, found, bench.model.frame_rate)
+
+
+def _random_latents(
+    recipe: Recipe, direction: str, settings: Settings, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Others in the place of `Recipe.latents`, each of like activity, none with much evidence."""
+    activity = (recipe.statistics["mean_with"] + recipe.statistics["mean_without"]).numpy()
+    sides, most = recipe.latents(direction, settings), AVOID * settings.n_features
+    ranks = [recipe.ranked(settings.score, sign)[:most] for sign in (1, -1)[: len(sides)]]
+    chosen, avoid = ([f for part in parts for f in part] for parts in (sides, ranks))
+    drawn = baselines.random_features(activity, chosen, avoid, seed)
+    return (drawn[: len(sides[0])], drawn[len(sides[0]) :])[: len(sides)]
 
 
 def _direction(bench: Bench, cell: Cell, name: str) -> Change:

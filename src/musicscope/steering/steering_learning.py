@@ -189,7 +189,7 @@ def learn_gate(
 
 def learn_recipe(
     clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
-    both_sides: bool, gate_features: int, gate_seconds: float, frame_rate: float,
+    both_sides: str, gate_features: int, gate_seconds: float, frame_rate: float,
 ) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
     """The recipe of a concept, and the validation AUROC of its gate and of its probe."""
     at, labels, train = clips.labelled(concept)

@@ -57,8 +57,9 @@ class Recipe:
     target: str
     """Value that a latent is raised to: its mean over frames where it is "active", or over all
     frames ("mean"), of train clips of the class."""
-    both_sides: bool
-    """Whether latents that speak against the concept are edited too, the other way round."""
+    both_sides: str
+    """When latents that speak against the concept are edited too, the other way round: never,
+    when_off (to switch it off), when_on, always."""
     statistics: Mapping[str, Tensor]
     """[F] float32 each. `SCORES`: above 0 for latents with evidence for the concept, the more the
     better. `MEANS`: mean_* over all frames of clips with and without it, active_* over frames
@@ -78,26 +79,30 @@ class Recipe:
         order = torch.argsort(-evidence, stable=True)
         return order[evidence[order] > 0].tolist()
 
-    def edits(
-        self, direction: str, settings: Settings, features: tuple[int, ...] | None = None
-    ) -> tuple[Edit, ...]:
-        """Edits of the best `settings.n_features` latents, or of `features` in their place.
-
-        on: latents for the concept are raised to what is usual with it; off: they are ablated.
-        With `both_sides`, latents against it are ablated to switch on, raised to switch off.
-        """
+    def latents(self, direction: str, settings: Settings) -> tuple[tuple[int, ...], ...]:
+        """The best latents for the concept and, if `both_sides` says so, those against it."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction {direction!r}: known {', '.join(DIRECTIONS)}")
+        signs = (1, -1) if self.both_sides in ("always", f"when_{direction}") else (1,)
+        return tuple(
+            tuple(self.ranked(settings.score, sign)[: settings.n_features]) for sign in signs
+        )
+
+    def edits(
+        self, direction: str, settings: Settings,
+        latents: tuple[tuple[int, ...], ...] | None = None,
+    ) -> tuple[Edit, ...]:  # fmt: skip
+        """Edits of `latents(direction, settings)`, or of others in their place.
+
+        on: latents for the concept are raised to what is usual with it; off: they are ablated.
+        Latents against it are ablated to switch on, raised to switch off.
+        """
         found = []
-        sides = ((1, "with"), (-1, "without")) if self.both_sides and features is None else (
-            (1, "with"),
-        )  # fmt: skip
-        for sign, side in sides:
-            ranked = self.ranked(settings.score, sign)[: settings.n_features]
-            chosen = tuple(ranked) if features is None else features
+        sides = latents or self.latents(direction, settings)
+        for chosen, side in zip(sides, ("with", "without"), strict=False):
             if not chosen:
                 continue
-            if (direction == "on") == (sign == 1):
+            if (direction == "on") == (side == "with"):
                 usual = self.statistics[f"{self.target}_{side}"]
                 values = tuple(float(usual[f]) for f in chosen)
                 found.append(Edit(chosen, "clamp_min", values))
@@ -108,13 +113,14 @@ class Recipe:
         return tuple(found)
 
     def concept_edit(
-        self, direction: str, settings: Settings, features: tuple[int, ...] | None = None
-    ) -> ConceptEdit:
+        self, direction: str, settings: Settings,
+        latents: tuple[tuple[int, ...], ...] | None = None,
+    ) -> ConceptEdit:  # fmt: skip
         """The edits as one `ConceptEdit`; the branch is the caller's to set."""
         opens = "present" if direction == "off" else "absent"
         return ConceptEdit(
             f"{self.concept} {direction}",
-            self.edits(direction, settings, features),
+            self.edits(direction, settings, latents),
             settings.strength,
             replace(self.gate, opens=opens) if settings.loop == "closed" else None,
         )
