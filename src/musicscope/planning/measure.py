@@ -53,15 +53,21 @@ def device_name(device: torch.device) -> str:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Median wall time of `run`, after one round that does not count where there are several."""
+    """Median time of `run`, after one round that does not count where there are several.
+
+    Of one thread on a CPU it is that thread's own time, whatever else the machine is doing; else
+    wall time.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     times = []
     for number in range(rounds + (rounds > 1)):
-        start = time.perf_counter()
+        start = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if number or rounds == 1:
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -73,11 +79,13 @@ def measure(
     ablations: Sequence[str] = (),
     memory: bool = True,
     dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Rate:
     """Rates of a MusicModel with a codec, unconditional as in extraction; `dtype` as loaded.
 
     `ablations` are kinds to ablate every layer with (ablation.ablate), on one clip: many passes.
     `memory` finds the peak from batches of one and three clips, which takes some passes more.
+    `say` is told what was found as soon as it is.
     """
     device = torch.device(model.device)
     noise = 0.1 * np.random.default_rng(0).standard_normal(
@@ -87,7 +95,9 @@ def measure(
     batch = model.encode(noise, silent)
     one = model.with_captions(batch.codes[:1].cpu(), [None])
     codec = seconds(lambda: model.encode(noise, silent), device, rounds) / batch_clips
+    say(f"codec: {codec:.2f} s a clip of {clip_seconds:g} s")
     passed = seconds(lambda: model.capture(batch, [deepest]), device, rounds) / batch_clips
+    say(f"a pass to the deepest layer: {passed:.2f} s a clip")
     weight_bytes = getattr(model, "weight_bytes", 0)
 
     def peaks(run: Callable[[Any], Any]) -> Footprint:
@@ -98,14 +108,24 @@ def measure(
         return footprint(*found, weight_bytes)
 
     extract = peaks(lambda many: model.capture(many, [deepest])) if memory else None
+    if extract:
+        say(f"peak of a pass: {extract.fixed:,} bytes and {extract.per_clip:,} a clip")
     ablate, ablated = None, None
     if ablations:
         from musicscope.layers import ablation
 
         means = ablation.update_sums(model, one).means
-        ablate = seconds(lambda: ablation.ablate(model, one, tuple(ablations), means), device, 1)
-        if memory:  # every kind and layer holds the same arrays, so one kind shows the peak
-            ablated = peak_bytes(lambda: ablation.ablate(model, one, ("skip",)), device)
+
+        def score() -> None:
+            nonlocal ablate
+            run = lambda: ablation.ablate(model, one, tuple(ablations), means)  # noqa: E731
+            ablate = seconds(run, device, 1)
+
+        if memory:  # in the same run, the longest of all: counting takes microseconds an operation
+            ablated = peak_bytes(score, device)
+        else:
+            score()
+        say(f"ablating every layer: {ablate:.1f} s a clip")
     return Rate(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),

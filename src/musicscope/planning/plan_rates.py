@@ -12,6 +12,7 @@ from musicscope.planning.full_size import Shape
 from musicscope.planning.measure import Rate
 
 FULL_SIZE, EXTRACTION, SAE_STEP = "full_size.json", "extraction.json", "sae_step.json"
+ONE_THREAD = "cpu, 1 threads"
 WINDOW_BYTES = 256 * 2**20
 """What a store's shuffle holds (ActivationStore.train_batches)."""
 
@@ -81,8 +82,13 @@ def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, 
     for name, by_device in full.items():
         found = {key: _rate(value) for key, value in by_device.items()}
         right = [key for key in found if key.startswith("cpu") == (wanted in ("cpu", "auto"))]
-        known[name] = found[sorted(right or found)[0]]
+        # As stages run: the decoder in float32, one thread a process.
+        known[name] = found[min(right or found, key=lambda key: (_unlike(found[key]), key))]
     return {shape.name: _one(shape, known, folder, step) for shape in shapes}
+
+
+def _unlike(rate: Rate) -> tuple[bool, bool]:
+    return rate.dtype != "float32", rate.device.startswith("cpu") and rate.device != ONE_THREAD
 
 
 def _cuda() -> bool:
@@ -103,7 +109,7 @@ def _one(shape: Shape, known: dict[str, Rate], folder: Path, step: StepRate | No
     if path.is_file() and (nano := read_json(path)).get("model") == plain:
         ms = nano["ms_cpu_a_clip"]
         return Rates(
-            "cpu, 1 threads", nano["seconds_a_clip"], ms["extract"]["median"] / 1e3,
+            ONE_THREAD, nano["seconds_a_clip"], ms["extract"]["median"] / 1e3,
             ms["full"]["median"] / 1e3, None, step,
         )  # fmt: skip
     nearest = _nearest(shape, known)
@@ -126,7 +132,7 @@ def of(rate: Rate, step: StepRate | None = None) -> Rates:
 
 
 def _nearest(shape: Shape, known: dict[str, Rate]) -> tuple[str, Rate, float] | None:
-    """The measured model next in size, and by what factor its passes are shorter."""
+    """The measured MusicGen next in size, and by what factor its passes are shorter."""
     if not shape.decoder_parameters or not shape.layers:
         return None
     sizes = {name: rate.decoder_parameters for name, rate in known.items()}
@@ -134,7 +140,7 @@ def _nearest(shape: Shape, known: dict[str, Rate]) -> tuple[str, Rate, float] | 
         return None
     own = shape.decoder_parameters
     name = min(sizes, key=lambda n: abs(math.log(sizes[n] / own)))
-    return name, known[name], own / sizes[name]
+    return name, known[name], own / sizes[name] * shape.positions_per_frame
 
 
 def _step(path: Path) -> StepRate | None:
@@ -147,7 +153,7 @@ def _step(path: Path) -> StepRate | None:
             width, latents = map(int, key[1:].split("_F"))
             seconds = value["steps"]["ours_auxk"]["ms"] / 1e3
             measured[width * latents] = seconds / found["batch"]
-    return StepRate(measured, "cpu, 1 threads") if measured else None
+    return StepRate(measured, ONE_THREAD) if measured else None
 
 
 def sae_step_rate(rates: dict[str, Rates]) -> StepRate | None:
