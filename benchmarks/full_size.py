@@ -8,7 +8,7 @@ time nor memory. A model that would not fit into the memory that is free is left
 `python -m experiments.table --write` puts its hours into experiments/README.md.
 
 With one thread on a CPU times are that thread's own, so that a busy machine does not matter. On one
-core of an ordinary server the small model takes 4 minutes of them, the medium one 15 (5 with
+core of an ordinary server the small model takes about 4 minutes, the medium one 15 (5 with
 `--ablations`, that is with none).
 
 * codec, pass: seconds a clip for audio to codes, and codes to the deepest layer's activations.
