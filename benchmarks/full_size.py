@@ -13,7 +13,7 @@ core of an ordinary server the small model takes about 4 minutes, the medium one
 
 * codec, pass: seconds a clip for audio to codes, and codes to the deepest layer's activations.
 * ablate: seconds a clip for the given ablations of every layer, scored at the logits.
-* memory: weights, and the peak of a pass as so much fixed and so much a clip.
+* memory: weights, and the peaks of codec, pass and ablation, as so much fixed and so much a clip.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def report(name: str, rate: Rate) -> None:
     if rate.extract_fixed_bytes is not None:
         print(
             f"  a pass peaks at {rate.extract_fixed_bytes / 1e9:.2f} GB and "
-            f"{rate.extract_clip_bytes / 1e6:.0f} MB a clip"
+            f"{rate.extract_clip_bytes / 1e6:.0f} MB a clip, the codec at "
+            f"{rate.codec_fixed_bytes / 1e9:.2f} GB and {rate.codec_clip_bytes / 1e6:.0f} MB a clip"
         )
     print(f"  MusicBench ({clips}): {rate.extract_seconds * scale:,.1f} hours")
 

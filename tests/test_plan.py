@@ -128,7 +128,13 @@ def test_a_checkpoint_of_audiocraft_has_the_shape_of_the_same_model(tiny_musicge
 def test_a_models_own_numbers_are_told_as_they_are_found(tiny_musicgen: Path):
     told: list[str] = []
     measure(load_model(tiny_musicgen), 0.4, 1, 1, ("mean",), say=told.append)
-    assert [text.split(":")[0].split()[0] for text in told] == ["codec", "a", "peak", "ablating"]
+    assert [text.split(":")[0].split()[0] for text in told] == [
+        "codec",
+        "a",
+        "peak",
+        "peak",
+        "ablating",
+    ]
 
 
 def test_what_is_measured_is_this_model(tiny_musicgen: Path):
@@ -143,6 +149,9 @@ def test_what_is_measured_is_this_model(tiny_musicgen: Path):
     # Every position of every clip holds at least its hidden state.
     assert rate.extract_clip_bytes >= 20 * 48 * 4
     assert rate.ablate_clip_bytes >= 4 * 20 * 64 * 4
+    # One clip at a time: its widest layer; more clips cost their signals and codes.
+    assert rate.codec_fixed_bytes >= 1280 * 4 * 4
+    assert 20 * 4 * 8 <= rate.codec_clip_bytes < rate.codec_fixed_bytes
     # A pass of 4 layers, two for its peak, one for the means; then the inputs and 3 + 2 + 1 layers
     # behind each ablated one, for two kinds.
     assert model.layer_calls - calls == 4 + 2 * 4 + 4 + (4 + 2 * 6)
@@ -174,7 +183,7 @@ def test_hours_follow_from_measured_rates(params, tmp_path):
     rows = plan.rows_of(params, clips, [small, large], rates)
     extract = [row for row in rows if row.stage == "extract_activations"]
     assert extract[0].hours == pytest.approx(4.0 / 2 / 2)  # half of ten seconds, two processes
-    assert extract[0].memory == 1000 + 10 * params.extract_activations.batch_clips
+    assert extract[0].memory == 1000 + 5 * params.extract_activations.batch_clips
     assert extract[1].hours == pytest.approx((1.0 + 9.0) / 2 / 2)  # three times the parameters
     assert extract[1].memory is None
     assert extract[1].note == "cpu, 1 threads, scaled from musicgen-small"
@@ -201,6 +210,27 @@ def test_a_gpus_rate_is_for_one_process_and_goes_first_where_asked_for(params, t
         rows = plan.rows_of(params, clips, [small], rates)
         (row,) = (row for row in rows if row.stage == "extract_activations")
         assert row.hours == pytest.approx(hours)
+
+
+def test_memory_counts_the_codec_and_the_length_of_clips(tmp_path):
+    heard = {"codec_fixed_bytes": 300, "codec_clip_bytes": 500, "weight_bytes": 900}
+    heard |= {"ablate_fixed_bytes": 900, "ablate_clip_bytes": 70, "extract_clip_bytes": 100}
+    small = Shape("musicgen-small", 24, 8, 32_000, 50.0, 400, 100, "")
+    rates = plan_rates.load(results(tmp_path, musicgen_small=SMALL | heard), [small], "cpu")
+    rate = rates["musicgen-small"]
+    assert rate.extract_memory(2, 10.0) == 900 + 300 + 8 * 500  # more than a pass of two clips
+    assert rate.extract_memory(1000, 10.0) == 1000 + 1000 * 100
+    assert rate.extract_memory(1000, 30.0) == 1000 + 1000 * 300
+    assert rate.ablate_memory(100, 20.0) == 900 + 100 * 140
+    # A tenth of 10,000 bytes is left to the allocator: (9,000 - 1,000) / 100.
+    assert plan_rates.batches(rates, 10.0, 1e-5) == (
+        "musicgen-small: extract_activations.batch_clips up to 80"
+    )
+    assert "its codec alone needs" in plan_rates.batches(rates, 30.0, 1e-5)
+    assert "its codec alone needs" in plan_rates.batches(rates, 10.0, 1e-9)
+    assert (
+        plan_rates.batches(NONE(small), 10.0, 1.0) == "musicgen-small: its memory was not measured"
+    )
 
 
 def test_float32_in_one_thread_goes_before_other_measurements(tmp_path):

@@ -36,6 +36,9 @@ class Rate:
     extract_fixed_bytes: int | None = None
     """Peak of a pass: so many bytes, weights among them, and so many for each clip."""
     extract_clip_bytes: int | None = None
+    codec_fixed_bytes: int | None = None
+    """Peak of the codec, which runs before a pass, above the weights."""
+    codec_clip_bytes: int | None = None
     ablate_fixed_bytes: int | None = None
     ablate_clip_bytes: int | None = None
 
@@ -100,16 +103,20 @@ def measure(
     say(f"a pass to the deepest layer: {passed:.2f} s a clip")
     weight_bytes = getattr(model, "weight_bytes", 0)
 
-    def peaks(run: Callable[[Any], Any]) -> Footprint:
-        found = []
-        for clips in (1, 3):
-            many = model.with_captions(one.codes.cpu().expand(clips, -1, -1), [None] * clips)
-            found.append((clips, peak_bytes(lambda many=many: run(many), device)))
-        return footprint(*found, weight_bytes)
+    def peaks(run: Callable[[int], Any], resident: int) -> Footprint:
+        found = [(clips, peak_bytes(lambda clips=clips: run(clips), device)) for clips in (1, 3)]
+        return footprint(*found, resident)
 
-    extract = peaks(lambda many: model.capture(many, [deepest])) if memory else None
-    if extract:
+    def decoder(clips: int) -> None:
+        codes = one.codes.cpu().expand(clips, -1, -1)
+        model.capture(model.with_captions(codes, [None] * clips), [deepest])
+
+    extract = heard = None
+    if memory:
+        extract = peaks(decoder, weight_bytes)
         say(f"peak of a pass: {extract.fixed:,} bytes and {extract.per_clip:,} a clip")
+        heard = peaks(lambda clips: model.encode(noise[[0] * clips], [None] * clips), 0)
+        say(f"peak of the codec: {heard.fixed:,} bytes and {heard.per_clip:,} a clip")
     ablate, ablated = None, None
     if ablations:
         from musicscope.layers import ablation
@@ -139,6 +146,8 @@ def measure(
         weight_bytes=weight_bytes,
         extract_fixed_bytes=extract.fixed if extract else None,
         extract_clip_bytes=extract.per_clip if extract else None,
+        codec_fixed_bytes=heard.fixed if heard else None,
+        codec_clip_bytes=heard.per_clip if heard else None,
         ablate_fixed_bytes=weight_bytes if ablated is not None else None,
         ablate_clip_bytes=ablated,
     )

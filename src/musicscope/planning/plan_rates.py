@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from musicscope.activations.codes import CHUNK
 from musicscope.artifacts import read_json
+from musicscope.models.batch_size import Footprint, largest_batch
 from musicscope.planning.full_size import Shape
 from musicscope.planning.measure import Rate
 
@@ -54,19 +56,55 @@ class Rates:
             return self.measured.ablate_seconds * kinds / self.measured.ablate_kinds
         return None if self.a_pass is None else self.a_pass * kinds * (layers + 1) / 2
 
-    def extract_memory(self, clips: int) -> float | None:
-        """Peak bytes of a batch."""
+    def extract_footprint(self, seconds: float) -> Footprint | None:
+        """Peak of a pass over clips of `seconds`, weights among it."""
         known = self.measured
         if known is None or known.extract_fixed_bytes is None:
             return None
-        return known.extract_fixed_bytes + clips * known.extract_clip_bytes
+        longer = seconds / known.clip_seconds
+        return Footprint(known.extract_fixed_bytes, math.ceil(longer * known.extract_clip_bytes))
 
-    def ablate_memory(self, clips: int) -> float | None:
-        """Peak bytes of a batch."""
+    def codec_memory(self, seconds: float) -> float:
+        """Peak bytes of the codec on the clips that it is given at once; 0 where unknown."""
+        known = self.measured
+        if known is None or known.codec_fixed_bytes is None:
+            return 0.0
+        held = known.codec_fixed_bytes + CHUNK * known.codec_clip_bytes
+        return known.weight_bytes + held * seconds / known.clip_seconds
+
+    def extract_memory(self, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`: codec and decoder run in turn."""
+        cost = self.extract_footprint(seconds)
+        if cost is None:
+            return None
+        return max(cost.fixed + clips * cost.per_clip, self.codec_memory(seconds))
+
+    def ablate_memory(self, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`."""
         known = self.measured
         if known is None or known.ablate_fixed_bytes is None:
             return None
-        return known.ablate_fixed_bytes + clips * known.ablate_clip_bytes
+        longer = seconds / known.clip_seconds
+        passed = known.ablate_fixed_bytes + clips * known.ablate_clip_bytes * longer
+        return max(passed, self.codec_memory(seconds))
+
+
+def batches(rates: dict[str, Rates], seconds: float, gigabytes: float) -> str:
+    """A line a model: the largest extract_activations.batch_clips within so much memory."""
+    lines = []
+    for name, rate in rates.items():
+        cost = rate.extract_footprint(seconds)
+        if cost is None:
+            lines.append(f"{name}: its memory was not measured")
+            continue
+        try:
+            if rate.codec_memory(seconds) > gigabytes * 1e9:
+                raise ValueError(f"its codec alone needs {rate.codec_memory(seconds) / 1e9:.3f} GB")
+            most = largest_batch(cost, round(gigabytes * 1e9), most=256)
+            lines.append(f"{name}: extract_activations.batch_clips up to {most}")
+        except ValueError as error:
+            lines.append(f"{name}: {error}")
+    return "\n".join(lines)
 
 
 def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rates]:
