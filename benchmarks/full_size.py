@@ -4,11 +4,16 @@
 
 Built from the configuration alone, offline; what is heard and what the weights are changes neither
 time nor memory. A model that would not fit into the memory that is free is left out, and said so.
-`musicscope plan` reads the result, and scales it to sizes that were not measured.
+`musicscope plan` reads the result, and scales it to sizes that were not measured; afterwards
+`python -m experiments.table --write` puts its hours into experiments/README.md.
+
+With one thread on a CPU times are that thread's own, so that a busy machine does not matter. On one
+core of an ordinary server the small model takes about 4 minutes, the medium one 15 (5 with
+`--ablations`, that is with none).
 
 * codec, pass: seconds a clip for audio to codes, and codes to the deepest layer's activations.
 * ablate: seconds a clip for the given ablations of every layer, scored at the logits.
-* memory: weights, and the peak of a pass as so much fixed and so much a clip.
+* memory: weights, and the peaks of codec, pass and ablation, as so much fixed and so much a clip.
 """
 
 from __future__ import annotations
@@ -86,7 +91,8 @@ def report(name: str, rate: Rate) -> None:
     if rate.extract_fixed_bytes is not None:
         print(
             f"  a pass peaks at {rate.extract_fixed_bytes / 1e9:.2f} GB and "
-            f"{rate.extract_clip_bytes / 1e6:.0f} MB a clip"
+            f"{rate.extract_clip_bytes / 1e6:.0f} MB a clip, the codec at "
+            f"{rate.codec_fixed_bytes / 1e9:.2f} GB and {rate.codec_clip_bytes / 1e6:.0f} MB a clip"
         )
     print(f"  MusicBench ({clips}): {rate.extract_seconds * scale:,.1f} hours")
 
@@ -118,10 +124,12 @@ def main() -> None:
                 file=sys.stderr,
             )
             continue
+        print(f"{name}: drawing {needed / 1e9:.1f} GB of weights", flush=True)
         model = random_musicgen(config, name, dtype, options.device)
         rate = measure(
-            model, options.seconds, options.clips, options.rounds, options.ablations, dtype=dtype
-        )
+            model, options.seconds, options.clips, options.rounds, options.ablations, dtype=dtype,
+            say=lambda text, name=name: print(f"{name}: {text}", flush=True),
+        )  # fmt: skip
         del model
         report(name, rate)
         known = read_json(options.out) if Path(options.out).is_file() else {}

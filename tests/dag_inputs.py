@@ -108,18 +108,37 @@ def recordings(source: str, folder: str, rate: int = source_archives.RATE) -> di
     return {"prepare_data": {"source": source, "recordings": section}}
 
 
-def build_musicgens(folder: Path) -> tuple[str, str]:
-    """Two tiny MusicGens with one codec, as the published sizes have; their names."""
+def build_musicgens(folder: Path) -> dict[str, dict[str, Any]]:
+    """Two tiny MusicGens with one codec, laid out below `folder` as on the hub: the first in
+    transformers' format, the second in both with the T5 on a page of its own.
+
+    Their sections of download_model: the second is taken in audiocraft's format.
+    """
     from conftest import build_tiny_musicgen
     from transformers import MusicgenForConditionalGeneration
 
-    names = ("musicgen-small", "musicgen-medium")
-    for seed, name in enumerate(names):
-        build_tiny_musicgen(folder / name, seed)
-    first, second = (MusicgenForConditionalGeneration.from_pretrained(folder / n) for n in names)
+    from musicscope.models.audiocraft_convert import to_audiocraft
+    from musicscope.models.audiocraft_loading import CODEC_FILE, MODEL_FILE, TEXT_FOLDER
+
+    small, medium = folder / "musicgen-small", folder / "musicgen-medium"
+    for seed, path in enumerate((small, medium)):
+        build_tiny_musicgen(path, seed)
+    first, second = (MusicgenForConditionalGeneration.from_pretrained(p) for p in (small, medium))
     second.audio_encoder.load_state_dict(first.audio_encoder.state_dict())
-    second.save_pretrained(folder / names[1])
-    return names
+    second.save_pretrained(medium)
+    to_audiocraft(medium, folder / "audiocraft")
+    for file in (MODEL_FILE, CODEC_FILE):
+        (folder / "audiocraft" / file).rename(medium / file)
+    (folder / "audiocraft" / TEXT_FOLDER).rename(folder / "t5-base")
+    (folder / "audiocraft").rmdir()
+    text = {"into": TEXT_FOLDER, "source": str(folder / "t5-base"), "revision": "", "files": ["*"]}
+    taken = {"revision": "", "system": "auto", "files": ["*"], "parts": []}
+    return {
+        small.name: taken | {"source": str(small)},
+        medium.name: taken
+        | {"source": str(medium), "system": "audiocraft", "files": [MODEL_FILE, CODEC_FILE],
+           "parts": [text]},
+    }  # fmt: skip
 
 
 def build_yues(folder: Path) -> tuple[str, str]:

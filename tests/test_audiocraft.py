@@ -14,6 +14,11 @@ import torch
 from conftest import CAPTIONS, ROOT
 from omegaconf import OmegaConf
 
+from musicscope.activations.codes import codec_sha256
+from musicscope.maximizing.maximization import Instrument
+from musicscope.maximizing.moments_only import unsearchable
+from musicscope.maximizing.token_objective import Objective, Target, exact, gains
+from musicscope.maximizing.token_search import Settings, search
 from musicscope.models import audiocraft_compat, load_model
 from musicscope.models import audiocraft_convert as convert
 from musicscope.models.audiocraft_loading import read_checkpoint
@@ -146,6 +151,46 @@ def test_the_same_weights_compute_the_same_in_both_libraries(hf, model, batch, a
     _, other = hf.generate(PROMPTS, 0.4, seed=5, hooks=edit)
     assert torch.equal(one, other)  # padded captions, guidance and hooks at once
     assert not torch.equal(one, model.generate(PROMPTS, 0.4, seed=5)[1])
+
+
+def instrument(name: str, model) -> Instrument:
+    return Instrument(name, model, "layers.1", None, None, 0, torch.zeros(48), 0)
+
+
+def test_tokens_are_searched_for_as_in_transformers(hf, model, batch):
+    weight = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    one, other = (
+        Objective((Target(m, "layers.1", weight, 0.1, scale=2.0),), window=4, naturalness=0.5)
+        for m in (model, hf)
+    )
+    codes = batch.codes[:, :, :12]
+    for mine, theirs in zip(exact(one, codes), exact(other, codes), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    mine, theirs = gains(one, codes[0]), gains(other, codes[0])
+    assert mine.activation.abs().max() > 0.01
+    torch.testing.assert_close(mine.activation, theirs.activation, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(mine.log_prob, theirs.log_prob, atol=1e-4, rtol=1e-3)
+    found = [
+        search(objective, codes[0], Settings(steps=2, proposals=8, kept=4), seed=3)
+        for objective in (one, other)
+    ]
+    assert torch.equal(found[0].codes, found[1].codes)
+    assert not torch.equal(found[0].codes, codes[0])
+
+
+def test_one_codec_in_two_formats_is_one(hf, model, folder, tmp_path):
+    pair = (instrument("theirs", hf), instrument("ours", model))
+    assert codec_sha256(hf) != codec_sha256(model)  # names and settings are spelt differently
+    assert unsearchable(pair) is None
+    assert unsearchable(pair[::-1]) is None
+
+    def retrained(package):  # one of many codewords tables is another
+        name = "quantizer.vq.layers.3._codebook.embed"
+        package["best_state"][name] = package["best_state"][name].flip(0).clone()
+
+    other = rewritten(folder, tmp_path / "other", retrained, "compression_state_dict.bin")
+    found = unsearchable((pair[0], instrument("other", load_model(other))))
+    assert found.startswith("theirs, other have different codecs")
 
 
 def test_an_empty_caption_is_none_to_audiocraft(model, batch):
@@ -352,6 +397,11 @@ def test_without_audiocraft_the_error_says_how_to_install_it(monkeypatch):
 
 SCRIPT = """
 import importlib, sys
+from musicscope.activations.codes import codec_sha256
+from musicscope.maximizing.maximization import Instrument
+from musicscope.maximizing.moments_only import unsearchable
+from musicscope.maximizing.token_objective import Objective, Target, exact, gains
+from musicscope.maximizing.token_search import Settings, search
 from musicscope.models import audiocraft_compat, load_model
 guard = sys.meta_path.pop(0)
 assert isinstance(guard, audiocraft_compat.TorchaudioGuard), guard

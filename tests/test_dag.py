@@ -106,28 +106,28 @@ def check_line(
 
 
 @pytest.mark.slow
-def test_musicgen_small_and_medium_on_musicbench(tmp_path, monkeypatch):
-    names = inputs.build_musicgens(tmp_path / "hub")
+def test_musicgen_and_audiocraft_on_musicbench(tmp_path, monkeypatch):
+    entries = inputs.build_musicgens(tmp_path / "hub")
+    names = list(entries)
     wanted = inputs.write_musicbench(tmp_path / "recordings/musicbench")
-    entries = {
-        name: {"source": str(tmp_path / "hub" / name), "revision": "", "system": "auto",
-               "files": ["*"], "parts": []}
-        for name in names
-    }  # fmt: skip
     over = inputs.recordings("musicbench", "data/recordings/musicbench")
-    summary, stages = run_dag(tmp_path, over | {"models": list(names), "download_model": entries})
+    summary, stages = run_dag(tmp_path, over | {"models": names, "download_model": entries})
     check_line(tmp_path / "repo", monkeypatch)
     assert {f"download_model@{name}" for name in names} <= set(stages)
-    fetched = read_json("metrics/download_model/musicgen-small.json")
-    assert fetched["system"] == "musicgen"
-    assert fetched["files"] == len(list((tmp_path / "hub/musicgen-small").iterdir()))
+    systems = {"musicgen-small": "musicgen", "musicgen-medium": "audiocraft"}
+    for name, system in systems.items():
+        fetched = read_json(f"metrics/download_model/{name}.json")
+        files = [p for p in Path("data/models", name).rglob("*") if p.is_file()]
+        assert (fetched["system"], fetched["files"]) == (system, len(files))
+        assert read_json(f"data/model_code/{name}.json")["system"] == system
+    assert fetched["files"] == 2 + len(list((tmp_path / "hub/t5-base").iterdir()))
     data, rows = read_json("metrics/prepare_data.json"), ClipStore.open().rows
     split = rows["split"].value_counts()
     assert split["train"] + split["validation"] == wanted["learn"]
     assert split["test"] == wanted["test"]
     assert data["skipped"] == wanted["skipped"]
     assert rows["has_guitar"].sum() == len(rows) // 2
-    # One codec: tokens are searched for, also in both models at once.
+    # One codec, in two formats: tokens are searched for, also in both models at once.
     for name in (*names, "shared"):
         assert summary[f"maximize.{name}.heard_reached"] > 0
     usae = read_json("metrics/train_usae.json")

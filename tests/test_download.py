@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from musicscope.artifacts import read_json
 from musicscope.config import ParamsError, load_params
 from musicscope.config.data import DownloadModel, Part
 from musicscope.models import download, hub, load_model
+from musicscope.models.audiocraft_convert import to_audiocraft
+from musicscope.models.audiocraft_loading import CODEC_FILE, MODEL_FILE, TEXT_FOLDER
 
 LOCAL = DownloadModel(source="", revision="", system="auto", files=("*",), parts=())
 
@@ -37,6 +40,25 @@ def test_a_local_folder_becomes_a_model_that_loads(tiny_musicgen, tmp_path):
     assert not any(p.is_symlink() for p in target.iterdir())
     assert not (target / ".cache").exists()
     assert load_model(target).num_layers == load_model(tiny_musicgen).num_layers
+
+
+def test_a_page_in_two_formats_is_taken_in_the_one_that_was_asked_for(tiny_musicgen, tmp_path):
+    page, made = tmp_path / "page", tmp_path / "made"
+    shutil.copytree(tiny_musicgen, page)
+    to_audiocraft(tiny_musicgen, made)
+    for file in (MODEL_FILE, CODEC_FILE):
+        (made / file).rename(page / file)
+    text = Part(TEXT_FOLDER, str(made / TEXT_FOLDER), "", ("*",))
+    entry = replace(LOCAL, source=str(page), system="audiocraft", parts=(text,))
+    with pytest.raises(ValueError, match="taken for musicgen, not audiocraft: let files name"):
+        download.download(entry, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    found = download.download(replace(entry, files=(MODEL_FILE, CODEC_FILE)), tmp_path / "one")
+    assert found["system"] == "audiocraft"
+    assert type(load_model(tmp_path / "one")).__name__ == "AudiocraftModel"
+    assert download.download(replace(LOCAL, source=str(page)), tmp_path / "two")["system"] == (
+        "musicgen"
+    )
 
 
 def test_parts_come_from_elsewhere(tmp_path):
@@ -179,5 +201,9 @@ def test_the_page_of_experiments_says_how_to_fetch_each_model_that_it_names(tmp_
     named = {m for sets in commands(page).values() for s in sets if s.startswith("models=")
              for m in s.removeprefix("models=[").removesuffix("]").split(",")}  # fmt: skip
     assert named == set(fetched)
+    (other,) = (b for b in page.split("```yaml\n")[1:] if b.startswith("musicgen-medium:"))
+    merged["download_model"] = yaml.safe_load(other.split("```")[0])
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+    assert load_params(path).download_model["musicgen-medium"].system == "audiocraft"
     for entry in fetched.values():  # a revision says that it is a hub id
         assert entry.source.startswith("downloads/") == (entry.revision == "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from musicscope.config import load_params
 from musicscope.models import load_model
 from musicscope.planning import plan, plan_rates
 from musicscope.planning.full_size import MUSICGEN, Shape, shape_of
-from musicscope.planning.measure import measure
+from musicscope.planning.measure import measure, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 MUSICBENCH = ["prepare_data.source=musicbench", "prepare_data.recordings.sample_rate=32000"]
@@ -115,6 +116,27 @@ def test_planned_sizes_are_those_of_extraction(tiny_musicgen: Path, params):
     assert shape.weight_bytes(2) == shape.weight_bytes() - 2 * shape.decoder_parameters
 
 
+def test_a_checkpoint_of_audiocraft_has_the_shape_of_the_same_model(tiny_musicgen, tmp_path):
+    from musicscope.models.audiocraft_convert import to_audiocraft
+
+    to_audiocraft(tiny_musicgen, tmp_path / "mine")
+    expected = shape_of(tiny_musicgen.name, tiny_musicgen.parent)
+    found = shape_of("mine", tmp_path)
+    assert found == replace(expected, name="mine", origin=str(tmp_path / "mine"))
+
+
+def test_a_models_own_numbers_are_told_as_they_are_found(tiny_musicgen: Path):
+    told: list[str] = []
+    measure(load_model(tiny_musicgen), 0.4, 1, 1, ("mean",), say=told.append)
+    assert [text.split(":")[0].split()[0] for text in told] == [
+        "codec",
+        "a",
+        "peak",
+        "peak",
+        "ablating",
+    ]
+
+
 def test_what_is_measured_is_this_model(tiny_musicgen: Path):
     model = load_model(tiny_musicgen)
     shape = shape_of(tiny_musicgen.name, tiny_musicgen.parent)
@@ -127,9 +149,12 @@ def test_what_is_measured_is_this_model(tiny_musicgen: Path):
     # Every position of every clip holds at least its hidden state.
     assert rate.extract_clip_bytes >= 20 * 48 * 4
     assert rate.ablate_clip_bytes >= 4 * 20 * 64 * 4
+    # One clip at a time: its widest layer; more clips cost their signals and codes.
+    assert rate.codec_fixed_bytes >= 1280 * 4 * 4
+    assert 20 * 4 * 8 <= rate.codec_clip_bytes < rate.codec_fixed_bytes
     # A pass of 4 layers, two for its peak, one for the means; then the inputs and 3 + 2 + 1 layers
-    # behind each ablated one: for two kinds, and for one to see the peak.
-    assert model.layer_calls - calls == 4 + 2 * 4 + 4 + (4 + 2 * 6) + (4 + 6)
+    # behind each ablated one, for two kinds.
+    assert model.layer_calls - calls == 4 + 2 * 4 + 4 + (4 + 2 * 6)
 
 
 def results(folder: Path, **by_model: dict) -> Path:
@@ -158,7 +183,7 @@ def test_hours_follow_from_measured_rates(params, tmp_path):
     rows = plan.rows_of(params, clips, [small, large], rates)
     extract = [row for row in rows if row.stage == "extract_activations"]
     assert extract[0].hours == pytest.approx(4.0 / 2 / 2)  # half of ten seconds, two processes
-    assert extract[0].memory == 1000 + 10 * params.extract_activations.batch_clips
+    assert extract[0].memory == 1000 + 5 * params.extract_activations.batch_clips
     assert extract[1].hours == pytest.approx((1.0 + 9.0) / 2 / 2)  # three times the parameters
     assert extract[1].memory is None
     assert extract[1].note == "cpu, 1 threads, scaled from musicgen-small"
@@ -185,6 +210,55 @@ def test_a_gpus_rate_is_for_one_process_and_goes_first_where_asked_for(params, t
         rows = plan.rows_of(params, clips, [small], rates)
         (row,) = (row for row in rows if row.stage == "extract_activations")
         assert row.hours == pytest.approx(hours)
+
+
+def test_memory_counts_the_codec_and_the_length_of_clips(tmp_path):
+    heard = {"codec_fixed_bytes": 300, "codec_clip_bytes": 500, "weight_bytes": 900}
+    heard |= {"ablate_fixed_bytes": 900, "ablate_clip_bytes": 70, "extract_clip_bytes": 100}
+    small = Shape("musicgen-small", 24, 8, 32_000, 50.0, 400, 100, "")
+    rates = plan_rates.load(results(tmp_path, musicgen_small=SMALL | heard), [small], "cpu")
+    rate = rates["musicgen-small"]
+    assert rate.extract_memory(2, 10.0) == 900 + 300 + 8 * 500  # more than a pass of two clips
+    assert rate.extract_memory(1000, 10.0) == 1000 + 1000 * 100
+    assert rate.extract_memory(1000, 30.0) == 1000 + 1000 * 300
+    assert rate.ablate_memory(100, 20.0) == 900 + 100 * 140
+    # A tenth of 10,000 bytes is left to the allocator: (9,000 - 1,000) / 100.
+    assert plan_rates.batches(rates, 10.0, 1e-5) == (
+        "musicgen-small: extract_activations.batch_clips up to 80"
+    )
+    assert "its codec alone needs" in plan_rates.batches(rates, 30.0, 1e-5)
+    assert "its codec alone needs" in plan_rates.batches(rates, 10.0, 1e-9)
+    assert (
+        plan_rates.batches(NONE(small), 10.0, 1.0) == "musicgen-small: its memory was not measured"
+    )
+
+
+def test_float32_in_one_thread_goes_before_other_measurements(tmp_path):
+    folder = results(tmp_path, musicgen_small=SMALL)
+    known = json.loads((folder / "full_size.json").read_text())
+    (one,) = known["musicgen-small"].values()
+    for device, dtype in (("cpu, 1 threads", "bfloat16"), ("cpu, 16 threads", "float32")):
+        other = one | {"device": device, "dtype": dtype, "pass_seconds": 0.5}
+        known["musicgen-small"][f"{device}, {dtype}"] = other
+    (folder / "full_size.json").write_text(json.dumps(known))
+    small = Shape("musicgen-small", 24, 8, 32_000, 50.0, 400, 100, "")
+    assert plan_rates.load(folder, [small], "cpu")["musicgen-small"].a_pass == 3.0
+
+
+def test_a_frame_of_yue_takes_two_positions(tmp_path):
+    yue = shape_of("YuE-s1-7B-anneal-en-cot", tmp_path)
+    rates = plan_rates.load(results(tmp_path, musicgen_small=SMALL), [yue], "cpu")[yue.name]
+    assert rates.a_pass == pytest.approx(3.0 * 2 * yue.decoder_parameters / 400)
+
+
+def test_a_busy_machine_does_not_slow_what_one_thread_measures():
+    cpu = torch.device("cpu")
+    assert seconds(lambda: time.sleep(0.2), cpu, 1) < 0.1
+    torch.set_num_threads(2)
+    try:
+        assert seconds(lambda: time.sleep(0.2), cpu, 1) >= 0.2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_training_hours_come_from_the_nearest_step_that_was_timed(params, tmp_path):
@@ -251,7 +325,9 @@ def test_the_benchmark_writes_what_a_plan_reads(monkeypatch, tmp_path, capsys):
     threads = torch.get_num_threads()
     full_size.main()
     torch.set_num_threads(threads)
-    assert "MusicBench (52,768 clips of 10 s)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "MusicBench (52,768 clips of 10 s)" in printed
+    assert printed.index("tiny: codec: ") < printed.index("tiny: ablating every layer: ")
     shape = Shape("tiny", 2, 32, 32_000, 50.0, 0, 0, "")
     rates = plan_rates.load(tmp_path, [shape], "cpu")["tiny"]
     assert rates.clip_seconds == 0.5

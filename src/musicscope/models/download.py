@@ -56,7 +56,8 @@ def download(entry: Any, target: str | Path) -> dict[str, Any]:
 
     `entry` is a section of download_model in params.yaml. A hub id is fetched into the hub's own
     cache, which goes on where it was cut off, and copied. The folder appears once it is complete
-    and known to be a model. ValueError for a hub id without a revision that pins.
+    and known to be a model. ValueError for a hub id without a revision that pins, and for a folder
+    that is not of the family that `entry` names.
     """
     system = None if entry.system == "auto" else entry.system
     with atomic_dir(target) as out:
@@ -67,7 +68,12 @@ def download(entry: Any, target: str | Path) -> dict[str, Any]:
                 raise ValueError(f"download_model: parts.into = {part.into!r} leaves the folder")
             folder = folder_of(part.source, part.revision, part.files, None, family=False)
             count += copy_files(folder, part.files, out / part.into)
-        found = system or detect_system(out)
+        found = detect_system(out)
+        if system not in (None, found):  # every stage goes by what the folder holds
+            raise ValueError(
+                f"download_model: with files {list(entry.files)} of {entry.source} the folder is "
+                f"taken for {found}, not {system}: let files name those of {system} alone"
+            )
         size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     return {"source": entry.source, "revision": entry.revision, "system": found,
             "files": count, "bytes": size}  # fmt: skip

@@ -60,18 +60,26 @@ class Shape:
     """Of codec and text encoder, which stay in float32."""
     origin: str
     """Where this comes from: a path, or "published sizes"."""
+    positions_per_frame: int = 1
+    """Sequence positions that a frame takes: what a pass costs goes with them."""
 
     def weight_bytes(self, decoder_bytes: int = 4) -> int:
         """Bytes of all weights with so many bytes for each of the decoder's."""
         return self.decoder_parameters * decoder_bytes + self.other_parameters * 4
 
 
+def text_config() -> Any:
+    """transformers' configuration of the encoder of T5-base, which all MusicGens have."""
+    from transformers import T5Config
+
+    return T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
+
+
 def musicgen_config(name: str) -> Any:
     """transformers' configuration of a published mono MusicGen (a key of MUSICGEN)."""
-    from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig, T5Config
+    from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig
 
     size = MUSICGEN[name]
-    text = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
     codec = EncodecConfig(
         target_bandwidths=[2.2], sampling_rate=32_000, audio_channels=1, normalize=False,
         chunk_length_s=None, overlap=None, hidden_size=128, num_filters=64, num_residual_layers=1,
@@ -86,7 +94,7 @@ def musicgen_config(name: str) -> Any:
     )  # fmt: skip
     # transformers 5 dropped this field from the class, but forward(labels=...) reads it.
     decoder.decoder_start_token_id = 2048
-    return MusicgenConfig(text_encoder=text, audio_encoder=codec, decoder=decoder)
+    return MusicgenConfig(text_encoder=text_config(), audio_encoder=codec, decoder=decoder)
 
 
 def yue_config() -> Any:
@@ -107,6 +115,8 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
     folder, plain = Path(models) / name, name.rsplit("/", 1)[-1]
     if (folder / "config.json").is_file():
         return _of_config(name, folder)
+    if (folder / "state_dict.bin").is_file():
+        return _of_audiocraft(name, folder)
     if plain in MUSICGEN:
         return _of_musicgen(name, musicgen_config(plain), "published sizes")
     if plain.startswith(YUE_S1):
@@ -134,6 +144,23 @@ def _of_config(name: str, folder: Path) -> Shape:
     raise ValueError(f"{folder}/config.json is of type {kind!r}; planned are musicgen and llama")
 
 
+def _of_audiocraft(name: str, folder: Path) -> Shape:
+    from transformers import T5Config
+
+    from musicscope.models.audiocraft_config import transformers_config
+    from musicscope.models.audiocraft_loading import (
+        CODEC_FILE,
+        MODEL_FILE,
+        TEXT_FOLDER,
+        read_checkpoint,
+    )
+
+    configs = (read_checkpoint(folder / file)[1] for file in (MODEL_FILE, CODEC_FILE))
+    text = folder / TEXT_FOLDER
+    t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
+    return _of_musicgen(name, transformers_config(*configs, t5), str(folder))
+
+
 def _of_musicgen(name: str, config: Any, origin: str) -> Shape:
     decoder, codec = config.decoder, config.audio_encoder
     hop = functools.reduce(int.__mul__, codec.upsampling_ratios)
@@ -146,7 +173,10 @@ def _of_musicgen(name: str, config: Any, origin: str) -> Shape:
 
 def _of_llama(name: str, config: Any, origin: str) -> Shape:
     whole, _ = _parameters("LlamaForCausalLM", config, "model")
-    return Shape(name, config.num_hidden_layers, config.hidden_size, 16_000, 50.0, whole, 0, origin)
+    return Shape(
+        name, config.num_hidden_layers, config.hidden_size, 16_000, 50.0, whole, 0, origin,
+        positions_per_frame=2,  # vocals and instruments in turn
+    )  # fmt: skip
 
 
 def _parameters(class_name: str, config: Any, part: str) -> tuple[int, int]:

@@ -36,6 +36,9 @@ class Rate:
     extract_fixed_bytes: int | None = None
     """Peak of a pass: so many bytes, weights among them, and so many for each clip."""
     extract_clip_bytes: int | None = None
+    codec_fixed_bytes: int | None = None
+    """Peak of the codec, which runs before a pass, above the weights."""
+    codec_clip_bytes: int | None = None
     ablate_fixed_bytes: int | None = None
     ablate_clip_bytes: int | None = None
 
@@ -53,15 +56,21 @@ def device_name(device: torch.device) -> str:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Median wall time of `run`, after one round that does not count where there are several."""
+    """Median time of `run`, after one round that does not count where there are several.
+
+    Of one thread on a CPU it is that thread's own time, whatever else the machine is doing; else
+    wall time.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     times = []
     for number in range(rounds + (rounds > 1)):
-        start = time.perf_counter()
+        start = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if number or rounds == 1:
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -73,11 +82,13 @@ def measure(
     ablations: Sequence[str] = (),
     memory: bool = True,
     dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Rate:
     """Rates of a MusicModel with a codec, unconditional as in extraction; `dtype` as loaded.
 
     `ablations` are kinds to ablate every layer with (ablation.ablate), on one clip: many passes.
     `memory` finds the peak from batches of one and three clips, which takes some passes more.
+    `say` is told what was found as soon as it is.
     """
     device = torch.device(model.device)
     noise = 0.1 * np.random.default_rng(0).standard_normal(
@@ -87,25 +98,41 @@ def measure(
     batch = model.encode(noise, silent)
     one = model.with_captions(batch.codes[:1].cpu(), [None])
     codec = seconds(lambda: model.encode(noise, silent), device, rounds) / batch_clips
+    say(f"codec: {codec:.2f} s a clip of {clip_seconds:g} s")
     passed = seconds(lambda: model.capture(batch, [deepest]), device, rounds) / batch_clips
+    say(f"a pass to the deepest layer: {passed:.2f} s a clip")
     weight_bytes = getattr(model, "weight_bytes", 0)
 
-    def peaks(run: Callable[[Any], Any]) -> Footprint:
-        found = []
-        for clips in (1, 3):
-            many = model.with_captions(one.codes.cpu().expand(clips, -1, -1), [None] * clips)
-            found.append((clips, peak_bytes(lambda many=many: run(many), device)))
-        return footprint(*found, weight_bytes)
+    def peaks(run: Callable[[int], Any], resident: int) -> Footprint:
+        found = [(clips, peak_bytes(lambda clips=clips: run(clips), device)) for clips in (1, 3)]
+        return footprint(*found, resident)
 
-    extract = peaks(lambda many: model.capture(many, [deepest])) if memory else None
+    def decoder(clips: int) -> None:
+        codes = one.codes.cpu().expand(clips, -1, -1)
+        model.capture(model.with_captions(codes, [None] * clips), [deepest])
+
+    extract = heard = None
+    if memory:
+        extract = peaks(decoder, weight_bytes)
+        say(f"peak of a pass: {extract.fixed:,} bytes and {extract.per_clip:,} a clip")
+        heard = peaks(lambda clips: model.encode(noise[[0] * clips], [None] * clips), 0)
+        say(f"peak of the codec: {heard.fixed:,} bytes and {heard.per_clip:,} a clip")
     ablate, ablated = None, None
     if ablations:
         from musicscope.layers import ablation
 
         means = ablation.update_sums(model, one).means
-        ablate = seconds(lambda: ablation.ablate(model, one, tuple(ablations), means), device, 1)
-        if memory:  # every kind and layer holds the same arrays, so one kind shows the peak
-            ablated = peak_bytes(lambda: ablation.ablate(model, one, ("skip",)), device)
+
+        def score() -> None:
+            nonlocal ablate
+            run = lambda: ablation.ablate(model, one, tuple(ablations), means)  # noqa: E731
+            ablate = seconds(run, device, 1)
+
+        if memory:  # in the same run, the longest of all: counting takes microseconds an operation
+            ablated = peak_bytes(score, device)
+        else:
+            score()
+        say(f"ablating every layer: {ablate:.1f} s a clip")
     return Rate(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -119,6 +146,8 @@ def measure(
         weight_bytes=weight_bytes,
         extract_fixed_bytes=extract.fixed if extract else None,
         extract_clip_bytes=extract.per_clip if extract else None,
+        codec_fixed_bytes=heard.fixed if heard else None,
+        codec_clip_bytes=heard.per_clip if heard else None,
         ablate_fixed_bytes=weight_bytes if ablated is not None else None,
         ablate_clip_bytes=ablated,
     )

@@ -169,7 +169,7 @@ def _ablation(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
     what = (
         f"{shape.name}: {shape.layers} layers x {len(section.kinds)} kinds, {section.clips} clips"
     )
-    return Row("ablate", what, 0.0, rates.ablate_memory(4), hours, rates.note)
+    return Row("ablate", what, 0.0, rates.ablate_memory(4, clips.seconds), hours, rates.note)
 
 
 def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
@@ -181,10 +181,8 @@ def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row
         spent = clips.number * rates.extract * clips.seconds / rates.clip_seconds
         hours = spent / 3600 / _parallel(params, rates)
     what = f"{shape.name}: {rows:,} frames of {shape.width} x {len(params.slots)} slots"
-    return Row(
-        "extract_activations", what, disk, rates.extract_memory(section.batch_clips), hours,
-        rates.note,
-    )  # fmt: skip
+    memory = rates.extract_memory(section.batch_clips, clips.seconds)
+    return Row("extract_activations", what, disk, memory, hours, rates.note)
 
 
 def _dictionaries(
@@ -248,6 +246,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure", action="store_true",
         help="time each model that is here on two clips of noise; else rates of earlier runs",
     )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float, metavar="GB",
+        help="say which extract_activations.batch_clips fits into so much memory a process",
+    )  # fmt: skip
     parser.add_argument("--results", default="benchmarks/results", help="where rates are kept")
 
 
@@ -280,6 +282,8 @@ def run(args: argparse.Namespace) -> None:
         "(reflink, hardlink or symlink). Hours: with compute.processes = "
         f"{params.compute.processes} of compute.engine = {params.compute.engine}."
     )
+    if args.memory is not None:
+        print(plan_rates.batches(rates, clips.seconds, args.memory))
     if missing := [name for name, rate in rates.items() if rate.extract is None]:
         print(
             f"No rate is known for {', '.join(missing)}: run with --measure, or python -m "

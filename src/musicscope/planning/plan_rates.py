@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from musicscope.activations.codes import CHUNK
 from musicscope.artifacts import read_json
+from musicscope.models.batch_size import Footprint, largest_batch
 from musicscope.planning.full_size import Shape
 from musicscope.planning.measure import Rate
 
 FULL_SIZE, EXTRACTION, SAE_STEP = "full_size.json", "extraction.json", "sae_step.json"
+ONE_THREAD = "cpu, 1 threads"
 WINDOW_BYTES = 256 * 2**20
 """What a store's shuffle holds (ActivationStore.train_batches)."""
 
@@ -53,19 +56,55 @@ class Rates:
             return self.measured.ablate_seconds * kinds / self.measured.ablate_kinds
         return None if self.a_pass is None else self.a_pass * kinds * (layers + 1) / 2
 
-    def extract_memory(self, clips: int) -> float | None:
-        """Peak bytes of a batch."""
+    def extract_footprint(self, seconds: float) -> Footprint | None:
+        """Peak of a pass over clips of `seconds`, weights among it."""
         known = self.measured
         if known is None or known.extract_fixed_bytes is None:
             return None
-        return known.extract_fixed_bytes + clips * known.extract_clip_bytes
+        longer = seconds / known.clip_seconds
+        return Footprint(known.extract_fixed_bytes, math.ceil(longer * known.extract_clip_bytes))
 
-    def ablate_memory(self, clips: int) -> float | None:
-        """Peak bytes of a batch."""
+    def codec_memory(self, seconds: float) -> float:
+        """Peak bytes of the codec on the clips that it is given at once; 0 where unknown."""
+        known = self.measured
+        if known is None or known.codec_fixed_bytes is None:
+            return 0.0
+        held = known.codec_fixed_bytes + CHUNK * known.codec_clip_bytes
+        return known.weight_bytes + held * seconds / known.clip_seconds
+
+    def extract_memory(self, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`: codec and decoder run in turn."""
+        cost = self.extract_footprint(seconds)
+        if cost is None:
+            return None
+        return max(cost.fixed + clips * cost.per_clip, self.codec_memory(seconds))
+
+    def ablate_memory(self, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`."""
         known = self.measured
         if known is None or known.ablate_fixed_bytes is None:
             return None
-        return known.ablate_fixed_bytes + clips * known.ablate_clip_bytes
+        longer = seconds / known.clip_seconds
+        passed = known.ablate_fixed_bytes + clips * known.ablate_clip_bytes * longer
+        return max(passed, self.codec_memory(seconds))
+
+
+def batches(rates: dict[str, Rates], seconds: float, gigabytes: float) -> str:
+    """A line a model: the largest extract_activations.batch_clips within so much memory."""
+    lines = []
+    for name, rate in rates.items():
+        cost = rate.extract_footprint(seconds)
+        if cost is None:
+            lines.append(f"{name}: its memory was not measured")
+            continue
+        try:
+            if rate.codec_memory(seconds) > gigabytes * 1e9:
+                raise ValueError(f"its codec alone needs {rate.codec_memory(seconds) / 1e9:.3f} GB")
+            most = largest_batch(cost, round(gigabytes * 1e9), most=256)
+            lines.append(f"{name}: extract_activations.batch_clips up to {most}")
+        except ValueError as error:
+            lines.append(f"{name}: {error}")
+    return "\n".join(lines)
 
 
 def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rates]:
@@ -81,8 +120,13 @@ def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, 
     for name, by_device in full.items():
         found = {key: _rate(value) for key, value in by_device.items()}
         right = [key for key in found if key.startswith("cpu") == (wanted in ("cpu", "auto"))]
-        known[name] = found[sorted(right or found)[0]]
+        # As stages run: the decoder in float32, one thread a process.
+        known[name] = found[min(right or found, key=lambda key: (_unlike(found[key]), key))]
     return {shape.name: _one(shape, known, folder, step) for shape in shapes}
+
+
+def _unlike(rate: Rate) -> tuple[bool, bool]:
+    return rate.dtype != "float32", rate.device.startswith("cpu") and rate.device != ONE_THREAD
 
 
 def _cuda() -> bool:
@@ -103,7 +147,7 @@ def _one(shape: Shape, known: dict[str, Rate], folder: Path, step: StepRate | No
     if path.is_file() and (nano := read_json(path)).get("model") == plain:
         ms = nano["ms_cpu_a_clip"]
         return Rates(
-            "cpu, 1 threads", nano["seconds_a_clip"], ms["extract"]["median"] / 1e3,
+            ONE_THREAD, nano["seconds_a_clip"], ms["extract"]["median"] / 1e3,
             ms["full"]["median"] / 1e3, None, step,
         )  # fmt: skip
     nearest = _nearest(shape, known)
@@ -126,7 +170,7 @@ def of(rate: Rate, step: StepRate | None = None) -> Rates:
 
 
 def _nearest(shape: Shape, known: dict[str, Rate]) -> tuple[str, Rate, float] | None:
-    """The measured model next in size, and by what factor its passes are shorter."""
+    """The measured MusicGen next in size, and by what factor its passes are shorter."""
     if not shape.decoder_parameters or not shape.layers:
         return None
     sizes = {name: rate.decoder_parameters for name, rate in known.items()}
@@ -134,7 +178,7 @@ def _nearest(shape: Shape, known: dict[str, Rate]) -> tuple[str, Rate, float] | 
         return None
     own = shape.decoder_parameters
     name = min(sizes, key=lambda n: abs(math.log(sizes[n] / own)))
-    return name, known[name], own / sizes[name]
+    return name, known[name], own / sizes[name] * shape.positions_per_frame
 
 
 def _step(path: Path) -> StepRate | None:
@@ -147,7 +191,7 @@ def _step(path: Path) -> StepRate | None:
             width, latents = map(int, key[1:].split("_F"))
             seconds = value["steps"]["ours_auxk"]["ms"] / 1e3
             measured[width * latents] = seconds / found["batch"]
-    return StepRate(measured, "cpu, 1 threads") if measured else None
+    return StepRate(measured, ONE_THREAD) if measured else None
 
 
 def sae_step_rate(rates: dict[str, Rates]) -> StepRate | None:

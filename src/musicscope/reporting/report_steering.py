@@ -11,23 +11,20 @@ from typing import Any
 
 import pandas as pd
 
-from musicscope.artifacts import read_json
 from musicscope.reporting.report_charts import Series, line_chart
 from musicscope.reporting.report_data import Sources, get
-from musicscope.reporting.report_media import file_moment
 from musicscope.reporting.report_parts import (
     Cell,
     Details,
     Figure,
     Group,
-    Moment,
     Note,
-    Players,
     Section,
     Table,
     number,
     plain,
 )
+from musicscope.reporting.report_steering_players import players
 
 METHODS = {
     "sae": "features", "sae_words": "features and words", "diff_means": "difference of means",
@@ -37,9 +34,6 @@ METHODS = {
 }  # fmt: skip
 DOSES = ("sae", "diff_means")
 LEVELS = ("prompt_edit", "reseed")  # no strength: lines beside the doses
-FOLDERS = {"steer": "data/steering", "steer_full": "data/steering_full"}
-EXAMPLES = 2
-"""Pairs of pieces to hear for each wish."""
 INTRO = (
     "Music drawn twice with the same prompt and the same noise: as it is, and with features of one "
     "layer edited at every step. Success is the share of pieces on which a judge's verdict was the "
@@ -71,7 +65,7 @@ def steering_section(sources: Sources) -> Section | None:
         parts += [_success(model, found), _cost(model, found)]
         if get(found, "joint"):
             parts.append(_joint(model, found["joint"]))
-        parts += _players(sources, stage, model)
+        parts += players(sources, stage, model)
         parts += _folded(sources, stage, model, found)
     return Section("steering", "Concepts off and on", tuple(parts))
 
@@ -174,52 +168,6 @@ def _joint(model: str, joint: dict[str, Any]) -> Table:
         tuple(rows),
         "All wishes hold: by the families' judge, at once, on the same piece.",
     )  # fmt: skip
-
-
-# --- to hear ----------------------------------------------------------------------------------
-
-
-def _verdicts(judges: dict[str, Any], side: int) -> str:
-    """`guitar: family judge 0.81, musicnn 0.44` of plain (side 0) or steered (1) pieces."""
-    by_concept: dict[str, list[str]] = {}
-    for judge, concepts in judges.items():
-        for concept, values in concepts.items():
-            if values[side] is not None:
-                text = f"{judge.replace('_', ' ')} {plain(values[side], 2)}"
-                by_concept.setdefault(concept, []).append(text)
-    return "; ".join(f"{concept}: {', '.join(texts)}" for concept, texts in by_concept.items())
-
-
-def _players(sources: Sources, stage: str, model: str) -> list[Players | Note]:
-    folder = sources.root / FOLDERS[stage] / model / "examples"
-    if not (folder / "index.json").is_file():
-        text = f"No music to hear: {FOLDERS[stage]}/{model}/examples is not there (stage {stage})."
-        return [Note(text, "missing")]
-    rows, seen, lost = [], {}, 0
-    for example in read_json(folder / "index.json")["examples"]:
-        wishes = ", ".join(example["wishes"])
-        if seen.get(wishes, 0) >= EXAMPLES:
-            continue
-        made: list[Moment | None] = [
-            file_moment(folder, example[kind], kind, _verdicts(example["judges"], side))
-            for side, kind in enumerate(("plain", "steered"))
-        ]
-        if None in made:
-            lost += 1
-            continue
-        seen[wishes] = seen.get(wishes, 0) + 1
-        rows.append((f"{wishes}: {example['prompt']}", tuple(m for m in made if m is not None)))
-    caption = (
-        f"{model}: the first test prompts, not the best ones. Numbers are the judges' "
-        "probabilities of this one piece."
-    )
-    parts: list[Players | Note] = [Players(tuple(rows), caption)] if rows else []
-    if lost:
-        parts.append(Note(f"{lost} examples of {model} could not be read.", "missing"))
-    return parts
-
-
-# --- folded -----------------------------------------------------------------------------------
 
 
 def _folded(sources: Sources, stage: str, model: str, found: dict[str, Any]) -> list[Details]:
