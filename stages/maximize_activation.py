@@ -1,7 +1,7 @@
 """What chosen features of one model answer to: data/maximize_activation/<model>.
 
 Best moments of real clips, and token sequences searched for under the model's own prior, as audio
-with index.json; moments alone where a model has no tokens to search over (YuE, RAVE). Reads
+with index.json; moments alone where a model has no tokens to search over (RAVE). Reads
 data/features, data/activations, data/sae, data/usae, data/models and data/clips; writes metrics and
 plots/maximize_activation/<model>.
 """

@@ -6,6 +6,7 @@ Everything is in the on-disk layout of the real thing; sizes are what a test has
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,13 @@ def build_musicgens(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def build_yues(folder: Path) -> tuple[str, str]:
-    """Two tiny YuEs of different width; their names."""
+    """Two tiny YuEs of different width with one codec, as all of them have; their names."""
     from yue_export import build_tiny_yue
 
     names = ("YuE-s1-7B-anneal-en-cot", "YuE-s1-7B-anneal-en-icl")
     for seed, name in enumerate(names):
         build_tiny_yue(folder / name, layers=4, width=16 + 8 * seed, seed=seed)
+    shutil.copytree(folder / names[0] / "xcodec", folder / names[1] / "xcodec", dirs_exist_ok=True)
     return names
 
 

@@ -22,7 +22,7 @@ from musicscope.artifacts import seed_for
 from musicscope.dictionaries.pooling import by_batch
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.features.feature_choice import Latent
-from musicscope.maximizing.token_objective import BATCH, Target, window_means
+from musicscope.maximizing.token_objective import BATCH, Target, gradient_of, window_means
 from musicscope.models import load_model
 
 SPLITS = ("train", "test")
@@ -35,7 +35,7 @@ class Instrument:
 
     name: str
     model: Any
-    """Searches need a DelayPatternModel, `moments_only` any model with hooks."""
+    """Searches need tokens (`token_objective.gradient_of`), `moments_only` any with hooks."""
     layer: str
     """Hook point."""
     sae: TopKSAE | None
@@ -237,7 +237,7 @@ def measure(
 
         batch = instrument.model.with_captions(part, [None] * len(part))
         loss = instrument.model.cross_entropy(batch, {instrument.layer: read})
-        x = seen[0][:, 1 : batch.frames + 1]
+        x = gradient_of(instrument.model).at_frames(seen[0], batch.frames)
         found = frame_values(instrument, latents, place, x.flatten(0, 1))
         curves.append(found.view(*x.shape[:2], len(latents)).cpu().numpy())
         log_prob.append(-loss.mean((1, 2)).cpu().numpy())

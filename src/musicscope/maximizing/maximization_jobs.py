@@ -12,7 +12,7 @@ import torch
 from musicscope.artifacts import seed_for
 from musicscope.features.feature_choice import Latent
 from musicscope.maximizing import maximization as mx
-from musicscope.maximizing.token_objective import Objective
+from musicscope.maximizing.token_objective import Objective, gradient_of
 from musicscope.maximizing.token_search import Codec, Settings, best_start, search
 
 NULL_VARIANTS = ("prior", "heard")
@@ -95,7 +95,8 @@ def run_job(open_run: Open, job: Job) -> Search:
     start = best_start(objective, torch.from_numpy(job.starts).to(device))
     codec = None
     if job.survival is not None:
-        codec = Codec(instruments[0].model, torch.tensor(job.survival))
+        model = instruments[0].model
+        codec = Codec(model, torch.tensor(job.survival), gradient_of(model).FIRST_HEARD)
     found = search(objective, start, job.settings, job.seed, codec)
     return Search(
         job.latent, job.variant, found.codes.cpu().numpy(), start.cpu().numpy(), found.objective

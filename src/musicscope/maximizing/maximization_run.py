@@ -24,7 +24,8 @@ from musicscope.features.feature_choice import Latent
 from musicscope.maximizing import maximization as mx
 from musicscope.maximizing.maximization_jobs import Open, Plan, Search, jobs_of, run_job
 from musicscope.maximizing.token_excerpts import clip_tokens, cut, excerpts, random_excerpts
-from musicscope.maximizing.token_search import Codec, survival
+from musicscope.maximizing.token_objective import gradient_of
+from musicscope.maximizing.token_search import Codec, survived
 from musicscope.parallel import workers
 
 RANDOM_TOKENS = 16  # sequences of uniform codes: their log p and values hardly vary
@@ -94,7 +95,9 @@ def control_tokens(
     # the samples follow the very probabilities that the search is held to.
     captions = [None] * plan.samples
     samples = [
-        i.model.generate(captions, seconds, seed("samples", i.name), guidance_scale=1.0, top_k=0)
+        i.model.generate(
+            captions, seconds, seed("samples", i.name), **gradient_of(i.model).SAMPLING
+        )
         for i in instruments
     ]
     generator = torch.Generator().manual_seed(seed("random tokens"))
@@ -174,16 +177,16 @@ def run(
     moment_values = _measure_all(plan, instruments, pieces.to(device))
 
     usual = [float(np.median(measured.log_prob)) for measured in controls["clips"]]
-    codec = Codec(instruments[0].model, torch.ones(0))
-    survived = survival(tokens["samples"], codec.again(tokens["samples"])).tolist()
+    model = instruments[0].model
+    codec = Codec(model, torch.ones(0), gradient_of(model).FIRST_HEARD)
+    survival = survived(codec, tokens["samples"]).tolist()
     samples = tokens["samples"].cpu().numpy()
-    jobs = jobs_of(plan, scales, usual, survived, samples, by_latent)
+    jobs = jobs_of(plan, scales, usual, survival, samples, by_latent)
     with workers(min(processes, len(jobs))) as each:
         finished = each(functools.partial(run_job, open_run), jobs)
         searches = tuple(tqdm(finished, "searches", len(jobs), unit="search", mininterval=1))
     codes = torch.from_numpy(np.stack([s.codes for s in searches])).to(device)
     starts = torch.from_numpy(np.stack([s.start for s in searches])).to(device)
-    model = instruments[0].model
     audio = torch.cat([model.decode(code[None]) for code in codes])
     again = model.encode(audio, [None] * len(audio)).codes[..., : plan.frames]
     return Result(

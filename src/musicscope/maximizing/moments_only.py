@@ -1,9 +1,8 @@
 """What features answer to where no input can be searched for: the best moments of real clips.
 
-Token search needs gradients through the embeddings of a delay pattern and, over several models, one
-codec. YuE and RAVE have no such pattern, and MusicGen's tokens mean nothing to YuE. There the same
-features get their best moments as audio, held against all real clips, and the searches that were
-not made are counted (``headline.not_searched``).
+Token search needs tokens and, over several models, one codec. RAVE has no tokens, and MusicGen's
+mean nothing to YuE. There the same features get their best moments as audio, held against all real
+clips, and the searches that were not made are counted (``headline.not_searched``).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from musicscope.maximizing import maximization as mx
 from musicscope.maximizing.maximization_audio import write_index, write_moment
 from musicscope.maximizing.maximization_jobs import Plan
 from musicscope.maximizing.maximization_run import Found, find_moments
-from musicscope.models.delay_pattern import DelayPatternModel
+from musicscope.maximizing.token_objective import gradient_of
 
 PROBE = 50  # frames on which codecs are compared
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
@@ -35,10 +34,10 @@ QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 def unsearchable(instruments: Sequence[mx.Instrument]) -> str | None:
     """Why no tokens can be searched for with these models; None if they can."""
     for instrument in instruments:
-        if not isinstance(instrument.model, DelayPatternModel):
+        if gradient_of(instrument.model) is None:
             return (
                 f"{instrument.name} is a {type(instrument.model).__name__}: token search needs "
-                "the embeddings of a delay pattern, which MusicGen's implementations give"
+                "gradients through the embeddings of tokens, which MusicGen and YuE have"
             )
     models = {i.name: i.model for i in instruments}
     if not _one_codec(list(models.values())):

@@ -25,9 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models.musicgen_gradient import substitution_gains, traced
+from musicscope.models import musicgen_gradient
+from musicscope.models.delay_pattern import DelayPatternModel
+from musicscope.models.token_gradient import TokenGradient
 
 BATCH = 16  # sequences through the heads at once: 16 x 8 x 75 x 1024 logits are 39 MB
+
+
+def gradient_of(model: Any) -> TokenGradient | None:
+    """What a search needs of the model; None where there are no tokens to search over.
+
+    A model names its own as `gradient`. MusicGen's is not in its loader, on which every stage
+    depends: an edit there reruns searches alone.
+    """
+    own = musicgen_gradient if isinstance(model, DelayPatternModel) else None
+    return getattr(model, "gradient", own)
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Target:
     """A feature of one model as the search sees it: pre-activation weight . x + bias."""
 
     model: Any
-    """A `DelayPatternModel`; all models of one search must share a codec."""
+    """With tokens (`gradient_of`); all models of one search must share a codec."""
     layer: str
     """Hook point that the feature reads."""
     weight: Tensor
@@ -84,8 +96,9 @@ def window_means(values: Tensor, window: int) -> Tensor:
 
 
 def _activation(target: Target, stream: Tensor, frames: int, window: int) -> Tensor:
-    """Activation / scale [B] from the stream [B, S, d]; frame t is position t + 1."""
-    values = stream[:, 1 : frames + 1] @ target.weight.to(stream) + target.bias
+    """Activation / scale [B] from the stream [B, S, d] of sequences of that many frames."""
+    read = gradient_of(target.model).at_frames(stream, frames)
+    values = read @ target.weight.to(stream) + target.bias
     return window_means(values, window).amax(-1) / target.scale
 
 
@@ -161,18 +174,18 @@ def gains(objective: Objective, codes: Tensor) -> Gains:
     activation, log_prob = [], []
     for target in objective.targets:
         batch = _unconditional(target.model, codes[None])
-        natural = objective.naturalness > 0
+        known, natural = gradient_of(target.model), objective.naturalness > 0
         with torch.enable_grad():
-            inputs, stream, logits = traced(target.model, batch, target.layer, natural)
+            inputs, stream, logits = known.traced(target.model, batch, target.layer, natural)
             value = _activation(target, stream, frames, objective.window).sum()
             total = None if logits is None else _log_prob(logits, batch.codes).sum()
         (gradient,) = torch.autograd.grad(value, inputs, retain_graph=natural)
-        activation.append(substitution_gains(target.model, codes, gradient[0]))
+        activation.append(known.substitution_gains(target.model, codes, gradient[0]))
         if total is not None:
             (gradient,) = torch.autograd.grad(total, inputs)
             own = logits[0].detach().log_softmax(-1)
             own = own - own.gather(-1, codes[..., None])
-            later = substitution_gains(target.model, codes, gradient[0])
+            later = known.substitution_gains(target.model, codes, gradient[0])
             log_prob.append((own + later) / (books * frames))
     mean = torch.stack(activation).mean(0)
     return Gains(mean, torch.stack(log_prob) if log_prob else mean.new_zeros((0, *mean.shape)))

@@ -73,6 +73,9 @@ class Codec:
     model: Any
     survival: Tensor
     """[K] share of each codebook's codes that are the same after decoding and encoding."""
+    first: int = 0
+    """Codebooks before this one are left alone, since no sound has them: in YuE a mix becomes the
+    instrumental track and silence the vocal one (`TokenGradient.FIRST_HEARD`)."""
 
     def again(self, codes: Tensor) -> Tensor:
         """Tokens [B, K, T] of the audio that tokens [B, K, T] decode to."""
@@ -83,6 +86,16 @@ class Codec:
 def survival(codes: Tensor, again: Tensor) -> Tensor:
     """`Codec.survival` [K] from tokens [B, K, T] and what they are after one round."""
     return (codes == again).float().mean((0, 2))
+
+
+def survived(codec: Codec, codes: Tensor) -> Tensor:
+    """`Codec.survival` [K] of tokens [B, K, T], with what a search leaves alone as a sound has it.
+
+    Where none of n survives, one in n is taken: 0 would hide what the gains tell codes apart by.
+    """
+    if codec.first:
+        codes = torch.cat([codec.again(codes)[:, : codec.first], codes[:, codec.first :]], 1)
+    return survival(codes, codec.again(codes)).clamp(min=1 / codes[:, 0].numel())
 
 
 @dataclass(frozen=True)
@@ -105,16 +118,17 @@ def search(
 ) -> Found:
     """Maximise `objective` from codes `start` [K, T]. Same seed, same machine: same codes.
 
-    With a `codec` candidates are judged by the tokens of the audio that they decode to: EnCodec
-    does not give back the tokens that it was given, least in the fine codebooks, so that what a
-    search does to tokens need not be in the sound. Substitutions then count by their chance to
+    With a `codec` candidates are judged by the tokens of the audio that they decode to: no codec
+    gives back all the tokens that it was given (EnCodec least in the fine codebooks), so that what
+    a search does to tokens need not be in the sound. Substitutions then count by their chance to
     survive, and each step begins at the tokens of the sound.
     """
     generator = torch.Generator().manual_seed(seed)
     codes = start if codec is None else codec.again(start[None])[0]
     best, (activation, log_prob) = start, exact(objective, codes[None])
     history = [float(objective.total(activation, log_prob))]
-    size, rejected = max(1, start.numel() // 16), 0
+    first = 0 if codec is None else codec.first
+    size, rejected = max(1, start[first:].numel() // 16), 0
     least = 1 if codec is None else LEAST_HEARD
     for _ in range(settings.steps):
         known = gains(objective, codes)
@@ -122,7 +136,8 @@ def search(
         if codec is not None:
             total = total * codec.survival.to(total)[:, None, None]
         sizes = [max(1, (2 * size) >> (i % 4)) for i in range(settings.proposals)]
-        proposals = propose(total, codes, sizes, generator)
+        proposals = codes.repeat(len(sizes), 1, 1)
+        proposals[:, first:] = propose(total[first:], codes[first:], sizes, generator)
         found, streams = activations(objective, proposals)
         # log p by first order, to choose the few for which it is worth computing.
         changed = proposals != codes

@@ -1,9 +1,8 @@
-"""Gradients with respect to a MusicGen's token embeddings, for searches over tokens.
+"""Gradients with respect to a MusicGen's token embeddings: `musicscope.models.token_gradient`.
 
-The decoder's input at a position is the *sum* of its codebooks' embeddings. One gradient g [S, d]
-of a number J with respect to that sum therefore gives the first-order change of J for every
-substitution of one code by another at once (HotFlip, Ebrahimi et al. 2018, arXiv 1712.06751):
-g[t + k + 1] . (E_k[new] - E_k[old]) for codebook k of frame t.
+The decoder's input at a position is the *sum* of its codebooks' embeddings, so one gradient g
+[S, d] with respect to that sum gives the change for a new code in codebook k of frame t as
+g[t + k + 1] . (E_k[new] - E_k[old]).
 """
 
 from __future__ import annotations
@@ -12,28 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models import Batch
+from musicscope.models import Batch, token_gradient
 from musicscope.models.delay_pattern import DelayPatternModel
+
+SAMPLING = {"guidance_scale": 1.0, "top_k": 0}
+FIRST_HEARD = 0
 
 
 def traced(
     model: DelayPatternModel, batch: Batch, layer: str, logits: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Embedded inputs [B, S, d], stream behind `layer` [B, S, d] and logits [B, K, T, card].
+    """Embedded inputs [B, S, d], stream behind `layer` [B, S, d] and logits [B, K, T, card]."""
 
-    The same numbers as in `MusicModel.forward`, with autograd: the inputs are the leaf. Without
-    `logits` no layer behind `layer` runs and None stands in their place.
-    """
-    (index,) = model.by_layer({layer: lambda activations, positions: activations})
-    decoder = model.decoder
-    with torch.enable_grad():
-        inputs = decoder.embed(model.sequence(batch)).detach().requires_grad_()
-        context = decoder.context(inputs, batch.text, batch.text_mask)
-        stream = decoder.run(inputs, context, {}, last=index)
-        if not logits:
-            return inputs, stream, None
-        output = decoder.run(stream, context, {}, first=index + 1)
-        return inputs, stream, decoder.logits(output, batch.frames)
+    def context(inputs: Tensor) -> object:
+        return model.decoder.context(inputs, batch.text, batch.text_mask)
+
+    return token_gradient.traced(model, context, batch, layer, logits)
 
 
 @torch.no_grad()
@@ -48,6 +41,11 @@ def substitution_gains(model: DelayPatternModel, codes: Tensor, gradient: Tensor
     gradient = F.pad(gradient, (0, 0, 0, frames + books - len(gradient)))
     gains = []
     for k, table in enumerate(model.decoder.tables):
-        products = gradient[k + 1 : k + 1 + frames] @ table.weight[: model.card].T
-        gains.append(products - products.gather(1, codes[k][:, None]))
+        here = gradient[k + 1 : k + 1 + frames]
+        gains.append(token_gradient.gains_at(here, table.weight[: model.card], codes[k]))
     return torch.stack(gains)
+
+
+def at_frames(stream: Tensor, frames: int) -> Tensor:
+    """Frame t is position t + 1: behind the start column, where codebook 0 of t is the newest."""
+    return stream[:, 1 : frames + 1]

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, XcodecModel
 
-from musicscope.models import Batch, Hook, HookPoint, yue_codec, yue_decoder
+from musicscope.models import Batch, Hook, HookPoint, yue_codec, yue_decoder, yue_gradient
 from musicscope.models import yue_generation as generation
 from musicscope.models import yue_tokens as tokens
 
@@ -43,6 +43,8 @@ class YueModel:
     All methods run without autograd and return ordinary tensors. `segment` is the lyric text of
     the one segment, with its section head.
     """
+
+    gradient = yue_gradient  # what a search over tokens needs
 
     def __init__(
         self,
@@ -187,7 +189,8 @@ class YueModel:
     def by_layer(self, hooks: Hooks) -> dict[int, Hook]:
         return {self._layer(name): hook for name, hook in (hooks or {}).items()}
 
-    def _context(self, hidden: Tensor, batch: Batch) -> yue_decoder.Context:
+    def context(self, hidden: Tensor, batch: Batch) -> yue_decoder.Context:
+        """What every layer needs besides the stream `hidden` [B, P + 2T, d]."""
         codes = batch.text_mask.new_ones(len(batch), 2 * batch.frames)
         valid = torch.cat([batch.text_mask, codes], 1)
         return self.decoder.context(hidden, self.positions(batch), valid)
@@ -204,7 +207,7 @@ class YueModel:
         """
         last = None if stop_after is None else self._layer(stop_after)
         wanted, hidden = self.by_layer(hooks), self.decoder.embed(self.sequence(batch))
-        hidden = self.decoder.run(hidden, self._context(hidden, batch), wanted, last=last)
+        hidden = self.decoder.run(hidden, self.context(hidden, batch), wanted, last=last)
         if stop_after is not None:
             return None
         return self.decoder.logits(hidden, batch.frames).to(self.device)
@@ -238,7 +241,7 @@ class YueModel:
         """L + 1 tensors [B, P + 2T, d]: the input of every layer and the last layer's output."""
         hidden = self.decoder.embed(self.sequence(batch))
         inputs: list[Tensor] = []
-        output = self.decoder.run(hidden, self._context(hidden, batch), {}, inputs=inputs)
+        output = self.decoder.run(hidden, self.context(hidden, batch), {}, inputs=inputs)
         return [stream.to(self.device) for stream in [*inputs, output]]
 
     @torch.no_grad()
@@ -253,7 +256,7 @@ class YueModel:
         wanted = self.by_layer(hooks)
         if wanted and min(wanted) < layer:
             raise ValueError(f"a hook at layers.{min(wanted)} cannot act: starting at {layer}")
-        hidden = self.decoder.run(hidden, self._context(hidden, batch), wanted, first=layer)
+        hidden = self.decoder.run(hidden, self.context(hidden, batch), wanted, first=layer)
         return self.decoder.logits(hidden, batch.frames).to(self.device)
 
     @torch.no_grad()
