@@ -45,7 +45,7 @@ def unsearchable(instruments: Sequence[mx.Instrument]) -> str | None:
     return None
 
 
-def _one_codec(models: Sequence[DelayPatternModel]) -> bool:
+def _one_codec(models: Sequence[Any]) -> bool:
     """Whether the same tokens are the same sound to all of them: by their weights, or, where two
     implementations spell these differently, by what they make of random tokens and that sound."""
     if len({codec_codes.codec_sha256(model) for model in models}) == 1:
