@@ -31,23 +31,20 @@ CHANGES = {
     "search-base": (),
     "search-32-latents": ("steer.n_features=[32]",),
     "search-both-rows": ("steer.branches=[both]",),
-    "search-both-rows-strong": ("steer.branches=[both]", "steer.strengths=[4.0,8.0,16.0]"),
     "search-guidance": ("steer.branches=[guidance]",),
     "search-closed-loop": ("steer.loops=[closed]",),
     "search-mean-target": ("steer.target=mean",),
     "search-both-sides": ("steer.both_sides=always",),
     "search-second-layer": ("steer.slot=top2",),
 }
-"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows.
-
-Guidance multiplies that by its scale, so both halves are also tried with larger strengths."""
+"""Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows."""
 KEPT = ("success", "change", "ce_cost", "frechet_ratio")
 
 
 def queue() -> None:
     """Queue all experiments of `CHANGES`."""
     for name, changed in CHANGES.items():
-        keys = {key.split("=")[0]: key for key in (*COMMON, *changed)}
+        keys = {key.split("=")[0]: key for key in (*COMMON, *changed)}  # the last one counts
         sets = [word for key in keys.values() for word in ("-S", key)]
         target = f"steer@{MODEL}"
         subprocess.run(

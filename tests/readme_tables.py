@@ -240,7 +240,6 @@ SEARCH = {
     "search-base": "8 latents, layer 1, captioned rows, one side, raised to the mean where active",
     "search-32-latents": "32 latents",
     "search-both-rows": "both halves of guidance",
-    "search-both-rows-strong": "both halves, strengths 4, 8 and 16",
     "search-guidance": "the opposite on the half without caption",
     "search-closed-loop": "closed loop",
     "search-mean-target": "raised to the mean over all frames",
