@@ -182,6 +182,30 @@ def test_rave_and_musicgen_on_a_folder_of_recordings(tmp_path, monkeypatch):
     assert summary["maximize.rave.not_searched"] > 0
     assert summary["maximize.musicgen-small.heard_reached"] > 0
     assert summary["maximize.shared.not_searched"] > 0
+    # The export is steered on its own test clips, a generator on prompts.
+    steered = read_json("metrics/steer/rave.json")
+    halves = (wanted["validation"] // 2, wanted["test"] // 2)
+    for direction in ("off", "on"):
+        used = steered["clips"][f"guitar {direction}"]
+        assert used == {"validation": min(2, halves[0]), "test": min(2, halves[1])}
+        methods = steered["concepts"]["guitar"][direction]["methods"]
+        assert "prompt_edit" not in methods
+        for method in ("sae", "diff_means", "random_feature", "original"):
+            numbers = methods[method]
+            judges = [numbers[j] for j in ("family_judge", "musicnn")]
+            shares = [j["success"] for j in judges if j["to_change"]]
+            # A number wherever a judge had the unwanted verdict, which is chance in a random model.
+            assert (numbers["success"] is None) == (not shares)
+            if shares:
+                assert numbers["success"] == pytest.approx(np.mean(shares))
+            assert numbers["ce_cost"] is None
+            assert np.isfinite(
+                [numbers["change"], numbers["spectral_cost"], numbers["frechet"]]
+            ).all()
+        assert methods["sae"]["spectral_cost"] > 0
+    assert steered["skipped"] == 0
+    examples = read_json("data/steering/rave/examples/index.json")["examples"]
+    assert {e["prompt"].split()[0] for e in examples} <= {"clip"}
     index = read_json("data/maximize_activation/rave/index.json")
     moments = [m for feature in index["features"] for m in feature["moments"]]
     assert moments

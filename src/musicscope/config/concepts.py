@@ -49,17 +49,20 @@ class Steer:
     seconds: float = number(0.1, 30.0)
     """Length of each piece; musicnn hears 3 s at a time."""
     validation_prompts: int = number(2)
-    """Prompts of each concept and direction to choose settings on."""
+    """Prompts of each concept and direction to choose settings on; of an audio model, clips."""
     n_prompts: int = number(2)
-    """Prompts of each concept and direction, and of each pair, that numbers are reported on."""
+    """Prompts of each concept and direction, and of each pair, that numbers are reported on; of
+    an audio model as many clips, or all there are."""
     batch: int = number(1)
     """Prompts generated together."""
     guidance: float = number(1.0, 20.0, above=True)
     """Scale of classifier-free guidance."""
     quality_budget: float = number(0.0, above=True)
-    """Most that the unsteered model's cross-entropy may change by, nats a code, in the choice."""
+    """Most that the unsteered model's cross-entropy may change by, nats a code, in the choice. An
+    audio model has none: its choice has the next budget alone."""
     frechet_budget: float = number(0.0, above=True)
-    """Most Frechet distance from plain music, in multiples of what other noise alone gives."""
+    """Most Frechet distance from plain music, in multiples of what other noise alone gives (of an
+    audio model: or its codec, where that gives more)."""
     examples: int = number(0)
     """Pieces of each concept, direction and pair whose audio is kept."""
     bootstrap: int = number(1)

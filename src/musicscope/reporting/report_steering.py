@@ -25,26 +25,18 @@ from musicscope.reporting.report_parts import (
     plain,
 )
 from musicscope.reporting.report_steering_players import players
+from musicscope.reporting.report_steering_text import (
+    CLIPS,
+    CROSS_ENTROPY,
+    INTRO,
+    METHODS,
+    ORIGINAL,
+    SPECTRAL,
+    Cost,
+)
 
-METHODS = {
-    "sae": "features", "sae_words": "features and words", "diff_means": "difference of means",
-    "diff_means_words": "difference of means and words", "probe_direction": "probe direction",
-    "prompt_edit": "prompt edit", "random_feature": "random features",
-    "random_direction": "random direction", "passthrough": "passthrough", "reseed": "other noise",
-}  # fmt: skip
 DOSES = ("sae", "diff_means")
 LEVELS = ("prompt_edit", "reseed")  # no strength: lines beside the doses
-INTRO = (
-    "Music drawn twice with the same prompt and the same noise: as it is, and with features of one "
-    "layer edited at every step. Success is the share of pieces on which a judge's verdict was the "
-    "unwanted one and became the wanted one, mean over the judges that know the concept. Prompts "
-    "name what is to go and keep clear of what is to come. Strengths were chosen on validation "
-    "prompts, for every method within the same budget of quality; what stands here is of test "
-    "prompts, in other words. Brackets are 95 % bootstraps over prompts.",
-    "Controls: random features of like activity, a random direction of the same length, the "
-    "autoencoder's own error with no edit (passthrough), and the same prompt with other noise. "
-    "Where a method does not exceed these, it did nothing that chance does not do.",
-)
 
 
 def steering_section(sources: Sources) -> Section | None:
@@ -58,13 +50,21 @@ def steering_section(sources: Sources) -> Section | None:
             parts.append(sources.missing(f"steer/{model}", "steer"))
             continue
         layer = str(get(found, "layer") or "unknown").removeprefix("layers.")
+        clips = _cost_of(found) is SPECTRAL
+        if clips:
+            parts.append(Note(CLIPS.format(model=model)))
+        for edit, why in (get(found, "skipped_because") or {}).items():
+            parts.append(Note(f"{model}, {edit}: left out, {why}.", "missing"))
+        if clips and not _entries(found):
+            continue
+        what = "or more test clips" if clips else "test prompts"
         parts.append(Note(
-            f"{model}: {plain(get(found, 'prompts'))} test prompts for each row, pieces of "
+            f"{model}: {plain(get(found, 'prompts'))} {what} for each row, pieces of "
             f"{plain(get(found, 'seconds'), 1)} s, edited at layer {layer}."
         ))  # fmt: skip
         parts += [_success(model, found), _cost(model, found)]
         if get(found, "joint"):
-            parts.append(_joint(model, found["joint"]))
+            parts.append(_joint(model, found["joint"], _cost_of(found)))
         parts += players(sources, stage, model)
         parts += _folded(sources, stage, model, found)
     return Section("steering", "Concepts off and on", tuple(parts))
@@ -92,7 +92,12 @@ def _methods(found: dict[str, Any]) -> list[str]:
 
 
 def _name(method: str) -> str:
-    return METHODS.get(method, method.replace("_", " "))
+    return (METHODS | ORIGINAL).get(method, method.replace("_", " "))
+
+
+def _cost_of(found: dict[str, Any]) -> Cost:
+    """An audio model was steered on clips, and has no cross-entropy."""
+    return SPECTRAL if get(found, "pieces") == "clips" else CROSS_ENTROPY
 
 
 def _interval(entry: Any, key: str, digits: int = 2) -> Cell:
@@ -102,7 +107,7 @@ def _interval(entry: Any, key: str, digits: int = 2) -> Cell:
 
 
 def _success(model: str, found: dict[str, Any]) -> Table:
-    methods = _methods(found)
+    methods, cost = _methods(found), _cost_of(found)
     rows = []
     for label, entry in _entries(found):
         cells = []
@@ -111,18 +116,18 @@ def _success(model: str, found: dict[str, Any]) -> Table:
             shown, value = _interval(numbers, "success"), get(numbers, "success")
             shade = None if value is None else round(9 * min(max(value, 0.0), 1.0))
             cells.append(Cell(shown.text, shown.detail, shade))
-        rows.append((label, *cells, _interval(get(entry, "methods.sae"), "ce_cost")))
-    columns = ("wish", *map(_name, methods), "quality cost of features")
+        rows.append((label, *cells, _interval(get(entry, "methods.sae"), cost.key)))
+    columns = ("wish", *map(_name, methods), cost.of_features)
     return Table(
         f"{model}: success", columns, tuple(rows),
-        "Quality cost: rise of the unsteered model's cross-entropy, nats a code. A dash: no piece "
-        "had the unwanted verdict, so there was nothing to change.",
+        f"{cost.note} A dash: no piece had the unwanted verdict, so there was nothing to change.",
     )  # fmt: skip
 
 
 def _cost(model: str, found: dict[str, Any]) -> Details:
+    cost = _cost_of(found)
     columns = {"success": "success", "change": "change of the judges",
-               "others_change": "change of other families", "ce_cost": "rise of cross-entropy",
+               "others_change": "change of other families", cost.key: cost.title,
                "frechet": "Fréchet distance"}  # fmt: skip
     rows = []
     for label, entry in _entries(found):
@@ -134,14 +139,13 @@ def _cost(model: str, found: dict[str, Any]) -> Details:
     table = Table(
         f"{model}: what it does and what it costs", ("", *columns.values()), tuple(rows),
         "Change: of the judges' mean probability, towards the wish. Other families: mean size of "
-        "their mean changes. Cross-entropy: of the unsteered model on the tokens, nats a code, "
-        "above that on the plain pieces. Fréchet distance: of musicnn's embeddings from those of "
-        "the plain pieces; other noise is what so few pieces give by chance.",
+        f"their mean changes. {cost.explained} Fréchet distance: of musicnn's embeddings from "
+        "those of the plain pieces; other noise is what so few pieces give by chance.",
     )  # fmt: skip
     return Details(f"{model}: specificity and quality of every method", (table,))
 
 
-def _joint(model: str, joint: dict[str, Any]) -> Table:
+def _joint(model: str, joint: dict[str, Any], cost: Cost) -> Table:
     rows = []
     for pair, entry in joint.items():
         methods = [m for m in entry if not m.startswith("alone_")]
@@ -158,13 +162,13 @@ def _joint(model: str, joint: dict[str, Any]) -> Table:
                 _interval(numbers, "all_wanted_plain"),
                 _interval(numbers, "all_wanted"),
                 ", ".join(alone),
-                _interval(numbers, "ce_cost"),
+                _interval(numbers, cost.key),
                 number(get(numbers, "frechet"), digits=1),
             ))  # fmt: skip
     return Table(
         f"{model}: several concepts at once",
         ("", "all wishes hold before", "and after", "success of each (features, alone)",
-         "rise of cross-entropy", "Fréchet distance"),
+         cost.title, "Fréchet distance"),
         tuple(rows),
         "All wishes hold: by the families' judge, at once, on the same piece.",
     )  # fmt: skip

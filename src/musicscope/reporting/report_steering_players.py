@@ -46,7 +46,7 @@ def players(sources: Sources, stage: str, model: str) -> list[Players | Note]:
         seen[wishes] = seen.get(wishes, 0) + 1
         rows.append((f"{wishes}: {example['prompt']}", tuple(m for m in made if m is not None)))
     caption = (
-        f"{model}: the first test prompts, not the best ones. Numbers are the judges' "
+        f"{model}: the first pieces of the test, not the best ones. Numbers are the judges' "
         "probabilities of this one piece."
     )
     parts: list[Players | Note] = [Players(tuple(rows), caption)] if rows else []

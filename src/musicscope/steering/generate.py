@@ -1,7 +1,9 @@
 """Music with concepts switched off and on, beside the same music without, and both judges' scores.
 
     musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
+    musicscope generate --model my-rave --audio song.flac --off guitar
 
+A model that turns audio into audio (RAVE) edits recordings: both pieces are its reconstructions.
 Concepts are those that the stages `steer_full` and `steer` learnt. Writes two WAV files and a
 JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
 settings, so another setting makes other files, and the same one the same bytes.
@@ -16,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ import numpy as np
 import soundfile
 import torch
 
-from musicscope.artifacts import write_json
+from musicscope.artifacts import sha256, write_json
 from musicscope.config import load_params
 from musicscope.judges.judging import load_judges
-from musicscope.steering import pieces
+from musicscope.steering import audio_pieces, pieces
 from musicscope.steering.editing import ALWAYS, BRANCHES, Steering
 from musicscope.steering.pieces import Order, Piece, Scores
 from musicscope.steering.ready import load_steering
@@ -127,7 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``musicscope generate``."""
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
-    add("--prompt", required=True, action="append", help="what to play; may be given again")
+    add("--prompt", action="append", help="what to play; may be given again")
+    add(
+        "--audio",
+        action="append",
+        metavar="FILE",
+        help="of a model that turns audio into audio: what to edit; may be given again",
+    )
     add(
         "--off",
         action="append",
@@ -139,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=float, default=1.0,
         help="1: as chosen on validation prompts; 0: no edit")  # fmt: skip
     add("--seed", type=int, default=0, help="of the draws, the same for both pieces; 0")
-    add("--seconds", type=float, default=5.0, help="length of a piece; 5")
+    add("--seconds", type=float, help="length of a piece; 5, of --audio all of it")
     add("--out", default="data/generated", metavar="DIR", help="where the files go; data/generated")
     add("--guidance", type=float, help="its scale; that of params.steer.guidance")
     add("--branch", choices=BRANCHES, help="rows of guided generation to edit; as chosen for steer")
@@ -175,40 +183,97 @@ def _steering(args: argparse.Namespace, wishes: Mapping[str, str]) -> tuple[str,
 def run(args: argparse.Namespace) -> None:
     """Draw, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
     name, wishes = Path(args.model).name, wishes_of(args.off, args.on)
+    if bool(args.prompt) == bool(args.audio):
+        raise ValueError("give --prompt TEXT, or --audio FILE to a model that edits audio (RAVE)")
+    jobs = _from_audio(args, wishes) if args.audio else _from_prompts(args, wishes)
+    judges = None
+    for number, (settings, title, pair) in enumerate(jobs):
+        judges = _judges() if number == 0 else judges
+        _hand_over(args, wishes, {"model": name, **settings}, title, pair, judges)
+    if judges is not None:
+        print(TRUST)
+
+
+Job = tuple[dict[str, Any], str, tuple[Piece, Piece]]
+"""Settings, what the pieces are called, and both pieces."""
+
+
+def _from_prompts(args: argparse.Namespace, wishes: Mapping[str, str]) -> Iterator[Job]:
+    """Both pieces of every prompt."""
+    name, seconds = Path(args.model).name, 5.0 if args.seconds is None else args.seconds
     guidance = usual_guidance() if args.guidance is None else args.guidance
-    orders = [Order(prompt, args.seconds, args.seed, guidance) for prompt in args.prompt]
+    orders = [Order(prompt, seconds, args.seed, guidance) for prompt in args.prompt]
     pieces.check_model(args.model)
     pieces.check_wishes(name, wishes)
     layer, steering = _steering(args, wishes)
     model = pieces.open_model(args.model, args.device)
-    try:
-        judges = load_judges(JUDGES)
-    except FileNotFoundError as error:
-        print(f"no scores: {error} (or fetch it: dvc pull {JUDGES})", file=sys.stderr)
-        judges = None
     for order in orders:
         plain = pieces.draw(model, order, layer)
         words = edit_prompt(order.prompt, wishes) if args.words else order.prompt
         steered = pieces.draw(model, replace(order, prompt=words), layer, steering)
-        settings = {"model": name, "layer": layer, **asdict(order), **describe(steering)}
+        settings = {"layer": layer, **asdict(order), **describe(steering)}
         if args.words:
             settings["prompt_steered"] = words
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        stem, out = f"{slug(order.prompt)}-seed{order.seed}-{digest}", Path(args.out)
-        files = {
-            kind: place(out, stem, kind, wav_bytes(piece))
-            for kind, piece in zip(pieces.KINDS, (plain, steered), strict=True)
-        }
-        scores = None if judges is None else pieces.judge(judges, (plain, steered))
-        about = {"wishes": wishes, "files": {k: p.name for k, p in files.items()}}
-        write_json(files["steered"].with_suffix(".json"), {**settings, **about, "scores": scores})
-        asked = ", ".join(f"{concept} {direction}" for concept, direction in wishes.items())
-        print(f"{name}, seed {order.seed}, {order.seconds:g} s, {asked}: {order.prompt}")
-        for kind, path in files.items():
-            print(f"{kind.ljust(8)} {path}")
-        if torch.equal(plain.codes, steered.codes):
-            print("the edit changed no token: both pieces are the same")
-        if scores is not None:
-            print(table(scores, wishes))
-    if judges is not None:
-        print(TRUST)
+        yield settings, order.prompt, (plain, steered)
+
+
+def _from_audio(args: argparse.Namespace, wishes: Mapping[str, str]) -> Iterator[Job]:
+    """Both reconstructions of every file."""
+    asked = {"--guidance": args.guidance, "--branch": args.branch, "--words": args.words or None}
+    if wrong := [option for option, value in asked.items() if value is not None]:
+        raise ValueError(f"{', '.join(wrong)}: of prompts alone, not of --audio")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"seed {args.seed}: 0 to 2^63 - 1")
+    pieces.check_model(args.model)
+    model = audio_pieces.open_audio_model(args.model, args.device)
+    pieces.check_wishes(Path(args.model).name, wishes)
+    layer, steering = _steering(args, wishes)
+    files = {
+        Path(file): audio_pieces.read_audio(file, model.sample_rate, args.seconds)
+        for file in args.audio
+    }
+    for path, audio in files.items():
+        plain = audio_pieces.edit(model, audio, args.seed, layer)
+        steered = audio_pieces.edit(model, audio, args.seed, layer, steering)
+        about = {
+            "audio": path.name, "audio_sha256": sha256(path), "seed": args.seed,
+            "seconds": len(audio) / model.sample_rate,
+        }  # fmt: skip
+        yield {"layer": layer, **about, **describe(steering)}, path.name, (plain, steered)
+
+
+def _judges() -> Any:
+    """The judges; None, and a line that says so, where there are none."""
+    try:
+        return load_judges(JUDGES)
+    except FileNotFoundError as error:
+        print(f"no scores: {error} (or fetch it: dvc pull {JUDGES})", file=sys.stderr)
+        return None
+
+
+def _hand_over(
+    args: argparse.Namespace, wishes: Mapping[str, str], settings: dict[str, Any], title: str,
+    pair: tuple[Piece, Piece], judges: Any,
+) -> None:  # fmt: skip
+    """Write both pieces and what they are, and print what the judges hear."""
+    plain, steered = pair
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    stem, out = f"{slug(title)}-seed{settings['seed']}-{digest}", Path(args.out)
+    files = {
+        kind: place(out, stem, kind, wav_bytes(piece))
+        for kind, piece in zip(pieces.KINDS, pair, strict=True)
+    }
+    scores = None if judges is None else pieces.judge(judges, pair)
+    about = {"wishes": wishes, "files": {k: p.name for k, p in files.items()}}
+    write_json(files["steered"].with_suffix(".json"), {**settings, **about, "scores": scores})
+    asked = ", ".join(f"{concept} {direction}" for concept, direction in wishes.items())
+    made = f"{settings['model']}, seed {settings['seed']}, {settings['seconds']:g} s"
+    print(f"{made}, {asked}: {title}")
+    for kind, path in files.items():
+        print(f"{kind.ljust(8)} {path}")
+    if plain.codes is None and np.array_equal(plain.audio, steered.audio):
+        print("the edit changed no sample: both pieces are the same")
+    elif plain.codes is not None and torch.equal(plain.codes, steered.codes):
+        print("the edit changed no token: both pieces are the same")
+    if scores is not None:
+        print(table(scores, wishes))

@@ -61,8 +61,8 @@ class Piece:
     audio: np.ndarray
     """float32 [samples]"""
     rate: int
-    codes: Tensor
-    """[K, T]"""
+    codes: Tensor | None
+    """[K, T]; None of an audio model"""
 
 
 # --- what there is ----------------------------------------------------------------------------
@@ -117,7 +117,10 @@ def open_model(name: str, device: str = "cpu") -> MusicModel:
     """`load_model` of a model that generates; ValueError of one that does not (RAVE)."""
     model: Any = load_model(name, device)
     if is_audio_model(model):
-        raise ValueError(f"{name} turns audio into audio and generates nothing from a prompt")
+        raise ValueError(
+            f"{name} turns audio into audio and generates nothing from a prompt: musicscope "
+            "generate --audio FILE edits a recording with it"
+        )
     return model
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from musicscope.clips import ClipStore
 from musicscope.dictionaries.sae import TopKSAE
 from musicscope.judges.judging import load_judges
 from musicscope.models import load_model
+from musicscope.steering.audio_cells import AudioBench
 from musicscope.steering.steering_cells import Bench
 from musicscope.steering.steering_recipes import load_recipe
 
@@ -23,4 +25,20 @@ def open_bench(
         {concept: load_recipe(recipes, concept) for concept in concepts},
         load_judges("data/judge"),
         seed, seconds, batch, guidance,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def open_audio_bench(
+    model: str, recipes: str, sae: str, concepts: tuple[str, ...], device: str, seed: int,
+    seconds: float, batch: int,
+) -> AudioBench:  # fmt: skip
+    """As `open_bench`, of an audio model and with data/clips."""
+    return AudioBench(
+        load_model(f"data/models/{model}", device),
+        TopKSAE.load(sae, device),
+        {concept: load_recipe(recipes, concept) for concept in concepts},
+        load_judges("data/judge"),
+        ClipStore.open("data/clips"),
+        seed, seconds, batch,
     )  # fmt: skip

@@ -50,7 +50,8 @@ class Cell:
     prompts: PromptSet
     method: str = "plain"
     """plain; reseed: plain with other noise, what chance alone moves; prompt_edit: the wish in
-    words; sae: latents; sae_words: both; the rest are controls and baselines."""
+    words; sae: latents; sae_words: both; original: an audio model's clip itself; the rest are
+    controls and baselines."""
     wishes: tuple[tuple[str, str], ...] = ()
     """(concept, "off" or "on"), one or several at once."""
     settings: tuple[Settings, ...] = ()
@@ -59,7 +60,7 @@ class Cell:
     """Pieces whose audio is kept."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in (*METHODS, "original"):
             raise ValueError(f"method {self.method!r}: known {', '.join(METHODS)}")
         needs = self.method not in ("plain", "reseed", "prompt_edit", "passthrough")
         if needs and len(self.settings) != len(self.wishes):
@@ -78,6 +79,10 @@ class Measured:
     """[n] nats a code, of the unsteered model without a caption"""
     audio: np.ndarray
     """[keep, samples] at the model's rate"""
+    spectral: np.ndarray | None = None
+    """[n] spectral distance from the plain reconstruction; of an audio model, which has no `ce`"""
+    groups: np.ndarray | None = None
+    """[n] group of each piece where they are clips; None: every piece is one of its own"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,14 @@ class Bench:
     def layer(self) -> str:
         return next(iter(self.recipes.values())).layer
 
+    @property
+    def frame_rate(self) -> float:
+        return self.model.frame_rate
+
+    def titles(self, wanted: PromptSet) -> list[str]:
+        """What the pieces are called: their prompts."""
+        return make_prompts(wanted, self.seed)
+
 
 Open = Callable[[], Bench]
 """Picklable and cached: it is called for every cell."""
@@ -115,7 +128,7 @@ def _edits(bench: Bench, cell: Cell, at_random: bool = False) -> Change | None:
             seed = seed_for(bench.seed, "steer", "random", concept, direction)
             latents = _random_latents(recipe, direction, settings, seed)
         found.append(recipe.concept_edit(direction, settings, latents))
-    return code_change(bench.sae, found, bench.model.frame_rate)
+    return code_change(bench.sae, found, bench.frame_rate)
 
 
 def _random_latents(
@@ -226,31 +239,38 @@ def _file(scratch: Path, cell: Cell) -> Path:
     return scratch / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
 
 
-def run_cell(open_bench: Open, scratch: Path, cell: Cell) -> Measured:
-    """`measure`, or what an earlier run kept of it in `scratch`."""
+def run_cell(
+    open_bench: Open, scratch: Path, cell: Cell, measuring: Callable = measure
+) -> Measured:
+    """`measuring` of the cell, or what an earlier run kept of it in `scratch`."""
     path = _file(scratch, cell)
     if not path.is_file():
-        found = measure(open_bench(), cell)
+        found = measuring(open_bench(), cell)
         arrays = {f"judge.{name}": p for name, p in found.probabilities.items()}
+        more = {name: getattr(found, name) for name in ("spectral", "groups")}
+        arrays |= {name: values for name, values in more.items() if values is not None}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as stream:
             np.savez(stream, embeddings=found.embeddings, ce=found.ce, audio=found.audio, **arrays)
         os.replace(temporary, path)
     with np.load(path, allow_pickle=False) as kept:
         judged = {k.removeprefix("judge."): kept[k] for k in kept if k.startswith("judge.")}
-        return Measured(judged, kept["embeddings"], kept["ce"], kept["audio"])
+        more = {name: kept[name] for name in ("spectral", "groups") if name in kept}
+        return Measured(judged, kept["embeddings"], kept["ce"], kept["audio"], **more)
 
 
 def run_cells(
-    open_bench: Open, scratch: Path, cells: Iterable[Cell], processes: int, progress: Callable
-) -> dict[Cell, Measured]:
+    open_bench: Open, scratch: Path, cells: Iterable[Cell], processes: int, progress: Callable,
+    measuring: Callable = measure,
+) -> dict[Cell, Measured]:  # fmt: skip
     """All cells, each once, in several processes; numbers do not depend on how many.
 
-    `progress` wraps an iterator and gets the number of cells, such as a tqdm bar.
+    `progress` wraps an iterator and gets the number of cells, such as a tqdm bar; `measuring`
+    (bench, cell) is that of the model's kind.
     """
     todo = list(dict.fromkeys(cells))
     with workers(max(1, min(processes, len(todo)))) as each:
-        finished = each(partial(run_cell, open_bench, scratch), todo)
+        finished = each(partial(run_cell, open_bench, scratch, measuring=measuring), todo)
         return dict(zip(todo, progress(finished, len(todo)), strict=True))
 
 

@@ -40,8 +40,9 @@ def dose_figure(doses: pd.DataFrame, tests: pd.DataFrame, title: str) -> Figure:
             )  # fmt: skip
         here = (tests["concept"] == at["concept"]) & (tests["direction"] == at["direction"])
         for style, method in (("--", "prompt_edit"), (":", "reseed")):
-            value = tests.loc[here & (tests["method"] == method), "success"].iloc[0]
-            axis.axhline(value, color="#555555", lw=1.4, ls=style, label=method)
+            # An audio model has no prompt to edit, and may lack clips for a wish.
+            for value in tests.loc[here & (tests["method"] == method), "success"]:
+                axis.axhline(value, color="#555555", lw=1.4, ls=style, label=method)
         if rows["success"].notna().any():  # nothing to change: no point, and no logarithm
             axis.set_xscale("log")
         axis.set_xlabel("strength")

@@ -42,10 +42,12 @@ class Scorer:
             )
         return self.families.index(concept)
 
-    def weights(self, n: int) -> np.ndarray:
-        """Ones, then the resamples: [1 + bootstrap, n]."""
+    def weights(self, pieces: Measured) -> np.ndarray:
+        """Ones, then the resamples of pieces, or of their groups: [1 + bootstrap, n]."""
+        n = len(pieces.ce)
+        groups = range(n) if pieces.groups is None else pieces.groups
         return np.concatenate(
-            [np.ones((1, n)), resample_weights(range(n), self.bootstrap, self.seed)]
+            [np.ones((1, n)), resample_weights(groups, self.bootstrap, self.seed)]
         )
 
 
@@ -156,14 +158,17 @@ def family_changes(plain: Measured, steered: Measured) -> np.ndarray:
 def quality(scorer: Scorer, plain: Measured, steered: Measured, weights: np.ndarray) -> dict:
     """ce_cost: what the unsteered model's cross-entropy rises by, nats a code; frechet: distance
     of musicnn embeddings from those of the plain pieces (compare with that of reseed, which is
-    what so few pieces give by chance); silent: share of pieces."""
+    what so few pieces give by chance); silent: share of pieces. An audio model has no
+    cross-entropy: ce_cost is NaN, and spectral_cost the distance from the plain pieces."""
     heard = [m.embeddings[np.isfinite(m.embeddings).all(1)] for m in (plain, steered)]
     enough = min(map(len, heard)) > 1
     return {
         **entry("ce_cost", mean_of(steered.ce - plain.ce), weights),
         "frechet": float(scorer.frechet(*heard)) if enough else float("nan"),
         "silent": float(np.isnan(steered.probabilities[SPECIFIC_JUDGE][:, 0]).mean()),
-    }
+        **({} if steered.spectral is None else
+           entry("spectral_cost", mean_of(steered.spectral), weights)),
+    }  # fmt: skip
 
 
 def outcome(
@@ -176,7 +181,7 @@ def outcome(
     others_change: mean over the other families of |mean change|; and `quality`. Per judge under
     its name.
     """
-    weights = scorer.weights(len(plain.ce))
+    weights = scorer.weights(plain)
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
     judges = [j for j in plain.probabilities if _known(scorer, j, concept)]
     found: dict[str, Any] = entry(
@@ -211,7 +216,7 @@ def advantage(
 ) -> dict[str, float]:
     """Success of the first method less that of the second, paired over prompts."""
     a, b = (success_of(scorer, plain, m, concept, direction) for m in (first, second))
-    return entry("difference", lambda w: a(w) - b(w), scorer.weights(len(plain.ce)))
+    return entry("difference", lambda w: a(w) - b(w), scorer.weights(plain))
 
 
 def all_wishes(
@@ -229,7 +234,7 @@ def all_wishes(
             for concept, direction in wishes
         ]
         held.append(np.all(wanted, axis=0).astype(float))
-    weights = scorer.weights(len(plain.ce))
+    weights = scorer.weights(plain)
     return entry("all_wanted_plain", mean_of(held[0]), weights) | entry(
         "all_wanted", mean_of(held[1]), weights
     )

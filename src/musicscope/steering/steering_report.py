@@ -16,7 +16,6 @@ from musicscope.artifacts import atomic_dir, write_json, write_text
 from musicscope.steering.steering_cells import WITH_WORDS, Bench, Cell
 from musicscope.steering.steering_charts import cross_talk_figure, dose_figure, trade_figure
 from musicscope.steering.steering_evaluation import advantage, all_wishes, family_changes, outcome
-from musicscope.steering.steering_prompts import make_prompts
 from musicscope.steering.steering_recipes import DIRECTIONS, WORDS, save_recipe, summary_of
 from musicscope.steering.steering_run import Result, Wish, parse_pair
 
@@ -32,6 +31,8 @@ TEST_KEYS = (
     "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
     "frechet", "silent",
 )  # fmt: skip
+SPECTRAL_KEYS = ("spectral_cost", "spectral_cost_ci_low", "spectral_cost_ci_high")
+"""Of an audio model, whose ce_cost is NaN."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def _chosen(result: Result, method: str, wish: Wish) -> dict[str, Any]:
     search = result.search
     own = (search["concept"] == wish[0]) & (search["direction"] == wish[1])
     (row,) = search[own & (search["method"] == method) & search["chosen"]].to_dict("records")
-    kept = ("change", "success", "ce_cost", "frechet_ratio")
-    return {**asdict(result.choices[method, wish]), "validation": {k: row[k] for k in kept}}
+    kept = ("change", "success", "ce_cost", "spectral_cost", "frechet_ratio")
+    validation = {k: row[k] for k in kept if k in row}
+    return {**asdict(result.choices[method, wish]), "validation": validation}
 
 
 def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def concept_metrics(result: Result, wish: Wish) -> dict[str, Any]:
         return {
             m: advantage(result.scorer, plain, first, result.measured[cells[m]], *wish)
             for m in rivals
+            if m in cells
         }
 
     found = {
@@ -99,7 +102,8 @@ def joint_metrics(result: Result, name: str) -> dict[str, Any]:
         for concept, direction in pair:
             own = _outcome(result, plain, cells[method], (concept, direction))
             entry[concept] = {k: own[k] for k in ("success", "change")}
-            entry |= {k: own[k] for k in ("ce_cost", "frechet", "silent")}
+            costs = ("ce_cost", "spectral_cost", "frechet", "silent")
+            entry |= {k: own[k] for k in costs if k in own}
         found[method] = entry
     for concept, direction in pair:
         own = _outcome(result, plain, cells[f"alone {concept}"], (concept, direction))
@@ -135,7 +139,8 @@ def test_table(result: Result) -> pd.DataFrame:
             found = _outcome(result, cells["plain"], cell, wish)
             strength = cell.settings[0].strength if cell.settings else np.nan
             at = {"concept": wish[0], "direction": wish[1], "method": method, "strength": strength}
-            records.append({**at, **{k: found[k] for k in TEST_KEYS}})
+            keys = (*TEST_KEYS, *(k for k in SPECTRAL_KEYS if k in found))
+            records.append({**at, **{k: found[k] for k in keys}})
     return pd.DataFrame(records)
 
 
@@ -146,15 +151,21 @@ def dose_table(search: pd.DataFrame) -> pd.DataFrame:
 
 
 def metrics(result: Result, recipes: Mapping[str, Any], bench: Bench) -> dict[str, Any]:
-    """All numbers of metrics/steer/<model>.json; `recipes`: concept -> (Recipe, its AUROCs)."""
-    cells = next(iter(result.tests.values()))
+    """All numbers of metrics/steer/<model>.json; `recipes`: concept -> (Recipe, its AUROCs).
+
+    Of an audio model `prompts` are the clips of the edit that has the fewest.
+    """
+    groups = (*result.tests.values(), *result.joints.values())
     return {
         "layer": bench.layer,
-        "prompts": cells["plain"].prompts.n,
+        "prompts": min(cells["plain"].prompts.n for cells in groups),
         "seconds": bench.seconds,
         "thresholds": result.scorer.thresholds,
         "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
-        "concepts": {c: {d: concept_metrics(result, (c, d)) for d in DIRECTIONS} for c in recipes},
+        "concepts": {
+            c: {d: concept_metrics(result, (c, d)) for d in DIRECTIONS if (c, d) in result.tests}
+            for c in recipes
+        },
         "joint": {name: joint_metrics(result, name) for name in result.joints},
     }
 
@@ -163,16 +174,21 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
     """The headline numbers of metrics/steer/<model>.json, one level deep.
 
     prompts: how many each is over; quality_cost: rise of the unsteered model's cross-entropy, nats
-    a code.
+    a code. An audio model has spectral_cost for it, and skipped: edits that it has no clips for.
     """
-    keys: dict[str, Any] = {"prompts": found["prompts"]}
+    keys: dict[str, Any] = {k: found[k] for k in ("prompts", "skipped") if k in found}
+
+    def cost(of: Mapping[str, Any]) -> dict[str, Any]:
+        spectral = of.get("spectral_cost")
+        return {"quality_cost": of["ce_cost"]} if spectral is None else {"spectral_cost": spectral}
+
     for concept, directions in found["concepts"].items():
         for direction, entry in directions.items():
             at, methods = f"{concept}.{direction}", entry["methods"]
             for key in ("success", "success_ci_low", "success_ci_high"):
                 keys[f"{at}.{key}"] = methods["sae"][key]
             keys |= {f"{at}.{m}": methods[m]["success"] for m in SUMMARY if m in methods}
-            keys[f"{at}.quality_cost"] = methods["sae"]["ce_cost"]
+            keys |= {f"{at}.{k}": value for k, value in cost(methods["sae"]).items()}
             keys[f"{at}.others_change"] = methods["sae"]["others_change"]
             gap = entry["sae_minus"]["diff_means"]
             keys[f"{at}.minus_diff_means"] = gap["difference"]
@@ -185,7 +201,7 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
             keys[f"{at}.{key}"] = ours[key]
         rivals = ("prompt_edit", "diff_means", "sae_words")
         keys |= {f"{at}.{m}": entry[m]["all_wanted"] for m in rivals if m in entry}
-        keys[f"{at}.quality_cost"] = ours["ce_cost"]
+        keys |= {f"{at}.{k}": value for k, value in cost(ours).items()}
     return keys
 
 
@@ -193,7 +209,7 @@ def summary_keys(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_examples(result: Result, folder: Path, bench: Bench) -> None:
-    """Plain and steered FLAC files of the first test prompts, and index.json.
+    """Plain and steered FLAC files of the first test prompts or clips, and index.json.
 
     index.json: ``sample_rate``, ``families`` and ``examples``, each with ``wishes`` ("guitar off"
     ...), ``prompt``, the files ``plain`` and ``steered``, and ``judges``: judge -> concept ->
@@ -205,7 +221,7 @@ def write_examples(result: Result, folder: Path, bench: Bench) -> None:
     groups += [(parse_pair(name), cells) for name, cells in result.joints.items()]
     for wishes, cells in groups:
         plain, steered = (result.measured[cells[m]] for m in ("plain", "sae"))
-        texts = make_prompts(cells["plain"].prompts, bench.seed)
+        texts = bench.titles(cells["plain"].prompts)
         stem = "-".join(f"{c}-{d}" for c, d in wishes)
         for i in range(len(plain.audio)):
             files = {}
@@ -231,8 +247,11 @@ def write_examples(result: Result, folder: Path, bench: Bench) -> None:
     )
 
 
-def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) -> None:
-    """All outs of a run; `recipes` as for `metrics`."""
+def write(
+    result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs,
+    more: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """All outs of a run; `recipes` as for `metrics`, to which `more` is added."""
     with atomic_dir(outs.folder) as folder:
         for concept, (recipe, _) in recipes.items():
             chosen = {d: result.choices["sae", (concept, d)] for d in DIRECTIONS}
@@ -256,4 +275,4 @@ def write(result: Result, recipes: Mapping[str, Any], bench: Bench, outs: Outs) 
     plots.save_figure(
         cross_talk_figure(talk, f"{model}: mean change of the judge"), f"{stem}-crosstalk.png"
     )
-    write_json(outs.metrics, metrics(result, recipes, bench))
+    write_json(outs.metrics, {**metrics(result, recipes, bench), **(more or {})})

@@ -19,8 +19,8 @@ from musicscope.dictionaries.sae import TopKSAE
 from musicscope.judges.judging import frechet_distance
 from musicscope.models import load_model
 from musicscope.models.audio_model import is_audio_model
-from musicscope.steering import steering_absent, steering_report, steering_run
-from musicscope.steering.steering_bench import open_bench
+from musicscope.steering import audio_outs, audio_steering, steering_report, steering_run
+from musicscope.steering.steering_bench import open_audio_bench, open_bench
 from musicscope.steering.steering_learning import learn_recipes, read_clips
 from musicscope.steering.steering_recipes import save_recipe
 
@@ -31,24 +31,27 @@ def evaluate(
     """Learn recipes for one model, choose settings, measure them, write `outs`.
 
     `section` is params.steer or params.steer_full. Cells that a killed run finished are kept
-    under the hash of all inputs, and taken from there. An audio model has no prompts to steer:
-    see `steering_absent`.
+    under the hash of all inputs, and taken from there. An audio model is steered on clips instead
+    of prompts (`audio_steering`).
     """
     clips = ClipStore.open("data/clips")
     store = ActivationStore.open(f"data/activations/{name}/{section.slot}")
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
     model = load_model(f"data/models/{name}", device)
-    if is_audio_model(model):
-        steering_absent.write(section, name, outs)
+    plan = audio_steering.make_plan(section, clips.rows) if is_audio_model(model) else None
+    if plan is not None and not plan.tests:
+        audio_outs.write_nothing(plan, name, outs)
         return
+    concepts = section.concepts if plan is None else plan.concepts
+    frame_rate = model.frame_rate if plan is None else model.frame_rates[store.config["layer"]]
     sae_folder = f"data/sae/{name}/{section.slot}/seed-0"
     seen = read_clips(store, TopKSAE.load(sae_folder, device), clips.rows, processes, device)
     recipes = learn_recipes(
-        seen, section.concepts, model=name, slot=section.slot, layer=store.config["layer"],
+        seen, concepts, model=name, slot=section.slot, layer=store.config["layer"],
         sae=folder_sha256(sae_folder), target=section.target, both_sides=section.both_sides,
         gate_features=section.gate_features, gate_seconds=section.gate_seconds,
-        frame_rate=model.frame_rate,
+        frame_rate=frame_rate,
     )  # fmt: skip
     del seen, model
 
@@ -57,11 +60,25 @@ def evaluate(
     scratch = partial_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]})
     for recipe, _ in recipes.values():
         save_recipe(recipe, scratch)
-    bench = functools.partial(
-        open_bench, name, str(scratch), sae_folder, section.concepts, device, seed,
-        section.seconds, section.batch, section.guidance,
-    )  # fmt: skip
     torch.set_num_threads(1)  # the work is parallel over cells instead
-    result = steering_run.run(section, bench, scratch, frechet_distance, processes, seed)
-    steering_report.write(result, recipes, bench(), outs)
+    common = (
+        name,
+        str(scratch),
+        sae_folder,
+        concepts,
+        device,
+        seed,
+        section.seconds,
+        section.batch,
+    )
+    if plan is None:
+        bench = functools.partial(open_bench, *common, section.guidance)
+        result = steering_run.run(section, bench, scratch, frechet_distance, processes, seed)
+        steering_report.write(result, recipes, bench(), outs)
+    else:
+        bench = functools.partial(open_audio_bench, *common)
+        result = audio_steering.run(
+            section, plan, bench, scratch, frechet_distance, processes, seed
+        )
+        steering_report.write(result, recipes, bench(), outs, audio_outs.numbers(plan))
     shutil.rmtree(Path(scratch))
