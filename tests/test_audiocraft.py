@@ -397,11 +397,6 @@ def test_without_audiocraft_the_error_says_how_to_install_it(monkeypatch):
 
 SCRIPT = """
 import importlib, sys
-from musicscope.activations.codes import codec_sha256
-from musicscope.maximizing.maximization import Instrument
-from musicscope.maximizing.moments_only import unsearchable
-from musicscope.maximizing.token_objective import Objective, Target, exact, gains
-from musicscope.maximizing.token_search import Settings, search
 from musicscope.models import audiocraft_compat, load_model
 guard = sys.meta_path.pop(0)
 assert isinstance(guard, audiocraft_compat.TorchaudioGuard), guard
