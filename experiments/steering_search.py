@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import dvc.api
 import pandas as pd
 
 from musicscope.artifacts import write_text
@@ -44,8 +45,7 @@ KEPT = ("success", "change", "ce_cost", "frechet_ratio")
 def queue() -> None:
     """Queue all experiments of `CHANGES`."""
     for name, changed in CHANGES.items():
-        keys = {key.split("=")[0]: key for key in (*COMMON, *changed)}  # the last one counts
-        sets = [word for key in keys.values() for word in ("-S", key)]
+        sets = [word for key in (*COMMON, *changed) for word in ("-S", key)]
         target = f"steer@{MODEL}"
         subprocess.run(
             ["dvc", "exp", "run", "--queue", "-s", "-n", name, *sets, target], check=True
@@ -104,12 +104,11 @@ def main() -> None:
     if args.queue == (args.write is not None):
         parser.error("give --queue or --write")
     if args.queue:
-        return queue()
-    import dvc.api
-
+        queue()
+        return
     found = table(dvc.api.exp_show(revs=args.write or ["HEAD"]))
     write_text(RESULT, found.to_csv(index=False, float_format="%.4g"))
-    return print(f"{RESULT}: {found['experiment'].nunique()} of {len(CHANGES)} experiments")
+    print(f"{RESULT}: {found['experiment'].nunique()} of {len(CHANGES)} experiments")
 
 
 if __name__ == "__main__":
