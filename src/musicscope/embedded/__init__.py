@@ -1,0 +1,1 @@
+"""Side wing: the embedded models and data set, from scores and sounds to trained weights."""

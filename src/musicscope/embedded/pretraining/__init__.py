@@ -1,0 +1,1 @@
+"""Training of the embedded models: corpus, codec, text encoder, decoders, evidence."""

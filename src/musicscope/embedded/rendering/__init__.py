@@ -1,0 +1,1 @@
+"""Scores, arrangements and sounds that the embedded models are trained on."""
