@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "find-concept": (
-        "musicscope.concepts.concept_finder",
+        "musicscope.concepts.concept_command",
         "features of a model that tell two folders of recordings apart",
     ),
     "generate": (

@@ -1,13 +1,11 @@
 """From a folder of recordings with a concept and one without it to features of a model.
 
-    musicscope find-concept --model nano-small --with guitars --without others
-
-Reads whatever libsndfile reads; what the statistics mean is in `concept_stats`.
+Reads whatever libsndfile reads; what the statistics mean is in `concept_stats`. The command
+``musicscope find-concept`` is in `concept_command`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import soundfile
 
-from musicscope.artifacts import atomic_dir, read_json, seed_for, write_json
+from musicscope.artifacts import seed_for
 from musicscope.concepts import concept_recordings as reading
 from musicscope.concepts import concept_stats
 from musicscope.concepts.concept_listening import dictionary, hear, top_moments
@@ -91,28 +88,6 @@ class ConceptReport:
                 lines.append(table.head(rows).to_string(index=False, float_format="%.3g"))
         return "\n".join(lines)
 
-    def save(self, folder: str | Path) -> None:
-        """Write features.csv, moments.csv, report.json and the moments' WAV files; whole or not."""
-        with atomic_dir(folder) as out:
-            tables = [t.assign(dictionary=name) for name, t in self.tables.items()]
-            pd.concat(tables).to_csv(out / "features.csv", index=False, float_format="%.6g")
-            self.moments.to_csv(out / "moments.csv", index=False, float_format="%.6g")
-            for name, audio in self.excerpts.items():
-                soundfile.write(out / name, np.clip(audio, -1, 1), self.rate, subtype="PCM_16")
-            write_json(
-                out / "report.json",
-                {
-                    "recordings": dict(self.recordings),
-                    "problems": [p.texts() for p in self.problems],
-                    "window_seconds": self.plan.seconds,
-                    "windows": self.plan.windows,
-                    "cues": dict(self.cues),
-                    "q": self.q,
-                    "smallest_p": self.smallest_p,
-                    "discoveries": {n: len(self.discoveries(n)) for n in self.tables},
-                },
-            )
-
 
 def find_concept(
     model: Any, features: TopKSAE | UniversalSAE | Mapping[str, Any], with_dir: str | Path,
@@ -159,50 +134,3 @@ def find_concept(
         reading.telling_cues(heard.cues, heard.labels), q,
         concept_stats.smallest_p(heard.labels), excerpts, rate,
     )  # fmt: skip
-
-
-# --- the command ------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``musicscope find-concept``."""
-    add = parser.add_argument
-    add("--model", required=True, help="a folder, or a name under data/models")
-    add("--with", required=True, dest="with_dir", metavar="DIR", help="recordings with the concept")
-    add("--without", required=True, dest="without_dir", metavar="DIR", help="without it")
-    add("--features", choices=("sae", "usae", "both"), default="sae", help="which dictionary")
-    add("--slot", default="top1", help="slot whose SAE is searched")
-    add("--out", metavar="DIR", help="where tables and excerpts go; data/found/<name of DIR>")
-    add("--seconds", type=float, default=10.0, help="length of the windows that are heard")
-    add("--windows", type=int, default=4, help="most windows a recording")
-    add("--q", type=float, default=0.05, help="limit of the corrected p")
-    add("--permutations", type=int, default=2000, help="for p")
-    add("--seed", type=int, default=0, help="of permutations and draws")
-    add("--device", default="cpu", help="cpu or cuda")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Find, print and save. ValueError and FileNotFoundError say what is wrong with the input."""
-    from musicscope.models import load_model
-
-    name = Path(args.model).name
-    folder = Path("data/sae") / name / args.slot / "seed-0"
-    features: dict[str, Any] = {}
-    if args.features in ("sae", "both"):
-        features["sae"] = TopKSAE.load(folder, args.device)
-    if args.features in ("usae", "both"):
-        usae = features["usae"] = UniversalSAE.load("data/usae/seed-0", args.device)
-        if usae.slot != args.slot:
-            raise ValueError(f"data/usae is of slot {usae.slot}: give --slot {usae.slot}")
-    layer = read_json(folder / "config.json")["trainer"].get("layer")
-    if not isinstance(layer, str):
-        raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
-    report = find_concept(
-        load_model(args.model, args.device), features, args.with_dir, args.without_dir, layer,
-        seconds=args.seconds, windows=args.windows, permutations=args.permutations, q=args.q,
-        seed=args.seed,
-    )  # fmt: skip
-    out = Path(args.out or Path("data/found") / Path(args.with_dir).resolve().name)
-    report.save(out)
-    print(report.text())
-    print(f"tables and {len(report.excerpts)} excerpts are in {out}")

@@ -5,19 +5,22 @@ projections of an attention into one. Mono text-to-music models with the plain d
 
     python -m musicscope.models.audiocraft_convert to-audiocraft FOLDER OUT
     python -m musicscope.models.audiocraft_convert to-transformers FOLDER OUT
+
+OUT must be a new or an empty folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from musicscope.artifacts import atomic_dir
 from musicscope.models.audiocraft_config import audiocraft_configs, transformers_config
 from musicscope.models.audiocraft_loading import (
     CODEC_FILE,
@@ -27,6 +30,7 @@ from musicscope.models.audiocraft_loading import (
     read_checkpoint,
     text_encoder_folder,
 )
+from musicscope.user_outputs import NewFolder, OutputError, new_folder
 
 State = dict[str, Tensor]
 CORE, LAYERS = "decoder.model.decoder.", "transformer.layers."
@@ -146,7 +150,21 @@ def to_audiocraft(source: str | Path, out: str | Path) -> None:
     """Write the transformers folder `source` as audiocraft's two checkpoints, with its T5 beside.
 
     The config names ``t5-base``; load the folder with `AudiocraftModel`, which takes the T5 there.
+
+    Raises:
+        OutputError: `out` has contents, or is, holds or lies in `source`.
     """
+    with _new(source, out) as made:
+        _to_audiocraft(source, made.scratch)
+        made.publish()
+
+
+def _new(source: str | Path, out: str | Path) -> AbstractContextManager[NewFolder]:
+    # Models are put into data/models by hand: not refused as the output of a stage.
+    return new_folder(out, inputs={"the source": source}, option="OUT", stages=False)
+
+
+def _to_audiocraft(source: str | Path, folder: Path) -> None:
     from musicscope.models.musicgen_loading import load_parts
 
     hf, tokenizer = load_parts(Path(source), torch.device("cpu"), torch.float32)
@@ -163,23 +181,30 @@ def to_audiocraft(source: str | Path, out: str | Path) -> None:
     codec_weights = codec_to_audiocraft(
         hf.audio_encoder.state_dict(), list(codec.upsampling_ratios), codec.num_residual_layers
     )
-    with atomic_dir(out) as folder:
-        for file, state, config in (
-            (MODEL_FILE, weights, language),
-            (CODEC_FILE, codec_weights, compression),
-        ):
-            text = OmegaConf.to_yaml(OmegaConf.create(config))
-            package = {"best_state": state, "xp.cfg": text, "version": "1.3.0", "exported": True}
-            torch.save(package, folder / file)
-        hf.text_encoder.save_pretrained(folder / TEXT_FOLDER)
-        tokenizer.save_pretrained(folder / TEXT_FOLDER)
+    for file, state, config in (
+        (MODEL_FILE, weights, language),
+        (CODEC_FILE, codec_weights, compression),
+    ):
+        text = OmegaConf.to_yaml(OmegaConf.create(config))
+        package = {"best_state": state, "xp.cfg": text, "version": "1.3.0", "exported": True}
+        torch.save(package, folder / file)
+    hf.text_encoder.save_pretrained(folder / TEXT_FOLDER)
+    tokenizer.save_pretrained(folder / TEXT_FOLDER)
 
 
 def to_transformers(source: str | Path, out: str | Path, text_revision: str | None = None) -> None:
     """Write the audiocraft folder `source` as transformers' save_pretrained does.
 
-    ValueError or KeyError for what transformers' MusicGen cannot express.
+    Raises:
+        OutputError: `out` has contents, or is, holds or lies in `source`.
+        ValueError, KeyError: transformers' MusicGen cannot express the model.
     """
+    with _new(source, out) as made:
+        _to_transformers(source, made.scratch, text_revision)
+        made.publish()
+
+
+def _to_transformers(source: str | Path, folder: Path, text_revision: str | None) -> None:
     from transformers import AutoTokenizer, MusicgenForConditionalGeneration, T5EncoderModel
 
     source = Path(source)
@@ -213,22 +238,24 @@ def to_transformers(source: str | Path, out: str | Path, text_revision: str | No
     generation.pad_token_id = special
     generation.do_sample = True
     generation.guidance_scale = float(language.classifier_free_guidance.inference_coef)
-    with atomic_dir(out) as folder:
-        hf.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(folder)
+    hf.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("direction", choices=["to-audiocraft", "to-transformers"])
     parser.add_argument("source", type=Path, help="folder to read")
-    parser.add_argument("out", type=Path, help="folder to write; replaced if it exists")
+    parser.add_argument("out", type=Path, help="folder to write: new, or empty")
     parser.add_argument("--text-revision", help="commit of the T5's hub page (to-transformers)")
     given = parser.parse_args()
-    if given.direction == "to-audiocraft":
-        to_audiocraft(given.source, given.out)
-    else:
-        to_transformers(given.source, given.out, given.text_revision)
+    try:
+        if given.direction == "to-audiocraft":
+            to_audiocraft(given.source, given.out)
+        else:
+            to_transformers(given.source, given.out, given.text_revision)
+    except OutputError as error:
+        sys.exit(f"audiocraft_convert: {error}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 A model that turns audio into audio (RAVE) edits recordings: both pieces are its reconstructions.
 Concepts are those that the stages `steer_full` and `steer` learnt. Writes two WAV files and a
 JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
-settings, so another setting makes other files, and the same one the same bytes.
+settings, so another setting makes other files, and the same one the same bytes. Files are added to
+the folder of --out: where one of a name has other content, all three new ones get a number.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,8 +34,9 @@ from musicscope.judges.judging import load_judges
 from musicscope.steering import audio_pieces, pieces
 from musicscope.steering.editing import ALWAYS, BRANCHES, Steering
 from musicscope.steering.pieces import Order, Piece, Scores
-from musicscope.steering.ready import load_steering
+from musicscope.steering.ready import load_steering, recipe_folder
 from musicscope.steering.steering_baselines import edit_prompt
+from musicscope.user_outputs import add_files, folder_to_add_to
 
 JUDGES = "data/judge"
 TRUST = "one piece's scores are rough; metrics/train_judge.json says how far to trust them"
@@ -68,28 +70,32 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "music"
 
 
-def place(folder: Path, stem: str, kind: str, content: bytes) -> Path:
-    """Write <stem>-<kind>.wav, whole or not at all, and say where it is.
+def place(
+    folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Write <stem>-<kind>.wav of every kind, and `about` beside them, as new files.
 
-    A file of that name with other content (made with another model, say) stays: the new one gets a
-    number.
+    Files of these names with the same content serve as they are. Where one has other content (made
+    with another model, say), it stays and all new ones get a number.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        path = folder / f"{stem}-{kind}{'' if number == 1 else f'-{number}'}.wav"
-        if not path.exists():
-            break
-        if path.read_bytes() == content:
-            return path
-        number += 1
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+
+    def contents(number: str) -> dict[str, bytes]:
+        names = {kind: f"{stem}-{kind}{number}.wav" for kind in sounds}
+        said = Path(names["steered"]).with_suffix(".json").name
+        made = {names[kind]: sound for kind, sound in sounds.items()}
+        return {**made, said: _json_bytes({**about, "files": names})}
+
+    paths = [path for path in add_files(folder, contents).values() if path.suffix == ".wav"]
+    return dict(zip(sounds, paths, strict=True))
+
+
+def _json_bytes(value: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_json(Path(scratch) / "about.json", value)
+        return (Path(scratch) / "about.json").read_bytes()
 
 
 def describe(steering: Steering) -> dict[str, Any]:
@@ -148,7 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="1: as chosen on validation prompts; 0: no edit")  # fmt: skip
     add("--seed", type=int, default=0, help="of the draws, the same for both pieces; 0")
     add("--seconds", type=float, help="length of a piece; 5, of --audio all of it")
-    add("--out", default="data/generated", metavar="DIR", help="where the files go; data/generated")
+    add("--out", default="data/generated", metavar="DIR",
+        help="folder to which the files are added; data/generated")  # fmt: skip
     add("--guidance", type=float, help="its scale; that of params.steer.guidance")
     add("--branch", choices=BRANCHES, help="rows of guided generation to edit; as chosen for steer")
     add(
@@ -185,13 +192,26 @@ def run(args: argparse.Namespace) -> None:
     name, wishes = Path(args.model).name, wishes_of(args.off, args.on)
     if bool(args.prompt) == bool(args.audio):
         raise ValueError("give --prompt TEXT, or --audio FILE to a model that edits audio (RAVE)")
-    jobs = _from_audio(args, wishes) if args.audio else _from_prompts(args, wishes)
-    judges = None
-    for number, (settings, title, pair) in enumerate(jobs):
-        judges = _judges() if number == 0 else judges
-        _hand_over(args, wishes, {"model": name, **settings}, title, pair, judges)
+    with folder_to_add_to(args.out, _inputs(args)) as out:
+        jobs = _from_audio(args, wishes) if args.audio else _from_prompts(args, wishes)
+        judges = None
+        for number, (settings, title, pair) in enumerate(jobs):
+            judges = _judges() if number == 0 else judges
+            _hand_over(out, wishes, {"model": name, **settings}, title, pair, judges)
     if judges is not None:
         print(TRUST)
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """What is read, by what it is called."""
+    given, name = Path(args.model), Path(args.model).name
+    return {
+        "the model": given if given.exists() else Path(pieces.MODELS) / given,
+        "the SAEs": Path("data/sae") / name,
+        "the recipes": Path(recipe_folder(name)),
+        "the judges": Path(JUDGES),
+        **{f"--audio {file}": Path(file) for file in args.audio or ()},
+    }
 
 
 Job = tuple[dict[str, Any], str, tuple[Piece, Piece]]
@@ -252,20 +272,16 @@ def _judges() -> Any:
 
 
 def _hand_over(
-    args: argparse.Namespace, wishes: Mapping[str, str], settings: dict[str, Any], title: str,
+    out: Path, wishes: Mapping[str, str], settings: dict[str, Any], title: str,
     pair: tuple[Piece, Piece], judges: Any,
 ) -> None:  # fmt: skip
     """Write both pieces and what they are, and print what the judges hear."""
     plain, steered = pair
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    stem, out = f"{slug(title)}-seed{settings['seed']}-{digest}", Path(args.out)
-    files = {
-        kind: place(out, stem, kind, wav_bytes(piece))
-        for kind, piece in zip(pieces.KINDS, pair, strict=True)
-    }
+    stem = f"{slug(title)}-seed{settings['seed']}-{digest}"
+    sounds = {k: wav_bytes(piece) for k, piece in zip(pieces.KINDS, pair, strict=True)}
     scores = None if judges is None else pieces.judge(judges, pair)
-    about = {"wishes": wishes, "files": {k: p.name for k, p in files.items()}}
-    write_json(files["steered"].with_suffix(".json"), {**settings, **about, "scores": scores})
+    files = place(out, stem, sounds, {**settings, "wishes": wishes, "scores": scores})
     asked = ", ".join(f"{concept} {direction}" for concept, direction in wishes.items())
     made = f"{settings['model']}, seed {settings['seed']}, {settings['seconds']:g} s"
     print(f"{made}, {asked}: {title}")
