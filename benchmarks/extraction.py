@@ -35,8 +35,8 @@ from musicscope.activations import (
     codes,  # noqa: E402
     extraction,  # noqa: E402
 )
-from musicscope.artifacts import write_json  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/extraction.json"
 
@@ -142,8 +142,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8, help="clips a batch")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds to measure for")
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
+    record = open_record(options.out, RESULT)
     torch.set_num_threads(1)
     result = measure(
         options.model, options.layers, options.clips, options.seconds, options.budget
@@ -153,7 +154,7 @@ def main() -> None:
             print(f"{key:34} {value:.3f}")
     for name, ms in result["ms_cpu_a_clip"].items():
         print(f"{name:34} {ms['median']:.1f} ms a clip [{ms['min']:.1f}, {ms['max']:.1f}]")
-    write_json(options.out, result)
+    print(f"written to {record.write(result)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Built from the configuration alone, offline; what is heard and what the weights are changes neither
 time nor memory. A model that would not fit into the memory that is free is left out, and said so.
-`musicscope plan` reads the result, and scales it to sizes that were not measured; afterwards
+New results are added to those of other models and devices in benchmarks/results/full_size.json.
+`musicscope plan` reads them there, and scales them to sizes that were not measured; afterwards
 `python -m experiments.table --write` puts its hours into experiments/README.md.
 
 With one thread on a CPU times are that thread's own, so that a busy machine does not matter. On one
@@ -30,9 +31,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 
-from musicscope.artifacts import read_json, write_json  # noqa: E402
 from musicscope.planning.full_size import DATA_SETS, MUSICGEN, musicgen_config, shape_of  # noqa: E402
 from musicscope.planning.measure import Rate, measure  # noqa: E402
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/full_size.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,8 +111,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--ablations", nargs="*", default=["mean"], help="kinds; none: leave out")
-    parser.add_argument("--out", default=RESULT, help="results are added to those there")
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
+    record = open_record(options.out, RESULT)
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
     for name in options.models:
@@ -132,11 +134,11 @@ def main() -> None:
         )  # fmt: skip
         del model
         report(name, rate)
-        known = read_json(options.out) if Path(options.out).is_file() else {}
+        known = record.read()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         entry = asdict(rate) | {"process_peak_bytes": peak, "torch": torch.__version__}
         known.setdefault(name, {})[f"{rate.device}, {rate.dtype}"] = entry
-        write_json(options.out, known)
+        print(f"written to {record.write(known)}")
 
 
 if __name__ == "__main__":

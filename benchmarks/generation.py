@@ -23,8 +23,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 
-from musicscope.artifacts import write_json  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/generation.json"
 
@@ -106,13 +106,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="pieces generated together")
     parser.add_argument("--frames", type=int, default=100, help="length of each")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure for")
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
+    record = open_record(options.out, RESULT)
     torch.set_num_threads(1)
     result = measure(options.model, options.prompts, options.frames, options.budget)
     for way, seconds in result["seconds"].items():
         print(f"{way:13} {seconds['median']:7.2f} s   x {result['ratio_to_ours'][way]:.2f}")
-    write_json(options.out, result)
+    print(f"written to {record.write(result)}")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import embedding_bag  # noqa: E402
 
-from musicscope.artifacts import write_json  # noqa: E402
 from musicscope.dictionaries.sae_step import Aux, gradients, initial_state, step  # noqa: E402
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
+
+RESULT = "benchmarks/results/sae_step.json"
 
 SHAPES = ((1024, 8192), (192, 1536), (128, 1024))
 BATCH, K, DEAD_BIAS = 2048, 32, -1000.0
@@ -212,9 +214,10 @@ def measure(width: int, latents: int, seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="benchmarks/results/sae_step.json")
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     parser.add_argument("--seconds", type=float, default=60.0, help="in all, over three shapes")
     arguments = parser.parse_args()
+    record = open_record(arguments.out, RESULT)
     torch.set_num_threads(1)
     result = {
         "batch": BATCH,
@@ -235,7 +238,7 @@ def main() -> None:
                 f"  {t['x_gemm']:5.2f} x gemm",
                 file=sys.stderr,
             )
-    write_json(arguments.out, result)
+    print(f"written to {record.write(result)}")
 
 
 if __name__ == "__main__":

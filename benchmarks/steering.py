@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from musicscope.artifacts import read_json, write_json  # noqa: E402
+from musicscope.artifacts import read_json  # noqa: E402
 from musicscope.dictionaries.sae import TopKSAE  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
 from musicscope.steering.editing import (  # noqa: E402
@@ -37,6 +37,7 @@ from musicscope.steering.editing import (  # noqa: E402
     steering_hook,
 )
 from musicscope.steering.steering_baselines import passthrough_change  # noqa: E402
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/steering.json"
 LATENTS = 16
@@ -129,8 +130,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="prompts generated together")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of each piece")
     parser.add_argument("--budget", type=float, default=50.0, help="seconds to measure for")
-    parser.add_argument("--out", default=RESULT)
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
+    record = open_record(options.out, RESULT)
     torch.set_num_threads(1)
     result = measure(
         options.model, options.slot, options.prompts, options.seconds, options.budget
@@ -139,7 +141,7 @@ def main() -> None:
         ratio = result["ratio_to_plain"].get(way, 1.0)
         print(f"{way:12} {ms['median']:7.2f} ms a step [{ms['min']:.2f}, {ms['max']:.2f}]", end="")
         print(f"   x {ratio:.3f}")
-    write_json(options.out, result)
+    print(f"written to {record.write(result)}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.sae_step import activations  # noqa: E402
-from musicscope.artifacts import write_json  # noqa: E402
 from musicscope.dictionaries import (
     sae_step,  # noqa: E402
     usae_step,  # noqa: E402
 )
+from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
+
+RESULT = "benchmarks/results/usae_step.json"
 
 SHAPES = (((1024, 1024), 8192), ((128, 192), 1536))
 BATCH, K, DEAD_BIAS = 2048, 32, -1000.0
@@ -155,10 +157,11 @@ def measure(widths: tuple[int, ...], latents: int, seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="benchmarks/results/usae_step.json")
+    parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     parser.add_argument("--seconds", type=float, default=60.0, help="in all, over the shapes")
     parser.add_argument("--small", action="store_true", help="the small shape only, to try it")
     arguments = parser.parse_args()
+    record = open_record(arguments.out, RESULT)
     torch.set_num_threads(1)
     result = {
         "batch": BATCH,
@@ -179,7 +182,7 @@ def main() -> None:
                 f"  {t['x_gemm']:5.2f} x gemm",
                 file=sys.stderr,
             )
-    write_json(arguments.out, result)
+    print(f"written to {record.write(result)}")
 
 
 if __name__ == "__main__":
