@@ -1,17 +1,32 @@
 """Bring a published model to data/models/<model>: from a hub id or a local folder.
 
 What to fetch stands in params.yaml, download_model.<model>; metrics/download_model/<model>.json
-says what came.
+says what came. A folder of that name which this stage did not make is refused, never replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from musicscope.artifacts import write_json
+import yaml
+
+from musicscope.artifacts import partial_dir, write_json
 from musicscope.config import load_params
 from musicscope.models.download import download
+
+
+def filled(folder: Path) -> bool:
+    """Whether a folder is there and not empty."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def made_here(name: str, note: Path) -> bool:
+    """Whether data/models/<name> is of an earlier run: by dvc.lock, or by what that run noted."""
+    lock = Path("dvc.lock")
+    tree = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
+    return f"download_model@{name}" in tree.get("stages", {}) or note.is_file()
 
 
 def main() -> None:
@@ -21,7 +36,20 @@ def main() -> None:
     params = load_params()
     if name not in params.download_model:
         sys.exit(f"params.yaml has no download_model.{name}; it has {list(params.download_model)}")
-    found = download(params.download_model[name], f"data/models/{name}")
+    target = Path(f"data/models/{name}")
+    # A run that is killed before DVC writes dvc.lock leaves the note.
+    note = partial_dir({"stage": "download_model", "name": name}) / "made"
+    if filled(target) and not made_here(name, note):
+        sys.exit(
+            f"{target} is there and no run of download_model made it: move it away, or name the "
+            "model otherwise in params.yaml (a folder put there by hand needs no download_model)"
+        )
+    note.touch()
+    try:
+        found = download(params.download_model[name], target)
+    finally:
+        if not filled(target):
+            note.unlink(missing_ok=True)
     write_json(f"metrics/download_model/{name}.json", found)
     print(f"data/models/{name}: {found['files']} files, {found['bytes'] / 1e9:.2f} GB")
 

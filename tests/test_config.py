@@ -10,6 +10,7 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from code_deps import ROOT
 from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` edits params.yaml with
 
 from musicscope import config
@@ -213,3 +214,29 @@ def test_every_field_has_a_docstring_beneath_it():
     }
     assert fields - documented == set()
     assert len(fields) >= 40
+
+
+def test_what_a_stage_reads_is_not_what_it_replaces(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/clips/mine").mkdir(parents=True)
+    (tmp_path / "music").symlink_to("data/clips/mine")
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "changed.yaml"
+
+    def load(source: str = "folder", concept: str = "guitars", **recordings: str):
+        changed = {**tree["prepare_data"]["recordings"], "folder": "mine", **recordings}
+        section = {**tree["prepare_data"], "source": source, "recordings": changed}
+        concepts = [{"name": "a", "positive": concept, "negative": "clips:has_bass"}]
+        find = {**tree["find_concept"], "concepts": concepts}
+        whole = {**tree, "prepare_data": section, "find_concept": find}
+        path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+        return load_params(path)
+
+    load()
+    load("embedded", folder="data/clips")  # not read
+    for key in ("folder", "audio", "stems_folder", "tags", "song_describer"):
+        for given in ("data/clips", "./data/x/../clips/new", "music", str(tmp_path / "data/clips")):
+            with pytest.raises(ParamsError, match=rf"recordings\.{key} .* lies in data/clips"):
+                load(**{key: given})
+    with pytest.raises(ParamsError, match=r"positive of a .* lies in data/find_concept"):
+        load(concept="data/find_concept/nano-small")

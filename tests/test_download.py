@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rave_export
 import smoke
 import yaml
-from code_deps import ROOT
+from code_deps import ROOT, stages_of
 from dvc.utils.hydra import apply_overrides
 
 from experiments.table import commands
@@ -157,6 +158,90 @@ def test_an_override_adds_a_model(tmp_path):
         apply_overrides(path, [wrong])
         with pytest.raises(ParamsError, match=message):
             load_params(path)
+
+
+def test_a_source_that_overlaps_the_models_folder_is_refused(tmp_path):
+    (tmp_path / "mine/sub").mkdir(parents=True)
+    (tmp_path / "mine/config.json").write_text('{"model_type": "musicgen"}')
+    (tmp_path / "link").symlink_to("mine")
+    source = str(tmp_path / "mine")
+    for entry, target in (
+        (replace(LOCAL, source=source), "mine"),
+        (replace(LOCAL, source=source), "mine/sub"),
+        (replace(LOCAL, source=f"{source}/sub"), "mine"),
+        (replace(LOCAL, source=str(tmp_path / "link")), "mine"),
+        (replace(LOCAL, source=str(tmp_path), parts=(Part("", source, "", ("*",)),)), "mine"),
+    ):
+        with pytest.raises(ValueError, match="which is replaced, overlap: move the files"):
+            download.download(entry, tmp_path / target)
+    assert (tmp_path / "mine/config.json").read_text() == '{"model_type": "musicgen"}'
+    assert (tmp_path / "mine/sub").is_dir()
+
+
+def test_a_models_folder_that_was_put_there_by_hand_is_never_replaced(
+    tiny_musicgen, tmp_path, monkeypatch
+):
+    from stages import download_model as stage
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["download_model", "mine"])
+    entry = replace(LOCAL, source=str(tiny_musicgen))
+    params = SimpleNamespace(download_model={"mine": entry})
+    monkeypatch.setattr(stage, "load_params", lambda: params)
+    target = tmp_path / "data/models/mine"
+    target.mkdir(parents=True)
+    (target / "weights.bin").write_bytes(b"by hand")
+
+    def refused() -> None:
+        with pytest.raises(SystemExit, match="data/models/mine is there and no run of download_mo"):
+            stage.main()
+        assert (target / "weights.bin").read_bytes() == b"by hand"
+
+    refused()
+    refused()  # the first refusal left no note that would let the second pass
+    (target / "weights.bin").rename(tmp_path / "weights.bin")
+    with monkeypatch.context() as patch:  # a run that fails leaves none either
+        patch.setattr(stage, "download", lambda entry, target: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage.main()
+    (tmp_path / "weights.bin").rename(target / "weights.bin")
+    refused()
+    (target / "weights.bin").rename(tmp_path / "weights.bin")
+    stage.main()  # an empty folder is nobody's work
+    assert (target / "config.json").is_file()
+    stage.main()  # killed before DVC wrote dvc.lock: the note says whose it is
+    shutil.rmtree(tmp_path / ".dvc")
+    with pytest.raises(SystemExit, match="no run of download_model made it"):
+        stage.main()
+    (tmp_path / "dvc.lock").write_text("stages: {download_model@mine: {}}")
+    stage.main()
+
+
+def test_dvc_removes_no_out_of_a_stage_that_reads_what_a_user_names():
+    stages = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    for name in ("prepare_data", "download_model", "find_concept"):
+        (out,) = stages[name]["outs"]
+        assert next(iter(out.values()))["persist"], name
+
+
+@pytest.mark.slow
+def test_dvc_leaves_a_models_folder_that_was_put_there_by_hand(tiny_musicgen, tmp_path):
+    folder, env = tmp_path / "repo", smoke.environment()
+    own = folder / "data/models/mine"
+    entry = {"revision": "", "system": "auto", "files": ["*"], "parts": []}
+    models = {"mine": {**entry, "source": str(tiny_musicgen)},
+              "same": {**entry, "source": "data/models/same"}}  # fmt: skip
+    smoke.make_copy(folder, env, {"models": ["mine", "same"], "download_model": models})
+    shutil.copytree(tiny_musicgen, own.with_name("same"))
+    own.mkdir()
+    (own / "weights.bin").write_bytes(b"by hand")
+    for name, wanted in (("mine", "no run of download_model made it"), ("same", "made it")):
+        done = subprocess.run(["dvc", "repro", f"download_model@{name}"], cwd=folder, env=env,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode
+        assert wanted in done.stderr
+    assert (own / "weights.bin").read_bytes() == b"by hand"
+    assert (own.with_name("same") / "config.json").is_file()
 
 
 @pytest.mark.slow

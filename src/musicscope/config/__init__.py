@@ -75,8 +75,28 @@ class Params:
     compute: Compute
 
 
+def _check_inputs(params: Params) -> None:
+    """Refuse inputs in a folder that the stage which reads them replaces."""
+    inputs: list[tuple[str, str, str]] = []
+    if params.prepare_data.source != "embedded":
+        recordings = params.prepare_data.recordings
+        for key in ("folder", "audio", "tags", "song_describer", "stems_folder"):
+            full = f"prepare_data.recordings.{key}"
+            inputs.append((full, getattr(recordings, key), "data/clips"))
+    for concept in params.find_concept.concepts:
+        for side in ("positive", "negative"):
+            full = f"find_concept.concepts: {side} of {concept.name}"
+            inputs.append((full, getattr(concept, side), "data/find_concept"))
+    for key, given, out in inputs:
+        if given and Path(given).resolve().is_relative_to(Path(out).resolve()):
+            raise ParamsError(
+                f"{key} = {given!r} lies in {out}, which the stage replaces: move it elsewhere"
+            )
+
+
 def _check_together(params: Params) -> None:
     """What no single field shows."""
+    _check_inputs(params)
     if params.select_layers.kind not in params.ablate.kinds:
         raise ParamsError(
             f"select_layers.kind = {params.select_layers.kind!r} is not among "

@@ -51,21 +51,36 @@ def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
     return count
 
 
+def _check_apart(parts: Sequence[Any], target: Path) -> None:
+    """ValueError for a local folder that overlaps the one which is replaced."""
+    real = target.resolve()
+    for part in parts:
+        folder = Path(part.source).expanduser().resolve()
+        if not part.revision and (real.is_relative_to(folder) or folder.is_relative_to(real)):
+            raise ValueError(
+                f"download_model: {part.source} and {target}, which is replaced, overlap: move the "
+                "files elsewhere, or name the model otherwise"
+            )
+
+
 def download(entry: Any, target: str | Path) -> dict[str, Any]:
-    """Bring a model to the folder `target`; numbers for metrics/download_model/<name>.json.
+    """Bring a model to the folder `target`, replacing what is there; numbers for
+    metrics/download_model/<name>.json.
 
     `entry` is a section of download_model in params.yaml. A hub id is fetched into the hub's own
     cache, which goes on where it was cut off, and copied. The folder appears once it is complete
-    and known to be a model. ValueError for a hub id without a revision that pins, and for a folder
-    that is not of the family that `entry` names.
+    and known to be a model. ValueError for a hub id without a revision that pins, for a folder that
+    is not of the family that `entry` names, and for a source that is, holds or lies in `target`.
     """
+    for part in entry.parts:
+        if ".." in Path(part.into).parts or Path(part.into).is_absolute():
+            raise ValueError(f"download_model: parts.into = {part.into!r} leaves the folder")
+    _check_apart([entry, *entry.parts], Path(target))
     system = None if entry.system == "auto" else entry.system
     with atomic_dir(target) as out:
         folder = folder_of(entry.source, entry.revision, entry.files, system, family=True)
         count = copy_files(folder, entry.files, out)
         for part in entry.parts:
-            if ".." in Path(part.into).parts or Path(part.into).is_absolute():
-                raise ValueError(f"download_model: parts.into = {part.into!r} leaves the folder")
             folder = folder_of(part.source, part.revision, part.files, None, family=False)
             count += copy_files(folder, part.files, out / part.into)
         found = detect_system(out)
