@@ -35,8 +35,8 @@ from musicscope.activations import (
     codes,  # noqa: E402
     extraction,  # noqa: E402
 )
+from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
-from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/extraction.json"
 

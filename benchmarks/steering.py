@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from musicscope.artifacts import read_json  # noqa: E402
 from musicscope.dictionaries.sae import TopKSAE  # noqa: E402
+from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
 from musicscope.models import load_model  # noqa: E402
 from musicscope.steering.editing import (  # noqa: E402
     ConceptEdit,
@@ -37,7 +38,6 @@ from musicscope.steering.editing import (  # noqa: E402
     steering_hook,
 )
 from musicscope.steering.steering_baselines import passthrough_change  # noqa: E402
-from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/steering.json"
 LATENTS = 16

@@ -35,7 +35,7 @@ from musicscope.dictionaries import (
     sae_step,  # noqa: E402
     usae_step,  # noqa: E402
 )
-from musicscope.user_outputs import OUT_HELP, open_record  # noqa: E402
+from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
 
 RESULT = "benchmarks/results/usae_step.json"
 

@@ -1,7 +1,8 @@
 """The search for a way to steer, as DVC experiments: one thing changed at a time.
 
 python -m experiments.steering_search --queue            queue them; then: dvc exp run --run-all
-python -m experiments.steering_search --write [REV ...]  write experiments/steering_search.csv
+python -m experiments.steering_search --write [REV ...]  write experiments/steering_search.csv,
+                                                         if Git holds what it says now
 
 Everything is judged on validation prompts, by the choice that the stage `steer` itself would make
 within its budget of quality; test prompts are not looked at (two a cell, for the stage must run).
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import dvc.api
@@ -21,6 +24,7 @@ import pandas as pd
 
 from musicscope.artifacts import write_text
 from musicscope.config import load_params
+from musicscope.measurement_records import held_by_git
 
 RESULT = "experiments/steering_search.csv"
 MODEL = "nano-small"
@@ -106,6 +110,8 @@ def main() -> None:
     if args.queue:
         queue()
         return
+    if os.path.lexists(RESULT) and not held_by_git(Path(RESULT), Path(RESULT).read_bytes()):
+        sys.exit(f"{RESULT} says what Git does not hold: commit it, or move it away")
     found = table(dvc.api.exp_show(revs=args.write or ["HEAD"]))
     write_text(RESULT, found.to_csv(index=False, float_format="%.4g"))
     print(f"{RESULT}: {found['experiment'].nunique()} of {len(CHANGES)} experiments")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pandas as pd
 import pytest
 from code_deps import ROOT
 
@@ -44,3 +48,21 @@ def test_the_experiments_change_one_thing_each():
     changed = list(ss.CHANGES.values())
     assert len(set(changed)) == len(changed)
     assert [len(keys) for keys in changed] == [0] + [1] * (len(changed) - 1)
+
+
+def test_a_table_that_git_does_not_hold_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / ss.RESULT
+    path.parent.mkdir()
+    path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["steering_search", "--write"])
+    monkeypatch.setattr(ss.dvc.api, "exp_show", lambda revs: [])
+    monkeypatch.setattr(ss, "table", lambda records: pd.DataFrame({"experiment": ["a"]}))
+    with pytest.raises(SystemExit, match="says what Git does not hold: commit it"):
+        ss.main()
+    assert path.read_text() == "mine"
+    own = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a table"]):
+        subprocess.run(["git", *own, *command], check=True)
+    ss.main()
+    assert path.read_text() == "experiment\na\n"

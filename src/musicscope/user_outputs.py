@@ -1,181 +1,40 @@
 """Outputs that a user names: nothing that is there is ever replaced, changed or removed.
 
-Commands write through this module alone. `artifacts.atomic_dir` and `artifacts.publish_dir` remove
-the folder that they replace, and serve the outputs of stages only.
+Commands write through this module and `measurement_records` alone. `artifacts.atomic_dir` and
+`artifacts.publish_dir` remove the folder that they replace, and serve the outputs of stages only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import yaml
+from musicscope.output_places import (
+    OutputError,
+    Place,
+    check_apart,
+    check_no_stage,
+    made_parents,
+    one_line_errors,
+    real_path,
+    shown,
+    spelled,
+)
 
-from musicscope.artifacts import read_json, write_json
-
-Place = str | os.PathLike[str]
 SCRATCH = ".musicscope-"
 """Prefix of the temporary folders in which results are completed."""
 
 
-class OutputError(ValueError):
-    """An output that cannot be written without harm; the text says what to do, in one line."""
-
-
-# --- names ------------------------------------------------------------------------------------
-
-
-def shown(path: Place) -> str:
-    """Show a path in a message of one line."""
-    text = os.fspath(path)
-    return text if text.isprintable() else repr(text)
-
-
 def numbered(path: Path) -> Iterator[Path]:
-    """Give `path`, then the same name with -2, -3 and so on before the suffix of a file."""
-    yield path
-    for number in count(2):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def numbered_folder(path: Path) -> Iterator[Path]:
     """Give `path`, then the same name with -2, -3 and so on at its end."""
     yield path
     for number in count(2):
         yield path.with_name(f"{path.name}-{number}")
-
-
-def _real(path: Place, option: str) -> Path:
-    """Follow links; OutputError for an empty path and for a link to nothing."""
-    text = os.fspath(path)
-    if not text or "\0" in text:
-        raise OutputError(f"{option} {text!r} is no path: name one")
-    real = Path(os.path.realpath(text))
-    if os.path.islink(real) or (os.path.islink(text.rstrip("/")) and not real.exists()):
-        raise OutputError(f"{option} {shown(path)} is a link to nothing: name another path")
-    return real
-
-
-def _spelled(given: Place, real: Path) -> Path:
-    """A path as it was given, or `real` where that passes through folders that may not be there."""
-    return real if ".." in Path(given).parts else Path(given)
-
-
-# --- what an output must keep away from -------------------------------------------------------
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Compare by file where both are there: links, mounts and letter case do not matter."""
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):
-        return one == other
-
-
-def _within(path: Path, folder: Path) -> bool:
-    return any(_same(place, folder) for place in (path, *path.parents))
-
-
-def check_apart(
-    out: Place, inputs: Mapping[str, Place], option: str = "--out", contains: bool = True
-) -> None:
-    """Refuse an output that is an input or lies in one; with `contains` also one that holds one.
-
-    Args:
-        inputs: what is read, by what it is called.
-
-    Raises:
-        OutputError: names the output, the input and what to do.
-    """
-    where, real = f"{option} {shown(out)}", Path(os.path.realpath(out))
-    for name, given in inputs.items():
-        read = Path(os.path.realpath(given))
-        if _same(real, read):
-            raise OutputError(f"{where} is {name}, which is read: give {option} another place")
-        if _within(real, read):
-            raise OutputError(
-                f"{where} lies in {name} ({shown(given)}), which is read: give {option} a place "
-                "outside it"
-            )
-        if contains and _within(read, real):
-            raise OutputError(
-                f"{where} holds {name} ({shown(given)}), which is read: give {option} the name of "
-                "a new folder"
-            )
-
-
-def _stage_outputs() -> list[str]:
-    """Patterns of what the stages of ./dvc.yaml make, relative to it; none without one."""
-    try:
-        tree = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))
-        stages = [stage.get("do", stage) for stage in tree["stages"].values()]
-        entries = [
-            entry if isinstance(entry, str) else next(iter(entry))
-            for stage in stages
-            for section in ("outs", "metrics", "plots")
-            for entry in stage.get(section, ())
-        ]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
-        return []
-    parts = (re.split(r"\$\{[^}]*\}", entry.rstrip("/")) for entry in entries)
-    return ["[^/]+".join(map(re.escape, part)) for part in parts]
-
-
-def check_no_stage(out: Path, option: str = "--out") -> None:
-    """Refuse an output that is, or lies in, what a stage of ./dvc.yaml makes: DVC removes that.
-
-    Raises:
-        OutputError: names the output and what to do.
-    """
-    root = Path.cwd()
-    place = next((p for p in (out, *out.parents) if _same(p, root)), None)
-    if place is None:
-        return
-    name = out.relative_to(place).as_posix()
-    if any(re.fullmatch(f"{pattern}(/.*)?", name) for pattern in _stage_outputs()):
-        raise OutputError(
-            f"{option} {shown(name)} is an output of a stage in dvc.yaml, which dvc repro removes: "
-            f"give {option} another place"
-        )
-
-
-@contextlib.contextmanager
-def _named(option: str, path: Place) -> Iterator[None]:
-    """Turn an error of the system into one line that names the output."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"{option} {shown(path)} cannot be written ({reason}): name another path"
-        ) from error
-
-
-@contextlib.contextmanager
-def _made_parents(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; those made here are removed, if empty, after an error."""
-    made = [p for p in path.parents if not os.path.lexists(p)]
-    above = next((p for p in path.parents if os.path.lexists(p)), path)
-    if not above.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{shown(above)} is no folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 # --- a new folder -----------------------------------------------------------------------------
@@ -198,7 +57,7 @@ class NewFolder:
         Raises:
             OutputError: the system refuses.
         """
-        with _named(self._option, self._given):
+        with one_line_errors(self._option, self._given):
             self.published = self._moved()
         return self.published
 
@@ -208,17 +67,17 @@ class NewFolder:
             with contextlib.suppress(OSError):
                 os.rename(self.scratch, self._target)
                 return self._given
-            folders, given = numbered_folder(self._target), numbered_folder(self._given)
+            folders, given = numbered(self._target), numbered(self._given)
         else:
             if os.listdir(self._target) == [self.scratch.parent.name]:
                 with contextlib.suppress(FileExistsError):
                     for path in sorted(self.scratch.rglob("*")):
                         place = self._target / path.relative_to(self.scratch)
-                        place.mkdir() if path.is_dir() else _link_or_copy(path, place)
+                        place.mkdir() if path.is_dir() else link_or_copy(path, place)
                     return self._given
             inner = self._target.name or "result"
-            folders = numbered_folder(self._target / inner)
-            given = numbered_folder(self._given / inner)
+            folders = numbered(self._target / inner)
+            given = numbered(self._given / inner)
         for folder, name in zip(folders, given, strict=False):
             try:
                 folder.mkdir()
@@ -247,18 +106,18 @@ def new_folder(
     if given is None and default is None:
         raise ValueError("a folder, or a default, is needed")
     if given is not None:
-        target = _real(given, option)
-        name = _spelled(given, target)
+        target = real_path(given, option)
+        name = spelled(given, target)
     else:
         name = Path(os.fspath(default))  # type: ignore[arg-type]
-        target = _real(name.parent, option) / name.name
+        target = real_path(name.parent, option) / name.name
     free = target if given is not None else _first_free(target)
     check_apart(name if given is not None else free, inputs or {}, option)
     if stages:
         check_no_stage(target, option)
     with contextlib.ExitStack() as stack:
-        with _named(option, name):
-            stack.enter_context(_made_parents(target))
+        with one_line_errors(option, name):
+            stack.enter_context(made_parents(target))
             if given is None:
                 target, name = _make_first_free(target, name)
                 made = True
@@ -276,12 +135,12 @@ def new_folder(
 
 
 def _first_free(target: Path) -> Path:
-    return next(path for path in numbered_folder(target) if not os.path.lexists(path))
+    return next(path for path in numbered(target) if not os.path.lexists(path))
 
 
 def _make_first_free(target: Path, name: Path) -> tuple[Path, Path]:
     """Make the first folder of the numbered names that is not there; it, and as it is called."""
-    for folder, called in zip(numbered_folder(target), numbered_folder(name), strict=False):
+    for folder, called in zip(numbered(target), numbered(name), strict=False):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder, called
@@ -331,17 +190,17 @@ def folder_to_add_to(
     Raises:
         OutputError: the folder is a file, is an input, is of a stage, or cannot be written.
     """
-    target = _real(given, option)
+    target = real_path(given, option)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{option} {shown(given)} is a file: give {option} the name of a folder")
     check_apart(given, inputs or {}, option, contains=False)
     check_no_stage(target, option)
     with contextlib.ExitStack() as stack:
-        with _named(option, given):
-            stack.enter_context(_made_parents(target / "file"))
+        with one_line_errors(option, given):
+            stack.enter_context(made_parents(target / "file"))
             with tempfile.TemporaryFile(dir=target):
                 pass
-        yield _spelled(given, target)
+        yield spelled(given, target)
 
 
 def add_files(folder: Place, contents: Callable[[str], Mapping[str, bytes]]) -> dict[str, Path]:
@@ -355,7 +214,7 @@ def add_files(folder: Place, contents: Callable[[str], Mapping[str, bytes]]) -> 
         OutputError: the system refuses.
     """
     folder = Path(folder)
-    with _named("the folder", folder):
+    with one_line_errors("the folder", folder):
         for number in count(1):
             files = contents("" if number == 1 else f"-{number}")
             if all(_free(folder / name, content) for name, content in files.items()):
@@ -384,10 +243,10 @@ def _write_new(path: Path, content: bytes) -> None:
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
         temporary = Path(scratch) / "file"
         temporary.write_bytes(content)
-        _link_or_copy(temporary, path)
+        link_or_copy(temporary, path)
 
 
-def _link_or_copy(source: Path, place: Path) -> None:
+def link_or_copy(source: Path, place: Path) -> None:
     """Give a file a second name; a copy where the disk has no links. FileExistsError if taken."""
     try:
         os.link(source, place)
@@ -396,102 +255,3 @@ def _link_or_copy(source: Path, place: Path) -> None:
     except OSError:
         with open(source, "rb") as read, open(place, "xb") as write:
             shutil.copyfileobj(read, write)
-
-
-# --- a file of measurements -------------------------------------------------------------------
-
-OUT_HELP = "a new file; {}, or that name with a number where its earlier result would be lost"
-"""Help of the option of a tool that writes a `Record`, with the tool's own path to be put in."""
-
-
-class Record:
-    """A JSON file of measurements: a new file that a user names, or a tool's own record.
-
-    The record of a tool, whose path the tool knows, is replaced where nothing is lost by it: where
-    Git holds what it says, or where the new one says all of it too. Else the new one gets a number.
-    """
-
-    def __init__(self, given: Place | None, default: Place, option: str = "--out") -> None:
-        """Check, before the work, that the file can be written.
-
-        Raises:
-            OutputError: a file or folder of the name that the user gave is there, or the folder
-                cannot be written.
-        """
-        name = default if given is None else given
-        real = _real(name, option) if given is not None else Path(os.path.abspath(name))
-        self._path, self._own, self._option = _spelled(name, real), given is None, option
-        self._written: bytes | None = None
-        if given is not None:
-            if os.path.lexists(name) or real.exists():
-                raise OutputError(
-                    f"{option} {shown(name)} is there already: give {option} the name of a new file"
-                )
-            check_no_stage(real, option)
-        with _named(option, name), _made_parents(real), tempfile.TemporaryFile(dir=real.parent):
-            pass
-
-    def read(self) -> Any:
-        """What the record of the tool says now; {} where there is none."""
-        return read_json(self._path) if self._own and self._path.is_file() else {}
-
-    def write(self, value: Any) -> Path:
-        """Write `value` and say where; a later call replaces what this one wrote.
-
-        Raises:
-            OutputError: the system refuses.
-        """
-        with (
-            _named(self._option, self._path),
-            tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self._path.parent) as scratch,
-        ):
-            temporary = Path(scratch) / "record.json"
-            write_json(temporary, value)
-            if self._own and self._path.is_file() and self._nothing_lost(temporary):
-                self._written = temporary.read_bytes()
-                os.replace(temporary, self._path)
-                return self._path
-            for path in numbered(self._path):
-                with contextlib.suppress(FileExistsError):
-                    _link_or_copy(temporary, path)
-                    self._path, self._own, self._written = path, True, temporary.read_bytes()
-                    return path
-        raise AssertionError("numbers do not end")
-
-    def _nothing_lost(self, new: Path) -> bool:
-        """Whether the present file is what this run wrote, in Git, or said by the new one too."""
-        if self._path.is_symlink():
-            return False
-        now = self._path.read_bytes()
-        if now == self._written or _in_git(self._path, now):
-            return True
-        try:
-            return _says_all(read_json(new), read_json(self._path))
-        except ValueError:
-            return False
-
-
-def open_record(given: Place | None, default: Place) -> Record:
-    """Give the `Record` of a script, which ends in one line if the file cannot be written."""
-    try:
-        return Record(given, default)
-    except OutputError as error:
-        sys.exit(str(error))
-
-
-def _in_git(path: Path, content: bytes) -> bool:
-    """Whether the last commit holds these bytes under this name."""
-    try:
-        shown_file = subprocess.run(
-            ["git", "-C", str(path.parent), "show", f"HEAD:./{path.name}"], capture_output=True
-        )
-    except FileNotFoundError:  # no git on this machine
-        return False
-    return shown_file.returncode == 0 and shown_file.stdout == content
-
-
-def _says_all(new: Any, old: Any) -> bool:
-    """Whether every key of `old` is in `new` with the same value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return all(key in new and _says_all(new[key], value) for key, value in old.items())
-    return new == old

@@ -30,7 +30,8 @@ from musicscope.models.audiocraft_loading import (
     read_checkpoint,
     text_encoder_folder,
 )
-from musicscope.user_outputs import NewFolder, OutputError, new_folder
+from musicscope.output_places import OutputError
+from musicscope.user_outputs import NewFolder, new_folder
 
 State = dict[str, Tensor]
 CORE, LAYERS = "decoder.model.decoder.", "transformer.layers."
