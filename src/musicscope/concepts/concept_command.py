@@ -87,10 +87,9 @@ def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
         seconds=args.seconds, windows=args.windows, permutations=args.permutations, q=args.q,
         seed=args.seed,
     )  # fmt: skip
+    print(report.text())  # first: a full disk does not take it away
     save_report(report, out.scratch)
-    published = out.publish()
-    print(report.text())
-    print(f"tables and {len(report.excerpts)} excerpts are in {published}")
+    print(f"tables and {len(report.excerpts)} excerpts are in {out.publish()}")
 
 
 def save_report(report: ConceptReport, folder: Path) -> None:
