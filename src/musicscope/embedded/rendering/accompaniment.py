@@ -16,13 +16,16 @@ from musicscope.embedded.rendering.harmony import (
     harmonise,
     strummed_voicing,
 )
+from musicscope.embedded.rendering.leads import Lead, fits, lead_of, styles_for
 from musicscope.embedded.rendering.notes import SHORTEST, Notes, join, make_part, notes_of, swung
 from musicscope.embedded.rendering.scores import Arrangement, Part
-from musicscope.embedded.rendering.styles import STYLES, TRAIN_STYLES, Style
+from musicscope.embedded.rendering.styles import STYLES, Style
 from musicscope.embedded.rendering.tunes import MODES, Tune
 
 SECONDS = (30.0, 60.0)
 """Range of the lengths of pieces, before the last bar."""
+MODE_CHANGE = 0.25
+"""Share of major tunes that are played in another mode, because the books have few minor tunes."""
 NOTES_PER_SECOND = (1.0, 6.5)
 """Tempo is drawn so that the melody has so many notes per second, where the style allows it."""
 CHORALE_TEMPO = (60.0, 112.0)
@@ -33,21 +36,6 @@ STRENGTHS = {
     "intro": 0.85, "verse": 0.9, "chorus": 1.08, "break": 0.82, "end": 1.0,
 }  # fmt: skip
 """Loudness of sections."""
-
-
-@dataclass(frozen=True)
-class Lead:
-    """A melody on the grid of a style's beats."""
-
-    beats: int
-    """Beats per bar, 3 or 4."""
-    triplets: bool
-    """Whether a beat divides in three."""
-    bars: int
-    start: np.ndarray
-    """Onsets [notes] in beats, 0 at the first bar; a pickup is negative."""
-    duration: np.ndarray
-    pitch: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -67,38 +55,6 @@ class Form:
         return np.clip(np.searchsorted(self.first, bars, side="right") - 1, 0, last)
 
 
-def lead_of(tune: Tune) -> Lead:
-    """Put a melody on bars of three or four beats.
-
-    Bars of two beats are taken in pairs. A bar of short notes counts as more beats, so that a beat
-    has at most about three notes.
-    """
-    melody = tune.voice == 0
-    start, duration, pitch = tune.start[melody], tune.duration[melody], tune.pitch[melody]
-    per_quarter = len(start) / max(float(start[-1] - start[0]), 1.0)
-    upper, lower = tune.meter
-    compound = upper in (6, 9, 12)
-    # Quarter notes per beat.
-    unit = 12.0 / lower if compound else 4.0 / lower if lower == 8 else 1.0
-    if not compound and per_quarter * unit > 2.5:
-        unit /= 2.0
-    per_bar = round(tune.bar / unit)
-    beats = 3 if per_bar % 3 == 0 else 4
-    bars = int(np.ceil(tune.bars * per_bar / beats))
-    return Lead(beats, compound, bars, start / unit, duration / unit, pitch)
-
-
-def fits(style: Style, lead: Lead) -> bool:
-    """Whether a style's bars fit a melody's; melodies of even beats fit styles with triplets."""
-    return style.beats == lead.beats and (style.division == 3 or not lead.triplets)
-
-
-def styles_for(tune: Tune, names: tuple[str, ...] = TRAIN_STYLES) -> tuple[str, ...]:
-    """The styles among `names` that fit the meter of `tune`, in their order."""
-    lead = lead_of(tune)
-    return tuple(name for name in names if fits(STYLES[name], lead))
-
-
 def arrange(tune: Tune, rng: np.random.Generator, style: str | None = None) -> Arrangement:
     """Arrange a tune as a band piece of half a minute to a minute.
 
@@ -114,7 +70,7 @@ def arrange(tune: Tune, rng: np.random.Generator, style: str | None = None) -> A
         return _arrange_chorale(tune, rng)
     lead = lead_of(tune)
     if style is None:
-        names = [name for name in TRAIN_STYLES if fits(STYLES[name], lead)]
+        names = styles_for(tune)
         style = names[rng.integers(len(names))]
     if not fits(STYLES[style], lead):
         raise ValueError(f"{tune.group}: a {tune.meter[0]}/{tune.meter[1]} tune in style {style!r}")
@@ -128,11 +84,15 @@ class _Band:
         self.tune, self.style, self.rng = tune, style, rng
         shift = int(rng.integers(-5, 7))
         self.tonic = (tune.tonic + shift) % 12
-        scale = np.zeros(12, bool)
-        scale[(self.tonic + np.array(MODES[tune.mode])) % 12] = True
-        self.scale = scale
-        lead = replace(lead, pitch=lead.pitch + shift)
-        self.triplets = lead.triplets
+        self.mode = tune.mode
+        if tune.mode == "major" and rng.random() < MODE_CHANGE:
+            self.mode = str(rng.choice(("minor", "dorian", "mixolydian"), p=(0.6, 0.2, 0.2)))
+        # A change of mode keeps degrees; notes outside the scale stay.
+        moved = np.zeros(12, int)
+        moved[list(MODES[tune.mode])] = np.subtract(MODES[self.mode], MODES[tune.mode])
+        lead = replace(lead, pitch=lead.pitch + shift + moved[(lead.pitch - tune.tonic) % 12])
+        self.scale = np.zeros(12, bool)
+        self.scale[(self.tonic + np.array(MODES[self.mode])) % 12] = True
         self.bpm = self._tempo(lead)
         self.beat = 60.0 / self.bpm
         self.beats = style.beats
@@ -206,7 +166,7 @@ class _Band:
         half = beats == 4 and 2.0 * self.beat > 0.8 and rng.random() < 0.5
         per_bar = 2 if half else 1
         chords = harmonise(
-            lead.start, lead.duration, lead.pitch, self.tonic, self.tune.mode, beats, per_bar,
+            lead.start, lead.duration, lead.pitch, self.tonic, self.mode, beats, per_bar,
             lead.bars, rng,
         )  # fmt: skip
         source = (self.offset + np.arange(body)) % lead.bars
@@ -227,7 +187,10 @@ class _Band:
         keep = (start > -pickup) & (start < body * beats - 1e-6) & (lengths > 0)
         start, lengths, pitches = start[keep], lengths[keep], pitches[keep]
         end = np.minimum(start + lengths, body * beats)
-        notes = notes_of(start + self.intro * beats, end + self.intro * beats, pitches)
+        start, end = start + self.intro * beats, end + self.intro * beats
+        if self.style.division == 3 and not lead.triplets:
+            start, end = (swung(x, 1.0, 2.0 / 3.0) for x in (start, end))
+        notes = notes_of(start, end, pitches)
         return notes.where(notes.start > -1e-6), chords.take(slots), beats / per_bar
 
     def _slots(self, times: np.ndarray) -> np.ndarray:
@@ -425,29 +388,29 @@ class _Band:
             keys = np.where(symbol == "O", 46, here[section])
             lines.append(notes_of(start, start + 0.2, keys, weight).where(keep))
         notes = join(*lines)
-        for first, last in zip(form.first[1:-2], form.first[2:-1], strict=True):
-            if rng.random() < 0.65:
-                notes = self._filled(notes, float(last) * self.beats)
-            if rng.random() < 0.5:
-                crash = float(first) * self.beats
-                notes = join(notes, notes_of(np.array([crash]), crash + 0.5, 49, 1.1))
         end = (self.bars - 1) * self.beats
-        hit = notes_of(np.array([end, end]), end + 0.5, np.array((36, 49)), 1.1)
-        return join(notes.where(notes.start < end - 1e-6), hit)
+        keep = notes.start < end - 1e-6
+        added = [notes_of(np.array([end, end]), end + 0.5, np.array((36, 49)), 1.1)]
+        for first, last in zip(form.first[:-2], form.first[1:-1], strict=True):
+            if rng.random() < 0.65:
+                fill, begins = self._fill(float(last) * self.beats)
+                keep &= (notes.start < begins - 1e-6) | (notes.start > last * self.beats - 1e-6)
+                added.append(fill)
+            if first > 0 and rng.random() < 0.5:
+                crash = float(first) * self.beats
+                added.append(notes_of(np.array([crash]), crash + 0.5, 49, 1.1))
+        return join(notes.where(keep), *added)
 
-    def _filled(self, notes: Notes, end: float) -> Notes:
-        """Replace the last beats before `end` by a fill that grows louder."""
+    def _fill(self, end: float) -> tuple[Notes, float]:
+        """Draw a fill that grows louder until `end`; also the beat at which it begins."""
         rng, division = self.rng, self.style.division
         beats = int(rng.choice((1, 2), p=(0.6, 0.4)))
         steps = np.flatnonzero(rng.random(beats * division) < 0.75)
-        if len(steps) == 0:
-            return notes
-        start = end - beats + steps / division
         place = steps / (beats * division)
-        toms = np.array(TOMS)[np.minimum((place * len(TOMS)).astype(int), len(TOMS) - 1)]
+        toms = np.array(TOMS)[(place * len(TOMS)).astype(int)]
         pitch = toms if rng.random() < 0.6 else np.full(len(steps), 38)
-        fill = notes_of(start, start + 0.2, pitch, 0.75 + 0.4 * place)
-        return join(notes.where((notes.start < end - beats) | (notes.start >= end)), fill)
+        start = end - beats + steps / division
+        return notes_of(start, start + 0.2, pitch, 0.75 + 0.4 * place), end - beats
 
     def _part(self, role: int, notes: Notes, program: int = 0) -> Part | None:
         """Humanise the notes of the sections in which the role plays; None if none are left."""
@@ -461,7 +424,7 @@ class _Band:
         section = form.section(np.floor(notes.start / self.beats + 1e-6).astype(int))
         strength = np.array([STRENGTHS[kind] for kind in form.kinds])[section]
         accent = 1.0 + (0.06 if drums else 0.1) * (np.abs(notes.start % self.beats) < 1e-3)
-        level = rng.uniform(70.0, 94.0) + (6.0 if role == 0 else 0.0)
+        level = rng.uniform(62.0, 98.0) + (6.0 if role == 0 else 0.0)
         # Phrases of one bar swell and fade.
         swell = 0.05 * np.sin(
             2.0 * np.pi * notes.start / (2.0 * self.beats) + rng.uniform(0.0, 6.3)
@@ -481,9 +444,7 @@ class _Band:
         return make_part(program, drums, start, end, notes.pitch, velocity)
 
     def _warped(self, beats: np.ndarray) -> np.ndarray:
-        """Apply swing: triplets for even melodies in styles of three, sixteenths elsewhere."""
-        if self.style.division == 3 and not self.triplets:
-            return swung(beats, 1.0, 2.0 / 3.0)
+        """Apply the swing of the style's short steps."""
         return swung(beats, 0.5, self.style.swing) if self.style.swing != 0.5 else beats
 
     def piece(self) -> Arrangement:

@@ -21,7 +21,7 @@ _ROOT_COSTS = {
 }
 _CADENCE_ROOTS = {"phrygian": (0, 1), "dorian": (0, 10, 7), "mixolydian": (0, 10, 7)}
 CHANGE_COST = 0.12  # of a new chord within a bar
-STAY_COST = 0.04  # of the same chord over a bar line
+STAY_COSTS = (0.02, 0.25)  # of the same chord over a bar line: plain and colourful harmony
 FIFTH_GAIN = 0.12  # of a root that falls by a fifth
 PHRASE_COST = 0.25  # of a phrase that ends on neither tonic nor dominant
 FINAL_COST = 1.0  # of a tune that ends on another chord than the tonic
@@ -113,7 +113,8 @@ def harmonise(
     np.add.at(weights, (first[held] + 1, classes[held]), np.minimum(over, slot)[held])
     weights = weights[:count]
     weights /= np.maximum(weights.sum(1, keepdims=True), 0.5 * slot)
-    gains = weights @ fit.T - costs - rng.normal(0.0, JITTER, len(roots))
+    colour = rng.random()  # colourful harmony uses rare chords and changes often
+    gains = weights @ fit.T - (1.1 - 0.8 * colour) * costs - rng.normal(0.0, JITTER, len(roots))
     gains += rng.normal(0.0, JITTER, gains.shape)
     cadence = np.isin(roots, _CADENCE_ROOTS.get(mode, (0, 7)))
     ends = np.arange(4 * slots_per_bar - 1, count, 4 * slots_per_bar)
@@ -122,7 +123,7 @@ def harmonise(
     gains[0] -= 0.4 * (roots != 0)
     same = np.eye(len(roots), dtype=bool)
     step_inside = transitions - CHANGE_COST * ~same
-    step_over = transitions - STAY_COST * same
+    step_over = transitions - np.interp(colour, (0.0, 1.0), STAY_COSTS) * same
     best, back = gains[0], np.zeros((count, len(roots)), int)
     for i in range(1, count):
         paths = best[:, None] + (step_over if i % slots_per_bar == 0 else step_inside)

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from musicscope.artifacts import seed_for
-from musicscope.embedded.rendering.accompaniment import arrange, styles_for
+from musicscope.embedded.rendering.accompaniment import arrange
+from musicscope.embedded.rendering.leads import styles_for
 from musicscope.embedded.rendering.scores import Composition, Scores, compositions
 from musicscope.embedded.rendering.styles import HELD_OUT_STYLES, TRAIN_STYLES
 from musicscope.embedded.rendering.tunes import BOOK_SPLITS, Tune

@@ -133,7 +133,8 @@ def _clean_abc(text: str) -> tuple[dict[str, str], str]:
             raise MalformedTune("several voices")
         elif line and not field and "K" in fields:
             bare = re.sub(r'"[^"]*"|\{[^}]*\}|![^!]*!|\+[^+]*\+|`', "", line)
-            body.append(re.sub(r"[~uvTHLMOPSRJ.]", "", bare))
+            # Decorations are single letters; inline fields such as [M:3/4] keep theirs.
+            body.append(re.sub(r"(\[[A-Za-z]:[^\]]*\])|[~uvTHLMOPSRJ.]", r"\1", bare))
     if not {"M", "K"} <= set(fields) or not body:
         raise MalformedTune("no meter, key or notes")
     head = f"X:1\nM:{fields['M']}\nL:{fields.get('L') or '1/8'}\nK:{fields['K']}\n"
