@@ -123,12 +123,11 @@ class _Band:
         phrases = max(round((wanted / bar - intro) / phrase), 2)
         kinds, lengths = (["intro"], [intro]) if intro else ([], [])
         for i in range(phrases):
-            last = kinds[-1] if kinds else ""
-            odds = (0.5, 0.35, 0.0 if i == 0 or last == "break" else 0.15)
-            kinds.append(
-                str(rng.choice(("verse", "chorus", "break"), p=np.array(odds) / sum(odds)))
-            )
-            lengths.append(phrase)
+            odds = (0.45, 0.35, 0.2) if i and "break" not in kinds[-2:] else (0.55, 0.45, 0.0)
+            kind = str(rng.choice(("verse", "chorus", "break"), p=odds))
+            # The band returns in the middle of the phrase that a break begins.
+            kinds += ["break", "verse"] if kind == "break" else [kind]
+            lengths += [phrase // 2] * 2 if kind == "break" else [phrase]
         kinds.append("end")
         lengths.append(1)
         offset = 8 * int(rng.integers(max(lead.bars // 8, 1))) if rng.random() < 0.4 else 0

@@ -3,6 +3,7 @@
 `read_scores` parses them from the wheels and needs symusic. `load_scores` reads the file that
 `save_scores` wrote and needs only numpy, for machines without symusic and network. Parts and
 compositions are those of `musicscope.rendering.compositions`, whose import survives there too.
+The file is not for publication: the encodings of the tune books carry no licence text.
 """
 
 from __future__ import annotations
