@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TARGETS := repro test lint report compare sweep bench smoke locked deps tables lock clean
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" just
 
-.PHONY: help setup $(TARGETS)
+.PHONY: help setup gpu-check $(TARGETS)
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 #: compare REV=main ## summary of the work tree against a revision or experiment
 #: sweep S=train_sae.k=16,32,64 ## queue one experiment a value, run them, show the table
 #: bench ## the SAE step and the extraction against other code, as ratios
+#: gpu-check PYTHON=python3 ## codes, steps and full-size models on a GPU, with any Python with torch
 #: smoke ## the whole line on a few clips, in a temporary copy
 #: locked ## check that dvc.lock, metrics and plots are those of this code
 #: deps ## write the code each stage imports into dvc.yaml
@@ -31,6 +32,11 @@ setup: $(STAMP)
 
 $(TARGETS): $(STAMP)
 	@$(RUN) $@ $(if $(filter compare,$@),$(REV)) $(if $(filter sweep,$@),$(S)) $(ARGS)
+
+# Needs no .venv: a GPU machine's own torch is the one to measure.
+gpu-check:
+	PYTHONPATH=src:. $(or $(PYTHON),python3) -m benchmarks.gpu_check \
+	  --out $(or $(OUT),benchmarks/results) $(ARGS)
 
 # The first Python on PATH that fits; shims and Pythons without ensurepip are passed over.
 define FIND_PYTHON

@@ -52,6 +52,10 @@ bench:
     python -m benchmarks.generation
     python -m benchmarks.steering
 
+# the first measurements on a GPU, within 90 seconds; --seconds 400 for more rounds
+gpu-check *args:
+    PYTHONPATH=src:. python -m benchmarks.gpu_check --out benchmarks/results "$@"
+
 # fail if dvc.lock, metrics or plots are not those of this code and these params
 locked:
     @state="$(dvc repro --dry --allow-missing 2>&1)"; case "$state" in \
