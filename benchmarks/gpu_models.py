@@ -38,7 +38,7 @@ NANO_CODEC = {
     "num_residual_layers": 1, "upsampling_ratios": [4, 4, 4, 5], "num_lstm_layers": 1,
     "use_causal_conv": False, "pad_mode": "constant",
 }  # fmt: skip
-"""That of the nano models, for where their weights are not."""
+"""That of the nano models, for a machine that does not hold their weights."""
 TF32 = {"off": (False, False), "torch default": (False, True), "on": (True, True)}
 """Setting -> allowed in (products, cuDNN)."""
 
@@ -172,10 +172,12 @@ class CodecOnCpu:
 def codes(device: torch.device, tiny: bool) -> Callable[[Record], None]:
     """Share of equal codes on CPU and device."""
     clips, seconds = (4, 0.5) if tiny else (8, 5.0)
-    small = NANO_CODEC | ({"num_filters": 2, "codebook_size": 64} if tiny else {})
-    made = {"nano random": CodecOnCpu(random_codec(EncodecConfig(**small), 1), clips, seconds)}
     if not tiny and (NANO / "model.safetensors").is_file():
-        made["nano-small"] = CodecOnCpu(stored_codec(NANO), clips, seconds)
+        first, codec = "nano-small", stored_codec(NANO)
+    else:
+        small = NANO_CODEC | ({"num_filters": 2, "codebook_size": 64} if tiny else {})
+        first, codec = "nano random", random_codec(EncodecConfig(**small), 1)
+    made = CodecOnCpu(codec, clips, seconds)
 
     def published() -> CodecOnCpu:
         """At 32 kHz; the CPU takes so long for it that it comes last."""
@@ -183,8 +185,7 @@ def codes(device: torch.device, tiny: bool) -> Callable[[Record], None]:
         return CodecOnCpu(random_codec(config, 2), clips, 1.0)
 
     def measure(record: Record) -> None:
-        for name, codec in reversed(made.items()):  # trained weights first
-            compare_devices(record, name, codec, device, clips)
+        compare_devices(record, first, made, device, clips)
         name = "musicgen random"
         if not tiny and (codec := record.guard(f"codec/{name}/on CPU", published, 4.0)):
             compare_devices(record, name, codec, device, clips)

@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.gpu_check import LOST  # noqa: E402
 from musicscope.artifacts import read_json, write_json  # noqa: E402
 
 T = TypeVar("T")
@@ -43,8 +44,6 @@ PARTS = {
 }
 """Part -> module:function, most important first; function(device, tiny) -> measure(record)."""
 PRECISIONS = ("float32", "tf32", "bfloat16")
-LOST = 3
-"""Exit status after an error that leaves the CUDA context unusable."""
 PACKAGES = ("numpy", "transformers", "triton", "eai-sparsify", "dictionary-learning")
 
 
