@@ -193,9 +193,9 @@ def test_tables_have_unit_power_and_no_offset():
     np.testing.assert_allclose((table**2).mean(1), 1.0, rtol=1e-4)
     np.testing.assert_allclose(table.mean(1), 0.0, atol=1e-5)
     turned = (np.arange(64, dtype=np.uint64) * 2**26).astype(np.uint32)
-    between = scan(table, turned, np.full(64, 0.5, np.float32))
+    between = scan(table, [turned], np.full(64, 0.5, np.float32))
     np.testing.assert_allclose(
-        between, (scan(table, turned, 0) + scan(table, turned, 1.0)) / 2, atol=1e-5
+        between, (scan(table, [turned], 0) + scan(table, [turned], 1.0)) / 2, atol=1e-5
     )
 
 

@@ -51,7 +51,7 @@ class String:
     sustain: float
     """Seconds in which the fundamental of a 200 Hz string falls by 60 dB."""
     damping: float
-    """Loop filter: 1 is the two-point mean of Karplus and Strong; more is duller."""
+    """Loop filter: 1 is the two-point mean of Karplus and Strong on a 200 Hz string."""
     soft: float
     """Low-pass of the finger or pick, Hz, for the softest pluck."""
     hard: float
@@ -77,7 +77,7 @@ class String:
     """Cents between the two polarisations of the vibration."""
     buzz: float = 0.0
     """Share of partials that a curved bridge (sitar) feeds late, as the note decays."""
-    uneven: float = 0.15
+    uneven: float = 0.5
     """Random deviation of the partials' amplitudes, nepers."""
 
 
@@ -88,9 +88,11 @@ def pluck(string: String, f0: float, loudness: float, samples: int, stem: Stem) 
     f = k * f0 * np.sqrt((1.0 + string.stiffness * k**2) / (1.0 + string.stiffness))
     loss = -0.5 * np.log1p(-0.5 * (1.0 - np.cos(2 * np.pi * np.minimum(f / rate, 0.45))))
     base = T60 / (string.sustain * np.sqrt(200.0 / max(f0, 20.0)))
-    decay = base + string.damping * f0 * loss + string.mute * (1.0 + f / 800.0)
+    # Higher strings are thinner, so that their loss per period is less.
+    decay = base + string.damping * np.sqrt(200.0 * f0) * loss + string.mute * (1.0 + f / 800.0)
+    decay = decay * np.exp(0.2 * rng.standard_normal(len(k)))
     cutoff = string.soft * (string.hard / string.soft) ** loudness
-    amplitude = np.sin(np.pi * k * string.position) * k**-string.slope * lowpass(f, cutoff)
+    amplitude = np.sin(np.pi * k * string.position) * k**-string.slope * lowpass(f, cutoff, 1.4)
     if string.pickup:
         amplitude = amplitude * np.sin(np.pi * k * string.pickup)
     if string.coil[0]:
@@ -152,7 +154,7 @@ def guitar(program: int, stem: Stem) -> Instrument:
         string = String(
             position=u(0.14, 0.32) if nylon else u(0.08, 0.26),
             sustain=u(2.2, 4.5) if nylon else u(3.5, 8.0),
-            damping=u(1.5, 4.0) if nylon else u(0.5, 1.5),
+            damping=u(0.25, 0.8) if nylon else u(0.06, 0.3),
             soft=u(700, 1200) if nylon else u(1100, 2000),
             hard=u(2200, 4200) if nylon else u(4000, 8500),
             body=drawn_peaks(rng, GUITAR_BODY),
@@ -166,7 +168,7 @@ def guitar(program: int, stem: Stem) -> Instrument:
     electric = String(
         position=u(0.1, 0.3),
         sustain=u(3.0, 7.0),
-        damping=u(0.6, 1.8),
+        damping=u(0.08, 0.35),
         soft=u(1000, 1800),
         hard=u(3000, 6000),
         body=drawn_peaks(rng, ELECTRIC_BODY),
@@ -177,17 +179,17 @@ def guitar(program: int, stem: Stem) -> Instrument:
         scratch=u(0.05, 0.2),
     )
     if program == 26:
-        jazz = replace(electric, pickup=u(0.22, 0.3), damping=u(2.0, 4.5), sustain=u(2.0, 3.5),
-                       soft=u(600, 900), hard=u(1500, 2600), coil=(u(1800, 2600), u(0.7, 1.1)),
+        jazz = replace(electric, pickup=u(0.22, 0.3), damping=u(0.2, 0.6), sustain=u(3.0, 5.5),
+                       soft=u(700, 1100), hard=u(2000, 3600), coil=(u(2000, 3400), u(0.7, 1.2)),
                        body=drawn_peaks(rng, GUITAR_BODY[:4]) * (1.0, 1.0, 0.4))  # fmt: skip
         return _string_instrument(jazz, stem, release, strum)
     if program == 28:
-        muted = replace(electric, mute=u(7.0, 18.0), damping=u(2.0, 5.0), scratch=u(0.15, 0.4))
+        muted = replace(electric, mute=u(7.0, 18.0), damping=u(0.5, 1.2), scratch=u(0.15, 0.4))
         return _string_instrument(muted, stem, u(0.04, 0.08), strum)
     if program == 27:
         depth, speed = u(0.3, 1.0) * (rng.random() < 0.5), u(0.3, 1.2)
         return _string_instrument(electric, stem, release, strum, _chorus(depth, speed, stem))
-    drive = u(2.5, 7.0) if program == 29 else u(12.0, 45.0)
+    drive = u(3.0, 9.0) if program == 29 else u(15.0, 60.0)
     lead = replace(electric, sustain=u(5.0, 9.0), position=u(0.08, 0.2), scratch=u(0.1, 0.3))
     return _string_instrument(lead, stem, release, strum * 0.5, amplifier(drive, stem))
 
@@ -210,13 +212,13 @@ def _chorus(depth: float, speed: float, stem: Stem) -> Callable[[np.ndarray], np
 def amplifier(drive: float, stem: Stem) -> Callable[[np.ndarray], np.ndarray]:
     """Preamplifier, tanh at twice the rate, and the loudspeaker of a guitar amplifier."""
     u, rate = stem.rng.uniform, stem.rate
-    tight = butter(1, (u(90, 220), u(3500, 6000)), "bandpass", fs=rate, output="sos")
+    tight = butter(1, (u(80, 200), u(3500, 6500)), "bandpass", fs=rate, output="sos")
     speaker = np.concatenate([
-        butter(2, u(75, 110), "highpass", fs=rate, output="sos"),
+        butter(2, u(70, 110), "highpass", fs=rate, output="sos"),
         butter(4, u(3600, 5200), fs=rate, output="sos"),
     ])  # fmt: skip
     presence = butter(1, (u(1400, 2000), u(2600, 3600)), "bandpass", fs=rate, output="sos")
-    lift, bias = np.float32(u(0.3, 1.2)), u(0.0, 0.35)
+    lift, bias = np.float32(u(0.6, 2.0)), u(0.0, 0.35)
     tight, speaker, presence = (x.astype(np.float32) for x in (tight, speaker, presence))
 
     def finish(audio: np.ndarray) -> np.ndarray:
@@ -240,24 +242,24 @@ def plucked(program: int, stem: Stem) -> Instrument:
     """Harp, sitar, banjo, or koto (programs 46, 104, 105, 107)."""
     u, rng = stem.rng.uniform, stem.rng
     if program == 104:
-        string = String(u(0.05, 0.12), u(3.0, 6.0), u(0.3, 0.7), u(2000, 3000), u(4500, 7500),
+        string = String(u(0.05, 0.12), u(3.0, 6.0), u(0.03, 0.12), u(2000, 3000), u(4500, 7500),
                         drawn_peaks(rng, GOURD_BODY), u(0.3, 0.6), u(0.5e-5, 2e-5),
                         scratch=u(0.1, 0.3), buzz=u(0.5, 1.3), beating=u(1.0, 2.5))  # fmt: skip
         return _with_drone(_string_instrument(string, stem, u(0.3, 0.8)), string, stem)
     if program == 105:
-        string = String(u(0.06, 0.14), u(0.7, 1.4), u(0.4, 1.0), u(2200, 3200), u(5000, 8500),
+        string = String(u(0.06, 0.14), u(0.7, 1.4), u(0.1, 0.35), u(2200, 3200), u(5000, 8500),
                         drawn_peaks(rng, BANJO_BODY), u(0.3, 0.7), u(1e-5, 5e-5),
                         scratch=u(0.15, 0.4), knock=u(0.15, 0.5))  # fmt: skip
         return _string_instrument(string, stem, u(0.08, 0.2), u(0.002, 0.012), wound=0.0)
     if program == 107:
-        string = String(u(0.07, 0.16), u(1.6, 3.2), u(0.8, 1.8), u(1500, 2200), u(3800, 6500),
+        string = String(u(0.07, 0.16), u(1.6, 3.2), u(0.12, 0.4), u(1500, 2200), u(3800, 6500),
                         drawn_peaks(rng, KOTO_BODY), u(0.5, 0.9), u(1e-5, 5e-5),
                         scratch=u(0.1, 0.3), knock=u(0.1, 0.35), beating=u(1.0, 3.0))  # fmt: skip
         return _string_instrument(string, stem, u(0.4, 1.0), u(0.004, 0.03), wound=0.0)
-    string = String(u(0.35, 0.5), u(2.0, 4.5), u(1.5, 3.5), u(600, 1000), u(1800, 3200),
+    string = String(u(0.35, 0.5), u(2.0, 4.5), u(0.25, 0.7), u(600, 1000), u(1800, 3200),
                     drawn_peaks(rng, HARP_BODY), u(0.9, 1.4), u(0.2e-5, 2e-5),
                     scratch=u(0.0, 0.06), scratch_band=(500.0, 2500.0), knock=u(0.03, 0.15),
-                    uneven=0.05)  # fmt: skip
+                    uneven=0.25)  # fmt: skip
     return _string_instrument(string, stem, u(0.8, 1.8), u(0.01, 0.04), wound=0.0)
 
 
@@ -284,13 +286,13 @@ def bass_guitar(program: int, stem: Stem) -> Instrument:
     """Acoustic, fingered, or picked bass (programs 32 to 34)."""
     u, rng = stem.rng.uniform, stem.rng
     if program == 32:
-        string = String(u(0.15, 0.3), u(0.8, 1.8), u(3.0, 8.0), u(350, 600), u(900, 1800),
+        string = String(u(0.15, 0.3), u(0.8, 1.8), u(0.6, 2.0), u(350, 600), u(900, 1800),
                         drawn_peaks(rng, UPRIGHT_BODY), u(0.8, 1.2), u(2e-5, 1e-4),
                         scratch=u(0.03, 0.15), scratch_band=(300.0, 1800.0),
                         knock=u(0.05, 0.3))  # fmt: skip
         return _string_instrument(string, stem, u(0.06, 0.15), wound=0.0)
     pick = program == 34
-    string = String(u(0.08, 0.25), u(1.8, 4.0), u(1.0, 4.0), u(500, 900),
+    string = String(u(0.08, 0.25), u(1.8, 4.0), u(0.2, 1.0), u(500, 900),
                     u(2200, 4500) if pick else u(1100, 2200), drawn_peaks(rng, SOLID_BODY),
                     u(0.4, 0.8) if pick else u(0.7, 1.1), u(3e-5, 1.5e-4), pickup=u(0.1, 0.3),
                     coil=(u(1800, 3500), u(0.7, 1.3)),
@@ -312,10 +314,12 @@ def piano(program: int, stem: Stem) -> Instrument:
     """
     u, rng, rate = stem.rng.uniform, stem.rng, stem.rate
     bright, honky = program == 1, program == 3
-    soft, hard = u(500, 900), u(3200, 5000) if bright else u(1800, 3800)
-    detune = u(7.0, 16.0) if honky else u(0.3, 1.3)
-    sustain, after, stiff = u(7.0, 14.0), u(0.06, 0.25), u(0.7, 1.5)
-    strike, slope, damping = u(0.11, 0.135), u(0.15, 0.5), u(0.25, 0.6)
+    soft, hard = u(350, 650), u(2500, 5000) if bright else u(1000, 2800)
+    detune = u(4.0, 11.0) if honky else u(0.15, 1.0)
+    sustain, after, stiff = u(6.0, 18.0), u(0.0, 0.1), u(0.4, 1.4)
+    # The hammer is wide, so that its nodes are not as deep as those of a point at 1/8.
+    strike, slope, damping = u(0.045, 0.1), u(1.1, 1.8), u(0.05, 0.3)
+    uneven, attack, rumble, steep = u(0.1, 0.4), u(0.0015, 0.008), u(25.0, 60.0), u(1.2, 2.0)
     knock, board = u(0.04, 0.2), drawn_peaks(rng, SOUNDBOARD)
 
     def tone(pitch: float, loudness: float, samples: int) -> np.ndarray:
@@ -324,22 +328,27 @@ def piano(program: int, stem: Stem) -> Instrument:
         k = np.arange(1.0, 1.0 + min(64, max(1, int(0.44 * rate / f0))))
         f = k * f0 * np.sqrt((1.0 + b * k**2) / (1.0 + b))
         cutoff = soft * (hard / soft) ** loudness * (0.6 + 0.4 * (f0 / 262.0) ** 0.6)
-        amplitude = np.sin(np.pi * k * strike) * k**-slope * lowpass(f, max(cutoff, 0.9 * f0), 1.7)
-        amplitude = amplitude * peaks(f, board) * (f**2 / (f**2 + 80.0**2))
-        amplitude = amplitude * np.exp(0.25 * rng.standard_normal(len(k)))
+        amplitude = (
+            np.sin(np.pi * k * strike) * k**-slope * lowpass(f, max(cutoff, 0.9 * f0), steep)
+        )
+        amplitude = amplitude * peaks(f, board) * (f**2 / (f**2 + rumble**2))
+        amplitude = amplitude * np.exp(uneven * rng.standard_normal(len(k)))
         base = T60 / (sustain * 2.0 ** (-(pitch - 45.0) / 17.0))
-        prompt = 2.2 * base * (1.0 + damping * (f / 1000.0) + 0.02 * k)
-        parts = [(f, prompt, amplitude), (f * cents(detune), 0.9 * prompt, 0.8 * amplitude)]
-        parts.append((f * cents(0.4 * detune), 0.35 * prompt, after * amplitude))
+        prompt = 1.1 * base * (1.0 + damping * (f / 1000.0) + 0.02 * k)
+        prompt = prompt * np.exp(0.25 * rng.standard_normal(len(k)))
+        apart = detune * rng.uniform(0.4, 1.6)
+        unison = rng.uniform(0.4, 0.9) * amplitude
+        parts = [(f, prompt, amplitude), (f * cents(apart), 0.9 * prompt, unison)]
+        parts.append((f * cents(0.4 * apart), 0.35 * prompt, after * amplitude))
         centre, quality, gain = board.T
         reference = knock * np.abs(amplitude).max()
         parts.append((centre, np.pi * centre / quality + 25.0, reference * gain))
         out = modal(*(np.concatenate(x) for x in zip(*parts, strict=True)), samples, rate)
         thump = burst(rng, samples, 200.0, 2500.0, 0.04, rate)
         out += np.float32(knock * (0.3 + loudness) * loudest(out[: rate // 5], rate)) * thump
-        return faded_in(out, 0.0015, rate)
+        return faded_in(out, attack, rate)
 
-    return Instrument(tone, u(0.08, 0.25))
+    return Instrument(tone, u(0.12, 0.5))
 
 
 def electric_piano(program: int, stem: Stem) -> Instrument:
@@ -370,7 +379,7 @@ def electric_piano(program: int, stem: Stem) -> Instrument:
             out -= np.float32(offset / (1.0 + offset**2))
             return faded_in(out, 0.002, rate)
     else:
-        index, tine, apart, bark = u(0.6, 1.6), u(0.2, 0.7), u(1.0, 5.0), u(0.3, 0.9)
+        index, tine, apart, bark = u(0.7, 1.6), u(0.3, 0.9), u(1.0, 5.0), u(0.6, 1.2)
 
         def tone(pitch: float, loudness: float, samples: int) -> np.ndarray:
             f0 = hertz(pitch)
@@ -380,9 +389,9 @@ def electric_piano(program: int, stem: Stem) -> Instrument:
             body = np.exp(np.float32(-base) * time)
             quick = np.exp(np.float32(-base - 8.0) * time)
             strength = np.float32(loudness)
-            first = _fm(f0, 1, index * (0.3 + bark * loudness), body, samples, rate)
+            first = _fm(f0, 1, index * (0.2 + bark * loudness), body, samples, rate)
             second = _fm(f0 * float(cents(apart)), ratio, tine * loudness, quick, samples, rate)
-            return faded_in(first * body + (0.3 + 0.4 * strength) * second * quick, 0.002, rate)
+            return faded_in(first * body + (0.15 + 0.55 * strength) * second * quick, 0.002, rate)
 
     return Instrument(tone, release, finish=tremolo if depth else None)
 

@@ -1,4 +1,4 @@
-"""Instruments that sound as long as a note lasts: bowed, blown, sung, and electronic.
+"""Instruments that sound as long as a note lasts: bowed, blown, and sung, and their engine.
 
 Each is a source with a harmonic spectrum, read from wavetables. The rows of a table go from dark to
 bright, and an envelope moves between them, because loud notes of these instruments are brighter.
@@ -20,17 +20,14 @@ from musicscope.embedded.rendering.tones import (
     band_noise,
     burst,
     cents,
-    delayed,
     drawn_peaks,
     harmonics,
     hertz,
-    loudest,
     lowpass,
     onset,
     peaks,
     phase,
     resonant,
-    saturate,
     scan,
     seconds_axis,
     tables,
@@ -76,6 +73,8 @@ class Voice:
     filter_fall: float = 0.0
     """Seconds in which brightness falls to `filter_rest` after the attack; 0 for none."""
     filter_rest: float = 1.0
+    sweep: float = 0.0
+    """Share of the brightness that a slow oscillator takes away."""
     breath: float = 0.0
     """Level of steady noise."""
     breath_gain: Callable[[np.ndarray], np.ndarray] | None = None
@@ -85,6 +84,8 @@ class Voice:
     chiff: float = 0.0
     """Level of the noise burst at the onset."""
     chiff_band: tuple[float, float] = (800.0, 5000.0)
+    uneven: float = 0.0
+    """Random deviation of the harmonics' amplitudes per pitch, nepers."""
     apart: bool = False
     """Whether each voice reads a table row of its own (singers) instead of the brightness."""
     scattered: bool = False
@@ -108,7 +109,12 @@ def sustained(
         decay = np.exp(after * np.float32(-3.0 / voice.filter_fall))
         rest = np.float32(voice.filter_rest)
         bright = bright * (rest + (np.float32(1.0) - rest) * decay)
-    moving = bool(voice.swell or voice.filter_fall)
+    if voice.sweep:
+        turn = np.float32(2 * np.pi * rng.uniform(0.1, 1.0)) * time + np.float32(
+            rng.uniform(0, 6.28)
+        )
+        bright = bright * (np.float32(1.0) - np.float32(voice.sweep) * (0.5 + 0.5 * np.sin(turn)))
+    moving = bool(voice.swell or voice.filter_fall or voice.sweep)
     detune = voice.spread * rng.standard_normal(voice.voices) if voice.voices > 1 else np.zeros(1)
     detune = detune - detune.mean()
     warps, vibrations = zip(*(_pitch(voice, stem, time) for _ in detune), strict=True)
@@ -129,17 +135,20 @@ def sustained(
         if pitch not in known:
             k = harmonics(f0, rate)
             spectra = voice.spectrum(k, k * f0, np.linspace(0.0, 1.0, ROWS)[:, None])
+            spectra = spectra * np.exp(voice.uneven * rng.standard_normal(len(k)))
             known[pitch] = tables(spectra, None if scatter is None else scatter[: len(k)])
         table = known[pitch]
         shine = voice.dull + (1.0 - voice.dull) * loudness
         row = (shine * (ROWS - 1)) * bright[:samples] if moving else shine * (ROWS - 1)
-        out = np.zeros(samples, np.float32)
-        starts = rng.integers(0, 2**32, voice.voices, dtype=np.uint32)
-        for number, (warp, offset) in enumerate(zip(warps, detune, strict=True)):
-            turned = phase(f0 * float(cents(offset)), samples, rate, warp)
-            if voice.voices > 1:
-                turned += starts[number]
-            out += scan(table, turned, number % ROWS if voice.apart else row)
+        tuned = f0 * cents(detune)
+        phases = [phase(f, samples, rate, w) for f, w in zip(tuned, warps, strict=True)]
+        if voice.voices > 1:
+            starts = rng.integers(0, 2**32, voice.voices, dtype=np.uint32)
+            phases = [p + start for p, start in zip(phases, starts, strict=True)]
+        if voice.apart:
+            out = sum(scan(table, [p], n % ROWS) for n, p in enumerate(phases))
+        else:
+            out = scan(table, phases, row)
         out *= np.float32(voice.voices**-0.5)
         if breath is not None:
             at = int(rng.integers(0, max(1, stem.longest - samples)))
@@ -208,6 +217,7 @@ def strings(program: int, stem: Stem) -> Instrument:
             breath=u(0.02, 0.08),
             breath_gain=lambda f: lowpass(f, 5000.0) * np.minimum(f / 900.0, 1.0),
             rough=u(0.02, 0.08) if solo else 0.02,
+            uneven=u(0.1, 0.3),
             scattered=not solo,
         ),
         stem,
@@ -306,6 +316,7 @@ def brass(program: int, stem: Stem) -> Instrument:
             filter_rest=u(0.75, 0.95),
             breath=u(0.0, 0.02),
             rough=u(0.01, 0.03),
+            uneven=u(0.1, 0.3),
             chiff=u(0.0, 0.08),
         ),
         stem,
@@ -325,14 +336,15 @@ def reed(program: int, stem: Stem) -> Instrument:
     u, rng = stem.rng.uniform, stem.rng
     body = drawn_peaks(rng, REED_BODY[program])
     clarinet, oboe = program == 71, program == 68
-    even, slope = u(0.04, 0.2), u(0.7, 1.1) if clarinet else u(0.4, 0.8)
-    dark, top = (u(1000, 1600), u(3000, 5500)) if clarinet else (u(1300, 2200), u(4500, 8000))
-    weak = u(0.25, 0.6) if oboe else 1.0
+    even, slope = u(0.02, 0.1), u(0.3, 0.8) if clarinet else u(0.2, 0.7)
+    dark, top = (u(900, 1400), u(2000, 3500)) if clarinet else (u(1000, 1800), u(2400, 4500))
+    weak, steep = u(0.3, 0.7) if oboe else 1.0, u(2.0, 3.5)
 
     def spectrum(k: np.ndarray, f: np.ndarray, level: np.ndarray) -> np.ndarray:
-        gains = k**-slope * peaks(f, body, 0.5) * lowpass(f, dark * (top / dark) ** level, 1.6)
+        cutoff = np.maximum(dark * (top / dark) ** level, f[0])
+        gains = k**-slope * peaks(f, body, 0.5) * lowpass(f, cutoff, steep)
         if clarinet:  # a closed cylinder: even harmonics are weak up to its tone-hole cut-off
-            gains = gains * np.where(k % 2 == 0, even + (1 - even) * (f / (f + 2500.0)), 1.0)
+            gains = gains * np.where(k % 2 == 0, even + (1 - even) * f**3 / (f**3 + 2800.0**3), 1.0)
         gains[:, 0] *= weak
         return gains
 
@@ -340,9 +352,9 @@ def reed(program: int, stem: Stem) -> Instrument:
     return sustained(
         Voice(
             spectrum,
-            attack=u(0.02, 0.07),
-            release=u(0.05, 0.14),
-            vibrato=u(8.0, 28.0) if sax else u(0.0, 6.0) if clarinet else u(4.0, 16.0),
+            attack=u(0.01, 0.045),
+            release=u(0.04, 0.11),
+            vibrato=u(10.0, 35.0) if sax else u(0.0, 6.0) if clarinet else u(4.0, 16.0),
             speed=u(4.6, 6.0),
             delay=u(0.15, 0.45),
             tremolo=u(0.02, 0.1),
@@ -351,9 +363,10 @@ def reed(program: int, stem: Stem) -> Instrument:
             dull=u(0.2, 0.5),
             swell=u(0.3, 0.6),
             settle=u(0.7, 0.95),
-            breath=u(0.03, 0.12) if sax else u(0.005, 0.04),
-            breath_gain=lambda f: lowpass(f, 6000.0) * np.minimum(f / 1500.0, 1.0),
+            breath=u(0.01, 0.06) if sax else u(0.0, 0.03),
+            breath_gain=lambda f: lowpass(f, 4000.0) * np.minimum(f / 1500.0, 1.0),
             rough=u(0.03, 0.1) if sax else u(0.0, 0.03),
+            uneven=u(0.4, 0.9),
             chiff=u(0.05, 0.2) if sax else u(0.0, 0.08),
         ),
         stem,
@@ -393,164 +406,9 @@ def flute(program: int, stem: Stem) -> Instrument:
                 peaks(f, np.array([[centre, 0.8, 1.0]]), 0.05) * lowpass(f, 5500.0)
             ),
             rough=u(0.03, 0.1) if pan else u(0.01, 0.05),
+            uneven=u(0.1, 0.3),
             chiff=u(0.3, 0.9) if pan else u(0.05, 0.3),
             chiff_band=(600.0, 4000.0),
-        ),
-        stem,
-    )
-
-
-# --- organ and synthesisers -------------------------------------------------------------------
-
-DRAWBARS = np.array([1, 3, 2, 4, 6, 8, 10, 12, 16])
-"""Harmonics of 16', 5 1/3', 8', 4', 2 2/3', 2', 1 3/5', 1 1/3', 1', above a note at 16'."""
-
-
-def organ(program: int, stem: Stem) -> Instrument:
-    """Drawbar, percussive, rock, or church organ (programs 16 to 19)."""
-    u, rng = stem.rng.uniform, stem.rng
-    church = program == 19
-    gains = np.zeros(64)  # harmonics of half the note's frequency
-    if church:  # ranks of pipes at 8', 4', 2', and sometimes a mixture
-        slope = u(1.4, 2.4)
-        mixture = u(0, 0.4) * (rng.random() < 0.5)
-        for foot, level in ((2, 1.0), (4, u(0.3, 0.9)), (8, u(0.0, 0.6)), (6, mixture)):
-            for k in range(1, 64 // foot):
-                gains[foot * k - 1] += level * k**-slope
-    else:
-        drawn = rng.integers(0, 9, 9).astype(float)
-        drawn[2] = 8.0
-        drawn[:2] = np.minimum(drawn[:2], 5.0)
-        if program == 17:
-            drawn[4:] *= 0.3
-        gains[DRAWBARS - 1] = np.where(drawn > 0, 10 ** ((drawn - 8.0) * 3.0 / 20), 0.0)
-    click, leak = u(0.05, 0.3), u(0.0, 0.01)
-
-    def spectrum(k: np.ndarray, f: np.ndarray, level: np.ndarray) -> np.ndarray:
-        padded = np.zeros(len(k))
-        padded[: min(64, len(k))] = gains[: len(k)]
-        if not padded.any():
-            padded[min(1, len(k) - 1)] = 1.0
-        return (padded + leak * (k < 40)) * lowpass(f, 7000.0, 1.0) * np.ones_like(level)
-
-    voice = Voice(
-        spectrum,
-        attack=u(0.03, 0.09) if church else u(0.004, 0.012),
-        release=u(0.5, 1.4) if church else u(0.02, 0.06),
-        voices=3 if church else 1,
-        spread=u(1.5, 4.0),
-        drift=0.5,
-        breath=u(0.005, 0.03) if church else 0.0,
-        chiff=u(0.0, 0.12) if church else click,
-        chiff_band=(1000.0, 6000.0),
-        scattered=True,
-    )
-    if church:
-        return _an_octave_down(sustained(voice, stem, touch=0.3))
-    speed = u(5.5, 7.2) if rng.random() < 0.5 else u(0.6, 1.2)
-    drive = u(1.0, 3.5) if program == 18 else u(0.2, 0.8)
-    played = _an_octave_down(sustained(voice, stem, 0.3, _leslie(speed, u(0.4, 1.0), drive, stem)))
-    if program != 17:
-        return played
-    ratio, fall, strength = float(rng.integers(2, 4)), u(8.0, 20.0), np.float32(u(0.6, 1.5))
-
-    def tone(pitch: float, loudness: float, samples: int) -> np.ndarray:
-        out = played.tone(pitch, loudness, samples)
-        time = seconds_axis(samples, stem.rate)
-        f0 = min(hertz(pitch) * ratio, 0.45 * stem.rate)
-        ping = np.sin(2 * np.pi * ((f0 * np.arange(samples) / stem.rate) % 1.0), dtype=np.float64)
-        return out + strength * np.exp(np.float32(-fall) * time) * ping.astype(np.float32)
-
-    return Instrument(tone, played.release, touch=played.touch, finish=played.finish)
-
-
-def _an_octave_down(instrument: Instrument) -> Instrument:
-    """Tables of an organ begin at 16', so the note is read an octave lower."""
-
-    def tone(pitch: float, loudness: float, samples: int) -> np.ndarray:
-        return instrument.tone(pitch - 12, loudness, samples)
-
-    return Instrument(tone, instrument.release, touch=instrument.touch, finish=instrument.finish)
-
-
-def _leslie(speed: float, depth: float, drive: float, stem: Stem) -> Finish:
-    """Valve amplifier and rotating horn: the delay and the level turn together."""
-    start = stem.rng.uniform(0, 2 * np.pi)
-
-    def finish(audio: np.ndarray) -> np.ndarray:
-        level = loudest(audio, stem.rate)
-        if level == 0.0:
-            return audio
-        hot = saturate(audio / np.float32(level), drive) * np.float32(level / np.tanh(drive))
-        angle = np.float32(2 * np.pi * speed) * seconds_axis(len(audio), stem.rate)
-        swing = np.sin(angle + np.float32(start))
-        lag = np.float32(stem.rate * 0.0004 * depth) * (np.float32(1.0) + swing)
-        near = np.float32(1.0) + np.float32(0.25 * depth) * np.cos(angle + np.float32(start))
-        return delayed(hot, lag) * near
-
-    return finish
-
-
-def synth(program: int, stem: Stem) -> Instrument:
-    """Square lead, saw lead, pad, or polysynth pad (programs 80, 81, 88, 90)."""
-    u, rng = stem.rng.uniform, stem.rng
-    pad = program in (88, 90)
-    saw = program != 80 and not (pad and rng.random() < 0.25)
-    width = u(0.3, 0.5) if program == 80 else u(0.15, 0.5)
-    quality = u(0.7, 4.0) if program != 88 else u(0.6, 1.6)
-    dark, top = u(300, 700), u(2500, 6000) if program == 88 else u(4500, 12000)
-
-    def spectrum(k: np.ndarray, f: np.ndarray, level: np.ndarray) -> np.ndarray:
-        gains = 1.0 / k if saw else np.sin(np.pi * k * width) / k
-        return gains * resonant(f, np.maximum(dark * (top / dark) ** level, f[0]), quality)
-
-    return sustained(
-        Voice(
-            spectrum,
-            attack=u(0.15, 0.6) if program == 88 else u(0.04, 0.25) if pad else u(0.003, 0.03),
-            release=u(0.4, 1.2) if pad else u(0.05, 0.25),
-            voices=int(rng.integers(3, 6)) if pad else int(rng.integers(1, 4)),
-            spread=u(4.0, 14.0),
-            vibrato=0.0 if pad else u(0.0, 18.0),
-            speed=u(4.5, 7.0),
-            delay=u(0.1, 0.4),
-            tremolo=u(0.0, 0.1) if pad else 0.0,
-            drift=u(0.0, 3.0),
-            dull=u(0.4, 0.8),
-            swell=u(0.2, 0.6) if pad else 0.0,
-            settle=u(0.6, 1.0),
-            fall=u(0.2, 0.8),
-            filter_fall=u(0.15, 1.2),
-            filter_rest=u(0.35, 0.95),
-            scattered=pad,
-        ),
-        stem,
-    )
-
-
-def synth_bass(stem: Stem) -> Instrument:
-    """Subtractive bass: saw or pulse through a falling resonant filter."""
-    u, rng = stem.rng.uniform, stem.rng
-    saw, width = rng.random() < 0.6, u(0.25, 0.5)
-    quality, dark, top = u(0.8, 5.0), u(120, 300), u(900, 4000)
-
-    def spectrum(k: np.ndarray, f: np.ndarray, level: np.ndarray) -> np.ndarray:
-        gains = 1.0 / k if saw else np.sin(np.pi * k * width) / k
-        return gains * resonant(f, np.maximum(dark * (top / dark) ** level, 1.2 * f[0]), quality)
-
-    return sustained(
-        Voice(
-            spectrum,
-            attack=u(0.003, 0.015),
-            release=u(0.03, 0.12),
-            voices=int(rng.integers(1, 3)),
-            spread=u(2.0, 7.0),
-            drift=0.0,
-            dull=u(0.3, 0.6),
-            settle=u(0.4, 0.9),
-            fall=u(0.2, 0.6),
-            filter_fall=u(0.08, 0.5),
-            filter_rest=u(0.1, 0.6),
         ),
         stem,
     )

@@ -13,7 +13,12 @@ from typing import Protocol
 import numpy as np
 from scipy.signal import lfilter
 
-from musicscope.embedded.rendering import decaying_tones, drum_tones, sustained_tones
+from musicscope.embedded.rendering import (
+    decaying_tones,
+    drum_tones,
+    electronic_tones,
+    sustained_tones,
+)
 from musicscope.embedded.rendering.tones import Instrument, Stem, loudest
 
 LEVEL = 0.12
@@ -48,7 +53,7 @@ def _bass(program: int, stem: Stem) -> Instrument:
         return decaying_tones.bass_guitar(program, stem)
     if stem.rng.random() < 0.4:
         return decaying_tones.fm_bass(stem)
-    return sustained_tones.synth_bass(stem)
+    return electronic_tones.synth_bass(stem)
 
 
 INSTRUMENTS: dict[str, Callable[[int, Stem], Instrument]] = {
@@ -56,13 +61,13 @@ INSTRUMENTS: dict[str, Callable[[int, Stem], Instrument]] = {
     "piano": decaying_tones.piano,
     "electric_piano": decaying_tones.electric_piano,
     "mallets": decaying_tones.mallets,
-    "organ": sustained_tones.organ,
+    "organ": electronic_tones.organ,
     "strings": sustained_tones.strings,
     "choir": sustained_tones.choir,
     "brass": sustained_tones.brass,
     "reed": sustained_tones.reed,
     "flute": sustained_tones.flute,
-    "synth": sustained_tones.synth,
+    "synth": electronic_tones.synth,
     "plucked": decaying_tones.plucked,
     "bass": _bass,
     "drums": drum_tones.drums,

@@ -169,7 +169,7 @@ def modal(
 def _modes(
     frequency: np.ndarray, decay: np.ndarray, amplitude: np.ndarray, samples: int, rate: int
 ) -> np.ndarray:
-    block = 2 ** max(4, int(np.log2(samples) / 2))
+    block = 2 ** max(4, round(np.log2(samples) / 2))
     blocks = -(-samples // block)
     exponent = (2j * np.pi * frequency - decay) / rate
     inner = _powers(exponent, block)
@@ -236,21 +236,33 @@ def phase(f0: float, samples: int, rate: int, warp: np.ndarray | None = None) ->
     return turned
 
 
-def scan(table: np.ndarray, turned: np.ndarray, row: np.ndarray | float = 0.0) -> np.ndarray:
-    """Read tables [rows, size] at a phase [samples]; `row` may lie between rows, and may move."""
+def scan(table: np.ndarray, phases: list[np.ndarray], row: np.ndarray | float = 0.0) -> np.ndarray:
+    """Read tables [rows, size] at each phase [samples], and sum over phases.
+
+    `row` may lie between two rows, and may move over the samples.
+    """
     rows, size = table.shape
-    index = (turned >> np.uint32(32 - size.bit_length() + 1)).astype(np.intp)
+    shift = np.uint32(32 - size.bit_length() + 1)
     if np.ndim(row) == 0:
         low = min(int(row), max(rows - 2, 0))
         mixed = table[low]
         if rows > 1:
             mixed = mixed + np.float32(row - low) * (table[low + 1] - mixed)
-        return mixed.take(index)
+        return sum(mixed.take((turned >> shift).astype(np.intp)) for turned in phases)
     low = np.minimum(row.astype(np.intp), rows - 2)
-    index += low * size
+    share = (row - low).astype(np.float32)
+    low *= size
     flat = table.reshape(-1)
-    first = flat.take(index)
-    return first + (row - low).astype(np.float32) * (flat.take(index + size) - first)
+    below, above = np.zeros(len(low), np.float32), np.zeros(len(low), np.float32)
+    for turned in phases:
+        index = (turned >> shift).astype(np.intp)
+        index += low
+        below += flat.take(index)
+        index += size
+        above += flat.take(index)
+    above -= below
+    above *= share
+    return below + above
 
 
 SINE = np.sin(2 * np.pi * np.arange(8192) / 8192).astype(np.float32)
