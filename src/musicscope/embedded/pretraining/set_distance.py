@@ -2,15 +2,22 @@
 
 The distance is the squared maximum mean discrepancy (MMD; Gretton et al. 2012) under a Gaussian
 kernel, as in the Kernel Audio Distance (Chung et al. 2025, 2502.15602). Clips of one composition
-are alike, which two ways of counting pairs of clips take into account:
+are alike, so only pairs of clips from different compositions count. Two quantities result:
 
-* compositions random: only pairs from different compositions count. The distance between two sets
-  of the same distribution is then 0 on average, whatever their size.
-* compositions fixed: the distance of two sets of G compositions each, averaged over disjoint
-  random sets. Real against real is then 2 (s - d) / G, where s and d are the mean kernel of clips
-  of the same and of different compositions. It is above 0, so ratios to it are defined.
+* `population`: the MMD^2 of the distributions. It is 0 on average for equal distributions,
+  whatever the number of clips, so nothing can be divided by it.
+* `distance`: the expected MMD^2 of two finite sets of N clips, each from a composition of its own.
+  N is a constant, not the number of clips at hand: self-pairs, which bias the usual estimate, enter
+  with weight 1/N. Real against real is then 2 (1 - d) / N, where d is the mean kernel of two
+  compositions. It is above 0, so ratios to it are defined.
 
-Both are functions of mean kernels per pair of compositions, so no sets are drawn at random.
+What a ratio of N = 32 means, in the scattering and the musicnn embedding of 64 rendered clips:
+noise at 30 dB SNR 1.1 and 1.6, another soundfont 1.8 and 1.5, a low-pass at 6 kHz 4.2 and 1.5,
+grains of 0.2 s in random order 3.7 and 6.2. Scattering does not notice reversed time.
+
+Split halves of compositions, the other candidate for real against real, are no use as a divisor:
+rendered compositions with random instruments differ too little (0.0008 in musicnn's embedding for
+two sets of 10 compositions, interval -0.003 to 0.005).
 """
 
 from __future__ import annotations
@@ -75,9 +82,14 @@ class GaussianKernel:
         """Scale each dimension to unit variance; bandwidth = median distance of two compositions.
 
         Fit it once, on real clips: values under two kernels do not compare.
+
+        Raises:
+            ValueError: most dimensions are constant over clips.
         """
         deviation = reference.values.std(0)
-        scale = np.maximum(deviation, SIGNAL_SHARE * np.median(deviation) + 1e-12)
+        if not np.median(deviation) > 0:
+            raise ValueError(f"{len(reference.values)} reference clips have the same embedding")
+        scale = np.maximum(deviation, SIGNAL_SHARE * np.median(deviation))
         distance = cdist(reference.values / scale, reference.values / scale)
         different = reference.groups[:, None] != reference.groups
         return cls(scale, float(np.median(distance[different])))
@@ -115,19 +127,6 @@ class PairSums:
         with np.errstate(invalid="ignore", divide="ignore"):
             return _quadratic(weights, self.sums * apart) / _quadratic(weights, self.counts * apart)
 
-    def same(self, weights: np.ndarray) -> np.ndarray:
-        """Mean kernel of two clips of one composition; of different ones where none has two."""
-        pairs = np.diag(self.counts)
-        if not pairs.any():
-            return self.different(weights)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (weights @ np.diag(self.sums)) / (weights @ pairs)
-
-    def within(self, weights: np.ndarray, compositions: float) -> np.ndarray:
-        """Mean kernel of two independent clips of a set of `compositions`."""
-        share = 1.0 / compositions
-        return share * self.same(weights) + (1 - share) * self.different(weights)
-
 
 def _quadratic(weights: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return ((weights @ matrix) * weights).sum(1)
@@ -142,7 +141,7 @@ class Estimate:
     high: float
 
     @property
-    def zero(self) -> bool:
+    def may_be_zero(self) -> bool:
         """Whether the interval contains 0."""
         return self.low <= 0.0 <= self.high
 
@@ -152,28 +151,24 @@ class Comparison:
     """Distances of a set from real clips, beside real clips from real clips."""
 
     population: Estimate
-    """MMD^2 with compositions random: 0 for equal distributions."""
+    """MMD^2 of the distributions: 0 where they are equal."""
     distance: Estimate
-    """MMD^2 with compositions fixed."""
+    """Expected MMD^2 of N clips of the set and N real clips."""
     real: Estimate
-    """The same of real clips of other compositions."""
-    difference: Estimate
-    """`distance` - `real`."""
+    """The same of N real clips and N others."""
     ratio: Estimate | None
     """`distance` / `real`; None where the interval of `real` contains 0."""
 
 
 def compare(
-    kernel: GaussianKernel, real: Embedded, other: Embedded, compositions: int, bootstrap: int,
-    seed: int,
-) -> Comparison:  # fmt: skip
-    """Compare `other` with `real` clips; intervals resample compositions.
+    kernel: GaussianKernel, real: Embedded, other: Embedded, size: int, bootstrap: int, seed: int
+) -> Comparison:
+    """Compare `other` with `real` clips in sets of `size` clips; intervals resample compositions.
 
-    `compositions` is G, the size of each set when compositions are fixed. Clips of `other` take
-    the group of the composition that they were encoded or captioned from, or groups of their own.
-    Pairs across the sets count only between different groups. Intervals are paired. They are
-    conservative (up to 1.7 times too wide) where the distance is 0: the bootstrap of a degenerate
-    U-statistic adds a linear term.
+    Clips of `other` take the group of the composition that they were encoded or captioned from, or
+    groups of their own. `distance` - `real` differs from `population` by the difference in
+    diversity over N. Intervals are paired. They are conservative (up to 1.7 times too wide) where
+    `population` is 0: the bootstrap of a degenerate U-statistic adds a linear term.
     """
     own = np.setdiff1d(other.groups, real.groups)
     names = np.concatenate([np.unique(real.groups), own])
@@ -182,11 +177,11 @@ def compare(
     )
 
     def values(weights: np.ndarray) -> np.ndarray:
-        cross = 2 * ro.different(weights)
-        free = rr.different(weights) + oo.different(weights) - cross
-        fixed = rr.within(weights, compositions) + oo.within(weights, compositions) - cross
-        base = 2 * (rr.same(weights) - rr.different(weights)) / compositions
-        return np.stack([free, fixed, base, fixed - base], 1)
+        reals, others, cross = (x.different(weights) for x in (rr, oo, ro))
+        free = reals + others - 2 * cross
+        # A clip is as similar to itself as can be: k(x, x) = 1.
+        alone = (2 - reals - others) / size
+        return np.stack([free, free + alone, 2 * (1 - reals) / size], 1)
 
     # Compositions of real clips and groups that only `other` has are two strata.
     draws = [resample_weights(names[: len(names) - len(own)], bootstrap, seed_for(seed, "real"))]
@@ -201,7 +196,7 @@ def compare(
         Estimate(float(v), *percentile_interval(d)) for v, d in zip(whole, drawn.T, strict=True)
     ]
     ratio = None
-    if not found[2].zero:
+    if not found[2].may_be_zero:
         ratio = Estimate(
             float(whole[1] / whole[2]), *percentile_interval(drawn[:, 1] / drawn[:, 2])
         )
@@ -214,7 +209,8 @@ def frechet_infinity(
     """Frechet distance extrapolated to infinitely many clips, and R^2 of the fit.
 
     A line through the distances of random subsets against 1/n (Chong & Forsyth 2020, 1911.07023),
-    from a third of the clips to all. Do not trust an R^2 below .9. Rows with NaN are left out.
+    from a third of the clips to all. R^2 is low where the distance hardly depends on n, and where
+    the clips are too few. Rows with NaN are left out.
     """
     a, b = (x[np.isfinite(x).all(1)] for x in (np.asarray(a), np.asarray(b)))
     most = min(len(a), len(b))
