@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +66,7 @@ def test_instruments_cover_the_families_of_the_orchestration():
 def test_pitch_is_that_of_the_note(family: str, program: int):
     pitches = (36, 43, 52) if family == "bass" else (55, 64, 76)
     for seed, pitch in enumerate(pitches):
-        # Attacks bend and click; what is measured follows them.
+        # Attacks bend and click, so that the pitch is measured after them.
         audio = render(family, program, notes((0.0, 1.3, pitch, 90)), seed)[RATE // 8 : RATE]
         assert abs(cents_off(audio, hertz(pitch))) < 15.0, (pitch, seed)
 
@@ -130,7 +132,7 @@ def test_notes_end_without_a_click_and_before_the_longest_release(family: str, p
 
 
 @pytest.mark.parametrize("family", ["organ", "piano", "strings"])
-def test_a_note_that_began_before_the_clip_is_heard_from_the_first_sample(family: str):
+def test_a_note_that_began_before_the_clip_sounds_from_the_first_sample(family: str):
     audio = render(family, PROGRAMS[family][0], notes((-1.0, 1.0, 60, 90)), seconds=1.0)
     assert rms(audio[: RATE // 50]) > 0.2 * rms(audio)
 
@@ -140,6 +142,15 @@ def test_the_open_hat_is_choked_by_the_closed_one():
     choked = render("drums", 0, notes((0.0, 0.1, 46, 100), (0.15, 0.2, 44, 1)), seconds=0.6)
     window = slice(int(0.3 * RATE), int(0.5 * RATE))
     assert rms(choked[window]) < 0.3 * rms(alone[window])
+
+
+def test_no_more_than_numpy_and_scipy_is_imported():
+    code = (
+        "import sys\nfrom musicscope.embedded.rendering import synthesis, timbre\n"
+        "print({'symusic', 'torch', 'pandas', 'tinysoundfont'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def test_unknown_names_are_refused():

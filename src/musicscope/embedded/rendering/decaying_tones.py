@@ -317,7 +317,7 @@ def piano(program: int, stem: Stem) -> Instrument:
     soft, hard = u(350, 650), u(2500, 5000) if bright else u(1000, 2800)
     detune = u(4.0, 11.0) if honky else u(0.15, 1.0)
     sustain, after, stiff = u(6.0, 18.0), u(0.0, 0.1), u(0.4, 1.4)
-    # The hammer is wide, so that its nodes are not as deep as those of a point at 1/8.
+    # The hammer is wide, so that its nodes are shallower than a point's at 1/8.
     strike, slope, damping = u(0.045, 0.1), u(1.1, 1.8), u(0.05, 0.3)
     uneven, attack, rumble, steep = u(0.1, 0.4), u(0.0015, 0.008), u(25.0, 60.0), u(1.2, 2.0)
     knock, board = u(0.04, 0.2), drawn_peaks(rng, SOUNDBOARD)

@@ -1,7 +1,7 @@
 """Drum kits with random parameters: membranes with falling pitch, metal plates, and noise bursts.
 
-Keys are those of General MIDI percussion; a key without a drum of its own plays a small drum or
-block whose pitch follows the key.
+Keys follow General MIDI percussion. Any other key plays a small drum or block whose pitch follows
+the key.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def organ(program: int, stem: Stem) -> Instrument:
         padded[: min(64, len(k))] = gains[: len(k)]
         if not padded.any():
             padded[min(1, len(k) - 1)] = 1.0
-        return (padded + leak * (k < 40)) * lowpass(f, 7000.0, 1.0) * np.ones_like(level)
+        return ((padded + leak * lowpass(k, 24.0)) * lowpass(f, 7000.0, 1.0))[None]
 
     voice = Voice(
         spectrum,
@@ -59,6 +59,7 @@ def organ(program: int, stem: Stem) -> Instrument:
         breath=u(0.005, 0.03) if church else 0.0,
         chiff=u(0.0, 0.12) if church else click,
         chiff_band=(1000.0, 6000.0),
+        dynamic=False,
         scattered=True,
     )
     if church:
@@ -113,7 +114,7 @@ def synth(program: int, stem: Stem) -> Instrument:
     pad = program in (88, 90)
     saw = program != 80 and not (pad and rng.random() < 0.5)
     width = u(0.4, 0.5) if program == 80 else u(0.1, 0.5)
-    quality = u(1.0, 6.0)
+    quality = u(0.7, 4.0)
     dark, top = u(200, 500), u(1500, 4500) if program == 88 else u(3500, 12000)
     octave = u(0.0, 0.8) * (rng.random() < 0.5)
 
@@ -127,12 +128,12 @@ def synth(program: int, stem: Stem) -> Instrument:
             spectrum,
             attack=u(0.15, 0.6) if program == 88 else u(0.003, 0.06) if pad else u(0.002, 0.015),
             release=u(0.4, 1.2) if pad else u(0.03, 0.2),
-            voices=int(rng.integers(3, 6)) if pad else int(rng.integers(1, 5)),
+            voices=int(rng.integers(3, 6)) if pad else int(rng.integers(1, 8)),
             spread=u(6.0, 20.0),
             vibrato=0.0 if pad or rng.random() < 0.5 else u(5.0, 25.0),
             speed=u(0.5, 7.0) if pad else u(4.5, 7.0),
             delay=0.0 if pad else u(0.1, 0.4),
-            tremolo=u(0.0, 0.4) if pad else 0.0,
+            tremolo=u(0.0, 0.25) if pad else 0.0,
             drift=u(0.0, 2.0),
             dull=u(0.6, 0.9),
             swell=u(0.2, 0.7) if pad else 0.0,
@@ -141,12 +142,12 @@ def synth(program: int, stem: Stem) -> Instrument:
             filter_fall=u(0.3, 1.5) if pad else u(0.1, 0.8),
             filter_rest=u(0.5, 0.95) if pad else u(0.7, 1.0),
             sweep=u(0.2, 0.8) if pad else 0.0,
-            breath=u(0.0, 0.04) if pad else 0.0,
+            breath=u(0.02, 0.15) if pad else 0.0,
             scattered=pad,
         ),
         stem,
         touch=u(0.4, 1.4),
-        finish=_echo(u(0.16, 0.45), u(0.1, 0.35), stem) if rng.random() < 0.4 else None,
+        finish=_echo(u(0.16, 0.45), u(0.1, 0.35), stem) if rng.random() < 0.7 else None,
     )
 
 

@@ -86,6 +86,8 @@ class Voice:
     chiff_band: tuple[float, float] = (800.0, 5000.0)
     uneven: float = 0.0
     """Random deviation of the harmonics' amplitudes per pitch, nepers."""
+    dynamic: bool = True
+    """Whether the spectrum depends on the brightness."""
     apart: bool = False
     """Whether each voice reads a table row of its own (singers) instead of the brightness."""
     scattered: bool = False
@@ -129,17 +131,18 @@ def sustained(
         breath = np.float32(voice.breath) * band_noise(rng, stem.longest, gain, rate)
     scatter = rng.uniform(0, 2 * np.pi, MAX_HARMONICS) if voice.scattered else None
     known: dict[float, np.ndarray] = {}
+    rows = ROWS if voice.dynamic else 1
 
     def tone(pitch: float, loudness: float, samples: int) -> np.ndarray:
         f0 = hertz(pitch)
         if pitch not in known:
             k = harmonics(f0, rate)
-            spectra = voice.spectrum(k, k * f0, np.linspace(0.0, 1.0, ROWS)[:, None])
+            spectra = voice.spectrum(k, k * f0, np.linspace(0.0, 1.0, rows)[:, None])
             spectra = spectra * np.exp(voice.uneven * rng.standard_normal(len(k)))
             known[pitch] = tables(spectra, None if scatter is None else scatter[: len(k)])
         table = known[pitch]
         shine = voice.dull + (1.0 - voice.dull) * loudness
-        row = (shine * (ROWS - 1)) * bright[:samples] if moving else shine * (ROWS - 1)
+        row = (shine * (rows - 1)) * bright[:samples] if moving else shine * (rows - 1)
         tuned = f0 * cents(detune)
         phases = [phase(f, samples, rate, w) for f, w in zip(tuned, warps, strict=True)]
         if voice.voices > 1:
@@ -181,7 +184,7 @@ def _pitch(voice: Voice, stem: Stem, time: np.ndarray) -> tuple[np.ndarray, np.n
 
 # --- strings and choir ------------------------------------------------------------------------
 
-# Air and body modes of a violin, and the hill of its bridge; those of the cello below.
+# Air modes, body modes, and bridge hill: Hz, quality, gain.
 VIOLIN_BODY = ((275.0, 10.0, 1.0), (460.0, 12.0, 1.3), (550.0, 12.0, 1.2), (1000.0, 4.0, 0.5),
                (2500.0, 2.5, 1.3), (3800.0, 3.0, 0.5))  # fmt: skip
 CELLO_BODY = ((105.0, 9.0, 1.0), (180.0, 10.0, 1.3), (230.0, 9.0, 1.0), (600.0, 4.0, 0.7),
@@ -278,7 +281,7 @@ def choir(program: int, stem: Stem) -> Instrument:
 # --- brass, reeds, and flutes -----------------------------------------------------------------
 
 BELL_FORMANTS = {56: (1300.0, 2800.0), 57: (650.0, 1500.0), 60: (420.0, 900.0), 61: (900.0, 2000.0)}
-BRASS_TOP = {56: (1100, 7000), 57: (700, 4500), 60: (450, 2200), 61: (1000, 6000)}
+BRASS_TOP = {56: (1100, 7000), 57: (700, 4500), 60: (550, 2900), 61: (1000, 6000)}
 
 
 def brass(program: int, stem: Stem) -> Instrument:

@@ -1,6 +1,6 @@
 """Play a part on a synthesised instrument whose parameters are drawn at random.
 
-The families and programs are those of `musicscope.rendering.orchestration`. Every stem draws a new
+`musicscope.rendering.orchestration` names the families and programs. Every stem draws a new
 instrument, so that its family is the only thing that stems of one family share. This package needs
 only NumPy and SciPy.
 """
@@ -82,10 +82,10 @@ def play(
     Args:
         family: a name of `orchestration.FAMILIES`.
         program: General MIDI program of that family; drums ignore it.
-        notes: what is played; times relative to the clip, which begins at 0.
+        notes: the part; times relative to the clip, which begins at 0.
         rng: source of the instrument's parameters; the same state gives the same samples.
         seconds: length of the clip.
-        rate: samples per second; 32,000 is what the models are tuned for.
+        rate: samples per second; the models are tuned for 32,000.
 
     Returns:
         float32 [samples], peak within LOWEST_PEAK..HIGHEST_PEAK, or zeros if nothing sounds.
@@ -110,15 +110,15 @@ def play(
     if instrument.rings:
         gate = _until_choked(on, pitch, instrument.choked, longest)
     out = np.zeros(total, np.float32)
-    heard = np.flatnonzero((on < total) & (np.asarray(notes.end, float) > EARLIEST))
+    sounding = np.flatnonzero((on < total) & (np.asarray(notes.end, float) > EARLIEST))
     release = max(int(instrument.release * rate), rate // 200)
     fade = _release_curve(release)
     step = np.clip((velocity / 127.0 * LOUDNESS_STEPS).astype(int), 0, LOUDNESS_STEPS - 1)
     gain = SOFTEST + (1.0 - SOFTEST) * (np.clip(velocity, 0, 127) / 127.0) ** instrument.touch
     # Each distinct pitch and brightness is rendered once, as long as its longest note.
-    distinct, which = np.unique(np.stack([pitch, step])[:, heard], axis=1, return_inverse=True)
+    distinct, which = np.unique(np.stack([pitch, step])[:, sounding], axis=1, return_inverse=True)
     for number, (key, level) in enumerate(distinct.T):
-        group = heard[which == number]
+        group = sounding[which == number]
         needed = min(int((gate[group] + release).max()), int((total - on[group]).max()))
         tone = instrument.tone(float(key) + tuning, (level + 0.5) / LOUDNESS_STEPS, needed)
         strength = loudest(tone, rate)

@@ -46,7 +46,7 @@ class Instrument:
     release: float
     """Seconds until a note that ended is silent."""
     rings: bool = False
-    """Whether a note sounds on after its end, as those of drums do."""
+    """Whether a note sounds on after its end, as a drum does."""
     strum: float = 0.0
     """Seconds between the notes of one chord, from low to high."""
     touch: float = 1.6
@@ -156,7 +156,7 @@ def modal(
     frequency, decay, amplitude = frequency[kept], decay[kept], amplitude[kept]
     strength = np.abs(amplitude) / np.abs(amplitude).max()
     life = np.log(np.maximum(strength / INAUDIBLE, 1.0)) / np.maximum(decay, 1e-6) * rate
-    # Short modes are not worth the whole length: each group is rendered as far as it is heard.
+    # Each group of modes is rendered only as long as it is audible.
     bounds = (0.0, samples / 16, samples / 4, np.inf)
     for shortest, longest in zip(bounds[:-1], bounds[1:], strict=True):
         group = (life > shortest) & (life <= longest)
