@@ -288,6 +288,62 @@ def test_generation_is_seeded_and_follows_the_captions(model):
     assert not np.array_equal(first, other)
 
 
+class Listener:
+    """A judge that answers from the mean spectrum, in place of musicnn and the family judge."""
+
+    tags, families = TAGS, ("guitar", "flute")
+
+    def predict(self, audio: np.ndarray):
+        spectrum = np.abs(np.fft.rfft(audio[:, :16000]))[:, : 200 * 40].reshape(-1, 200, 40)
+        embedding = np.log(spectrum.mean(2) + 1e-6)
+        return embedding[:, :50], embedding
+
+
+class FamilyListener(Listener):
+    def predict(self, audio: np.ndarray) -> np.ndarray:
+        return super().predict(audio)[0][:, :2]
+
+
+def test_the_whole_table_of_a_tiny_model(model, monkeypatch, tmp_path):
+    """The model plays at 3,200 Hz; its ten seconds stand for two seconds at 16 kHz.
+
+    Generation has a test of its own: 500 steps of it would take most of this test's time.
+    """
+
+    def generate(model, captions, seconds, seed, guidance):
+        audio = np.full((len(captions), 32_000), 0.1)
+        return music_statistics.white_noise(audio, np.random.default_rng(seed))
+
+    monkeypatch.setattr(evidence, "generate_clips", generate)
+    held, train, validation = (
+        Clips(
+            music_statistics.white_noise(np.full((12, 32_000), 0.1), np.random.default_rng(seed)),
+            np.repeat([f"{name}{i}" for i in range(6)], 2), CAPTIONS[:12], TARGET[:12],
+        )
+        for seed, name in enumerate(("held", "train", "validation"))
+    )  # fmt: skip
+    arguments = (
+        train, validation, Listener(), {"family_judge": FamilyListener()},
+        {"guitar": 4, "flute": 4}, Bootstrap(20),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="3200 Hz"):
+        evidence.evidence_table(model, held, *arguments)
+    monkeypatch.setattr(model, "sample_rate", 16_000)
+    with pytest.raises(ValueError, match="held-out compositions are in train"):
+        evidence.evidence_table(model, train, *arguments)
+    table = evidence.evidence_table(model, held, *arguments)
+    rows = by_name(table.rows)
+    assert {name.split(".")[0] for name in rows} == {
+        "codec", "decoder", "layers", "prompts", "distance", "classifier", "music",
+    }  # fmt: skip
+    assert "distance.scattering.codec_ratio" in rows
+    assert "prompts.family_judge.guitar" in rows
+    missing = [r.name for r in table.rows if not np.isfinite([r.value, r.low, r.high]).all()]
+    assert missing == []
+    table.save(tmp_path / "table.json")
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == len(rows)
+
+
 def test_clips_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="differ in length"):
         Clips(np.zeros((2, 4)), GROUPS[:2], CAPTIONS[:3], TARGET[:2])

@@ -302,7 +302,16 @@ def evidence_table(
 
     `count_codes` [n, K, T] of training clips, for the count models; those of `train` by default.
     Generated clips take the captions of held-out clips, and the prompts in a second set.
+
+    Raises:
+        ValueError: a model of another rate than 16 kHz, or held-out compositions among `train` or
+            `validation`.
     """
+    if model.sample_rate != music.SAMPLE_RATE:
+        raise ValueError(f"{model.name} plays at {model.sample_rate} Hz; the judges need 16,000")
+    for name, other in {"train": train, "validation": validation}.items():
+        if shared := set(held_out.groups) & set(other.groups):
+            raise ValueError(f"held-out compositions are in {name}: {sorted(shared)[:3]}")
     spent: dict[str, float] = {}
 
     @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 
 from musicscope.artifacts import write_json
 from musicscope.embedded.pretraining.set_distance import Estimate
-from musicscope.stats import Statistic, auroc_of, bootstrap_groups
+from musicscope.stats import Statistic, bootstrap_groups
 
 MIN_CLIPS = 4
 """Positives and negatives that an AUROC needs to be reported."""
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def verdict(self) -> bool | None:
-        """Whether value and both ends of the interval meet the target; False if undefined."""
+        """Whether the value and the interval's worse end meet the target; False if undefined."""
         ends = {"at_least": (self.low,), "at_most": (self.high,)}
         return self._meets(self.value, *ends.get(self.direction or "", (self.low, self.high)))
 
@@ -139,10 +139,6 @@ def perplexity_row(
 def both_classes(labels: np.ndarray) -> bool:
     """Whether `labels` holds `MIN_CLIPS` positives and as many negatives."""
     return min(int(labels.sum()), int((~labels).sum())) >= MIN_CLIPS
-
-
-def plain_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    return float(auroc_of(scores, labels)(np.ones((1, len(scores))))[0])
 
 
 @dataclass(frozen=True)

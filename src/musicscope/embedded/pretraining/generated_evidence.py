@@ -20,7 +20,6 @@ from musicscope.embedded.pretraining.evidence_rows import (
     both_classes,
     estimate_row,
     median_of,
-    plain_auroc,
 )
 from musicscope.embedded.pretraining.set_distance import (
     Comparison,
@@ -34,7 +33,7 @@ from musicscope.embedded.pretraining.set_distance import (
 from musicscope.judges.judging import TAGS
 from musicscope.judges.musicnn import Musicnn
 from musicscope.nano.pretraining_evaluation import PROMPT_FORMS
-from musicscope.stats import Statistic, auroc_of
+from musicscope.stats import Statistic, auroc, auroc_of
 
 VOICE_TAGS = {
     "vocals": ("vocal", "vocals", "voice", "singing"),
@@ -155,12 +154,10 @@ def prompt_rows(
             labels = (families == family)[heard]
             if not both_classes(labels):
                 continue
-            control = {"shuffled": plain_auroc(score[heard], rng.permutation(labels))}
+            control = {"shuffled": auroc(score[heard], rng.permutation(labels))}
             known = np.isfinite(real[name][family])
             if family in real_truth and both_classes(real_truth[family][known]):
-                control["real_clips"] = plain_auroc(
-                    real[name][family][known], real_truth[family][known]
-                )
+                control["real_clips"] = auroc(real[name][family][known], real_truth[family][known])
             guitar = family == "guitar"
             rows.append(
                 boot.row(
