@@ -22,6 +22,7 @@ two sets of 10 compositions, interval -0.003 to 0.005).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,33 +104,27 @@ class GaussianKernel:
 # --- distance ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PairSums:
-    """Sums of the kernel over pairs of clips, per pair of compositions [G, G], and counts."""
+MeanKernel = Callable[[np.ndarray], np.ndarray]
+"""Weights of compositions [resamples, G] -> mean kernel of two clips [resamples]."""
 
-    sums: np.ndarray
-    counts: np.ndarray
 
-    @classmethod
-    def of(cls, kernel: GaussianKernel, a: Embedded, b: Embedded, names: np.ndarray) -> PairSums:
-        """Sums over clips of `a` and `b`; a clip makes no pair with itself when `a` is `b`."""
-        first, second = ((x.groups[:, None] == names).astype(float) for x in (a, b))
-        values = kernel(a.values, b.values)
-        counts = np.outer(first.sum(0), second.sum(0))
-        if a is b:
-            np.fill_diagonal(values, 0.0)
-            counts = counts - np.diag(first.sum(0))
-        return cls(first.T @ values @ second, counts)
+def mean_kernel(kernel: GaussianKernel, a: Embedded, b: Embedded, names: np.ndarray) -> MeanKernel:
+    """Mean kernel of a clip of `a` and a clip of `b` from two different compositions.
 
-    def different(self, weights: np.ndarray) -> np.ndarray:
-        """Mean kernel of clips of two different compositions, for `weights` [resamples, G]."""
-        apart = 1.0 - np.eye(len(self.sums))
+    `names` [G] are all compositions. Without pairs of one composition no clip meets itself, and a
+    composition that is drawn twice does not either.
+    """
+    first, second = ((x.groups[:, None] == names).astype(float) for x in (a, b))
+    apart = np.ones((len(names),) * 2)
+    sums = first.T @ kernel(a.values, b.values) @ second * apart
+    counts = np.outer(first.sum(0), second.sum(0)) * apart
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        total, pairs = (((weights @ m) * weights).sum(1) for m in (sums, counts))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return _quadratic(weights, self.sums * apart) / _quadratic(weights, self.counts * apart)
+            return total / pairs
 
-
-def _quadratic(weights: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return ((weights @ matrix) * weights).sum(1)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -173,11 +168,11 @@ def compare(
     own = np.setdiff1d(other.groups, real.groups)
     names = np.concatenate([np.unique(real.groups), own])
     rr, oo, ro = (
-        PairSums.of(kernel, a, b, names) for a, b in ((real, real), (other, other), (real, other))
+        mean_kernel(kernel, a, b, names) for a, b in ((real, real), (other, other), (real, other))
     )
 
     def values(weights: np.ndarray) -> np.ndarray:
-        reals, others, cross = (x.different(weights) for x in (rr, oo, ro))
+        reals, others, cross = (mean(weights) for mean in (rr, oo, ro))
         free = reals + others - 2 * cross
         # A clip is as similar to itself as can be: k(x, x) = 1.
         alone = (2 - reals - others) / size

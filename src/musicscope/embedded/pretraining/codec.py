@@ -1,0 +1,500 @@
+"""Train an EnCodec with residual vector quantisation on CPU or GPU.
+
+Architecture and losses follow EnCodec (Defossez et al., arXiv 2210.13438): multi-resolution mel and
+waveform losses, an STFT discriminator with feature matching, EMA codebooks with revival of unused
+codes. Training starts from an orthogonal lapped transform (`musicscope.nano.codec_start`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EncodecConfig, EncodecModel
+
+from musicscope.audio import mel_filterbank
+from musicscope.nano.codec_start import finish_weights, start_weights
+
+SAMPLE_RATE = 16_000
+HOP = 320  # samples per frame: 50 frames per second
+MEL_SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))
+"""(window in samples, mel bands); the hop is a quarter of the window."""
+MEL_FLOOR_DB = 60.0
+"""Mel power this far below a crop's loudest band counts as silence, as in the evaluation."""
+CODEBOOK_DECAY = 0.99
+NORM_DECAY = 0.99
+DEAD_BELOW = 0.1
+"""A code whose running count falls below this share of an even share is replaced."""
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Architecture and loss weights of the codec."""
+
+    num_filters: int = 24
+    upsampling_ratios: tuple[int, ...] = (4, 4, 4, 5)
+    hidden_size: int = 64
+    codebooks: int = 4
+    codebook_size: int = 1024
+    batch: int = 8
+    """Crops per step."""
+    crop: int = 16_000
+    """Samples per crop; a multiple of 320."""
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    adversarial_from: float = 0.35
+    """Progress at which the discriminator starts."""
+    average_from: float = 0.5
+    """Progress at which the running mean of the weights starts."""
+    average_decay: float = 0.998
+    weights: tuple[tuple[str, float], ...] = (
+        ("mel", 1.0), ("waveform", 1.0), ("generator", 0.5), ("feature", 0.5),
+    )  # fmt: skip
+    """Share of each loss in the gradient at the decoded audio (`balanced_gradient`)."""
+    commitment_weight: float = 0.1
+    discriminator_channels: int = 16
+
+
+def build_codec(config: CodecConfig) -> EncodecModel:
+    """Build a 16 kHz mono EnCodec at 50 frames per second with random weights."""
+    kbps = config.codebooks * 50 * math.log2(config.codebook_size) / 1000
+    return EncodecModel(
+        EncodecConfig(
+            target_bandwidths=[kbps], sampling_rate=SAMPLE_RATE, audio_channels=1, normalize=False,
+            hidden_size=config.hidden_size, num_filters=config.num_filters,
+            num_residual_layers=1, upsampling_ratios=list(config.upsampling_ratios),
+            # Reflection padding costs a fifth of a CPU step and changes only the clip's two ends.
+            use_causal_conv=False, pad_mode="constant", codebook_size=config.codebook_size,
+            num_lstm_layers=1,
+        )
+    )  # fmt: skip
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+@lru_cache
+def _mel_basis(window: int, bands: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    basis = torch.from_numpy(mel_filterbank(SAMPLE_RATE, window, bands)).to(device)
+    return basis, torch.hann_window(window, device=device)
+
+
+def mel_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute log-mel difference over MEL_SCALES, in units of 10 dB.
+
+    Args:
+        x: audio [B, samples].
+        target: reference audio [B, samples]; sets the floor, MEL_FLOOR_DB below its loudest band.
+    """
+    total = x.new_zeros(())
+    both = torch.cat([x, target])
+    for window, bands in MEL_SCALES:
+        basis, hann = _mel_basis(window, bands, x.device)
+        spectrum = torch.stft(both, window, window // 4, window=hann, return_complex=True)
+        power = spectrum.real.square() + spectrum.imag.square()
+        mel = torch.einsum("fm,bft->bmt", basis, power)
+        got, wanted = mel[: len(x)], mel[len(x) :]
+        peak = wanted.amax((1, 2), keepdim=True)
+        floor = peak * 10 ** (-MEL_FLOOR_DB / 10) + 1e-7
+        total = total + ((got + floor) / (wanted + floor)).log10().abs().mean()
+    return total / len(MEL_SCALES)
+
+
+def waveform_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error relative to the batch's mean magnitude.
+
+    The scale is the batch's, because a nearly silent crop must not outweigh the others.
+    """
+    return (x - target).abs().mean() / target.abs().mean().clamp_min(1e-4)
+
+
+class STFTDiscriminator(nn.Module):
+    """Score real and decoded audio on complex STFTs of several windows (EnCodec, section 3.4)."""
+
+    WINDOWS = (2048, 1024, 512, 256)
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.stacks = nn.ModuleList([self._stack(channels) for _ in self.WINDOWS])
+
+    @staticmethod
+    def _stack(channels: int) -> nn.ModuleList:
+        """Convolutions over [time, frequency]."""
+        norm = torch.nn.utils.parametrizations.weight_norm
+        layers = [norm(nn.Conv2d(2, channels, (3, 9), padding=(1, 4)))]
+        for dilation in (1, 2, 4):
+            layers.append(
+                norm(nn.Conv2d(channels, channels, (3, 9), stride=(1, 2),
+                               dilation=(dilation, 1), padding=(dilation, 4)))
+            )  # fmt: skip
+        layers.append(norm(nn.Conv2d(channels, channels, (3, 3), padding=1)))
+        layers.append(norm(nn.Conv2d(channels, 1, (3, 3), padding=1)))
+        return nn.ModuleList(layers)
+
+    def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Logits and feature maps per window of audio [B, samples]."""
+        logits, features = [], []
+        for window, stack in zip(self.WINDOWS, self.stacks, strict=True):
+            hann = _mel_basis(window, 8, audio.device)[1]
+            with torch.autocast(audio.device.type, enabled=False):
+                spectrum = torch.stft(
+                    audio.float(), window, window // 4, window=hann, normalized=True,
+                    return_complex=True,
+                )  # fmt: skip
+                x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, time, frequency]
+            maps = []
+            for layer in stack[:-1]:
+                x = F.leaky_relu(layer(x), 0.2)
+                maps.append(x)
+            logits.append(stack[-1](x))
+            features.append(maps)
+        return logits, features
+
+
+def discriminator_loss(real: list[Tensor], decoded: list[Tensor]) -> Tensor:
+    """Hinge loss of the discriminator, mean over windows."""
+    terms = [
+        F.relu(1 - r.float()).mean() + F.relu(1 + d.float()).mean()
+        for r, d in zip(real, decoded, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def generator_loss(decoded: list[Tensor]) -> Tensor:
+    """Hinge loss of the codec against the discriminator, mean over windows."""
+    return torch.stack([-d.float().mean() for d in decoded]).mean()
+
+
+def feature_loss(real: list[list[Tensor]], decoded: list[list[Tensor]]) -> Tensor:
+    """Relative L1 distance of feature maps, mean over windows and layers."""
+    terms = [
+        (r.detach().float() - d.float()).abs().mean() / r.detach().float().abs().mean()
+        for one, other in zip(real, decoded, strict=True)
+        for r, d in zip(one, other, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def balanced_gradient(
+    losses: dict[str, Tensor], weights: dict[str, Tensor], norms: dict[str, Tensor], at: Tensor
+) -> Tensor:
+    """Gradient at `at` [B, samples] in which each loss has the share that its weight says.
+
+    The loss balancer of EnCodec (arXiv 2210.13438, section 3.4): each loss's gradient is divided by
+    a running mean of its norm, so that weights do not depend on the losses' units.
+
+    Args:
+        losses: scalars that depend on `at`.
+        weights: share per loss, before division by their sum; scalars.
+        norms: running mean of the gradient norm per loss, 0 before the first; updated in place.
+        at: the tensor to differentiate with respect to.
+    """
+    total = torch.stack([weights[name] for name in losses]).sum()
+    combined = torch.zeros_like(at)
+    for name, loss in losses.items():
+        gradient = torch.autograd.grad(loss, at, retain_graph=True)[0]
+        norm, mean = gradient.norm(), norms[name]
+        mean.copy_(torch.where(mean == 0, norm, mean.lerp(norm, 1 - NORM_DECAY)))
+        combined += weights[name] / total * gradient / mean.clamp_min(1e-12)
+    return combined
+
+
+# --- quantiser --------------------------------------------------------------------------------
+
+
+def nearest_code(points: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest row of `codebook` per row of `points` (Euclidean)."""
+    return (codebook.square().sum(1) - 2 * points @ codebook.T).argmin(1)
+
+
+def _count(nearest: Tensor, codebook: Tensor) -> Tensor:
+    """Uses of each row of `codebook`; torch.bincount would wait for the GPU."""
+    ones = torch.ones_like(nearest, dtype=codebook.dtype)
+    return torch.zeros_like(codebook[:, 0]).index_add_(0, nearest, ones)
+
+
+def kmeans(points: Tensor, k: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm from a random subset; an empty cluster takes a random point."""
+    centres = points[_draw(len(points), k, generator, points.device)]
+    for _ in range(iterations):
+        nearest = nearest_code(points, centres)
+        counts = _count(nearest, centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        spare = points[_draw(len(points), k, generator, points.device)]
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], spare)
+    return centres
+
+
+def _draw(n: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`count` row numbers below `n`; a GPU draws from its own generator, as its graphs must."""
+    if device.type == "cuda":
+        return torch.randint(n, (count,), device=device)
+    return torch.randint(n, (count,), generator=generator)
+
+
+class CodebookTrainer:
+    """Update the codebooks inside an EncodecModel by running means (van den Oord et al., 2017)."""
+
+    def __init__(self, codec: EncodecModel, generator: torch.Generator, frames_per_step: int):
+        self.books = [layer.codebook for layer in codec.quantizer.layers]
+        self.generator = generator
+        self.frames_per_step = frames_per_step
+
+    @torch.no_grad()
+    def start(self, latents: Tensor) -> None:
+        """Fit each codebook by k-means to the residual of those before it; latents [N, D]."""
+        residual = latents
+        for book in self.books:
+            centres = kmeans(residual, book.codebook_size, self.generator)
+            nearest = nearest_code(residual, centres)
+            counts = _count(nearest, centres)
+            book.embed.copy_(centres)
+            book.cluster_size.copy_(counts / len(latents) * self.frames_per_step)
+            book.embed_avg.copy_(centres * book.cluster_size[:, None])
+            residual = residual - centres[nearest]
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise latents [B, T, D] with all codebooks and update the codebooks.
+
+        Returns:
+            Straight-through latents [B, T, D], and the commitment loss relative to their variance.
+        """
+        batch, frames, width = latents.shape
+        residual = latents.detach().reshape(-1, width)
+        total = torch.zeros_like(residual)
+        variance = latents.detach().var()
+        commitment = latents.new_zeros(())
+        for book in self.books:
+            nearest = nearest_code(residual, book.embed)
+            chosen = F.embedding(nearest, book.embed)
+            self._update(book, residual, nearest)
+            total, residual = total + chosen, residual - chosen
+            target = total.view(batch, frames, width)
+            commitment = commitment + F.mse_loss(latents, target) / variance
+        quantised = total.view(batch, frames, width)
+        return latents + (quantised - latents).detach(), commitment / len(self.books)
+
+    @torch.no_grad()
+    def _update(self, book, points: Tensor, nearest: Tensor) -> None:
+        """Running means of counts and sums; unused codes move to random points of the batch."""
+        size = book.codebook_size
+        counts = _count(nearest, book.embed)
+        sums = torch.zeros_like(book.embed_avg).index_add_(0, nearest, points)
+        book.cluster_size.mul_(CODEBOOK_DECAY).add_(counts, alpha=1 - CODEBOOK_DECAY)
+        book.embed_avg.mul_(CODEBOOK_DECAY).add_(sums, alpha=1 - CODEBOOK_DECAY)
+        even = self.frames_per_step / size
+        dead = book.cluster_size < DEAD_BELOW * even
+        spare = points[_draw(len(points), size, self.generator, points.device)]
+        # torch.where, because indexing with `dead` would wait for the GPU at every step.
+        book.cluster_size.copy_(torch.where(dead, 0.5 * even, book.cluster_size))
+        book.embed_avg.copy_(torch.where(dead[:, None], spare * 0.5 * even, book.embed_avg))
+        book.embed.copy_(book.embed_avg / book.cluster_size[:, None])
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def learning_rate(progress: float, step: int, warmup_steps: int, floor: float = 0.02) -> float:
+    """Factor in [0, 1]: linear warm-up by step, then cosine decay to `floor` by progress."""
+    warm = min((step + 1) / warmup_steps, 1.0)
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def keep_shapes_on_cpu(codec: EncodecModel) -> EncodecModel:
+    """Move the convolutions' stride and padding buffers back to the CPU.
+
+    transformers computes paddings from them as integers; on a GPU each convolution would wait for
+    the device to read them.
+    """
+    for module in codec.modules():
+        for name in ("stride", "kernel_size", "padding_total"):
+            if isinstance(module.__dict__.get("_buffers", {}).get(name), Tensor):
+                module._buffers[name] = module._buffers[name].cpu()
+    return codec
+
+
+class CodecTrainer:
+    """Codec, discriminator, optimisers and running mean; one object that can be saved and resumed.
+
+    The schedule follows `progress` in [0, 1], which the caller takes from steps or from time. On a
+    GPU a step is captured once as a CUDA graph: launching its thousands of small kernels one by one
+    takes longer than running them.
+    """
+
+    def __init__(
+        self, config: CodecConfig, seed: int, audio: Tensor, device: str | torch.device,
+        graphs: bool = True,
+    ):  # fmt: skip
+        """Start from a lapped transform fitted to `audio` [clips, samples] on `device`."""
+        self.config, self.device = config, torch.device(device)
+        self.capturing = graphs and self.device.type == "cuda"
+        torch.manual_seed(seed)
+        self.codec = build_codec(config)
+        start_weights(self.codec, audio[: len(audio) // 2].float().cpu())
+        keep_shapes_on_cpu(self.codec.to(self.device)).train()
+        self.discriminator = STFTDiscriminator(config.discriminator_channels).to(self.device)
+        self.generator = torch.Generator().manual_seed(seed)
+        frames = config.batch * config.crop // HOP
+        self.books = CodebookTrainer(self.codec, self.generator, frames)
+        with torch.no_grad():
+            latents = self.codec.encoder(audio.float().to(self.device)[:, None])
+        self.books.start(latents.transpose(1, 2).flatten(0, 1))
+        self.optimisers = [
+            torch.optim.AdamW(
+                module.parameters(), lr=self._scalar(0.0) if self.capturing else 0.0, betas=betas,
+                weight_decay=0.0, fused=True, capturable=self.capturing,
+            )
+            for module, betas in ((self.codec, (0.9, 0.99)), (self.discriminator, (0.8, 0.99)))
+        ]  # fmt: skip
+        self.average = {k: v.detach().clone() for k, v in self._averaged().items()}
+        self.norms = {name: self._scalar(0.0) for name, _ in config.weights}
+        # What changes from step to step lies in tensors, because a graph keeps plain numbers.
+        self.fade_in, self.follow = self._scalar(0.0), self._scalar(1.0)
+        self.step_count = self.adversarial_steps = 0
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]] = {}
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.full((), value, device=self.device)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """What the running mean covers: weights and code vectors."""
+        state = dict(self.codec.named_parameters())
+        return state | {
+            name: value for name, value in self.codec.named_buffers() if name.endswith(".embed")
+        }
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def reconstruct(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode, quantise and decode audio [B, samples]; also the commitment loss."""
+        with self._autocast():
+            latents = self.codec.encoder(audio[:, None])
+        latents, commitment = self.books.quantise(latents.float().transpose(1, 2))
+        with self._autocast():
+            decoded = self.codec.decoder(latents.transpose(1, 2))
+        return decoded.float()[:, 0, : audio.shape[1]], commitment
+
+    def step(self, audio: Tensor, progress: float) -> dict[str, Tensor]:
+        """Train on crops [B, samples] on the device; losses as tensors, without waiting."""
+        config = self.config
+        adversarial = progress >= config.adversarial_from
+        rate = config.learning_rate * learning_rate(progress, self.step_count, config.warmup_steps)
+        for optimiser in self.optimisers:
+            group = optimiser.param_groups[0]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        # The adversarial losses fade in over 500 steps, so that the discriminator comes first.
+        self.fade_in.fill_(min(self.adversarial_steps / 500, 1.0))
+        self.follow.fill_(1 - config.average_decay if progress >= config.average_from else 1.0)
+        if self.capturing:
+            if adversarial not in self.graphs:
+                self.graphs[adversarial] = self._capture(audio, adversarial)
+            graph, static_audio, losses = self.graphs[adversarial]
+            static_audio.copy_(audio)
+            graph.replay()
+        else:
+            losses = self._train(audio, adversarial)
+        self.step_count += 1
+        self.adversarial_steps += adversarial
+        return losses
+
+    def _capture(self, audio: Tensor, adversarial: bool):
+        """Record `_train` as a graph; the steps that warm it up are steps of training."""
+        static_audio = audio.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._train(static_audio, adversarial)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            losses = self._train(static_audio, adversarial)
+        return graph, static_audio, losses
+
+    def _train(self, audio: Tensor, adversarial: bool) -> dict[str, Tensor]:
+        """Forward, backward and update; nothing here waits for the device."""
+        config = self.config
+        decoded, commitment = self.reconstruct(audio)
+        losses = {"mel": mel_loss(decoded, audio), "waveform": waveform_loss(decoded, audio)}
+        weights = {name: self._scalar(weight) for name, weight in config.weights}
+        if adversarial:
+            discriminator = self._train_discriminator(audio, decoded.detach())
+            with self._autocast():
+                logits, features = self.discriminator(decoded)
+                with torch.no_grad():
+                    _, wanted = self.discriminator(audio)
+            losses |= {
+                "generator": generator_loss(logits), "feature": feature_loss(wanted, features)
+            }  # fmt: skip
+            weights |= {name: weights[name] * self.fade_in for name in ("generator", "feature")}
+        at_audio = balanced_gradient(losses, weights, self.norms, decoded)
+        # In units of the waveform loss, so that the commitment weight is relative to that loss.
+        at_audio = at_audio * self.norms["waveform"]
+        pull = torch.full_like(commitment, config.commitment_weight)
+        self.optimisers[0].zero_grad(set_to_none=True)
+        torch.autograd.backward([decoded, commitment], [at_audio, pull])
+        norm = nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
+        self.optimisers[0].step()
+        with torch.no_grad():
+            mean = list(self.average.values())
+            change = torch._foreach_sub([v.detach() for v in self._averaged().values()], mean)
+            torch._foreach_mul_(change, self.follow)
+            torch._foreach_add_(mean, change)
+        losses |= {"commitment": commitment, "gradient": norm}
+        if adversarial:
+            losses["discriminator"] = discriminator
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _train_discriminator(self, audio: Tensor, decoded: Tensor) -> Tensor:
+        with self._autocast():
+            both, _ = self.discriminator(torch.cat([audio, decoded]))
+        n = len(audio)
+        loss = discriminator_loss([x[:n] for x in both], [x[n:] for x in both])
+        self.optimisers[1].zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
+        self.optimisers[1].step()
+        return loss.detach()
+
+    def state(self) -> dict[str, object]:
+        """Everything that a resumed run needs; loads with `torch.load(weights_only=True)`."""
+        return {
+            "codec": self.codec.state_dict(), "discriminator": self.discriminator.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers], "average": self.average,
+            "generator": self.generator.get_state(), "step": self.step_count,
+            "norms": self.norms, "adversarial_steps": self.adversarial_steps,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, object]) -> None:
+        """Go on from `state`."""
+        self.codec.load_state_dict(state["codec"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        self.generator.set_state(state["generator"].cpu())
+        for name, value in state["norms"].items():
+            self.norms[name].copy_(value)
+        self.step_count = state["step"]
+        self.adversarial_steps = state["adversarial_steps"]
+
+    def finished(self) -> EncodecModel:
+        """A codec on the CPU with the averaged weights, in the saved EnCodec format."""
+        codec = build_codec(self.config)
+        for module in codec.modules():
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                nn.utils.parametrize.remove_parametrizations(module, "weight")
+        state = {k: v.detach().cpu().clone() for k, v in self.codec.state_dict().items()}
+        state |= {k: v.cpu().clone() for k, v in self.average.items()}
+        codec.load_state_dict(state)
+        return finish_weights(codec)

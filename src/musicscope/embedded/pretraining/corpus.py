@@ -1,0 +1,154 @@
+"""Rendered stems on disk, made by many processes while training already reads them.
+
+A chunk holds SCENES_PER_CHUNK scenes: ``<split>-<number>.npy`` float16 [stems, samples] and
+``<split>-<number>.json``. It is a function of (seed, split, number), so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from musicscope.artifacts import seed_for, write_text
+from musicscope.embedded.pretraining.mixing import SceneTable
+from musicscope.embedded.rendering.pieces import Pieces
+from musicscope.embedded.rendering.scenes import (
+    SAMPLE_RATE,
+    Scene,
+    Sounds,
+    draw_scene,
+    render_scene,
+    soundfonts,
+)
+from musicscope.embedded.rendering.scores import load_scores
+from musicscope.embedded.rendering.voices import load_bank
+
+SECONDS = 10.0
+SAMPLES = round(SECONDS * SAMPLE_RATE)
+"""Per clip."""
+SCENES_PER_CHUNK = 20
+STEMS_PER_SCENE = 5.5
+"""Room to keep per scene; scenes have 1 to MOST_STEMS stems."""
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where scores and sounds are read from."""
+
+    scores: Path
+    """File of `scores.save_scores`."""
+    fonts: tuple[tuple[str, Path], ...]
+    """Name and path per soundfont."""
+    voices: Path | None = None
+    """File or folder of the voice bank; None takes the one in this repository."""
+
+
+@lru_cache
+def _pieces(material: Material, split: str, seed: int) -> Pieces:
+    return Pieces(load_scores(material.scores), split, seed)
+
+
+@lru_cache
+def _sounds(material: Material, split: str) -> Sounds:
+    bank = load_bank(material.voices)
+    singers = bank.names("test" if split == "test" else "train")
+    return Sounds(soundfonts(dict(material.fonts)), bank, singers)
+
+
+def render_chunk(folder: Path, material: Material, split: str, number: int, seed: int) -> str:
+    """Render chunk `number` of `split` into `folder`; returns its name."""
+    name = f"{split}-{number:05d}"
+    if (folder / f"{name}.json").exists():
+        return name
+    pieces, sounds = _pieces(material, split, seed), _sounds(material, split)
+    scenes, stems = [], []
+    for i in range(number * SCENES_PER_CHUNK, (number + 1) * SCENES_PER_CHUNK):
+        rng = np.random.default_rng(seed_for(seed, "scene", split, i))
+        while True:  # a window without notes, or with silent stems alone, is drawn again
+            piece = pieces.draw(rng)
+            try:
+                scene, audio = render_scene(
+                    piece, draw_scene(piece, sounds, rng, SECONDS), sounds, SECONDS
+                )
+            except ValueError:
+                continue
+            break
+        scenes.append(scene)
+        stems.append(audio)
+    temporary = folder / f".{name}.{os.getpid()}.npy"
+    np.save(temporary, np.concatenate(stems))
+    temporary.replace(folder / f"{name}.npy")
+    write_text(folder / f"{name}.json", json.dumps([s.to_json() for s in scenes]))
+    return name
+
+
+class Renderers:
+    """Processes that render chunks in the background; `close` ends them at once."""
+
+    def __init__(self, folder: Path, material: Material, seed: int, processes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self.folder, self.material, self.seed = folder, material, seed
+        # Spawned: a forked process would inherit torch's threads and the GPU in a broken state.
+        self.pool = multiprocessing.get_context("spawn").Pool(processes)
+        self.waiting: list = []
+
+    def submit(self, split: str, chunks: range) -> None:
+        """Queue chunks; those on disk cost nothing."""
+        self.waiting += [
+            self.pool.apply_async(render_chunk, (self.folder, self.material, split, n, self.seed))
+            for n in chunks
+        ]
+
+    def finished(self) -> list[str]:
+        """Names of chunks that ended since the last call; raises what a process raised."""
+        done = [job for job in self.waiting if job.ready()]
+        self.waiting = [job for job in self.waiting if not job.ready()]
+        return [job.get() for job in done]
+
+    def close(self) -> None:
+        """End all processes; unfinished chunks are left out."""
+        self.pool.terminate()
+        self.pool.join()
+
+
+class Corpus:
+    """Stems in one tensor on the training device, with the table of their scenes."""
+
+    def __init__(self, folder: Path, scenes: int, device: str | torch.device):
+        """Room for `scenes` scenes; what does not fit is not loaded."""
+        self.folder = folder
+        # On the CPU, pages are touched only as stems arrive.
+        self.bank = torch.zeros(
+            (round(scenes * STEMS_PER_SCENE), SAMPLES), dtype=torch.float16, device=device
+        )
+        self.table = SceneTable.of([])
+        self.stems = 0
+        self.full = False
+
+    def add(self, name: str) -> None:
+        """Load one chunk."""
+        audio = np.load(self.folder / f"{name}.npy")
+        if self.stems + len(audio) > len(self.bank):
+            self.full = True
+            return
+        scenes = [
+            Scene.from_json(s)
+            for s in json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        ]
+        self.bank[self.stems : self.stems + len(audio)] = torch.from_numpy(audio).to(
+            self.bank.device
+        )
+        self.table = self.table + SceneTable.of(scenes, self.stems)
+        self.stems += len(audio)
+
+    def __len__(self) -> int:
+        return len(self.table.scenes)

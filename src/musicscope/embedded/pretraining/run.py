@@ -1,0 +1,405 @@
+"""Train the embedded models within a time budget, on CPU or GPU; resumable.
+
+    python -m musicscope.embedded.pretraining.run --out weights --minutes 600
+    python -m musicscope.embedded.pretraining.run --out weights --minutes 8 --device cuda
+
+Scenes are rendered by all processes while the codec already trains on those that are ready. Then
+clips are mixed and encoded, and the decoders train one after the other. Work in progress stays in
+`--work`; a run with the same folder goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    EncodecFeatureExtractor,
+    EncodecModel,
+    MusicgenProcessor,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from musicscope.artifacts import seed_for, write_json
+from musicscope.embedded.pretraining.codec import (
+    SAMPLE_RATE,
+    CodecConfig,
+    CodecTrainer,
+    keep_shapes_on_cpu,
+)
+from musicscope.embedded.pretraining.corpus import (
+    SAMPLES,
+    SCENES_PER_CHUNK,
+    SECONDS,
+    Corpus,
+    Material,
+    Renderers,
+)
+from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, TokenSet
+from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
+from musicscope.embedded.rendering.captions import facts, random_description, write_caption
+from musicscope.embedded.rendering.styles import STYLES
+from musicscope.nano.pretraining_evaluation import code_use, log_mel_distance, si_sdr
+from musicscope.nano.text_training import TextConfig, train_text_encoder
+
+SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25}
+"""Of the time budget."""
+CHECKPOINT_SECONDS = 300.0
+REPORT_SECONDS = 10.0
+HELD_OUT = ("validation", "test")
+HELD_OUT_CHUNKS = 4
+START_CLIPS = 128
+TEXT = TextConfig(vocabulary=640, captions=20_000, steps=900)
+STYLE_WORDS = tuple(STYLES)
+
+
+class Phase:
+    """Clock and checkpoint of one phase; time spent in earlier runs counts."""
+
+    def __init__(self, name: str, work: Path, minutes: float):
+        self.name, self.path = name, work / f"{name}.pt"
+        self.seconds = 60 * minutes
+        self.state = torch.load(self.path, weights_only=True) if self.path.exists() else None
+        self.before = self.state["seconds"] if self.state else 0.0
+        self.begin = self.saved = self.reported = time.monotonic()
+
+    @property
+    def used(self) -> float:
+        """Seconds spent, earlier runs included."""
+        return self.before + time.monotonic() - self.begin
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used; 1 ends the phase."""
+        return min(self.used / self.seconds, 1.0) if self.seconds else 1.0
+
+    def save(self, state: dict[str, object], force: bool = False) -> None:
+        """Write a checkpoint if CHECKPOINT_SECONDS have passed since the last."""
+        now = time.monotonic()
+        if force or now - self.saved >= CHECKPOINT_SECONDS:
+            temporary = self.path.with_suffix(".tmp")
+            torch.save({**state, "seconds": self.used}, temporary)
+            temporary.replace(self.path)
+            self.saved = now
+
+    def due(self) -> bool:
+        """Whether it is time for a line of progress."""
+        if time.monotonic() - self.reported < REPORT_SECONDS:
+            return False
+        self.reported = time.monotonic()
+        return True
+
+
+class Log:
+    """Progress on standard error and, as JSON lines, in the output folder."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream = path.open("a", encoding="utf-8")
+        self.begin = time.monotonic()
+
+    def __call__(self, phase: str, **values: object) -> None:
+        plain = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        line = {"phase": phase, "second": round(time.monotonic() - self.begin), **plain}
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def get_text_encoder(work: Path, seed: int, log: Log) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """The text encoder, trained to read facts off captions, and its tokenizer."""
+    path = work / "text"
+    if not (path / "done.json").exists():
+        rng = np.random.default_rng(seed_for(seed, "captions"))
+        about = [random_description(rng, STYLE_WORDS) for _ in range(TEXT.captions)]
+        texts = [write_caption(a, rng) for a in about]
+        truth = np.stack([facts(a, STYLE_WORDS) for a in about])
+        encoder, tokenizer, loss = train_text_encoder(texts, truth, TEXT, seed)
+        encoder.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        write_json(path / "done.json", {"loss": loss})
+        log("text", loss=loss)
+    return T5EncoderModel.from_pretrained(path), T5Tokenizer.from_pretrained(path)
+
+
+# --- codec ------------------------------------------------------------------------------------
+
+
+def get_codec(
+    work: Path, corpus: Corpus, held_out: Corpus, config: CodecConfig, minutes: float, seed: int,
+    refill: Callable[[], None], log: Log, graphs: bool = True,
+) -> EncodecModel:  # fmt: skip
+    """The codec, trained for `minutes` on random crops of random mixes."""
+    path = work / "codec"
+    if not (path / "config.json").exists():
+        device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
+        rng = np.random.default_rng(seed_for(seed, "codec-start"))
+        mixes = draw_mixes(corpus.table, START_CLIPS, rng, SECONDS)
+        starts = rng.integers(SAMPLES - 48_000 + 1, size=START_CLIPS)
+        audio = mix_audio(corpus.bank, mixes, rooms, starts, 48_000)
+        trainer = CodecTrainer(config, seed_for(seed, "codec"), audio, device, graphs)
+        phase = Phase("codec", work, minutes)
+        if phase.state:
+            trainer.load(phase.state)
+        while phase.progress < 1:
+            rng = np.random.default_rng(seed_for(seed, "codec-step", trainer.step_count))
+            mixes = draw_mixes(corpus.table, config.batch, rng, SECONDS)
+            starts = rng.integers(SAMPLES - config.crop + 1, size=config.batch)
+            audio = mix_audio(corpus.bank, mixes, rooms, starts, config.crop)
+            losses = trainer.step(audio, phase.progress)
+            if trainer.step_count % 10 == 0:
+                found = {k: float(v) for k, v in losses.items()}  # waits for the device
+                if not np.isfinite(list(found.values())).all():
+                    raise FloatingPointError(f"codec losses at step {trainer.step_count}: {found}")
+                refill()
+                if phase.due():
+                    log("codec", step=trainer.step_count, progress=phase.progress,
+                        scenes=len(corpus), **found)  # fmt: skip
+            phase.save(trainer.state())
+        phase.save(trainer.state(), force=True)
+        codec = trainer.finished()
+        codec.save_pretrained(path)
+        del trainer
+        found = measure_codec(keep_shapes_on_cpu(codec.to(device)), held_out, rooms, seed)
+        write_json(work / "codec-held-out.json", found)
+        log("codec held out", **found)
+    return EncodecModel.from_pretrained(path)
+
+
+@torch.inference_mode()
+def measure_codec(
+    codec: EncodecModel, held_out: Corpus, rooms: Rooms, seed: int
+) -> dict[str, object]:
+    """Reconstruction of 48 held-out clips: distance, SI-SDR and perplexity per codebook."""
+    rng = np.random.default_rng(seed_for(seed, "codec-held-out"))
+    mixes = draw_mixes(held_out.table, 48, rng, SECONDS)
+    distance, sdr, codes = [], [], []
+    for at in range(0, len(mixes), 8):
+        part = mixes[at : at + 8]
+        audio = mix_audio(held_out.bank, part, rooms, np.zeros(len(part), np.int64), SAMPLES)
+        found = codec.encode(audio[:, None])
+        decoded = codec.decode(found.audio_codes, found.audio_scales).audio_values[:, 0]
+        codes.append(found.audio_codes[0].cpu().numpy())
+        x, y = audio.cpu().numpy(), decoded[:, :SAMPLES].float().cpu().numpy()
+        distance.append(log_mel_distance(x, y, SAMPLE_RATE))
+        sdr.append(si_sdr(x, y))
+    size = codec.config.codebook_size
+    use = [u["perplexity"] / size for u in code_use(np.concatenate(codes), size)]
+    return {
+        "log_mel_distance_db": float(np.concatenate(distance).mean()),
+        "si_sdr_db": float(np.concatenate(sdr).mean()),
+        "si_sdr_db_median": float(np.median(np.concatenate(sdr))),
+        "perplexity_share": [round(u, 3) for u in use],
+    }
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def make_tokens(
+    codec: EncodecModel, tokenizer: T5Tokenizer, corpus: Corpus, rng: np.random.Generator,
+    clips: int, seconds: float, batch: int, pad: int,
+) -> TokenSet:  # fmt: skip
+    """Mix and encode up to `clips` clips, all scenes in turn, or as many as `seconds` allow."""
+    device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
+    codes, texts, begin = [], [], time.monotonic()
+    order = np.concatenate([rng.permutation(len(corpus)) for _ in range(-(-clips // len(corpus)))])[
+        :clips
+    ]
+    for at in range(0, clips, batch):
+        if codes and time.monotonic() - begin > seconds:
+            break
+        scenes = order[at : at + batch]
+        mixes = draw_mixes(corpus.table, len(scenes), rng, SECONDS, scenes)
+        audio = mix_audio(corpus.bank, mixes, rooms, np.zeros(len(scenes), np.int64), SAMPLES)
+        codes.append(codec.encode(audio[:, None]).audio_codes[0].to(torch.int16))
+        texts += captions(corpus.table, mixes, SECONDS)
+    tokens = tokenizer(
+        texts, return_tensors="pt", padding="max_length", truncation=True, max_length=pad
+    )
+    return TokenSet(
+        torch.cat(codes), tokens.input_ids.short().to(device),
+        tokens.attention_mask.to(torch.int8).to(device),
+    )  # fmt: skip
+
+
+def get_tokens(
+    work: Path, name: str, codec: EncodecModel, tokenizer: T5Tokenizer, corpus: Corpus, clips: int,
+    seconds: float, seed: int, log: Log,
+) -> None:  # fmt: skip
+    """Encode random mixes of the corpus into `work`, unless that is done."""
+    path = work / f"tokens-{name}.pt"
+    if not path.exists():
+        begin, device = time.monotonic(), corpus.bank.device
+        rng = np.random.default_rng(seed_for(seed, "tokens", name))
+        batch = 32 if device.type == "cuda" else 1
+        codec = keep_shapes_on_cpu(codec.to(device)).eval()
+        tokens = make_tokens(codec, tokenizer, corpus, rng, clips, seconds, batch, pad=64)
+        torch.save([t.cpu() for t in (tokens.codes, tokens.ids, tokens.mask)], path)
+        log("tokens", split=name, clips=len(tokens), took=time.monotonic() - begin)
+
+
+def load_tokens(work: Path, name: str, device: str | torch.device) -> TokenSet:
+    """Tokens of `get_tokens` on the device."""
+    parts = torch.load(work / f"tokens-{name}.pt", weights_only=True)
+    return TokenSet(*(t.to(device) for t in parts))
+
+
+# --- decoders ---------------------------------------------------------------------------------
+
+
+def train_decoder(
+    work: Path, out: Path, name: str, codec: EncodecModel, text: T5EncoderModel,
+    tokenizer: T5Tokenizer, train: TokenSet, held_out: TokenSet, batch: int, minutes: float,
+    seed: int, log: Log,
+) -> None:  # fmt: skip
+    """Train one decoder for `minutes` and save the whole model to `out`/`name` in float16."""
+    folder = out / name
+    if (folder / "README.md").exists():
+        return
+    config = replace(SIZES[name], batch=batch)
+    trainer = DecoderTrainer(config, codec, text, seed, train.codes.device)
+    phase = Phase(name, work, minutes)
+    if phase.state:
+        trainer.load(phase.state)
+    measured = time.monotonic()
+    every = max(20.0, 60 * minutes / 12)
+    while phase.progress < 1:
+        losses = trainer.step(train, phase.progress)
+        if trainer.step_count % 10 == 0:
+            found = losses.tolist()  # waits for the device
+            if not np.isfinite(found).all():
+                raise FloatingPointError(f"{name}: losses at step {trainer.step_count}: {found}")
+            if phase.due():
+                log(name, step=trainer.step_count, progress=phase.progress,
+                    ce=float(np.mean(found)))  # fmt: skip
+            if time.monotonic() - measured > every:
+                measured = time.monotonic()
+                found = trainer.evaluate(held_out)
+                log(name, step=trainer.step_count, held_out_ce=float(found.mean()))
+        phase.save(trainer.state())
+    phase.save(trainer.state(), force=True)
+    found = trainer.evaluate(held_out)
+    log(name, step=trainer.step_count, held_out_ce=float(found.mean()),
+        per_codebook=[round(x, 4) for x in found.tolist()],
+        parameters=sum(p.numel() for p in trainer.average.values()))  # fmt: skip
+    model = trainer.finished()
+    model.half().save_pretrained(folder, max_shard_size="15MB")
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
+    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
+    (folder / "README.md").write_text(f"# {name}\n", encoding="utf-8")
+
+
+# --- command ----------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained models")
+    parser.add_argument("--work", type=Path, required=True, help="stems, tokens and checkpoints")
+    parser.add_argument("--scores", type=Path, required=True, help="file of scores.save_scores")
+    parser.add_argument("--font", action="append", default=[], metavar="NAME=FILE",
+                        help="a soundfont; may be given several times")  # fmt: skip
+    parser.add_argument("--voices", type=Path, help="voice bank (default: assets/voices)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="for everything")
+    parser.add_argument("--shares", type=json.loads, default={}, metavar="JSON",
+                        help=f"per phase; default {json.dumps(SHARES)}")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2) - 1, 1))
+    parser.add_argument("--scenes", type=int, default=1000, help="scenes to render")
+    parser.add_argument("--first-scenes", type=int, default=100, help="wait for so many at first")
+    parser.add_argument("--clips", type=int, default=4000, help="clips to encode for the decoders")
+    parser.add_argument("--codec-batch", type=int, default=8, help="crops of a second per step")
+    parser.add_argument("--decoder-batch", type=int, default=4, help="clips per step")
+    parser.add_argument("--codec", type=json.loads, default={}, metavar="JSON",
+                        help="fields of CodecConfig to change")  # fmt: skip
+    parser.add_argument("--no-graphs", action="store_true", help="run each GPU kernel by itself")
+    parser.add_argument("--until", choices=("codec", "tokens", "all"), default="all")
+    parser.add_argument("--seed", type=int, default=20)
+    return parser.parse_args(argv)
+
+
+def make_training_set(
+    args: argparse.Namespace, minutes: dict[str, float], tokenizer: T5Tokenizer, log: Log
+) -> None:
+    """Render scenes, train the codec on their mixes and encode clips, as far as not done yet."""
+    fonts = tuple((name, Path(path)) for name, _, path in (f.partition("=") for f in args.font))
+    material, stems = Material(args.scores, fonts, args.voices), args.work / "stems"
+    few = HELD_OUT_CHUNKS * SCENES_PER_CHUNK
+    sets = {
+        "train": Corpus(stems, args.scenes, args.device),
+        **{split: Corpus(stems, few, args.device) for split in HELD_OUT},
+    }
+    with closing(Renderers(stems, material, args.seed, args.processes)) as renderers:
+        for split in HELD_OUT:
+            renderers.submit(split, range(HELD_OUT_CHUNKS))
+        renderers.submit("train", range(-(-args.scenes // SCENES_PER_CHUNK)))
+
+        def refill() -> None:
+            for name in renderers.finished():
+                sets[name.split("-")[0]].add(name)
+
+        while len(sets["train"]) < args.first_scenes or any(len(sets[s]) < few for s in HELD_OUT):
+            refill()
+            time.sleep(0.1)
+        log("rendering", scenes=len(sets["train"]))
+        config = replace(CodecConfig(batch=args.codec_batch), **args.codec)
+        codec = get_codec(
+            args.work, sets["train"], sets["test"], config, minutes["codec"], args.seed, refill,
+            log, not args.no_graphs,
+        )  # fmt: skip
+        refill()
+    if args.until == "codec":
+        return
+    for split, clips in (("validation", 4 * few), ("train", args.clips)):
+        get_tokens(
+            args.work, split, codec, tokenizer, sets[split], clips, 60 * minutes["tokens"],
+            args.seed, log,
+        )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train everything, or go on with what a former run left."""
+    args = parse_arguments(argv)
+    if args.device.startswith("cuda"):
+        # Codes must not depend on the device: float32 products stay float32 outside autocast.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out / "log.jsonl")
+    minutes = {name: share * args.minutes for name, share in {**SHARES, **args.shares}.items()}
+    text, tokenizer = get_text_encoder(args.work, args.seed, log)
+    if not (args.work / "tokens-train.pt").exists():
+        make_training_set(args, minutes, tokenizer, log)
+    if args.until != "all":
+        return
+    codec = EncodecModel.from_pretrained(args.work / "codec")
+    train, held_out = (load_tokens(args.work, s, args.device) for s in ("train", "validation"))
+    for name in SIZES:
+        train_decoder(
+            args.work, args.out, name, codec, text, tokenizer, train, held_out,
+            args.decoder_batch, minutes[name], args.seed, log,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Codec training: resuming is exact, gradients are balanced, codebooks follow, audio improves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from musicscope.embedded.pretraining import codec as codecs
+
+TINY = codecs.CodecConfig(
+    num_filters=20, upsampling_ratios=(4, 4, 4, 5), hidden_size=16, codebooks=2, codebook_size=32,
+    batch=2, crop=3200, discriminator_channels=4, adversarial_from=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tones(count: int, samples: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    hertz = 100 + 900 * torch.rand(count, 1, generator=generator)
+    return 0.2 * torch.sin(2 * torch.pi * hertz * torch.arange(samples) / codecs.SAMPLE_RATE)
+
+
+def test_resumed_training_equals_unbroken_training(tmp_path):
+    start, batches = tones(16, 6400, 0), [tones(2, 3200, i) for i in range(1, 6)]
+    one = codecs.CodecTrainer(TINY, 1, start, "cpu")
+    for audio, progress in zip(batches[:3], (0.1, 0.6, 0.7), strict=True):
+        one.step(audio, progress)
+    torch.save(one.state(), tmp_path / "codec.pt")
+    two = codecs.CodecTrainer(TINY, 1, start, "cpu")
+    two.load(torch.load(tmp_path / "codec.pt", weights_only=True))
+    for audio in batches[3:]:
+        first, second = one.step(audio, 0.8), two.step(audio, 0.8)
+        assert {k: float(v) for k, v in first.items()} == {k: float(v) for k, v in second.items()}
+    for name, value in one.average.items():
+        assert torch.equal(value, two.average[name]), name
+
+
+def test_training_reduces_the_loss_and_the_result_reloads(tmp_path):
+    config = replace(TINY, adversarial_from=2.0, average_from=0.3, average_decay=0.9)
+    trainer = codecs.CodecTrainer(config, 1, tones(32, 6400, 0), "cpu")
+    held_out = tones(8, 3200, 1000)
+
+    def loss() -> float:
+        codec = trainer.finished()
+        with torch.inference_mode():
+            found = codec.encode(held_out[:, None])
+            decoded = codec.decode(found.audio_codes, found.audio_scales).audio_values[:, 0, :3200]
+        return float(codecs.mel_loss(decoded, held_out))
+
+    before = loss()
+    for i in range(60):
+        trainer.step(tones(2, 3200, i), i / 60)
+    assert loss() < 0.9 * before
+    codec = trainer.finished()
+    codec.save_pretrained(tmp_path)
+    again = type(codec).from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        codes = codec.encode(held_out[:1, None]).audio_codes
+        assert torch.equal(codes, again.encode(held_out[:1, None]).audio_codes)
+    assert codes.shape == (1, 1, 2, 10)
+
+
+def test_balanced_gradient_gives_each_loss_its_share():
+    at = torch.randn(3, 5, requires_grad=True)
+    losses = {"a": 1000 * (at * torch.ones(5)).sum(), "b": 0.01 * at.square().sum()}
+    norms = {"a": torch.zeros(()), "b": torch.zeros(())}
+    weights = {"a": torch.tensor(3.0), "b": torch.tensor(1.0)}
+    found = codecs.balanced_gradient(losses, weights, norms, at)
+    a = torch.ones(3, 5) / torch.ones(3, 5).norm()
+    b = at.detach() / at.detach().norm()
+    torch.testing.assert_close(found, 0.75 * a + 0.25 * b)
+
+
+def test_codebooks_follow_the_latents_and_unused_codes_return():
+    codec = codecs.build_codec(TINY)
+    generator = torch.Generator().manual_seed(0)
+    books = codecs.CodebookTrainer(codec, generator, frames_per_step=64)
+    points = torch.randn(512, 16, generator=generator)
+    books.start(points)
+    before = (points - books.quantise(points[None])[0].detach()[0]).square().mean()
+    moved = points + 5.0
+    for _ in range(300):
+        books.quantise(moved[torch.randint(512, (64,), generator=generator)][None])
+    after = (moved - books.quantise(moved[None])[0].detach()[0]).square().mean()
+    assert after < 1.3 * before
+    used = codecs.nearest_code(moved, codec.quantizer.layers[0].codebook.embed).unique()
+    assert len(used) > 24
+
+
+def test_mel_loss_is_zero_for_equal_audio_and_counts_decibels():
+    audio = tones(2, 16_000, 3) + 0.05 * torch.randn(2, 16_000)
+    assert codecs.mel_loss(audio, audio) == 0
+    louder = codecs.mel_loss(audio * 10 ** (10 / 20), audio)
+    assert float(louder) == pytest.approx(1.0, abs=0.05)
+
+
+def test_padding_buffers_stay_on_the_cpu():
+    codec = codecs.keep_shapes_on_cpu(codecs.build_codec(TINY))
+    names = [n for n, _ in codec.named_buffers() if n.endswith(("stride", "padding_total"))]
+    assert names
+    assert all(b.device.type == "cpu" for _, b in codec.named_buffers())
