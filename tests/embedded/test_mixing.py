@@ -1,4 +1,4 @@
-"""Mixes: exact labels, crops that agree with whole clips, levels, captions that name the loudest."""
+"""Mixes: exact labels, crops that agree with whole clips, levels, captions."""
 
 import numpy as np
 import pytest
