@@ -115,7 +115,7 @@ def mean_kernel(kernel: GaussianKernel, a: Embedded, b: Embedded, names: np.ndar
     composition that is drawn twice does not either.
     """
     first, second = ((x.groups[:, None] == names).astype(float) for x in (a, b))
-    apart = np.ones((len(names),) * 2)
+    apart = 1.0 - np.eye(len(names))
     sums = first.T @ kernel(a.values, b.values) @ second * apart
     counts = np.outer(first.sum(0), second.sum(0)) * apart
 
