@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 from scipy.fft import irfft, rfft
-from scipy.signal import resample_poly
+from scipy.signal import butter, resample_poly, sosfilt
 
 VOICES = Path(__file__).parents[4] / "assets" / "voices"
 SEXES = ("male", "female")
@@ -39,11 +39,12 @@ RELEASE = 6
 EFFORT = 0.7
 """Nepers by which song at full voice is brighter than speech: c1 falls by this, times the gain."""
 LEVEL = 0.1
-"""RMS of a held vowel at velocity REFERENCE_VELOCITY."""
+"""RMS of a held vowel at velocity REFERENCE_VELOCITY, within a few dB."""
 
 _FFT = 512
 _BLOCKS = -(-_FFT // HOP)
 _TAPS, _PHASES = 16, 64
+_RUMBLE = butter(2, 70.0, "highpass", fs=RATE, output="sos").astype(np.float32)
 _CHUNK = 128
 """Frames synthesised at once: their spectra stay in the cache."""
 
@@ -62,6 +63,8 @@ LONGEST_ONSET = 0.16
 BREATH_EVERY = (2.5, 5.0)
 """Seconds of legato after which the singer breathes: drawn from this interval."""
 BREATH = 0.2
+MOST_CARRIED = 0.1
+"""Least share of a frame's power above its pitch that is made up for: 10 dB."""
 GLIDE = 0.08
 """Seconds of the pitch transition between joined notes."""
 VIBRATO_HZ, VIBRATO_CENTS = (4.8, 6.0), (25.0, 60.0)
@@ -297,6 +300,44 @@ def smooth(track: np.ndarray, seconds: float) -> np.ndarray:
     return np.convolve(padded, window / window.sum(), mode="valid")
 
 
+def place(
+    line: Line, marks: np.ndarray, chosen: np.ndarray, lead: np.ndarray, gap: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stretch syllables to their notes.
+
+    Returns:
+        Seconds [points] and frames of the bank [points], linear between points; and seconds
+        [joins] at which a syllable follows another without a gap.
+    """
+    melody, count = line.melody, len(line.joined)
+    firsts = np.flatnonzero(~line.slurred)
+    lasts = np.append(firsts[1:], count) - 1
+    clock, index = [], []
+    for first, last in zip(firsts, lasts, strict=True):
+        begin, vowel, coda, finish = marks[chosen[first]]
+        start, end = melody.start[first], melody.end[last]
+        # Inside a phrase the mouth does not close: no release, and vowels meet in full sound.
+        if line.joined[first] and begin == vowel:
+            begin = vowel = vowel + 0.15 * (coda - vowel)
+        if last + 1 < count and line.joined[last + 1]:
+            end -= lead[last + 1]
+            finish -= RELEASE
+            if finish <= coda + 1:
+                coda = finish = coda - 0.1 * (coda - vowel)
+        tail = min((finish - coda) / FPS, 0.3 * (end - start))
+        spoken = min((coda - vowel) / FPS, end - tail - start)
+        # The vowel's beginning and end keep their speed; what lies between is stretched. In a rest
+        # the frames stand still at both sides, so that its faded edges hold nothing else.
+        begun, still = start - lead[first], max(coda, finish - 1)
+        clock += [begun - min(0.02, 0.1 * gap[first]), begun, start, start + 0.35 * spoken,
+                  end - tail - 0.25 * spoken, end - tail, end,
+                  end + min(0.02, 0.1 * gap[last + 1])]  # fmt: skip
+        index += [begin, begin, vowel, vowel + 0.35 * (coda - vowel),
+                  coda - 0.25 * (coda - vowel), coda, still, still]  # fmt: skip
+    joins = firsts[line.joined[firsts]]
+    return np.array(clock), np.array(index), (melody.start - lead)[joins]
+
+
 def lay_out(
     line: Line, marks: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, times: np.ndarray
 ) -> Tracks:
@@ -311,56 +352,32 @@ def lay_out(
         rng: draws vibrato and jitter.
         times: frames' centres.
     """
-    melody = line.melody
-    count = len(melody.start)
-    gap = np.append(np.inf, melody.start[1:] - melody.end[:-1])
+    melody, count = line.melody, len(line.joined)
+    gap = np.concatenate([[np.inf], melody.start[1:] - melody.end[:-1], [np.inf]])
     before = np.append(np.inf, np.diff(melody.start))
-    onset = (marks[chosen, 1] - marks[chosen, 0]) / FPS
-    room = np.where(line.joined, 0.45 * before, 0.8 * gap)
-    lead = np.where(line.slurred, 0.0, np.minimum(np.minimum(onset, LONGEST_ONSET), room))
+    onset = np.minimum((marks[chosen, 1] - marks[chosen, 0]) / FPS, LONGEST_ONSET)
+    room = np.where(line.joined, 0.45 * before, 0.8 * gap[:-1])
+    lead = np.where(line.slurred, 0.0, np.minimum(onset, room))
+    clock, index, joins = place(line, marks, chosen, lead, gap)
 
-    firsts = np.flatnonzero(~line.slurred)
-    lasts = np.append(firsts[1:], count) - 1
-    clock, index, joins = [], [], []
-    loud = np.zeros(len(times))
-    for first, last in zip(firsts, lasts, strict=True):
-        begin, vowel, coda, finish = marks[chosen[first]]
-        start, end = melody.start[first], melody.end[last]
-        # Inside a phrase the mouth does not close: no release, and vowels meet in full sound.
-        if line.joined[first] and begin == vowel:
-            begin = vowel = vowel + 0.15 * (coda - vowel)
-        if last + 1 < count and line.joined[last + 1]:
-            end -= lead[last + 1]
-            finish -= RELEASE
-            if finish <= coda + 1:
-                coda = finish = coda - 0.1 * (coda - vowel)
-        tail = min((finish - coda) / FPS, 0.3 * (end - start))
-        held = end - tail - start
-        spoken = min((coda - vowel) / FPS, held)
-        # The vowel's beginning and end keep their speed; what lies between is stretched.
-        clock += [start - lead[first], start, start + 0.35 * spoken, end - tail - 0.25 * spoken,
-                  end - tail, end]  # fmt: skip
-        index += [begin, vowel, vowel + 0.35 * (coda - vowel), coda - 0.25 * (coda - vowel),
-                  coda, max(coda, finish - 1)]  # fmt: skip
-        if line.joined[first]:
-            joins.append(np.searchsorted(times, start - lead[first]))
+    begun = melody.start - lead
+    note = np.maximum(np.searchsorted(begun, times, side="right") - 1, 0)
+    gain = (melody.velocity[note] / REFERENCE_VELOCITY) ** VELOCITY_EXPONENT
+    gain *= (times >= begun[note]) & (times < melody.end[note])
+    # The pitch arrives with the vowel, so that it turns while the consonants sound.
     turn = melody.start - np.maximum(lead / 2, 0.03)
     note = np.maximum(np.searchsorted(turn, times, side="right") - 1, 0)
-    since, until = melody.start - lead, melody.end
-    sounding = (times >= since[note]) & (times < until[note])
-    loud = np.where(sounding, (melody.velocity[note] / REFERENCE_VELOCITY) ** VELOCITY_EXPONENT, 0)
-
-    age = times - melody.start[note]
-    depth = rng.uniform(*VIBRATO_CENTS, count)[note] * np.clip((age - 0.25) / 0.3, 0, 1)
+    depth = rng.uniform(*VIBRATO_CENTS, count)[note]
+    depth *= np.clip((times - melody.start[note] - 0.25) / 0.3, 0, 1)
     speed = smooth(rng.uniform(*VIBRATO_HZ, count)[note], 0.3)
     wobble = np.sin(2 * np.pi * np.cumsum(speed) / FPS + rng.uniform(0, 2 * np.pi))
     jitter = smooth(rng.standard_normal(len(times)), 0.06)
     cents = smooth(depth, 0.1) * wobble + JITTER_CENTS * jitter / max(jitter.std(), 1e-9)
     return Tracks(
         np.interp(times, clock, index),
-        np.array(joins, np.int64),
+        np.searchsorted(times, joins),
         smooth(melody.pitch[note], GLIDE) + cents / 100,
-        smooth(loud, 0.03),
+        smooth(gain, 0.03),
     )
 
 
@@ -414,6 +431,19 @@ def blend(track: np.ndarray, joins: np.ndarray, width: int = 4) -> None:
             track[join - width : join + width + 1] = (1 - share) * ends[0] + share * ends[1]
 
 
+def carried(amplitude: np.ndarray, pitch: np.ndarray) -> np.ndarray:
+    """Gain [frames, 1] that keeps the level where the vowel's resonance lies below the pitch.
+
+    Singers retune the vowel; the envelope [frames, bins] keeps its shape, so its level is raised.
+    """
+    hertz = 440.0 * 2 ** ((pitch[:, None] - 69) / 12)
+    bins = np.arange(amplitude.shape[1]) * (RATE / _FFT)
+    above = np.clip(4 * bins / hertz - 2, 0, 1).astype(np.float32)
+    power = amplitude**2
+    share = (power * above).sum(axis=1) / np.maximum(power.sum(axis=1), 1e-20)
+    return 1 / np.sqrt(np.maximum(share, MOST_CARRIED))[:, None]
+
+
 def synthesise(tracks: Tracks, syllables: Syllables, rng: np.random.Generator) -> np.ndarray:
     """Turn tracks [frames] into float32 [frames x HOP] samples at RATE."""
     basis, nodes, _, hann = _tables()
@@ -437,6 +467,7 @@ def synthesise(tracks: Tracks, syllables: Syllables, rng: np.random.Generator) -
         envelope = np.empty(amplitude.shape, np.complex64)
         np.cos(log[:, nodes.shape[1] :], out=envelope.real)
         np.sin(log[:, nodes.shape[1] :], out=envelope.imag)
+        amplitude *= carried(amplitude, tracks.pitch[some]) ** (1 - noisy[some, :1])
         share = np.minimum(noisy[some] @ nodes, 1)
         spectrum = rfft(sources[0][some] * hann, _FFT) * np.sqrt(1 - share**2)
         spectrum += rfft(sources[1][some] * hann, _FFT) * share
@@ -446,7 +477,7 @@ def synthesise(tracks: Tracks, syllables: Syllables, rng: np.random.Generator) -
     out = np.zeros((frames + _BLOCKS, HOP), np.float32)
     for block in range(_BLOCKS):
         out[block : block + frames] += pieces[:, block * HOP : (block + 1) * HOP]
-    return out.reshape(-1)[HOP : (frames + 1) * HOP]
+    return sosfilt(_RUMBLE, out.reshape(-1)[HOP : (frames + 1) * HOP])
 
 
 def sing(
@@ -456,7 +487,7 @@ def sing(
 
     One voice: where notes overlap, the top one is sung. The melody moves by octaves into the
     singer's range. Syllables are drawn from the bank, so that words do not identify anything.
-    Consonants sound up to LONGEST_ONSET seconds before their note; a held vowel has RMS LEVEL.
+    Consonants sound up to LONGEST_ONSET seconds before their note.
 
     Args:
         bank: the bank.
