@@ -43,7 +43,6 @@ from musicscope.embedded.rendering.voices import (
     ORDER,
     RATE,
     RELEASE,
-    SPLITS,
     VOICES,
     warp,
 )
@@ -113,11 +112,11 @@ class Voice:
 
 
 VOICE_TABLE = (
-    Voice("kal", "male", "train", 43, 67, "festival", "kal_diphone", "festvox-kallpc16k",
+    Voice("kal", "male", "train", 41, 65, "festival", "kal_diphone", "festvox-kallpc16k",
           "recorded diphones, American English", "CMU and CSTR, permissive"),
-    Voice("rms", "male", "train", 41, 65, "flite", "rms", "libflite1",
+    Voice("rms", "male", "train", 40, 64, "flite", "rms", "libflite1",
           "statistical voice from CMU ARCTIC recordings, American English", "CMU, permissive"),
-    Voice("ked", "male", "test", 45, 69, "festival", "ked_diphone", "festvox-kdlpc16k",
+    Voice("ked", "male", "test", 43, 67, "festival", "ked_diphone", "festvox-kdlpc16k",
           "recorded diphones, American English", "CSTR, permissive"),
     Voice("slt", "female", "train", 57, 81, "lexicon", "cmu_us_slt_arctic_hts",
           "festvox-us-slt-hts", "statistical voice from CMU ARCTIC recordings, American English",
@@ -398,7 +397,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     index = []
     for voice in VOICE_TABLE:
-        assert voice.split in SPLITS
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             model = zipfile.ZipFile(args.mei).read(MEI_MEMBER)

@@ -9,7 +9,7 @@ their vowels to the notes, and synthesises pulses and noise through the minimum-
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from scipy.signal import butter, resample_poly, sosfilt
 
 VOICES = Path(__file__).parents[4] / "assets" / "voices"
 SEXES = ("male", "female")
-SPLITS = ("train", "test")
 CONCEPTS = ("vocals", "male vocal", "female vocal")
 
 RATE = 16_000
@@ -48,21 +47,18 @@ _RUMBLE = butter(2, 70.0, "highpass", fs=RATE, output="sos").astype(np.float32)
 _CHUNK = 128
 """Frames synthesised at once: their spectra stay in the cache."""
 
-REFERENCE_VELOCITY = 100
-VELOCITY_EXPONENT = 1.2
-SHORTEST = 0.05
-"""Seconds; a shorter piece of a note is not sung."""
-LEGATO_GAP = 0.09
-"""Seconds; notes that are closer than this are joined."""
+REFERENCE_VELOCITY, VELOCITY_EXPONENT = 100, 1.2
+SHORTEST, LEGATO_GAP = 0.05, 0.09
+"""Seconds: a shorter piece of a note is not sung; notes that are closer are joined."""
 SLUR_SHARE, SLUR_SEMITONES = 0.2, 5
-"""How often, and over which steps at most, a joined note keeps the syllable before."""
+"""How often, and over how many semitones at most, a joined note keeps the syllable before."""
 SHORTEST_SYLLABLE = 0.2
 """Seconds; a joined note that comes earlier keeps the syllable before."""
 LONGEST_ONSET = 0.16
 """Seconds that the consonants before a vowel may take."""
 BREATH_EVERY = (2.5, 5.0)
-"""Seconds of legato after which the singer breathes: drawn from this interval."""
 BREATH = 0.2
+"""Seconds of legato after which the singer breathes, and how long at most."""
 MOST_CARRIED = 0.1
 """Least share of a frame's power above its pitch that is made up for: 10 dB."""
 GLIDE = 0.08
@@ -83,7 +79,7 @@ class Notes(Protocol):
 
 @dataclass(frozen=True)
 class Singer:
-    """What is known of one singer. `low` and `high` bound the range, MIDI numbers."""
+    """What is known of one singer. `low` and `high` bound the range (MIDI numbers)."""
 
     name: str
     sex: str
@@ -93,11 +89,8 @@ class Singer:
 
     def labels(self) -> dict[str, bool]:
         """Exact labels of a mix in which this singer sounds."""
-        return {
-            "vocals": True,
-            "male vocal": self.sex == "male",
-            "female vocal": self.sex == "female",
-        }
+        truth = (True, self.sex == "male", self.sex == "female")
+        return dict(zip(CONCEPTS, truth, strict=True))
 
 
 @dataclass(frozen=True)
@@ -119,10 +112,11 @@ class Syllables:
         high = np.minimum(low + 1, len(self.cepstra) - 1)
         share = (index - low).astype(np.float32)[:, None]
         step = (self.bounds[1] - self.bounds[0]) / np.float32(255)
-        parts = []
-        for table, scale in ((self.cepstra, step), (self.aperiodicity, np.float32(1 / 255))):
-            parts.append(((1 - share) * table[low] + share * table[high]) * scale)
-        return parts[0] + self.bounds[0], parts[1]
+        cepstra, noisy = (
+            (1 - share) * table[low] + share * table[high]
+            for table in (self.cepstra, self.aperiodicity)
+        )
+        return cepstra * step + self.bounds[0], noisy / np.float32(255)
 
 
 @dataclass(frozen=True)
@@ -138,16 +132,14 @@ class Bank:
         Raises:
             KeyError: there is none.
         """
-        for singer in self.singers:
-            if singer.name == name:
-                return singer
-        raise KeyError(f"no singer {name!r}; the bank holds {[s.name for s in self.singers]}")
+        found = {singer.name: singer for singer in self.singers}
+        if name not in found:
+            raise KeyError(f"no singer {name!r}; the bank holds {list(found)}")
+        return found[name]
 
     def names(self, split: str, sex: str | None = None) -> tuple[str, ...]:
         """Names of the singers of one split, and of one sex where it is given."""
-        return tuple(
-            s.name for s in self.singers if s.split == split and (sex is None or s.sex == sex)
-        )
+        return tuple(s.name for s in self.singers if s.split == split and sex in (None, s.sex))
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -168,18 +160,17 @@ def load_bank(path: Path | None = None) -> Bank:
     path = VOICES if path is None else Path(path)
     if path.is_dir():
         index = json.loads((path / "index.json").read_text(encoding="utf-8"))["singers"]
-        files = {entry["name"]: np.load(path / f"{entry['name']}.npz") for entry in index}
-        arrays = {name: {key: file[key] for key in _ARRAYS} for name, file in files.items()}
+        files = [(np.load(path / f"{entry['name']}.npz"), "") for entry in index]
     else:
         file = np.load(path)
         index = json.loads(str(file["index"]))
-        arrays = {
-            entry["name"]: {key: file[f"{entry['name']}/{key}"] for key in _ARRAYS}
-            for entry in index
-        }
-    fields = tuple(Singer.__dataclass_fields__)
-    singers = tuple(Singer(**{field: entry[field] for field in fields}) for entry in index)
-    return Bank(singers, {name: Syllables(**arrays[name]) for name in arrays})
+        files = [(file, f"{entry['name']}/") for entry in index]
+    singers = tuple(Singer(**{f.name: entry[f.name] for f in fields(Singer)}) for entry in index)
+    syllables = {
+        singer.name: Syllables(**{key: file[prefix + key] for key in _ARRAYS})
+        for singer, (file, prefix) in zip(singers, files, strict=True)
+    }
+    return Bank(singers, syllables)
 
 
 def save_bank_arrays(bank: Bank, path: str | Path) -> None:
@@ -207,7 +198,7 @@ class Melody:
 
 
 def top_line(notes: Notes, seconds: float) -> Melody:
-    """Reduce notes to one voice: at any time the highest that sounds; of equals the last begun."""
+    """Reduce notes to one voice: at any time the highest that sounds; of equals the latest."""
     start = np.asarray(notes.start, np.float64)
     end = np.minimum(np.asarray(notes.end, np.float64), seconds)
     pitch = np.asarray(notes.pitch, np.float64)
@@ -220,8 +211,8 @@ def top_line(notes: Notes, seconds: float) -> Melody:
     keep = (owner[first] >= 0) & (times[last] - times[first] >= SHORTEST)
     first, last = first[keep], last[keep]
     who = owner[first].astype(np.int64)
-    velocity = np.asarray(notes.velocity, np.float64)
-    return Melody(times[first], times[last], pitch[who], velocity[who])
+    velocity = np.asarray(notes.velocity, np.float64)[who]
+    return Melody(times[first], times[last], pitch[who], velocity)
 
 
 def fold(melody: Melody, low: float, high: float) -> Melody:
@@ -267,8 +258,8 @@ def phrase(melody: Melody, rng: np.random.Generator) -> Line:
             joined[i] = True
             end[i - 1] = start[i]
     step = np.abs(np.diff(melody.pitch, prepend=melody.pitch[0]))
-    near = joined & (step > 0) & (step <= SLUR_SEMITONES)
-    slurred = near & (rng.random(len(start)) < SLUR_SHARE)
+    slurred = joined & (step > 0) & (step <= SLUR_SEMITONES)
+    slurred &= rng.random(len(start)) < SLUR_SHARE
     begun = start[0]
     for i in range(1, len(start)):
         slurred[i] |= joined[i] and start[i] - begun < SHORTEST_SYLLABLE
@@ -296,18 +287,15 @@ def smooth(track: np.ndarray, seconds: float) -> np.ndarray:
     """Average over a Hann window; the ends are repeated."""
     half = round(seconds * FPS / 2)
     window = np.hanning(2 * half + 3)[1:-1]
-    padded = np.pad(track, half, mode="edge")
-    return np.convolve(padded, window / window.sum(), mode="valid")
+    return np.convolve(np.pad(track, half, mode="edge"), window / window.sum(), mode="valid")
 
 
 def place(
     line: Line, marks: np.ndarray, chosen: np.ndarray, lead: np.ndarray, gap: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stretch syllables to their notes.
+    """Stretch syllables to their notes: seconds and frames of the bank [points], linear between.
 
-    Returns:
-        Seconds [points] and frames of the bank [points], linear between points; and seconds
-        [joins] at which a syllable follows another without a gap.
+    The third array holds the seconds [joins] at which syllables meet without a gap.
     """
     melody, count = line.melody, len(line.joined)
     firsts = np.flatnonzero(~line.slurred)
@@ -344,13 +332,7 @@ def lay_out(
     """Place syllables, pitch and gain on frames at `times` [frames], seconds.
 
     Vowels begin at the notes; consonants before them take time from the note or rest before.
-
-    Args:
-        line: the phrased melody.
-        marks: marks [syllables, 4] of the singer.
-        chosen: syllable [notes] of each note; a slurred note's is not used.
-        rng: draws vibrato and jitter.
-        times: frames' centres.
+    `chosen` holds a syllable per note, of which slurred notes use none; `rng` draws the vibrato.
     """
     melody, count = line.melody, len(line.joined)
     gap = np.concatenate([[np.inf], melody.start[1:] - melody.end[:-1], [np.inf]])
@@ -432,10 +414,7 @@ def blend(track: np.ndarray, joins: np.ndarray, width: int = 4) -> None:
 
 
 def carried(amplitude: np.ndarray, pitch: np.ndarray) -> np.ndarray:
-    """Gain [frames, 1] that keeps the level where the vowel's resonance lies below the pitch.
-
-    Singers retune the vowel; the envelope [frames, bins] keeps its shape, so its level is raised.
-    """
+    """Gain [frames, 1] that keeps the level where a vowel's resonance lies below the pitch."""
     hertz = 440.0 * 2 ** ((pitch[:, None] - 69) / 12)
     bins = np.arange(amplitude.shape[1]) * (RATE / _FFT)
     above = np.clip(4 * bins / hertz - 2, 0, 1).astype(np.float32)
@@ -510,7 +489,7 @@ def sing(
         return np.zeros(total, np.float32)
     line = phrase(fold(melody, who.low, who.high), rng)
     # Time 0 falls on a frame, so that the stem can be cut exactly.
-    early = int(np.ceil((max(-min(line.melody.start[0], 0.0), 0.0) + LONGEST_ONSET + 0.05) * FPS))
+    early = int(np.ceil((LONGEST_ONSET + 0.05 - min(line.melody.start[0], 0.0)) * FPS))
     times = np.arange(-early, int(np.ceil(seconds * FPS)) + 1) / FPS
     chosen = rng.integers(len(syllables.marks), size=len(line.slurred))
     tracks = lay_out(line, syllables.marks, chosen, rng, times)
