@@ -8,7 +8,7 @@ codes. Training starts from an orthogonal lapped transform (`musicscope.nano.cod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,8 @@ MEL_SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))
 """(window in samples, mel bands); the hop is a quarter of the window."""
 MEL_FLOOR_DB = 60.0
 """Mel power this far below a crop's loudest band counts as silence, as in the evaluation."""
+QUIET = 1e-5
+"""Mel power added to that floor, so that a nearly silent crop does not rule the gradient."""
 CODEBOOK_DECAY = 0.99
 NORM_DECAY = 0.99
 DEAD_BELOW = 0.1
@@ -100,7 +102,7 @@ def mel_loss(x: Tensor, target: Tensor) -> Tensor:
         mel = torch.einsum("fm,bft->bmt", basis, power)
         got, wanted = mel[: len(x)], mel[len(x) :]
         peak = wanted.amax((1, 2), keepdim=True)
-        floor = peak * 10 ** (-MEL_FLOOR_DB / 10) + 1e-7
+        floor = peak * 10 ** (-MEL_FLOOR_DB / 10) + QUIET
         total = total + ((got + floor) / (wanted + floor)).log10().abs().mean()
     return total / len(MEL_SCALES)
 
@@ -198,6 +200,7 @@ def balanced_gradient(
     combined = torch.zeros_like(at)
     for name, loss in losses.items():
         gradient = torch.autograd.grad(loss, at, retain_graph=True)[0]
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         norm, mean = gradient.norm(), norms[name]
         mean.copy_(torch.where(mean == 0, norm, mean.lerp(norm, 1 - NORM_DECAY)))
         combined += weights[name] / total * gradient / mean.clamp_min(1e-12)
@@ -318,6 +321,18 @@ def keep_shapes_on_cpu(codec: EncodecModel) -> EncodecModel:
     return codec
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float = 1.0) -> Tensor:
+    """Clip to norm `most` and return the norm before; non-finite gradients become zero.
+
+    One bad batch must not end a long run. Nothing here waits for the device.
+    """
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+    return nn.utils.clip_grad_norm_(parameters, most)
+
+
 class CodecTrainer:
     """Codec, discriminator, optimisers and running mean; one object that can be saved and resumed.
 
@@ -375,7 +390,8 @@ class CodecTrainer:
         """Encode, quantise and decode audio [B, samples]; also the commitment loss."""
         with self._autocast():
             latents = self.codec.encoder(audio[:, None])
-        latents, commitment = self.books.quantise(latents.float().transpose(1, 2))
+        latents = latents.float().nan_to_num(0.0, 0.0, 0.0)  # codebooks would keep a NaN for ever
+        latents, commitment = self.books.quantise(latents.transpose(1, 2))
         with self._autocast():
             decoded = self.codec.decoder(latents.transpose(1, 2))
         return decoded.float()[:, 0, : audio.shape[1]], commitment
@@ -442,7 +458,7 @@ class CodecTrainer:
         pull = torch.full_like(commitment, config.commitment_weight)
         self.optimisers[0].zero_grad(set_to_none=True)
         torch.autograd.backward([decoded, commitment], [at_audio, pull])
-        norm = nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
+        norm = clip_gradients(self.codec.parameters())
         self.optimisers[0].step()
         with torch.no_grad():
             mean = list(self.average.values())
@@ -461,7 +477,7 @@ class CodecTrainer:
         loss = discriminator_loss([x[:n] for x in both], [x[n:] for x in both])
         self.optimisers[1].zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
+        clip_gradients(self.discriminator.parameters())
         self.optimisers[1].step()
         return loss.detach()
 
@@ -487,6 +503,25 @@ class CodecTrainer:
             self.norms[name].copy_(value)
         self.step_count = state["step"]
         self.adversarial_steps = state["adversarial_steps"]
+
+    def _tensors(self) -> list[Tensor]:
+        """What training changes, but for the optimisers' moments."""
+        modules = [*self.codec.state_dict().values(), *self.discriminator.state_dict().values()]
+        return [*modules, *self.average.values(), *self.norms.values()]
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy to go back to with `restore`."""
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
+    @torch.no_grad()
+    def restore(self, saved: list[Tensor]) -> None:
+        """Go back to a snapshot, in place, so that captured graphs stay valid; moments restart."""
+        for tensor, value in zip(self._tensors(), saved, strict=True):
+            tensor.copy_(value)
+        for optimiser in self.optimisers:
+            for moments in optimiser.state.values():
+                moments["exp_avg"].zero_()
+                moments["exp_avg_sq"].zero_()
 
     def finished(self) -> EncodecModel:
         """A codec on the CPU with the averaged weights, in the saved EnCodec format."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import EncodecModel, MusicgenForConditionalGeneration, T5EncoderModel
 
 from musicscope.artifacts import seed_for
-from musicscope.embedded.pretraining.codec import learning_rate
+from musicscope.embedded.pretraining.codec import clip_gradients, learning_rate
 from musicscope.nano.decoder_training import build_musicgen, delayed, make_optimisers
 
 
@@ -74,6 +74,9 @@ def decoder_loss(model: MusicgenForConditionalGeneration, codes: Tensor, states:
         mask: [B, L]; a row of zeros is the unconditional half.
     """
     books, card = codes.shape[1], model.decoder.config.vocab_size
+    # A GPU gives NaN where nothing may be attended to. The states of a dropped caption are zero,
+    # and so is what attention reads from them.
+    mask = mask.where(mask.any(1, keepdim=True), torch.ones_like(mask))
     sequence = delayed(codes, card)
     inputs, targets = sequence[..., :-1], sequence[..., 1:]
     with torch.autocast(codes.device.type, torch.bfloat16):
@@ -152,7 +155,7 @@ class DecoderTrainer:
         losses = decoder_loss(self.model, codes, self._states(ids, mask), mask)
         losses.mean().backward()
         trained = self._trained()
-        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        clip_gradients(trained.values())
         for optimiser in self.optimisers:
             optimiser.step()
         decay = self.config.average_decay if progress >= self.config.average_from else 0.0

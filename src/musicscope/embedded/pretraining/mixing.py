@@ -189,7 +189,7 @@ def mix_audio(
     rows = torch.from_numpy(mixes.rows).to(device)
     at = torch.from_numpy(start).to(device)[:, None, None]
     index = at + torch.arange(samples, device=device)  # [n, 1, samples]
-    stems = bank[rows.clamp_min(0)[..., None], index].float()
+    stems = bank[rows.clamp_min(0)[..., None], index].float().nan_to_num(0.0, 0.0, 0.0)
     time = index / SAMPLE_RATE
     gain = torch.from_numpy(np.where(mixes.rows >= 0, 10 ** (mixes.gain_db / 20), 0.0)).to(device)
     enters = torch.from_numpy(mixes.enters).float().to(device)[..., None]
@@ -211,7 +211,7 @@ def mix_audio(
     audio = audio * level / rms
     noise = torch.from_numpy(10 ** (mixes.noise_db / 20)).float().to(device)[:, None]
     audio = audio + noise * torch.randn_like(audio)
-    return audio / audio.abs().amax(1, keepdim=True).clamp_min(1.0)
+    return (audio / audio.abs().amax(1, keepdim=True).clamp_min(1.0)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _tone(mixes: Mixes, bins: int, device: torch.device) -> Tensor:

@@ -56,6 +56,7 @@ SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25
 """Of the time budget."""
 CHECKPOINT_SECONDS = 300.0
 REPORT_SECONDS = 10.0
+MOST_BAD = 10
 HELD_OUT = ("validation", "test")
 HELD_OUT_CHUNKS = 4
 START_CLIPS = 128
@@ -72,6 +73,7 @@ class Phase:
         self.state = torch.load(self.path, weights_only=True) if self.path.exists() else None
         self.before = self.state["seconds"] if self.state else 0.0
         self.begin = self.saved = self.reported = time.monotonic()
+        self.bad = 0
 
     @property
     def used(self) -> float:
@@ -91,6 +93,17 @@ class Phase:
             torch.save({**state, "seconds": self.used}, temporary)
             temporary.replace(self.path)
             self.saved = now
+
+    def check(self, losses: list[float], step: int) -> bool:
+        """Whether the losses are finite; MOST_BAD looks in a row that are not end the run.
+
+        Raises:
+            FloatingPointError: training has diverged.
+        """
+        self.bad = 0 if np.isfinite(losses).all() else self.bad + 1
+        if self.bad >= MOST_BAD:
+            raise FloatingPointError(f"{self.name}: losses {losses} at step {step}; lower its rate")
+        return self.bad == 0
 
     def due(self) -> bool:
         """Whether it is time for a line of progress."""
@@ -154,6 +167,7 @@ def get_codec(
         phase = Phase("codec", work, minutes)
         if phase.state:
             trainer.load(phase.state)
+        good = trainer.snapshot()
         while phase.progress < 1:
             rng = np.random.default_rng(seed_for(seed, "codec-step", trainer.step_count))
             mixes = draw_mixes(corpus.table, config.batch, rng, SECONDS)
@@ -162,8 +176,11 @@ def get_codec(
             losses = trainer.step(audio, phase.progress)
             if trainer.step_count % 10 == 0:
                 found = {k: float(v) for k, v in losses.items()}  # waits for the device
-                if not np.isfinite(list(found.values())).all():
-                    raise FloatingPointError(f"codec losses at step {trainer.step_count}: {found}")
+                if not phase.check(list(found.values()), trainer.step_count):
+                    trainer.restore(good)
+                    log("codec", step=trainer.step_count, restored=True)
+                elif trainer.step_count % 500 == 0:
+                    good = trainer.snapshot()
                 refill()
                 if phase.due():
                     log("codec", step=trainer.step_count, progress=phase.progress,
@@ -282,8 +299,7 @@ def train_decoder(
         losses = trainer.step(train, phase.progress)
         if trainer.step_count % 10 == 0:
             found = losses.tolist()  # waits for the device
-            if not np.isfinite(found).all():
-                raise FloatingPointError(f"{name}: losses at step {trainer.step_count}: {found}")
+            phase.check(found, trainer.step_count)
             if phase.due():
                 log(name, step=trainer.step_count, progress=phase.progress,
                     ce=float(np.mean(found)))  # fmt: skip
