@@ -4,8 +4,9 @@ Every function takes arrays and a loaded model. Audio is mono float32 [clips, sa
 codes are [clips, K, T]. Intervals are 95 % and resample compositions. A verdict is true only if
 the whole interval meets the target.
 
-Cost on one core for 64 held-out, 64 training and 32 validation clips of 10 s and 129 generated
-clips, with nano-small (8 codebooks, 6 layers): about 9 minutes. `seconds` in the table says where.
+Cost for 64 held-out, 64 training and 32 validation clips of 10 s and 140 generated clips with
+nano-small (8 codebooks, 6 layers): 12 minutes of one core shared with others, half of it for the
+curve over codebooks. `seconds` in the table says where.
 """
 
 from __future__ import annotations
