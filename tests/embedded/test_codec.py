@@ -27,13 +27,17 @@ def tones(count: int, samples: int, seed: int) -> torch.Tensor:
     return 0.2 * torch.sin(2 * torch.pi * hertz * torch.arange(samples) / codecs.SAMPLE_RATE)
 
 
+def trainer_of(config: codecs.CodecConfig, start: torch.Tensor) -> codecs.CodecTrainer:
+    return codecs.CodecTrainer(config, codecs.start_codec(config, 1, start), 1, "cpu")
+
+
 def test_resumed_training_equals_unbroken_training(tmp_path):
     start, batches = tones(16, 6400, 0), [tones(2, 3200, i) for i in range(1, 6)]
-    one = codecs.CodecTrainer(TINY, 1, start, "cpu")
+    one = trainer_of(TINY, start)
     for audio, progress in zip(batches[:3], (0.1, 0.6, 0.7), strict=True):
         one.step(audio, progress)
     torch.save(one.state(), tmp_path / "codec.pt")
-    two = codecs.CodecTrainer(TINY, 1, start, "cpu")
+    two = trainer_of(TINY, start)
     two.load(torch.load(tmp_path / "codec.pt", weights_only=True))
     for audio in batches[3:]:
         first, second = one.step(audio, 0.8), two.step(audio, 0.8)
@@ -44,7 +48,7 @@ def test_resumed_training_equals_unbroken_training(tmp_path):
 
 def test_training_reduces_the_loss_and_the_result_reloads(tmp_path):
     config = replace(TINY, adversarial_from=2.0, average_from=0.3, average_decay=0.9)
-    trainer = codecs.CodecTrainer(config, 1, tones(32, 6400, 0), "cpu")
+    trainer = trainer_of(config, tones(32, 6400, 0))
     held_out = tones(8, 3200, 1000)
 
     def loss() -> float:
@@ -67,8 +71,34 @@ def test_training_reduces_the_loss_and_the_result_reloads(tmp_path):
     assert codes.shape == (1, 1, 2, 10)
 
 
+def test_training_the_decoder_alone_changes_no_code():
+    config = replace(TINY, adversarial_from=0.0)
+    first = trainer_of(config, tones(16, 6400, 0)).finished()
+    again = trainer_of(config, tones(16, 6400, 0)).finished()
+    trainer = codecs.CodecTrainer(config, codecs.plain_weights(again), 2, "cpu", decoder_only=True)
+    for i in range(3):
+        losses = trainer.step(tones(2, 3200, i), 0.5)
+    assert float(losses["discriminator"]) > 0
+    after, audio = trainer.finished(), tones(4, 6400, 9)[:, None]
+    with torch.inference_mode():
+        one, two = first.encode(audio), after.encode(audio)
+        assert torch.equal(one.audio_codes, two.audio_codes)
+        decoded = [c.decode(one.audio_codes, one.audio_scales).audio_values for c in (first, after)]
+    assert not torch.allclose(*decoded)
+
+
+def test_discriminator_learns_to_tell_noise_from_tones():
+    trainer = trainer_of(replace(TINY, learning_rate=2e-3), tones(16, 6400, 0))
+    losses = [
+        float(trainer._train_discriminator(tones(2, 3200, i), 0.1 * torch.randn(2, 3200)))
+        for i in range(40)
+        for _ in [trainer.optimisers[1].param_groups[0].update(lr=2e-3)]
+    ]
+    assert losses[-1] < 0.7 * losses[0]
+
+
 def test_a_batch_of_nan_is_skipped_and_a_snapshot_restores():
-    trainer = codecs.CodecTrainer(TINY, 1, tones(16, 6400, 0), "cpu")
+    trainer = trainer_of(TINY, tones(16, 6400, 0))
     trainer.step(tones(2, 3200, 1), 0.6)
     saved = trainer.snapshot()
     trainer.step(torch.full((2, 3200), torch.nan), 0.6)

@@ -149,6 +149,8 @@ class STFTDiscriminator(nn.Module):
                     return_complex=True,
                 )  # fmt: skip
                 x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, time, frequency]
+                # Magnitudes to the power 0.3: otherwise the loudest partials are all that counts.
+                x = x * (x.square().sum(1, keepdim=True) + 1e-6).pow(-0.35)
             maps = []
             for layer in stack[:-1]:
                 x = F.leaky_relu(layer(x), 0.2)
@@ -321,6 +323,31 @@ def keep_shapes_on_cpu(codec: EncodecModel) -> EncodecModel:
     return codec
 
 
+def plain_weights(codec: EncodecModel) -> EncodecModel:
+    """Take weight normalisation off, in place; `finish_weights` puts it back."""
+    for module in codec.modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            nn.utils.parametrize.remove_parametrizations(module, "weight")
+    return codec
+
+
+def start_codec(config: CodecConfig, seed: int, audio: Tensor) -> EncodecModel:
+    """A lapped transform with codebooks fitted by k-means to `audio` [clips, samples].
+
+    Works on the device of `audio`, which is where the codec will be.
+    """
+    torch.manual_seed(seed)
+    codec = build_codec(config)
+    start_weights(codec, audio[: len(audio) // 2].float().cpu())
+    keep_shapes_on_cpu(codec.to(audio.device))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        latents = codec.encoder(audio.float()[:, None])
+    books = CodebookTrainer(codec, generator, config.batch * config.crop // HOP)
+    books.start(latents.transpose(1, 2).flatten(0, 1))
+    return codec
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float = 1.0) -> Tensor:
     """Clip to norm `most` and return the norm before; non-finite gradients become zero.
 
@@ -342,29 +369,36 @@ class CodecTrainer:
     """
 
     def __init__(
-        self, config: CodecConfig, seed: int, audio: Tensor, device: str | torch.device,
-        graphs: bool = True,
+        self, config: CodecConfig, codec: EncodecModel, seed: int, device: str | torch.device,
+        decoder_only: bool = False, graphs: bool = True,
     ):  # fmt: skip
-        """Start from a lapped transform fitted to `audio` [clips, samples] on `device`."""
-        self.config, self.device = config, torch.device(device)
+        """Take over a codec of `start_codec` or `plain_weights`.
+
+        Args:
+            config: schedule and loss weights; its architecture is that of `codec`.
+            codec: without weight normalisation; it is trained in place.
+            seed: of the discriminator and of codes that replace unused ones.
+            device: where to train.
+            decoder_only: keep encoder and codebooks, so that all codes stay what they are.
+            graphs: replay CUDA graphs on a GPU.
+        """
+        self.config, self.device, self.decoder_only = config, torch.device(device), decoder_only
         self.capturing = graphs and self.device.type == "cuda"
         torch.manual_seed(seed)
-        self.codec = build_codec(config)
-        start_weights(self.codec, audio[: len(audio) // 2].float().cpu())
-        keep_shapes_on_cpu(self.codec.to(self.device)).train()
+        self.codec = keep_shapes_on_cpu(codec.to(self.device)).train()
         self.discriminator = STFTDiscriminator(config.discriminator_channels).to(self.device)
         self.generator = torch.Generator().manual_seed(seed)
         frames = config.batch * config.crop // HOP
         self.books = CodebookTrainer(self.codec, self.generator, frames)
-        with torch.no_grad():
-            latents = self.codec.encoder(audio.float().to(self.device)[:, None])
-        self.books.start(latents.transpose(1, 2).flatten(0, 1))
+        self.trained = list((codec.decoder if decoder_only else codec).parameters())
         self.optimisers = [
             torch.optim.AdamW(
-                module.parameters(), lr=self._scalar(0.0) if self.capturing else 0.0, betas=betas,
+                parameters, lr=self._scalar(0.0) if self.capturing else 0.0, betas=betas,
                 weight_decay=0.0, fused=True, capturable=self.capturing,
             )
-            for module, betas in ((self.codec, (0.9, 0.99)), (self.discriminator, (0.8, 0.99)))
+            for parameters, betas in (
+                (self.trained, (0.9, 0.99)), (list(self.discriminator.parameters()), (0.8, 0.99)),
+            )
         ]  # fmt: skip
         self.average = {k: v.detach().clone() for k, v in self._averaged().items()}
         self.norms = {name: self._scalar(0.0) for name, _ in config.weights}
@@ -388,10 +422,17 @@ class CodecTrainer:
 
     def reconstruct(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Encode, quantise and decode audio [B, samples]; also the commitment loss."""
-        with self._autocast():
-            latents = self.codec.encoder(audio[:, None])
-        latents = latents.float().nan_to_num(0.0, 0.0, 0.0)  # codebooks would keep a NaN for ever
-        latents, commitment = self.books.quantise(latents.transpose(1, 2))
+        if self.decoder_only:
+            with torch.no_grad():  # in float32, as codes are made
+                latents = self.codec.quantizer.decode(self.codec.quantizer.encode(
+                    self.codec.encoder(audio[:, None]), self.codec.config.target_bandwidths[0]
+                )).transpose(1, 2)  # fmt: skip
+            commitment = latents.new_zeros(())
+        else:
+            with self._autocast():
+                latents = self.codec.encoder(audio[:, None])
+            latents = latents.float().nan_to_num(0.0, 0.0, 0.0)  # codebooks would keep a NaN
+            latents, commitment = self.books.quantise(latents.transpose(1, 2))
         with self._autocast():
             decoded = self.codec.decoder(latents.transpose(1, 2))
         return decoded.float()[:, 0, : audio.shape[1]], commitment
@@ -401,12 +442,12 @@ class CodecTrainer:
         config = self.config
         adversarial = progress >= config.adversarial_from
         rate = config.learning_rate * learning_rate(progress, self.step_count, config.warmup_steps)
-        for optimiser in self.optimisers:
+        for optimiser, value in zip(self.optimisers, (rate, config.learning_rate), strict=True):
             group = optimiser.param_groups[0]
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(value)
             else:
-                group["lr"] = rate
+                group["lr"] = value
         # The adversarial losses fade in over 500 steps, so that the discriminator comes first.
         self.fade_in.fill_(min(self.adversarial_steps / 500, 1.0))
         self.follow.fill_(1 - config.average_decay if progress >= config.average_from else 1.0)
@@ -455,10 +496,13 @@ class CodecTrainer:
         at_audio = balanced_gradient(losses, weights, self.norms, decoded)
         # In units of the waveform loss, so that the commitment weight is relative to that loss.
         at_audio = at_audio * self.norms["waveform"]
-        pull = torch.full_like(commitment, config.commitment_weight)
+        outputs, gradients = [decoded], [at_audio]
+        if not self.decoder_only:
+            outputs.append(commitment)
+            gradients.append(torch.full_like(commitment, config.commitment_weight))
         self.optimisers[0].zero_grad(set_to_none=True)
-        torch.autograd.backward([decoded, commitment], [at_audio, pull])
-        norm = clip_gradients(self.codec.parameters())
+        torch.autograd.backward(outputs, gradients)
+        norm = clip_gradients(self.trained)
         self.optimisers[0].step()
         with torch.no_grad():
             mean = list(self.average.values())
@@ -525,10 +569,7 @@ class CodecTrainer:
 
     def finished(self) -> EncodecModel:
         """A codec on the CPU with the averaged weights, in the saved EnCodec format."""
-        codec = build_codec(self.config)
-        for module in codec.modules():
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                nn.utils.parametrize.remove_parametrizations(module, "weight")
+        codec = plain_weights(build_codec(self.config))
         state = {k: v.detach().cpu().clone() for k, v in self.codec.state_dict().items()}
         state |= {k: v.cpu().clone() for k, v in self.average.items()}
         codec.load_state_dict(state)

@@ -6,9 +6,11 @@ A chunk holds SCENES_PER_CHUNK scenes: ``<split>-<number>.npy`` float16 [stems, 
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +29,9 @@ from musicscope.embedded.rendering.scenes import (
     render_scene,
     soundfonts,
 )
-from musicscope.embedded.rendering.scores import load_scores
+from musicscope.embedded.rendering.scores import load_scores, save_scores
 from musicscope.embedded.rendering.voices import load_bank
+from musicscope.rendering.embedded import FONTS, soundfont
 
 SECONDS = 10.0
 SAMPLES = round(SECONDS * SAMPLE_RATE)
@@ -49,6 +52,34 @@ class Material:
     """Name and path per soundfont."""
     voices: Path | None = None
     """File or folder of the voice bank; None takes the one in this repository."""
+
+
+def add_material_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where scores and sounds are; none is needed with a network."""
+    parser.add_argument(
+        "--work", type=Path, default=Path("data/pretraining"),
+        help="stems, tokens and checkpoints (default: data/pretraining)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scores", type=Path,
+        help="file of scores.save_scores (default: made in --work from the package index)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--font", action="append", default=[], metavar="NAME=FILE",
+        help="a soundfont; may be given several times (default: both of the embedded set)",
+    )  # fmt: skip
+    parser.add_argument("--voices", type=Path, help="voice bank (default: assets/voices)")
+
+
+def material_of(args: argparse.Namespace) -> Material:
+    """What `add_material_options` was given; makes the scores file if there is none."""
+    scores = args.scores or args.work / "scores.npz"
+    if not scores.exists():
+        args.work.mkdir(parents=True, exist_ok=True)
+        print(f"reading tunes and pieces into {scores} (a minute)", file=sys.stderr)
+        save_scores(scores)
+    fonts = tuple((name, Path(path)) for name, _, path in (f.partition("=") for f in args.font))
+    return Material(scores, fonts or tuple((f, soundfont(f)) for f in FONTS), args.voices)
 
 
 @lru_cache

@@ -25,6 +25,7 @@ import torch
 from transformers import (
     EncodecFeatureExtractor,
     EncodecModel,
+    MusicgenForConditionalGeneration,
     MusicgenProcessor,
     T5EncoderModel,
     T5Tokenizer,
@@ -36,14 +37,17 @@ from musicscope.embedded.pretraining.codec import (
     CodecConfig,
     CodecTrainer,
     keep_shapes_on_cpu,
+    plain_weights,
+    start_codec,
 )
 from musicscope.embedded.pretraining.corpus import (
     SAMPLES,
     SCENES_PER_CHUNK,
     SECONDS,
     Corpus,
-    Material,
     Renderers,
+    add_material_options,
+    material_of,
 )
 from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, TokenSet
 from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
@@ -151,11 +155,41 @@ def get_text_encoder(work: Path, seed: int, log: Log) -> tuple[T5EncoderModel, T
 # --- codec ------------------------------------------------------------------------------------
 
 
+def train_codec(
+    trainer: CodecTrainer, phase: Phase, corpus: Corpus, seed: int, refill: Callable[[], None],
+    log: Log,
+) -> EncodecModel:  # fmt: skip
+    """Train on random crops of random mixes until the phase's time is used."""
+    if phase.state:
+        trainer.load(phase.state)
+    config, rooms, good = trainer.config, Rooms(corpus.bank.device), trainer.snapshot()
+    while phase.progress < 1:
+        rng = np.random.default_rng(seed_for(seed, "codec-step", trainer.step_count))
+        mixes = draw_mixes(corpus.table, config.batch, rng, SECONDS)
+        starts = rng.integers(SAMPLES - config.crop + 1, size=config.batch)
+        audio = mix_audio(corpus.bank, mixes, rooms, starts, config.crop)
+        losses = trainer.step(audio, phase.progress)
+        if trainer.step_count % 10 == 0:
+            found = {k: float(v) for k, v in losses.items()}  # waits for the device
+            if not phase.check(list(found.values()), trainer.step_count):
+                trainer.restore(good)
+                log(phase.name, step=trainer.step_count, restored=True)
+            elif trainer.step_count % 500 == 0:
+                good = trainer.snapshot()
+            refill()
+            if phase.due():
+                log(phase.name, step=trainer.step_count, progress=phase.progress,
+                    scenes=len(corpus), **found)  # fmt: skip
+        phase.save(trainer.state())
+    phase.save(trainer.state(), force=True)
+    return trainer.finished()
+
+
 def get_codec(
     work: Path, corpus: Corpus, held_out: Corpus, config: CodecConfig, minutes: float, seed: int,
     refill: Callable[[], None], log: Log, graphs: bool = True,
 ) -> EncodecModel:  # fmt: skip
-    """The codec, trained for `minutes` on random crops of random mixes."""
+    """The codec, kept in `work`; trained for `minutes` unless it is there."""
     path = work / "codec"
     if not (path / "config.json").exists():
         device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
@@ -163,37 +197,70 @@ def get_codec(
         mixes = draw_mixes(corpus.table, START_CLIPS, rng, SECONDS)
         starts = rng.integers(SAMPLES - 48_000 + 1, size=START_CLIPS)
         audio = mix_audio(corpus.bank, mixes, rooms, starts, 48_000)
-        trainer = CodecTrainer(config, seed_for(seed, "codec"), audio, device, graphs)
+        start = start_codec(config, seed_for(seed, "codec"), audio)
+        trainer = CodecTrainer(config, start, seed_for(seed, "codec"), device, graphs=graphs)
         phase = Phase("codec", work, minutes)
-        if phase.state:
-            trainer.load(phase.state)
-        good = trainer.snapshot()
-        while phase.progress < 1:
-            rng = np.random.default_rng(seed_for(seed, "codec-step", trainer.step_count))
-            mixes = draw_mixes(corpus.table, config.batch, rng, SECONDS)
-            starts = rng.integers(SAMPLES - config.crop + 1, size=config.batch)
-            audio = mix_audio(corpus.bank, mixes, rooms, starts, config.crop)
-            losses = trainer.step(audio, phase.progress)
-            if trainer.step_count % 10 == 0:
-                found = {k: float(v) for k, v in losses.items()}  # waits for the device
-                if not phase.check(list(found.values()), trainer.step_count):
-                    trainer.restore(good)
-                    log("codec", step=trainer.step_count, restored=True)
-                elif trainer.step_count % 500 == 0:
-                    good = trainer.snapshot()
-                refill()
-                if phase.due():
-                    log("codec", step=trainer.step_count, progress=phase.progress,
-                        scenes=len(corpus), **found)  # fmt: skip
-            phase.save(trainer.state())
-        phase.save(trainer.state(), force=True)
-        codec = trainer.finished()
+        codec = train_codec(trainer, phase, corpus, seed, refill, log)
         codec.save_pretrained(path)
         del trainer
         found = measure_codec(keep_shapes_on_cpu(codec.to(device)), held_out, rooms, seed)
         write_json(work / "codec-held-out.json", found)
         log("codec held out", **found)
     return EncodecModel.from_pretrained(path)
+
+
+REFINE = {
+    "adversarial_from": 0.0, "average_from": 0.3,
+    "weights": (("mel", 1.0), ("waveform", 0.5), ("generator", 1.0), ("feature", 2.0)),
+}  # fmt: skip
+
+
+def refine_codec(
+    source: Path, out: Path, work: Path, corpus: Corpus, held_out: Corpus, batch: int,
+    minutes: float, seed: int, refill: Callable[[], None], log: Log, graphs: bool = True,
+) -> None:  # fmt: skip
+    """Train the codec's decoder alone and write the models of `source` with it to `out`.
+
+    Codes stay what they are, so the language models need no training after it.
+    """
+    names = [name for name in SIZES if (source / name / "config.json").exists()]
+    model = load_whole(source / names[0])
+    found = measure_codec(model.audio_encoder, held_out, Rooms(held_out.bank.device), seed)
+    log("refine before", **found)
+    codec_config = model.audio_encoder.config
+    config = replace(
+        CodecConfig(
+            num_filters=codec_config.num_filters, hidden_size=codec_config.hidden_size,
+            codebooks=codec_config.num_quantizers, codebook_size=codec_config.codebook_size,
+            upsampling_ratios=tuple(codec_config.upsampling_ratios), batch=batch,
+        ),
+        **REFINE,
+    )  # fmt: skip
+    trainer = CodecTrainer(
+        config, plain_weights(model.audio_encoder), seed_for(seed, "refine"), corpus.bank.device,
+        decoder_only=True, graphs=graphs,
+    )  # fmt: skip
+    codec = train_codec(trainer, Phase("refine", work, minutes), corpus, seed, refill, log)
+    log("refine after", **measure_codec(codec, held_out, Rooms("cpu"), seed))
+    for name in names:
+        model = load_whole(source / name)
+        tokenizer = T5Tokenizer.from_pretrained(source / name)
+        model.audio_encoder.load_state_dict(codec.state_dict())
+        save_whole(model, tokenizer, out / name)
+
+
+def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
+    """A saved model in float32, for evaluation or more training."""
+    return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_whole(
+    model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
+) -> None:
+    """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
+    model.half().save_pretrained(folder, max_shard_size="15MB")
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
+    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -286,7 +353,7 @@ def train_decoder(
 ) -> None:  # fmt: skip
     """Train one decoder for `minutes` and save the whole model to `out`/`name` in float16."""
     folder = out / name
-    if (folder / "README.md").exists():
+    if (folder / "processor_config.json").exists():
         return
     config = replace(SIZES[name], batch=batch)
     trainer = DecoderTrainer(config, codec, text, seed, train.codes.device)
@@ -313,11 +380,7 @@ def train_decoder(
     log(name, step=trainer.step_count, held_out_ce=float(found.mean()),
         per_codebook=[round(x, 4) for x in found.tolist()],
         parameters=sum(p.numel() for p in trainer.average.values()))  # fmt: skip
-    model = trainer.finished()
-    model.half().save_pretrained(folder, max_shard_size="15MB")
-    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
-    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
-    (folder / "README.md").write_text(f"# {name}\n", encoding="utf-8")
+    save_whole(trainer.finished(), tokenizer, folder)
 
 
 # --- command ----------------------------------------------------------------------------------
@@ -329,11 +392,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained models")
-    parser.add_argument("--work", type=Path, required=True, help="stems, tokens and checkpoints")
-    parser.add_argument("--scores", type=Path, required=True, help="file of scores.save_scores")
-    parser.add_argument("--font", action="append", default=[], metavar="NAME=FILE",
-                        help="a soundfont; may be given several times")  # fmt: skip
-    parser.add_argument("--voices", type=Path, help="voice bank (default: assets/voices)")
+    add_material_options(parser)
     parser.add_argument("--minutes", type=float, default=600.0, help="for everything")
     parser.add_argument("--shares", type=json.loads, default={}, metavar="JSON",
                         help=f"per phase; default {json.dumps(SHARES)}")  # fmt: skip
@@ -347,23 +406,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codec", type=json.loads, default={}, metavar="JSON",
                         help="fields of CodecConfig to change")  # fmt: skip
     parser.add_argument("--no-graphs", action="store_true", help="run each GPU kernel by itself")
+    parser.add_argument("--refine", type=Path, metavar="FOLDER",
+                        help="train the codec's decoder alone, of the models in this folder, "
+                        "and write them to --out; their codes do not change")  # fmt: skip
     parser.add_argument("--until", choices=("codec", "tokens", "all"), default="all")
     parser.add_argument("--seed", type=int, default=20)
     return parser.parse_args(argv)
 
 
 def make_training_set(
-    args: argparse.Namespace, minutes: dict[str, float], tokenizer: T5Tokenizer, log: Log
+    args: argparse.Namespace, minutes: dict[str, float], tokenizer: T5Tokenizer | None, log: Log
 ) -> None:
     """Render scenes, train the codec on their mixes and encode clips, as far as not done yet."""
-    fonts = tuple((name, Path(path)) for name, _, path in (f.partition("=") for f in args.font))
-    material, stems = Material(args.scores, fonts, args.voices), args.work / "stems"
+    stems = args.work / "stems"
     few = HELD_OUT_CHUNKS * SCENES_PER_CHUNK
     sets = {
         "train": Corpus(stems, args.scenes, args.device),
         **{split: Corpus(stems, few, args.device) for split in HELD_OUT},
     }
-    with closing(Renderers(stems, material, args.seed, args.processes)) as renderers:
+    with closing(Renderers(stems, material_of(args), args.seed, args.processes)) as renderers:
         for split in HELD_OUT:
             renderers.submit(split, range(HELD_OUT_CHUNKS))
         renderers.submit("train", range(-(-args.scenes // SCENES_PER_CHUNK)))
@@ -376,6 +437,12 @@ def make_training_set(
             refill()
             time.sleep(0.1)
         log("rendering", scenes=len(sets["train"]))
+        if args.refine:
+            refine_codec(
+                args.refine, args.out, args.work, sets["train"], sets["test"], args.codec_batch,
+                args.minutes, args.seed, refill, log, not args.no_graphs,
+            )  # fmt: skip
+            return
         config = replace(CodecConfig(batch=args.codec_batch), **args.codec)
         codec = get_codec(
             args.work, sets["train"], sets["test"], config, minutes["codec"], args.seed, refill,
@@ -403,6 +470,9 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "log.jsonl")
     minutes = {name: share * args.minutes for name, share in {**SHARES, **args.shares}.items()}
+    if args.refine:
+        make_training_set(args, minutes, None, log)
+        return
     text, tokenizer = get_text_encoder(args.work, args.seed, log)
     if not (args.work / "tokens-train.pt").exists():
         make_training_set(args, minutes, tokenizer, log)

@@ -1,0 +1,104 @@
+"""Measure trained models on clips of compositions and singers that training never had.
+
+    python -m musicscope.embedded.pretraining.measure FOLDER --out evidence
+
+Takes about 15 minutes of one core per model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from musicscope import assets
+from musicscope.artifacts import seed_for
+from musicscope.embedded.pretraining.corpus import (
+    SAMPLES,
+    SCENES_PER_CHUNK,
+    SECONDS,
+    Corpus,
+    Material,
+    add_material_options,
+    material_of,
+    render_chunk,
+)
+from musicscope.embedded.pretraining.evidence import Clips, evidence_table
+from musicscope.embedded.pretraining.evidence_rows import Bootstrap
+from musicscope.embedded.pretraining.mixing import (
+    Rooms,
+    captions,
+    describe,
+    draw_mixes,
+    mix_audio,
+)
+from musicscope.embedded.rendering.captions import CONCEPTS
+from musicscope.judges.musicnn import load_musicnn
+from musicscope.models import load_model
+from musicscope.rendering.orchestration import PITCHED_FAMILIES
+
+GUITAR_PROMPTS, OTHER_PROMPTS = 32, 3
+
+
+def held_out_clips(
+    folder: Path, material: Material, split: str, count: int, seed: int
+) -> Clips:  # fmt: skip
+    """Render and mix `count` clips of one split, one per scene.
+
+    Up to `count` scenes are rendered into `folder`, unless they are there.
+    """
+    corpus = Corpus(folder, count + SCENES_PER_CHUNK, "cpu")
+    for number in range(-(-count // SCENES_PER_CHUNK)):
+        corpus.add(render_chunk(folder, material, split, number, seed))
+    rng = np.random.default_rng(seed_for(seed, "evidence clips", split))
+    mixes = draw_mixes(corpus.table, count, rng, SECONDS, np.arange(count))
+    audio = [
+        mix_audio(corpus.bank, mixes[i : i + 1], Rooms("cpu"), np.zeros(1, np.int64), SAMPLES)
+        for i in range(count)
+    ]
+    about = describe(corpus.table, mixes, SECONDS)
+    pitched = [
+        [p.concept for p in d.players if p.concept in PITCHED_FAMILIES] or [d.players[0].concept]
+        for d in about
+    ]
+    return Clips(
+        torch.cat(audio).numpy(),
+        np.array([corpus.table.scenes[i].group for i in mixes.scene]),
+        captions(corpus.table, mixes, SECONDS),
+        np.array([families[0] for families in pitched]),
+        {c: np.array([c in d.concepts for d in about]) for c in CONCEPTS},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write one table per model of the folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", type=Path, help="folder that holds one folder per model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
+    parser.add_argument("--seed", type=int, default=20)
+    add_material_options(parser)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    parts = [
+        held_out_clips(args.work, material_of(args), split, count, args.seed)
+        for split, count in (
+            ("test", args.clips), ("train", args.clips), ("validation", args.clips // 2),
+        )
+    ]  # fmt: skip
+    prompts = {f: GUITAR_PROMPTS if f == "guitar" else OTHER_PROMPTS for f in PITCHED_FAMILIES}
+    musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
+    for folder in sorted(p for p in args.models.iterdir() if (p / "config.json").exists()):
+        model = load_model(folder)
+        table = evidence_table(model, *parts, musicnn, {}, prompts, Bootstrap(1000, args.seed))
+        table.save(args.out / f"{folder.name}.json")
+        print(f"{folder.name}: {sum(table.seconds.values()):.0f} s, {args.out / folder.name}.json")
+
+
+if __name__ == "__main__":
+    main()
