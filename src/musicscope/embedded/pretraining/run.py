@@ -63,7 +63,7 @@ REPORT_SECONDS = 10.0
 MOST_BAD = 10
 HELD_OUT = ("validation", "test")
 HELD_OUT_CHUNKS = 4
-START_CLIPS = 128
+START_CLIPS, START_SAMPLES = 128, 48_000
 TEXT = TextConfig(vocabulary=640, captions=20_000, steps=900)
 STYLE_WORDS = tuple(STYLES)
 
@@ -195,8 +195,8 @@ def get_codec(
         device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
         rng = np.random.default_rng(seed_for(seed, "codec-start"))
         mixes = draw_mixes(corpus.table, START_CLIPS, rng, SECONDS)
-        starts = rng.integers(SAMPLES - 48_000 + 1, size=START_CLIPS)
-        audio = mix_audio(corpus.bank, mixes, rooms, starts, 48_000)
+        starts = rng.integers(SAMPLES - START_SAMPLES + 1, size=START_CLIPS)
+        audio = mix_audio(corpus.bank, mixes, rooms, starts, START_SAMPLES)
         start = start_codec(config, seed_for(seed, "codec"), audio)
         trainer = CodecTrainer(config, start, seed_for(seed, "codec"), device, graphs=graphs)
         phase = Phase("codec", work, minutes)

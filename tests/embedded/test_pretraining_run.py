@@ -1,0 +1,111 @@
+"""The whole run on tiny settings: phases, checkpoints, saved models, refinement of the codec."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from musicscope.embedded.pretraining import corpus as corpora
+from musicscope.embedded.pretraining import run
+from musicscope.embedded.rendering import scenes
+from musicscope.models import load_model
+
+SECONDS = 1.2
+
+
+class Inline:
+    """Stands in for `Renderers`: chunks of sine stems, made on the spot."""
+
+    def __init__(self, folder, material, seed, processes):
+        self.folder, self.names = folder, []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def submit(self, split, chunks):
+        for number in chunks:
+            name = f"{split}-{number:05d}"
+            rng = np.random.default_rng([number, len(split)])
+            table, stems = [], []
+            for _ in range(run.SCENES_PER_CHUNK):
+                concepts = [str(c) for c in rng.choice(["guitar", "piano", "drums"], 2, False)]
+                parts = [
+                    scenes.Stem(c, 24 if c == "guitar" else 0, "timgm6mb", j, 0, j, notes=9)
+                    for j, c in enumerate(concepts)
+                ]
+                table.append(scenes.Scene("g", 0.0, 1.0, tuple(parts), 100.0, "C major", ""))
+                time = np.arange(run.SAMPLES) / scenes.SAMPLE_RATE
+                hertz = rng.uniform(100, 900, (2, 1))
+                stems.append(0.14 * np.sin(2 * np.pi * hertz * time))
+            np.save(self.folder / f"{name}.npy", np.concatenate(stems).astype(np.float16))
+            text = json.dumps([s.to_json() for s in table])
+            (self.folder / f"{name}.json").write_text(text)
+            self.names.append(name)
+
+    def finished(self):
+        names, self.names = self.names, []
+        return names
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    for module in (run, corpora):
+        monkeypatch.setattr(module, "SECONDS", SECONDS)
+        monkeypatch.setattr(module, "SAMPLES", round(SECONDS * scenes.SAMPLE_RATE))
+        monkeypatch.setattr(module, "SCENES_PER_CHUNK", 4)
+    monkeypatch.setattr(run, "START_SAMPLES", 6400)
+    monkeypatch.setattr(run, "START_CLIPS", 16)
+    monkeypatch.setattr(run, "HELD_OUT_CHUNKS", 1)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "Renderers", Inline)
+    monkeypatch.setattr(run, "TEXT", replace(run.TEXT, captions=200, steps=2))
+    monkeypatch.setattr(run, "SIZES", {"nano-small": replace(run.SIZES["nano-small"], layers=1)})
+    scores = tmp_path / "scores.npz"
+    scores.touch()
+    yield ["--work", str(tmp_path / "work"), "--scores", str(scores), "--font", "a=b",
+           "--scenes", "8", "--first-scenes", "4", "--clips", "6", "--codec-batch", "2",
+           "--codec", '{"codebook_size": 32, "crop": 3200}', "--decoder-batch", "1"]  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_run_trains_saves_and_goes_on_where_it_stopped(tiny, tmp_path):
+    out = tmp_path / "out"
+    run.main([*tiny, "--out", str(out), "--minutes", "0.08", "--until", "codec"])
+    assert not (tmp_path / "work" / "tokens-train.pt").exists()
+    codec = (tmp_path / "work" / "codec" / "model.safetensors").read_bytes()
+    run.main([*tiny, "--out", str(out), "--minutes", "0.08"])
+    assert (tmp_path / "work" / "codec" / "model.safetensors").read_bytes() == codec
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"text", "codec held out", "tokens", "nano-small"} <= {line["phase"] for line in lines}
+    model = load_model(out / "nano-small")
+    audio, _ = model.generate(["guitar"], 0.4, 1)
+    assert torch.isfinite(audio).all()
+    before = model.encode(np.zeros((1, 3200), np.float32) + 0.01, [None]).codes
+
+    better = tmp_path / "better"
+    run.main([*tiny, "--out", str(better), "--refine", str(out), "--minutes", "0.03"])
+    again = load_model(better / "nano-small")
+    assert torch.equal(again.encode(np.zeros((1, 3200), np.float32) + 0.01, [None]).codes, before)
+    decoder = [m.hf.audio_encoder.decoder.state_dict() for m in (model, again)]
+    assert any(not torch.equal(decoder[0][k], decoder[1][k]) for k in decoder[0])
+    for name, value in model.hf.decoder.state_dict().items():
+        assert torch.equal(value, again.hf.decoder.state_dict()[name]), name
+
+
+def test_progress_counts_earlier_runs_and_bad_losses_end_a_run(tmp_path):
+    phase = run.Phase("x", tmp_path, minutes=1.0)
+    phase.before = 30.0
+    assert 0.5 <= phase.progress < 0.6
+    phase.save({"a": torch.ones(2)}, force=True)
+    assert run.Phase("x", tmp_path, minutes=1.0).before >= 30.0
+    for _ in range(run.MOST_BAD - 1):
+        assert not phase.check([1.0, float("nan")], 5)
+    with pytest.raises(FloatingPointError, match="lower its rate"):
+        phase.check([float("inf")], 6)
+    phase.bad = 0
+    assert phase.check([1.0], 7)
