@@ -11,6 +11,7 @@ from musicscope.embedded.pretraining import corpus as corpora
 from musicscope.embedded.pretraining import run
 from musicscope.embedded.rendering import scenes
 from musicscope.models import load_model
+from musicscope.output_places import OutputError
 
 SECONDS = 1.2
 
@@ -75,7 +76,7 @@ def tiny(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_run_trains_saves_and_goes_on_where_it_stopped(tiny, tmp_path):
     out = tmp_path / "out"
-    run.main([*tiny, "--out", str(out), "--minutes", "0.08", "--until", "codec"])
+    run.main([*tiny, "--out", str(tmp_path / "part"), "--minutes", "0.08", "--until", "codec"])
     assert not (tmp_path / "work" / "tokens-train.pt").exists()
     codec = (tmp_path / "work" / "codec" / "model.safetensors").read_bytes()
     run.main([*tiny, "--out", str(out), "--minutes", "0.08"])
@@ -88,13 +89,28 @@ def test_run_trains_saves_and_goes_on_where_it_stopped(tiny, tmp_path):
     before = model.encode(np.zeros((1, 3200), np.float32) + 0.01, [None]).codes
 
     better = tmp_path / "better"
-    run.main([*tiny, "--out", str(better), "--refine", str(out), "--minutes", "0.03"])
+    work = ["--work", str(tmp_path / "more")]  # the last option counts
+    arguments = [*tiny, *work, "--refine", str(out), "--minutes", "0.03", "--out"]
+    with pytest.raises(OutputError, match="--refine"):
+        run.main([*arguments, str(out / "inside")])
+    run.main([*arguments, str(better)])
     again = load_model(better / "nano-small")
     assert torch.equal(again.encode(np.zeros((1, 3200), np.float32) + 0.01, [None]).codes, before)
     decoder = [m.hf.audio_encoder.decoder.state_dict() for m in (model, again)]
     assert any(not torch.equal(decoder[0][k], decoder[1][k]) for k in decoder[0])
     for name, value in model.hf.decoder.state_dict().items():
         assert torch.equal(value, again.hf.decoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("option", ["--out", "--work"])
+def test_a_folder_with_other_files_is_refused_before_any_work(tiny, tmp_path, option):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    other = ["--out", str(tmp_path / "new")] if option == "--work" else []
+    with pytest.raises(OutputError, match="mine"):
+        run.main([*tiny, *other, option, str(mine)])
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
 
 
 def test_progress_counts_earlier_runs_and_bad_losses_end_a_run(tmp_path):

@@ -31,6 +31,7 @@ from musicscope.embedded.rendering.scenes import (
 )
 from musicscope.embedded.rendering.scores import load_scores, save_scores
 from musicscope.embedded.rendering.voices import load_bank
+from musicscope.output_places import OutputError
 from musicscope.rendering.embedded import FONTS, soundfont
 
 SECONDS = 10.0
@@ -39,7 +40,8 @@ SAMPLES = round(SECONDS * SAMPLE_RATE)
 SCENES_PER_CHUNK = 20
 STEMS_PER_SCENE = 5.5
 """Room to keep per scene; scenes have 1 to MOST_STEMS stems."""
-SPLITS = ("train", "validation", "test")
+MARK = ".musicscope-pretraining"
+"""File that tells a folder of work in progress from a user's own."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ class Material:
     """Name and path per soundfont."""
     voices: Path | None = None
     """File or folder of the voice bank; None takes the one in this repository."""
+
+
+def claim_work(work: Path) -> None:
+    """Make the folder for work in progress, or see that an earlier run made it.
+
+    Raises:
+        OutputError: it holds other files.
+    """
+    mark = work / MARK
+    if work.exists() and not mark.exists() and any(work.iterdir()):
+        raise OutputError(f"--work {work} holds other files: name a new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def add_material_options(parser: argparse.ArgumentParser) -> None:

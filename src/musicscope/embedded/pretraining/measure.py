@@ -8,6 +8,7 @@ Takes about 15 minutes of one core per model.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from musicscope.embedded.pretraining.corpus import (
     Corpus,
     Material,
     add_material_options,
+    claim_work,
     material_of,
     render_chunk,
 )
@@ -37,7 +39,9 @@ from musicscope.embedded.pretraining.mixing import (
 from musicscope.embedded.rendering.captions import CONCEPTS
 from musicscope.judges.musicnn import load_musicnn
 from musicscope.models import load_model
+from musicscope.output_places import OutputError
 from musicscope.rendering.orchestration import PITCHED_FAMILIES
+from musicscope.user_outputs import new_folder
 
 GUITAR_PROMPTS, OTHER_PROMPTS = 32, 3
 
@@ -78,27 +82,37 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", type=Path, help="folder that holds one folder per model")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the tables")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips")
     parser.add_argument("--seed", type=int, default=20)
     add_material_options(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    parts = [
-        held_out_clips(args.work, material_of(args), split, count, args.seed)
-        for split, count in (
-            ("test", args.clips), ("train", args.clips), ("validation", args.clips // 2),
-        )
-    ]  # fmt: skip
-    prompts = {f: GUITAR_PROMPTS if f == "guitar" else OTHER_PROMPTS for f in PITCHED_FAMILIES}
-    musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
-    for folder in sorted(p for p in args.models.iterdir() if (p / "config.json").exists()):
-        model = load_model(folder)
-        table = evidence_table(model, *parts, musicnn, {}, prompts, Bootstrap(1000, args.seed))
-        table.save(args.out / f"{folder.name}.json")
-        print(f"{folder.name}: {sum(table.seconds.values()):.0f} s, {args.out / folder.name}.json")
+    folders = sorted(p for p in args.models.iterdir() if (p / "config.json").exists())
+    if not folders:
+        parser.error(f"{args.models} holds no model: name the folder above the models' folders")
+    with new_folder(args.out, inputs={"models": args.models, "--work": args.work}) as out:
+        claim_work(args.work)
+        stems = args.work / "stems"
+        stems.mkdir(exist_ok=True)
+        parts = [
+            held_out_clips(stems, material_of(args), split, count, args.seed)
+            for split, count in (
+                ("test", args.clips), ("train", args.clips), ("validation", args.clips // 2),
+            )
+        ]  # fmt: skip
+        prompts = {f: GUITAR_PROMPTS if f == "guitar" else OTHER_PROMPTS for f in PITCHED_FAMILIES}
+        musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
+        for folder in folders:
+            model = load_model(folder)
+            table = evidence_table(model, *parts, musicnn, {}, prompts, Bootstrap(1000, args.seed))
+            table.save(out.scratch / f"{folder.name}.json")
+            print(f"{folder.name}: {sum(table.seconds.values()):.0f} s", file=sys.stderr)
+        print(f"tables: {out.publish()}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OutputError as error:
+        sys.exit(str(error))

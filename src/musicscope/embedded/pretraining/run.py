@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from musicscope.embedded.pretraining.corpus import (
     Corpus,
     Renderers,
     add_material_options,
+    claim_work,
     material_of,
 )
 from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, TokenSet
@@ -55,6 +57,8 @@ from musicscope.embedded.rendering.captions import facts, random_description, wr
 from musicscope.embedded.rendering.styles import STYLES
 from musicscope.nano.pretraining_evaluation import code_use, log_mel_distance, si_sdr
 from musicscope.nano.text_training import TextConfig, train_text_encoder
+from musicscope.output_places import OutputError
+from musicscope.user_outputs import new_folder
 
 SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25}
 """Of the time budget."""
@@ -216,10 +220,10 @@ REFINE = {
 
 
 def refine_codec(
-    source: Path, out: Path, work: Path, corpus: Corpus, held_out: Corpus, batch: int,
+    source: Path, work: Path, corpus: Corpus, held_out: Corpus, batch: int,
     minutes: float, seed: int, refill: Callable[[], None], log: Log, graphs: bool = True,
 ) -> None:  # fmt: skip
-    """Train the codec's decoder alone and write the models of `source` with it to `out`.
+    """Train the codec's decoder alone and write the models of `source` with it to `work`/models.
 
     Codes stay what they are, so the language models need no training after it.
     """
@@ -246,7 +250,7 @@ def refine_codec(
         model = load_whole(source / name)
         tokenizer = T5Tokenizer.from_pretrained(source / name)
         model.audio_encoder.load_state_dict(codec.state_dict())
-        save_whole(model, tokenizer, out / name)
+        save_whole(model, tokenizer, work / "models" / name)
 
 
 def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
@@ -347,12 +351,12 @@ def load_tokens(work: Path, name: str, device: str | torch.device) -> TokenSet:
 
 
 def train_decoder(
-    work: Path, out: Path, name: str, codec: EncodecModel, text: T5EncoderModel,
+    work: Path, name: str, codec: EncodecModel, text: T5EncoderModel,
     tokenizer: T5Tokenizer, train: TokenSet, held_out: TokenSet, batch: int, minutes: float,
     seed: int, log: Log,
 ) -> None:  # fmt: skip
-    """Train one decoder for `minutes` and save the whole model to `out`/`name` in float16."""
-    folder = out / name
+    """Train one decoder for `minutes`; save the whole model to `work`/models/`name`."""
+    folder = work / "models" / name
     if (folder / "processor_config.json").exists():
         return
     config = replace(SIZES[name], batch=batch)
@@ -391,7 +395,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained models")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the models")
     add_material_options(parser)
     parser.add_argument("--minutes", type=float, default=600.0, help="for everything")
     parser.add_argument("--shares", type=json.loads, default={}, metavar="JSON",
@@ -439,7 +443,7 @@ def make_training_set(
         log("rendering", scenes=len(sets["train"]))
         if args.refine:
             refine_codec(
-                args.refine, args.out, args.work, sets["train"], sets["test"], args.codec_batch,
+                args.refine, args.work, sets["train"], sets["test"], args.codec_batch,
                 args.minutes, args.seed, refill, log, not args.no_graphs,
             )  # fmt: skip
             return
@@ -458,17 +462,8 @@ def make_training_set(
         )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train everything, or go on with what a former run left."""
-    args = parse_arguments(argv)
-    if args.device.startswith("cuda"):
-        # Codes must not depend on the device: float32 products stay float32 outside autocast.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-    else:
-        torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "log.jsonl")
+def train(args: argparse.Namespace, log: Log) -> None:
+    """Train, as far as not done yet, what the arguments ask for; models go to `work`/models."""
     minutes = {name: share * args.minutes for name, share in {**SHARES, **args.shares}.items()}
     if args.refine:
         make_training_set(args, minutes, None, log)
@@ -479,13 +474,34 @@ def main(argv: list[str] | None = None) -> None:
     if args.until != "all":
         return
     codec = EncodecModel.from_pretrained(args.work / "codec")
-    train, held_out = (load_tokens(args.work, s, args.device) for s in ("train", "validation"))
+    train_set, held_out = (load_tokens(args.work, s, args.device) for s in ("train", "validation"))
     for name in SIZES:
         train_decoder(
-            args.work, args.out, name, codec, text, tokenizer, train, held_out,
-            args.decoder_batch, minutes[name], args.seed, log,
+            args.work, name, codec, text, tokenizer, train_set, held_out, args.decoder_batch,
+            minutes[name], args.seed, log,
         )  # fmt: skip
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Train everything, or go on with what a former run left."""
+    args = parse_arguments(argv)
+    if args.device.startswith("cuda"):
+        # Codes must not depend on the device: float32 products stay float32 outside autocast.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_num_threads(1)
+    inputs = {"--work": args.work} | ({"--refine": args.refine} if args.refine else {})
+    with new_folder(args.out, inputs=inputs) as out:
+        claim_work(args.work)
+        models = args.work / "models"
+        train(args, Log(models / "log.jsonl"))
+        shutil.copytree(models, out.scratch, dirs_exist_ok=True)
+        print(f"models: {out.publish()}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OutputError as error:
+        sys.exit(str(error))
