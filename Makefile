@@ -36,7 +36,7 @@ $(TARGETS): $(STAMP)
 # Needs no .venv: a GPU machine's own torch is the one to measure.
 gpu-check:
 	PYTHONPATH=src:. $(or $(PYTHON),python3) -m benchmarks.gpu_check \
-	  --out $(or $(OUT),benchmarks/results) $(ARGS)
+	  --out $(or $(OUT),gpu-check) $(ARGS)
 
 # The first Python on PATH that fits; shims and Pythons without ensurepip are passed over.
 define FIND_PYTHON

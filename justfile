@@ -54,7 +54,7 @@ bench:
 
 # the first measurements on a GPU, within 90 seconds; --seconds 400 for more rounds
 gpu-check *args:
-    PYTHONPATH=src:. python -m benchmarks.gpu_check --out benchmarks/results "$@"
+    PYTHONPATH=src:. python -m benchmarks.gpu_check --out gpu-check "$@"
 
 # fail if dvc.lock, metrics or plots are not those of this code and these params
 locked:

@@ -91,7 +91,6 @@ def run_parts(parts: list[str], folder: Path, seconds: float, device: str, tiny:
     files = {part: folder / "parts" / f"{part}.json" for part in parts}
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
     alone = device == "cpu"
     commands = {part: command_of(part, files[part], device, tiny) for part in parts}
     children = {part: Child(commands[part], alone) for part in parts}
@@ -242,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the results")
     parser.add_argument("--seconds", type=float, default=90.0, help="for all parts together")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", default=",".join(WEIGHTS), help="such as a,b,d; run in order")
@@ -252,6 +251,8 @@ def main() -> None:
     if unknown := set(parts) - set(WEIGHTS):
         parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(WEIGHTS)}")
     out = options.out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"--out {options.out} is not an empty folder: name a new one")
     path = run_parts(parts, out, options.seconds, options.device, options.tiny)
     print("\n".join(table(read_json(path))))
     print(f"written to {path}")
