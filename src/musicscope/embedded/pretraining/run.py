@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,11 +206,11 @@ def get_codec(
         trainer = CodecTrainer(config, start, seed_for(seed, "codec"), device, graphs=graphs)
         phase = Phase("codec", work, minutes)
         codec = train_codec(trainer, phase, corpus, seed, refill, log)
-        codec.save_pretrained(path)
+        unfinished = work / "codec.unfinished"
+        codec.save_pretrained(unfinished)
+        unfinished.rename(path)
         del trainer
-        found = measure_codec(keep_shapes_on_cpu(codec.to(device)), held_out, rooms, seed)
-        write_json(work / "codec-held-out.json", found)
-        log("codec held out", **found)
+        log("codec held out", **measure_codec(codec, held_out, seed))
     return EncodecModel.from_pretrained(path)
 
 
@@ -229,8 +230,7 @@ def refine_codec(
     """
     names = [name for name in SIZES if (source / name / "config.json").exists()]
     model = load_whole(source / names[0])
-    found = measure_codec(model.audio_encoder, held_out, Rooms(held_out.bank.device), seed)
-    log("refine before", **found)
+    log("refine before", **measure_codec(model.audio_encoder, held_out, seed))
     codec_config = model.audio_encoder.config
     config = replace(
         CodecConfig(
@@ -245,7 +245,7 @@ def refine_codec(
         decoder_only=True, graphs=graphs,
     )  # fmt: skip
     codec = train_codec(trainer, Phase("refine", work, minutes), corpus, seed, refill, log)
-    log("refine after", **measure_codec(codec, held_out, Rooms("cpu"), seed))
+    log("refine after", **measure_codec(codec, held_out, seed))
     for name in names:
         model = load_whole(source / name)
         tokenizer = T5Tokenizer.from_pretrained(source / name)
@@ -268,10 +268,13 @@ def save_whole(
 
 
 @torch.inference_mode()
-def measure_codec(
-    codec: EncodecModel, held_out: Corpus, rooms: Rooms, seed: int
-) -> dict[str, object]:
-    """Reconstruction of 48 held-out clips: distance, SI-SDR and perplexity per codebook."""
+def measure_codec(codec: EncodecModel, held_out: Corpus, seed: int) -> dict[str, object]:
+    """Reconstruction of 48 held-out clips: distance, SI-SDR and perplexity per codebook.
+
+    Runs on a copy of `codec`, on the device of the clips.
+    """
+    rooms = Rooms(held_out.bank.device)
+    codec = keep_shapes_on_cpu(deepcopy(codec).to(held_out.bank.device)).eval()
     rng = np.random.default_rng(seed_for(seed, "codec-held-out"))
     mixes = draw_mixes(held_out.table, 48, rng, SECONDS)
     distance, sdr, codes = [], [], []
