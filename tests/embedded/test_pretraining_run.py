@@ -102,6 +102,20 @@ def test_run_trains_saves_and_goes_on_where_it_stopped(tiny, tmp_path):
         assert torch.equal(value, again.hf.decoder.state_dict()[name]), name
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_from_saved_models(tiny, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run.main([*tiny, "--out", str(first), "--minutes", "0.05"])
+    # Without time to train, the decoder that comes out is the one that went in.
+    more = ["--work", str(tmp_path / "more"), "--start", str(first), "--minutes", "0.05"]
+    shares = ["--shares", '{"codec": 0, "nano-small": 0}']
+    run.main([*tiny, *more, *shares, "--out", str(second)])
+    one, two = (load_model(folder / "nano-small").hf.state_dict() for folder in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(FileNotFoundError, match="holds none of nano-small"):
+        run.start_from(tmp_path, tmp_path / "other")
+
+
 @pytest.mark.parametrize("option", ["--out", "--work"])
 def test_a_folder_with_other_files_is_refused_before_any_work(tiny, tmp_path, option):
     mine = tmp_path / "mine"

@@ -114,6 +114,14 @@ class DecoderTrainer:
         self.average = {n: p.detach().clone() for n, p in self._trained().items()}
         self.step_count = 0
 
+    @torch.no_grad()
+    def take_over(self, earlier: MusicgenForConditionalGeneration) -> None:
+        """Start from the decoder of a model of the same size, codec and text encoder."""
+        found = dict(earlier.named_parameters())
+        for name, value in self._trained().items():
+            value.copy_(found[name])
+            self.average[name].copy_(found[name])
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return {
             name: value for name, value in self.model.named_parameters()

@@ -138,6 +138,47 @@ class Log:
         self.stream.flush()
 
 
+# --- earlier models ---------------------------------------------------------------------------
+
+
+def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
+    """A saved model in float32, for evaluation or more training."""
+    return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_whole(
+    model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
+) -> None:
+    """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
+    model.half().save_pretrained(folder, max_shard_size="15MB")
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
+    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
+
+
+def model_names(folder: Path) -> list[str]:
+    """Names of SIZES that have a model in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = [name for name in SIZES if (folder / name / "config.json").exists()]
+    if not names:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(SIZES)}")
+    return names
+
+
+def start_from(folder: Path, work: Path) -> None:
+    """Put codec, text encoder and tokenizer of earlier models where their phases leave them."""
+    if (work / "text" / "done.json").exists():
+        return
+    first = folder / model_names(folder)[0]
+    model = load_whole(first)
+    model.audio_encoder.save_pretrained(work / "codec")
+    model.text_encoder.save_pretrained(work / "text")
+    T5Tokenizer.from_pretrained(first).save_pretrained(work / "text")
+    write_json(work / "text" / "done.json", {"from": first.name})
+
+
 # --- text -------------------------------------------------------------------------------------
 
 
@@ -228,7 +269,7 @@ def refine_codec(
 
     Codes stay what they are, so the language models need no training after it.
     """
-    names = [name for name in SIZES if (source / name / "config.json").exists()]
+    names = model_names(source)
     model = load_whole(source / names[0])
     log("refine before", **measure_codec(model.audio_encoder, held_out, seed))
     codec_config = model.audio_encoder.config
@@ -251,20 +292,6 @@ def refine_codec(
         tokenizer = T5Tokenizer.from_pretrained(source / name)
         model.audio_encoder.load_state_dict(codec.state_dict())
         save_whole(model, tokenizer, work / "models" / name)
-
-
-def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
-    """A saved model in float32, for evaluation or more training."""
-    return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def save_whole(
-    model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
-) -> None:
-    """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
-    model.half().save_pretrained(folder, max_shard_size="15MB")
-    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
-    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -356,7 +383,7 @@ def load_tokens(work: Path, name: str, device: str | torch.device) -> TokenSet:
 def train_decoder(
     work: Path, name: str, codec: EncodecModel, text: T5EncoderModel,
     tokenizer: T5Tokenizer, train: TokenSet, held_out: TokenSet, batch: int, minutes: float,
-    seed: int, log: Log,
+    seed: int, start: Path | None, log: Log,
 ) -> None:  # fmt: skip
     """Train one decoder for `minutes`; save the whole model to `work`/models/`name`."""
     folder = work / "models" / name
@@ -367,6 +394,8 @@ def train_decoder(
     phase = Phase(name, work, minutes)
     if phase.state:
         trainer.load(phase.state)
+    elif start:
+        trainer.take_over(load_whole(start / name))
     measured = time.monotonic()
     every = max(20.0, 60 * minutes / 12)
     while phase.progress < 1:
@@ -413,6 +442,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codec", type=json.loads, default={}, metavar="JSON",
                         help="fields of CodecConfig to change")  # fmt: skip
     parser.add_argument("--no-graphs", action="store_true", help="run each GPU kernel by itself")
+    parser.add_argument("--start", type=Path, metavar="FOLDER",
+                        help="keep codec and text encoder of the models in this folder and "
+                        "train their decoders on")  # fmt: skip
     parser.add_argument("--refine", type=Path, metavar="FOLDER",
                         help="train the codec's decoder alone, of the models in this folder, "
                         "and write them to --out; their codes do not change")  # fmt: skip
@@ -471,6 +503,8 @@ def train(args: argparse.Namespace, log: Log) -> None:
     if args.refine:
         make_training_set(args, minutes, None, log)
         return
+    if args.start:
+        start_from(args.start, args.work)
     text, tokenizer = get_text_encoder(args.work, args.seed, log)
     if not (args.work / "tokens-train.pt").exists():
         make_training_set(args, minutes, tokenizer, log)
@@ -481,7 +515,7 @@ def train(args: argparse.Namespace, log: Log) -> None:
     for name in SIZES:
         train_decoder(
             args.work, name, codec, text, tokenizer, train_set, held_out, args.decoder_batch,
-            minutes[name], args.seed, log,
+            minutes[name], args.seed, args.start, log,
         )  # fmt: skip
 
 
@@ -494,7 +528,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(1)
-    inputs = {"--work": args.work} | ({"--refine": args.refine} if args.refine else {})
+    read = {"--work": args.work, "--refine": args.refine, "--start": args.start}
+    inputs = {option: path for option, path in read.items() if path}
     with new_folder(args.out, inputs=inputs) as out:
         claim_work(args.work)
         models = args.work / "models"
