@@ -127,6 +127,16 @@ def test_a_folder_with_other_files_is_refused_before_any_work(tiny, tmp_path, op
     assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
 
 
+def test_work_of_another_run_is_refused_and_stems_fit_every_run(tmp_path):
+    work = tmp_path / "work"
+    corpora.claim_work(work)
+    corpora.claim_work(work, {"seed": 1})
+    corpora.claim_work(work)
+    corpora.claim_work(work, {"seed": 1})
+    with pytest.raises(OutputError, match="'seed': 1"):
+        corpora.claim_work(work, {"seed": 2})
+
+
 def test_progress_counts_earlier_runs_and_bad_losses_end_a_run(tmp_path):
     phase = run.Phase("x", tmp_path, minutes=1.0)
     phase.before = 30.0

@@ -56,17 +56,26 @@ class Material:
     """File or folder of the voice bank; None takes the one in this repository."""
 
 
-def claim_work(work: Path) -> None:
-    """Make the folder for work in progress, or see that an earlier run made it.
+def claim_work(work: Path, run: dict[str, object] | None = None) -> None:
+    """Make the folder for work in progress, or see that an earlier run of the same kind made it.
+
+    Args:
+        work: the folder.
+        run: what must be equal for a run to go on; None only adds stems, which fit every run.
 
     Raises:
-        OutputError: it holds other files.
+        OutputError: it holds other files, or the work of another run.
     """
     mark = work / MARK
     if work.exists() and not mark.exists() and any(work.iterdir()):
         raise OutputError(f"--work {work} holds other files: name a new folder")
     work.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    earlier = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+    if run and earlier and earlier != run:
+        raise OutputError(
+            f"--work {work} holds the work of a run with {earlier}: name a new folder"
+        )
+    write_text(mark, json.dumps(run or earlier))
 
 
 def add_material_options(parser: argparse.ArgumentParser) -> None:

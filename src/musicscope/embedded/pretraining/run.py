@@ -531,7 +531,11 @@ def main(argv: list[str] | None = None) -> None:
     read = {"--work": args.work, "--refine": args.refine, "--start": args.start}
     inputs = {option: path for option, path in read.items() if path}
     with new_folder(args.out, inputs=inputs) as out:
-        claim_work(args.work)
+        kept = {"seed": args.seed, "codec": args.codec}
+        kept |= {
+            k: str(v.resolve()) for k, v in (("start", args.start), ("refine", args.refine)) if v
+        }
+        claim_work(args.work, kept)
         models = args.work / "models"
         train(args, Log(models / "log.jsonl"))
         shutil.copytree(models, out.scratch, dirs_exist_ok=True)
