@@ -126,6 +126,16 @@ def test_chunks_repeat_resume_and_load(short, tmp_path):
     )
 
 
+def test_a_scene_that_never_renders_is_an_error(short, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("no such program")
+
+    monkeypatch.setattr(corpora, "render_scene", broken)
+    with pytest.raises(ValueError, match="no such program"):
+        corpora.render_chunk(tmp_path, None, "train", 0, 20)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_corpus_takes_no_more(short, tmp_path):
     name = corpora.render_chunk(tmp_path, None, "train", 0, 20)
     corpus = corpora.Corpus(tmp_path, 1, "cpu")
