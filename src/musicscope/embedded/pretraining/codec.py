@@ -59,6 +59,8 @@ class CodecConfig:
     )  # fmt: skip
     """Share of each loss in the gradient at the decoded audio (`balanced_gradient`)."""
     commitment_weight: float = 0.1
+    scale_weight: float = 0.1
+    """Of `scale_loss`."""
     discriminator_channels: int = 16
 
 
@@ -172,6 +174,34 @@ class CodebookTrainer:
 # --- training ---------------------------------------------------------------------------------
 
 
+def latent_scale(latents: Tensor) -> Tensor:
+    """Root mean square of latents [B, T, D]."""
+    return latents.square().mean().clamp_min(1e-12).sqrt()
+
+
+class ScaleWatch:
+    """Collects the scale of what goes into the LSTMs, and of the latents.
+
+    Commitment relative to the latents' variance leaves their scale free. Without a penalty it grew
+    to 4,000 in 6,000 steps: the LSTMs were saturated and did nothing, and losses became NaN.
+    """
+
+    def __init__(self, codec: EncodecModel):
+        self.scales: list[Tensor] = []
+        for module in codec.modules():
+            if isinstance(module, nn.LSTM):
+                module.register_forward_pre_hook(self._watch)
+
+    def _watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.scales.append(latent_scale(inputs[0].float()))
+
+    def loss(self, latents: Tensor) -> Tensor:
+        """Squared log of each scale above 1."""
+        scales = torch.stack([latent_scale(latents), *self.scales])
+        self.scales.clear()
+        return scales.log().clamp_min(0.0).square().sum()
+
+
 def learning_rate(progress: float, step: int, warmup_steps: int, floor: float = 0.02) -> float:
     """Factor in [0, 1]: linear warm-up by step, then cosine decay to `floor` by progress."""
     warm = min((step + 1) / warmup_steps, 1.0)
@@ -196,6 +226,17 @@ def plain_weights(codec: EncodecModel) -> EncodecModel:
     for module in codec.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             nn.utils.parametrize.remove_parametrizations(module, "weight")
+    return codec
+
+
+def restart_codebooks(codec: EncodecModel) -> EncodecModel:
+    """Make each codebook's running sums agree with its saved vectors, in place.
+
+    Saved vectors are a running mean over steps and rounded to float16; the sums are neither.
+    """
+    for layer in codec.quantizer.layers:
+        book = layer.codebook
+        book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
     return codec
 
 
@@ -258,6 +299,7 @@ class CodecTrainer:
         self.generator = torch.Generator().manual_seed(seed)
         frames = config.batch * config.crop // HOP
         self.books = CodebookTrainer(self.codec, self.generator, frames)
+        self.watch = ScaleWatch(self.codec)
         self.trained = list((codec.decoder if decoder_only else codec).parameters())
         self.optimisers = [
             torch.optim.AdamW(
@@ -288,22 +330,23 @@ class CodecTrainer:
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def reconstruct(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode, quantise and decode audio [B, samples]; also the commitment loss."""
+    def reconstruct(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode, quantise and decode audio [B, samples]; also losses of what lies between."""
         if self.decoder_only:
             with torch.no_grad():  # in float32, as codes are made
                 latents = self.codec.quantizer.decode(self.codec.quantizer.encode(
                     self.codec.encoder(audio[:, None]), self.codec.config.target_bandwidths[0]
                 )).transpose(1, 2)  # fmt: skip
-            commitment = latents.new_zeros(())
+            quantised, commitment = latents, latents.new_zeros(())
         else:
             with self._autocast():
                 latents = self.codec.encoder(audio[:, None])
             latents = latents.float().nan_to_num(0.0, 0.0, 0.0)  # codebooks would keep a NaN
-            latents, commitment = self.books.quantise(latents.transpose(1, 2))
+            quantised, commitment = self.books.quantise(latents.transpose(1, 2))
         with self._autocast():
-            decoded = self.codec.decoder(latents.transpose(1, 2))
-        return decoded.float()[:, 0, : audio.shape[1]], commitment
+            decoded = self.codec.decoder(quantised.transpose(1, 2))
+        between = {"commitment": commitment, "scale": self.watch.loss(latents)}
+        return decoded.float()[:, 0, : audio.shape[1]], between
 
     def step(self, audio: Tensor, progress: float) -> dict[str, Tensor]:
         """Train on crops [B, samples] on the device; losses as tensors, without waiting."""
@@ -348,7 +391,7 @@ class CodecTrainer:
     def _train(self, audio: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """Forward, backward and update; nothing here waits for the device."""
         config = self.config
-        decoded, commitment = self.reconstruct(audio)
+        decoded, between = self.reconstruct(audio)
         losses = {"mel": mel_loss(decoded, audio), "waveform": waveform_loss(decoded, audio)}
         weights = {name: self._scalar(weight) for name, weight in config.weights}
         if adversarial:
@@ -366,8 +409,11 @@ class CodecTrainer:
         at_audio = at_audio * self.norms["waveform"]
         outputs, gradients = [decoded], [at_audio]
         if not self.decoder_only:
-            outputs.append(commitment)
-            gradients.append(torch.full_like(commitment, config.commitment_weight))
+            for loss, weight in zip(
+                between.values(), (config.commitment_weight, config.scale_weight), strict=True
+            ):
+                outputs.append(loss)
+                gradients.append(torch.full_like(loss, weight))
         self.optimisers[0].zero_grad(set_to_none=True)
         torch.autograd.backward(outputs, gradients)
         norm = clip_gradients(self.trained)
@@ -377,7 +423,7 @@ class CodecTrainer:
             change = torch._foreach_sub([v.detach() for v in self._averaged().values()], mean)
             torch._foreach_mul_(change, self.follow)
             torch._foreach_add_(mean, change)
-        losses |= {"commitment": commitment, "gradient": norm}
+        losses |= between | {"gradient": norm}
         if adversarial:
             losses["discriminator"] = discriminator
         return {name: value.detach() for name, value in losses.items()}

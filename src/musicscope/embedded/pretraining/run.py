@@ -40,6 +40,7 @@ from musicscope.embedded.pretraining.codec import (
     CodecTrainer,
     keep_shapes_on_cpu,
     plain_weights,
+    restart_codebooks,
     start_codec,
 )
 from musicscope.embedded.pretraining.corpus import (
@@ -233,17 +234,26 @@ def train_codec(
 
 def get_codec(
     work: Path, corpus: Corpus, held_out: Corpus, config: CodecConfig, minutes: float, seed: int,
-    refill: Callable[[], None], log: Log, graphs: bool = True,
+    refill: Callable[[], None], log: Log, graphs: bool = True, earlier: Path | None = None,
 ) -> EncodecModel:  # fmt: skip
-    """The codec, kept in `work`; trained for `minutes` unless it is there."""
+    """The codec, kept in `work`; trained for `minutes` unless it is there.
+
+    Training goes on from the codec in `earlier` (a codec, or models that hold one) if there is one,
+    else it starts anew.
+    """
     path = work / "codec"
     if not (path / "config.json").exists():
         device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
-        rng = np.random.default_rng(seed_for(seed, "codec-start"))
-        mixes = draw_mixes(corpus.table, START_CLIPS, rng, SECONDS)
-        starts = rng.integers(SAMPLES - START_SAMPLES + 1, size=START_CLIPS)
-        audio = mix_audio(corpus.bank, mixes, rooms, starts, START_SAMPLES)
-        start = start_codec(config, seed_for(seed, "codec"), audio)
+        if earlier:
+            codec = load_codec(earlier)
+            log("codec before", **measure_codec(codec, held_out, seed))
+            config, start = codec_config(codec, config), restart_codebooks(plain_weights(codec))
+        else:
+            rng = np.random.default_rng(seed_for(seed, "codec-start"))
+            mixes = draw_mixes(corpus.table, START_CLIPS, rng, SECONDS)
+            starts = rng.integers(SAMPLES - START_SAMPLES + 1, size=START_CLIPS)
+            audio = mix_audio(corpus.bank, mixes, rooms, starts, START_SAMPLES)
+            start = start_codec(config, seed_for(seed, "codec"), audio)
         trainer = CodecTrainer(config, start, seed_for(seed, "codec"), device, graphs=graphs)
         phase = Phase("codec", work, minutes)
         codec = train_codec(trainer, phase, corpus, seed, refill, log)
@@ -253,6 +263,22 @@ def get_codec(
         del trainer
         log("codec held out", **measure_codec(codec, held_out, seed))
     return EncodecModel.from_pretrained(path)
+
+
+def load_codec(folder: Path) -> EncodecModel:
+    """The codec of a saved codec, or of the models in a folder of `model_names`, in float32."""
+    if (folder / "config.json").exists():
+        return EncodecModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_whole(folder / model_names(folder)[0]).audio_encoder
+
+
+def codec_config(codec: EncodecModel, like: CodecConfig) -> CodecConfig:
+    """`like` with the architecture of `codec`."""
+    return replace(
+        like, num_filters=codec.config.num_filters, hidden_size=codec.config.hidden_size,
+        codebooks=codec.config.num_quantizers, codebook_size=codec.config.codebook_size,
+        upsampling_ratios=tuple(codec.config.upsampling_ratios),
+    )  # fmt: skip
 
 
 REFINE = {
@@ -272,15 +298,7 @@ def refine_codec(
     names = model_names(source)
     model = load_whole(source / names[0])
     log("refine before", **measure_codec(model.audio_encoder, held_out, seed))
-    codec_config = model.audio_encoder.config
-    config = replace(
-        CodecConfig(
-            num_filters=codec_config.num_filters, hidden_size=codec_config.hidden_size,
-            codebooks=codec_config.num_quantizers, codebook_size=codec_config.codebook_size,
-            upsampling_ratios=tuple(codec_config.upsampling_ratios), batch=batch,
-        ),
-        **REFINE,
-    )  # fmt: skip
+    config = codec_config(model.audio_encoder, replace(CodecConfig(batch=batch), **REFINE))
     trainer = CodecTrainer(
         config, plain_weights(model.audio_encoder), seed_for(seed, "refine"), corpus.bank.device,
         decoder_only=True, graphs=graphs,
@@ -445,6 +463,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", type=Path, metavar="FOLDER",
                         help="keep codec and text encoder of the models in this folder and "
                         "train their decoders on")  # fmt: skip
+    parser.add_argument("--codec-start", type=Path, metavar="FOLDER",
+                        help="train the codec of the models in this folder on, all of it; "
+                        "decoders trained on its old codes are of no use afterwards")  # fmt: skip
     parser.add_argument("--refine", type=Path, metavar="FOLDER",
                         help="train the codec's decoder alone, of the models in this folder, "
                         "and write them to --out; their codes do not change")  # fmt: skip
@@ -485,7 +506,7 @@ def make_training_set(
         config = replace(CodecConfig(batch=args.codec_batch), **args.codec)
         codec = get_codec(
             args.work, sets["train"], sets["test"], config, minutes["codec"], args.seed, refill,
-            log, not args.no_graphs,
+            log, not args.no_graphs, args.codec_start,
         )  # fmt: skip
         refill()
     if args.until == "codec":
@@ -528,12 +549,21 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(1)
-    read = {"--work": args.work, "--refine": args.refine, "--start": args.start}
+    read = {
+        "--work": args.work, "--refine": args.refine, "--start": args.start,
+        "--codec-start": args.codec_start,
+    }  # fmt: skip
     inputs = {option: path for option, path in read.items() if path}
     with new_folder(args.out, inputs=inputs) as out:
         kept = {"seed": args.seed, "codec": args.codec}
         kept |= {
-            k: str(v.resolve()) for k, v in (("start", args.start), ("refine", args.refine)) if v
+            k: str(v.resolve())
+            for k, v in (
+                ("start", args.start),
+                ("refine", args.refine),
+                ("codec-start", args.codec_start),
+            )
+            if v
         }
         claim_work(args.work, kept)
         models = args.work / "models"
