@@ -10,19 +10,19 @@ _default:
 
 # run every stage whose inputs changed
 repro *args:
-    @python -m musicscope.dvc_repair
+    @python -m tools.dvc_repair
     dvc repro "$@"
 
-# all tests, in two processes; for a part: just test tests/test_config.py -k name
+# all tests, in two processes; for a part: just test tests/config/test_config.py -k name
 test *args:
     pytest -q -n 2 --dist worksteal "$@"
 
-# rules, format, the code deps in dvc.yaml, and README's tables
+# rules, format, the code digests, and README's tables
 lint:
     ruff check .
     ruff format --check .
-    python tests/code_deps.py
-    python tests/readme_tables.py
+    python -m tools.import_closure
+    python -m tools.readme_tables
 
 # metrics/summary.json as a table; the page is data/report/report.html
 report:
@@ -65,15 +65,15 @@ locked:
 
 # the whole line on a few clips, in a temporary copy that is removed
 smoke *args:
-    python tests/smoke.py "$@"
+    python -m tools.smoke "$@"
 
 # write README's tables from metrics/
 tables:
-    python tests/readme_tables.py --write
+    python -m tools.readme_tables --write
 
-# write the code that each stage imports into dvc.yaml
+# write a digest of each stage's code into code.lock.yaml
 deps:
-    python tests/code_deps.py --write
+    python -m tools.import_closure --write
 
 # exact pins from pyproject.toml; existing pins stay unless a range excludes them
 lock *args:

@@ -31,12 +31,10 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from musicscope.activations import (
-    codes,  # noqa: E402
-    extraction,  # noqa: E402
-)
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
-from musicscope.models import load_model  # noqa: E402
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.activations import extraction
+from musicscope.activations import token_cache as codes
+from musicscope.models.registry import load_model  # noqa: E402
 
 RESULT = "benchmarks/results/extraction.json"
 

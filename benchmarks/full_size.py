@@ -31,9 +31,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
-from musicscope.planning.full_size import DATA_SETS, MUSICGEN, musicgen_config, shape_of  # noqa: E402
-from musicscope.planning.measure import Rate, measure  # noqa: E402
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.commands.plan.measure import Rate, measure  # noqa: E402
+from musicscope.commands.plan.published_sizes import DATA_SETS, MUSICGEN, musicgen_config, shape_of  # noqa: E402
 
 RESULT = "benchmarks/results/full_size.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ def random_musicgen(config: Any, name: str, dtype: torch.dtype, device: str) -> 
     """A MusicgenModel with random weights: decoder in `dtype`, codec and text encoder float32."""
     from transformers import MusicgenForConditionalGeneration
 
-    from musicscope.models.musicgen import MusicgenModel
+    from musicscope.models.musicgen.model import MusicgenModel
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()

@@ -23,8 +23,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
-from musicscope.models import load_model  # noqa: E402
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.models.registry import load_model  # noqa: E402
 
 RESULT = "benchmarks/results/generation.json"
 

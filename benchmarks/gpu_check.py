@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from musicscope.artifacts import read_json, write_json
+from musicscope.core.io import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"a": 1.0, "b": 1.2, "d": 4.0, "c": 3.0}

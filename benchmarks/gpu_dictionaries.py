@@ -46,8 +46,9 @@ from benchmarks.gpu_steps import (
     sae_methods,
     usae_methods,
 )
-from musicscope.dictionaries import sae_step, usae_step
-from musicscope.dictionaries.sae_step import Weights
+from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries import usae_step
+from musicscope.dictionaries.step import Weights
 
 BLOCK = 4
 """Steps of a method in a row; a round takes so many of each, or as many as last SLOW."""

@@ -25,11 +25,11 @@ from transformers import BatchEncoding, EncodecConfig, EncodecModel
 
 from benchmarks.full_size import random_musicgen, tiny_config
 from benchmarks.gpu_parts import Record, relative_error, tf32, wait
-from musicscope.artifacts import read_json
-from musicscope.models import musicgen  # noqa: F401 (slow to load: before the clock runs)
-from musicscope.models.batch_size import peak_bytes
-from musicscope.planning.full_size import MUSICGEN, musicgen_config
-from musicscope.planning.measure import measure as measure_rate
+from musicscope.commands.plan.measure import measure as measure_rate
+from musicscope.commands.plan.memory import peak_bytes
+from musicscope.commands.plan.published_sizes import MUSICGEN, musicgen_config
+from musicscope.core.io import read_json
+from musicscope.models.musicgen import model as musicgen  # noqa: F401 (slow to load: before the clock runs)
 
 NANO = Path("data/models/nano-small")
 NANO_CODEC = {

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.gpu_check import LOST  # noqa: E402
-from musicscope.artifacts import read_json, write_json  # noqa: E402
+from musicscope.core.io import read_json, write_json  # noqa: E402
 
 T = TypeVar("T")
 PARTS = {

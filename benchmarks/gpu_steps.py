@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu_parts import PRECISIONS
-from musicscope.dictionaries import sae_step, usae_step
-from musicscope.dictionaries.sae_step import Weights
+from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries import usae_step
+from musicscope.dictionaries.step import Weights
 
 DEAD_BIAS = -1000.0
 LR = 1e-4

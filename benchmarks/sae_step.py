@@ -30,8 +30,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import embedding_bag  # noqa: E402
 
-from musicscope.dictionaries.sae_step import Aux, gradients, initial_state, step  # noqa: E402
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.dictionaries.step import Aux, gradients, initial_state, step  # noqa: E402
 
 RESULT = "benchmarks/results/sae_step.json"
 

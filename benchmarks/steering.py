@@ -25,19 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from musicscope.artifacts import read_json  # noqa: E402
-from musicscope.dictionaries.sae import TopKSAE  # noqa: E402
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
-from musicscope.models import load_model  # noqa: E402
-from musicscope.steering.editing import (  # noqa: E402
-    ConceptEdit,
-    Edit,
-    Gate,
-    Steering,
-    change_hook,
-    steering_hook,
-)
-from musicscope.steering.steering_baselines import passthrough_change  # noqa: E402
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.core.io import read_json  # noqa: E402
+from musicscope.dictionaries.core import TopKSAE  # noqa: E402
+from musicscope.models.registry import load_model  # noqa: E402
+from musicscope.steering.baselines import passthrough_change  # noqa: E402
+from musicscope.steering.edit import ConceptEdit, Edit, Gate, Steering, change_hook, steering_hook  # noqa: E402
 
 RESULT = "benchmarks/results/steering.json"
 LATENTS = 16

@@ -30,12 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from benchmarks.sae_step import activations  # noqa: E402
-from musicscope.dictionaries import (
-    sae_step,  # noqa: E402
-    usae_step,  # noqa: E402
-)
-from musicscope.measurement_records import OUT_HELP, open_record  # noqa: E402
+from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries import usae_step
 
 RESULT = "benchmarks/results/usae_step.json"
 

@@ -22,9 +22,9 @@ from typing import Any
 import dvc.api
 import pandas as pd
 
-from musicscope.artifacts import write_text
+from benchmarks.records import held_by_git
 from musicscope.config import load_params
-from musicscope.measurement_records import held_by_git
+from musicscope.core.io import write_text
 
 RESULT = "experiments/steering_search.csv"
 MODEL = "nano-small"

@@ -12,8 +12,9 @@ import re
 import shlex
 from pathlib import Path
 
-from musicscope.planning import plan, plan_rates
-from musicscope.planning.full_size import shape_of
+from musicscope.commands.plan import estimate as plan
+from musicscope.commands.plan import rates as plan_rates
+from musicscope.commands.plan.published_sizes import shape_of
 
 README = Path("experiments/README.md")
 PLANNED_CLIPS = {"folder": 2000}

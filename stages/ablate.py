@@ -9,10 +9,10 @@ import argparse
 
 import torch
 
-from musicscope import plots
-from musicscope.artifacts import write_json, write_text
+from musicscope.ablation import run as ablation_run
 from musicscope.config import load_params
-from musicscope.layers import ablation_run
+from musicscope.core import plots
+from musicscope.core.io import write_json, write_text
 
 
 def main() -> None:

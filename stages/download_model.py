@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from musicscope.artifacts import partial_dir, write_json
 from musicscope.config import load_params
+from musicscope.core.io import partial_dir, write_json
 from musicscope.models.download import download
 
 

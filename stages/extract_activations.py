@@ -11,10 +11,11 @@ import sys
 
 from omegaconf import OmegaConf
 
-from musicscope import artifacts
-from musicscope.activations import engines, extraction, extraction_plans
+from musicscope.activations import extraction, extraction_plans
 from musicscope.config import Params, load_params
-from musicscope.listening import open_sources
+from musicscope.core import engines
+from musicscope.core import io as artifacts
+from musicscope.models.sources import open_sources
 
 CLIPS = "data/clips"
 

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from musicscope import plots
 from musicscope.activations.store import ActivationStore
-from musicscope.artifacts import atomic_dir, write_json, write_text
-from musicscope.clips import ClipStore
-from musicscope.concepts import concept_plots, concept_run
 from musicscope.config import load_params
-from musicscope.dictionaries.sae import TopKSAE
+from musicscope.core import plots
+from musicscope.core.io import atomic_dir, write_json, write_text
+from musicscope.data.clips import ClipStore
+from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.finder import plots as concept_plots
+from musicscope.finder import run as concept_run
 
 
 def main() -> None:

@@ -16,12 +16,14 @@ import torch
 
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
-from musicscope.artifacts import write_json
-from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.dictionaries.sae import TopKSAE
+from musicscope.core.io import write_json
+from musicscope.data.clips import ClipStore
+from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
-from musicscope.features import feature_table, match_report, match_run
+from musicscope.features import report as match_report
+from musicscope.features import run as match_run
+from musicscope.features import table as feature_table
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import sys
 import torch
 
 from musicscope.config import load_params
-from musicscope.features.feature_choice import Latent, choose, read_features
-from musicscope.maximizing import maximization
-from musicscope.maximizing.maximize import maximize
+from musicscope.features.selection import Latent, choose, read_features
+from musicscope.maximisation import moments as maximization
+from musicscope.maximisation.stage import maximize
 
 
 def main() -> None:

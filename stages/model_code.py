@@ -1,4 +1,4 @@
-"""Which code a model runs on: data/model_code/<model>.json, hashes of its family's loader files.
+"""Which code a model runs on: data/model_code/<model>.json, digests of its family's loader files.
 
 Stages that run the model depend on this file in place of every family's loader, so that an edit of
 one family reruns nothing of another. Reads data/models/<model> to tell the family.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from musicscope.artifacts import sha256, write_json
-from musicscope.code_files import loader_files
-from musicscope.models import detect_system
+from musicscope.core.io import write_json
+from musicscope.models.registry import detect_system
+from tools.import_closure import digest, loader_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     system = detect_system(Path("data/models") / name)
-    files = {file: sha256(ROOT / file) for file in loader_files(ROOT, system)}
+    files = {file: digest([file], ROOT) for file in loader_files(ROOT, system)}
     write_json(f"data/model_code/{name}.json", {"system": system, "files": files})
 
 

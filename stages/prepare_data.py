@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from musicscope.artifacts import atomic_dir, write_json
-from musicscope.clips import ClipStore
 from musicscope.config import PrepareData, load_params
-from musicscope.rendering import embedded
-from musicscope.sources import report, writing
+from musicscope.core.io import atomic_dir, write_json
+from musicscope.data.clips import ClipStore
+from musicscope.data.sources import build as writing
+from musicscope.data.sources import report
+from musicscope.embedded.midi_set import embedded
 
 OUT = "data/clips"
 

@@ -6,15 +6,21 @@ import sys
 import numpy as np
 import torch
 
-from musicscope import assets
-from musicscope.artifacts import atomic_dir, partial_dir, read_json, seed_for, write_json
-from musicscope.clips import FAMILIES, ClipStore
 from musicscope.config import load_params
-from musicscope.judges.family_judge import family_report
-from musicscope.judges.musicnn import load_musicnn
-from musicscope.models import load_model
-from musicscope.nano.model_card import model_card
-from musicscope.nano.pretraining import (
+from musicscope.core.io import atomic_dir, partial_dir, read_json, write_json
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import bootstrap_groups
+from musicscope.data import wheel_assets as assets
+from musicscope.data.clips import ClipStore
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.embedded.nano.evaluation import (
+    encode_rows,
+    evaluate_codec,
+    evaluate_decoder,
+    evaluate_generation,
+)
+from musicscope.embedded.nano.model_card import model_card
+from musicscope.embedded.nano.pretraining import (
     get_codec,
     get_codes,
     get_decoder,
@@ -22,14 +28,10 @@ from musicscope.nano.pretraining import (
     get_text_encoder,
     render_corpus,
     save_model,
-)  # fmt: skip
-from musicscope.nano.pretraining_evaluation import (
-    encode_rows,
-    evaluate_codec,
-    evaluate_decoder,
-    evaluate_generation,
-)  # fmt: skip
-from musicscope.stats import bootstrap_groups
+)
+from musicscope.judges.instrument_classifier import family_report
+from musicscope.judges.musicnn import load_musicnn
+from musicscope.models.registry import load_model
 
 
 def main() -> None:

@@ -12,16 +12,17 @@ import sys
 import numpy as np
 import torch
 
-from musicscope import artifacts
 from musicscope.activations.extraction import folder_sha256
 from musicscope.activations.store import ActivationStore
-from musicscope.clips import FAMILIES, ClipStore
 from musicscope.config import load_params
+from musicscope.core import io as artifacts
+from musicscope.data.clips import ClipStore
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import pool_store
-from musicscope.dictionaries.sae import TopKSAE
-from musicscope.models import load_model
-from musicscope.probing import probe_report, probes
-from musicscope.probing.baselines import baseline_pools
+from musicscope.features import probe_report, probes
+from musicscope.features.baselines import baseline_pools
+from musicscope.models.registry import load_model
 
 
 def main() -> None:

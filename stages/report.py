@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from musicscope.artifacts import write_text
 from musicscope.config import load_params
-from musicscope.reporting.report import build
-from musicscope.reporting.report_data import Sources
+from musicscope.core.io import write_text
+from musicscope.report.build import build
+from musicscope.report.metrics import Sources
 
 OUT = "data/report/report.html"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from musicscope.artifacts import read_json, write_text
+from musicscope.ablation.language import select_layers
 from musicscope.config import load_params
-from musicscope.layers.ablation import select_layers
+from musicscope.core.io import read_json, write_text
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from musicscope.config import load_params
-from musicscope.steering.steering_report import Outs
-from musicscope.steering.steering_stage import evaluate
+from musicscope.steering.report import Outs
+from musicscope.steering.run import evaluate
 
 
 def main() -> None:

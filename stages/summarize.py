@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from musicscope import plots
-from musicscope.artifacts import read_json, write_json
 from musicscope.config import load_params
-from musicscope.reporting.summary import plot_summary, summarize, summary_table
+from musicscope.core import plots
+from musicscope.core.io import read_json, write_json
+from musicscope.report.summary import plot_summary, summarize, summary_table
 
 OUT = "metrics/summary.json"
 

@@ -10,11 +10,11 @@ import shutil
 
 import torch
 
-from musicscope import artifacts
-from musicscope.activations import engines
 from musicscope.config import Params, load_params
+from musicscope.core import engines
+from musicscope.core import io as artifacts
 from musicscope.dictionaries import usae_plots, usae_runs, usae_training
-from musicscope.dictionaries.sae_runs import sole_user
+from musicscope.dictionaries.runs import sole_user
 
 
 def main() -> None:

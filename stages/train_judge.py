@@ -13,13 +13,14 @@ from dataclasses import asdict
 
 import torch
 
-from musicscope import assets, plots
 from musicscope.activations.extraction import folder_sha256
-from musicscope.artifacts import partial_dir, write_json, write_text
-from musicscope.clips import ClipStore
 from musicscope.config import load_params
-from musicscope.judges import judge_training
-from musicscope.parallel import workers
+from musicscope.core import plots
+from musicscope.core.io import partial_dir, write_json, write_text
+from musicscope.core.parallel import workers
+from musicscope.data import wheel_assets as assets
+from musicscope.data.clips import ClipStore
+from musicscope.judges import training as judge_training
 
 CLIPS = "data/clips"
 

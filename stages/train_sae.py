@@ -13,13 +13,14 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from musicscope import artifacts
-from musicscope.activations import engines
 from musicscope.activations.store import ActivationStore
-from musicscope.clips import ClipStore, main_clips
 from musicscope.config import Params, load_params
-from musicscope.dictionaries import sae_losses, sae_runs
-from musicscope.dictionaries.sae_training import SAEConfig
+from musicscope.core import engines
+from musicscope.core import io as artifacts
+from musicscope.data.clips import ClipStore, main_clips
+from musicscope.dictionaries import fidelity as sae_losses
+from musicscope.dictionaries import runs as sae_runs
+from musicscope.dictionaries.training import SAEConfig
 
 
 def main() -> None:

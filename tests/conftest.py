@@ -31,7 +31,7 @@ CAPTIONS = (
 @pytest.fixture(autouse=True)
 def own_clips():
     """Mapped shards are cached by path, and tests that change folder have a data/clips each."""
-    from musicscope.clips import _shard
+    from musicscope.data.clips import _shard
 
     _shard.cache_clear()
 

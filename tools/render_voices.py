@@ -32,7 +32,7 @@ import pyworld
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
-from musicscope.artifacts import seed_for
+from musicscope.core.seeding import seed_for
 from musicscope.embedded.rendering.voices import (
     ALPHA,
     EFFORT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from musicscope.embedded.nano.evaluation import previous_frame_ce, unigram_ce
 from musicscope.embedded.pretraining.count_models import (
     COARSER,
     PREVIOUS,
@@ -12,7 +13,6 @@ from musicscope.embedded.pretraining.count_models import (
     UNIGRAM,
     count_cross_entropy,
 )
-from musicscope.nano.pretraining_evaluation import previous_frame_ce, unigram_ce
 
 CARD = 8
 

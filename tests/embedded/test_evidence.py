@@ -28,7 +28,7 @@ from musicscope.embedded.pretraining.generated_evidence import (
     prompt_rows,
 )
 from musicscope.judges.musicnn import TAGS
-from musicscope.models.musicgen import MusicgenModel
+from musicscope.models.musicgen.model import MusicgenModel
 
 BOOT = Bootstrap(200, 1)
 GROUPS = np.repeat([f"piece{i}" for i in range(8)], 3)

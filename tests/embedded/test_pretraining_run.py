@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from musicscope.core.user_outputs import OutputError
 from musicscope.embedded.pretraining import corpus as corpora
 from musicscope.embedded.pretraining import run
 from musicscope.embedded.rendering import scenes
-from musicscope.models import load_model
-from musicscope.output_places import OutputError
+from musicscope.models.registry import load_model
 
 SECONDS = 1.2
 

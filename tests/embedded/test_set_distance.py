@@ -13,7 +13,7 @@ from musicscope.embedded.pretraining.set_distance import (
     frechet_infinity,
     null_auroc,
 )
-from musicscope.judges.judging import frechet_distance
+from musicscope.judges.pair import frechet_distance
 
 DIMENSIONS = 4
 SIZE = 5

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import sosfreqz
 
+from musicscope.data.taxonomy import BASS_NAMES, FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
 from musicscope.embedded.rendering.synthesis import INSTRUMENTS, play
 from musicscope.embedded.rendering.tones import biquad, hertz, modal, scan, tables
-from musicscope.rendering.orchestration import BASS_NAMES, FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
 
 RATE = 32_000
 PROGRAMS = {**{f: tuple(p) for f, p in PROGRAM_NAMES.items()}, "bass": tuple(BASS_NAMES)}

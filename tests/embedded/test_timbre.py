@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from musicscope.data.taxonomy import FAMILIES
 from musicscope.embedded.rendering.timbre import (
     Master,
     Timbre,
@@ -17,7 +18,6 @@ from musicscope.embedded.rendering.timbre import (
     draw_master,
     draw_timbre,
 )
-from musicscope.rendering.orchestration import FAMILIES
 
 RATE = 32_000
 

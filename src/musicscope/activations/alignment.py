@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from musicscope import artifacts
 from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, StoreError, storage
-from musicscope.activations.store_writer import StoreWriter, shard_spans
+from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.core import io as artifacts
 
 
 def align(

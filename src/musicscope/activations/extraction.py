@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from musicscope import artifacts
-from musicscope.activations import codes
-from musicscope.activations.ranks import ALONE, Ranks
+from musicscope.activations import token_cache as codes
 from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, storage
-from musicscope.activations.store_writer import StoreWriter, shard_spans
-from musicscope.parallel import workers
+from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.core import io as artifacts
+from musicscope.core.parallel import workers
+from musicscope.core.ranks import ALONE, Ranks
 
 Sources = Callable[[], tuple[Any, Any]]
 """Opens (model, clip store). Picklable and cached, for it is called for every task."""

@@ -15,7 +15,7 @@ from typing import Any
 from musicscope.activations import extraction
 from musicscope.activations.extraction import Plan, Sources
 from musicscope.activations.store import ActivationStore
-from musicscope.models.audio_model import is_audio_model
+from musicscope.models.interface import is_audio_model
 
 
 def hook_names(model: Any, chosen: Mapping[str, int]) -> dict[str, str]:

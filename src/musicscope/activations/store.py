@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from musicscope import artifacts
+from musicscope.core import io as artifacts
 
 FORMAT, FORMAT_VERSION = "musicscope.activations", 1
 CLIP_COLUMNS = ("id", "split", "font", "kind", "group", "frames")

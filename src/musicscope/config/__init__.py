@@ -22,7 +22,7 @@ from musicscope.config.analysis import (
 from musicscope.config.concepts import FindConcept, Steer, TrainJudge
 from musicscope.config.data import DownloadModel, PrepareData, Pretrain, RecordingLimits
 from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
-from musicscope.typed_yaml import ParamsError, choice, load_typed, name, number, pattern
+from musicscope.config.schema import ParamsError, choice, load_typed, name, number, pattern
 
 __all__ = ["Params", "ParamsError", "PrepareData", "Pretrain", "RecordingLimits", "load_params"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from musicscope.typed_yaml import ParamsError, choice, name, number, pattern
+from musicscope.config.schema import ParamsError, choice, name, number, pattern
 
 PAIR = re.compile(r"\w+-(on|off)(\+\w+-(on|off))+")
 
@@ -23,7 +23,7 @@ class Steer:
     pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like", empty=True)
     """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
     scores: tuple[str, ...] = choice("share", "effect", "partial", "auroc")
-    """How train clips rank latents; see musicscope.steering.steering_learning."""
+    """How train clips rank latents; see musicscope.steering.learning."""
     target: str = choice("active", "mean")
     """What latents are raised to: their mean where they fire, or over all frames."""
     both_sides: str = choice("never", "when_off", "when_on", "always")
@@ -34,7 +34,7 @@ class Steer:
     n_features: tuple[int, ...] = number(1, 65536)
     """Numbers of latents."""
     branches: tuple[str, ...] = choice("conditional", "both", "guidance")
-    """Rows of guided generation that are edited; see musicscope.steering.editing.Steering."""
+    """Rows of guided generation that are edited; see musicscope.steering.edit.Steering."""
     loops: tuple[str, ...] = choice("open", "closed")
     """closed: edit only while a probe on the latents hears something to change."""
     direction_strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from musicscope.typed_yaml import ParamsError, choice, may_be_empty, number, pattern
+from musicscope.config.schema import ParamsError, choice, may_be_empty, number, pattern
 
 ANY = re.compile(r".+")
 

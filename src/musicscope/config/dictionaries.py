@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from musicscope.typed_yaml import ParamsError, choice, name, number
+from musicscope.config.schema import ParamsError, choice, name, number
 
 
 @dataclass(frozen=True)

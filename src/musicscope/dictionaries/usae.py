@@ -23,8 +23,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from musicscope.artifacts import read_json, write_json
-from musicscope.dictionaries.sae import CHUNK, _write_bytes, largest_k
+from musicscope.core.io import read_json, write_json
+from musicscope.dictionaries.core import CHUNK, _write_bytes, largest_k
 
 KINDS = ("usae", "crosscoder")
 FILE = "usae.safetensors"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from musicscope.activations.store import STORAGE, ActivationStore, StoreError, decode, encode
-from musicscope.artifacts import seed_for
-from musicscope.clips import main_clips
+from musicscope.core.seeding import seed_for
+from musicscope.data.clips import main_clips
 
 
 @dataclass(frozen=True)

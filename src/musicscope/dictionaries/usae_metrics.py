@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.dictionaries.sae_metrics import random_like
+from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.dictionaries.evaluation import random_like
 from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
-from musicscope.stats import percentile_interval, resample_weights
 
 TOP = 100  # latents of highest energy whose mean co-fire proportion is given apart
 SHARED_NORM, OWN_NORM = 0.6, 0.9

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from musicscope import plots
-from musicscope.artifacts import write_text
+from musicscope.core import plots
+from musicscope.core.io import write_text
 from musicscope.dictionaries.usae_metrics import relative_norms
 from musicscope.dictionaries.usae_runs import MISPAIRED, SHARES, Outcome, entropies
 

@@ -17,18 +17,19 @@ import numpy as np
 from tqdm import tqdm
 
 from musicscope.activations.alignment import common_frames
-from musicscope.activations.ranks import ALONE, Ranks
 from musicscope.activations.store import ActivationStore
-from musicscope.artifacts import seed_for, sha256
-from musicscope.dictionaries import sae_metrics
+from musicscope.core.io import sha256
+from musicscope.core.parallel import workers
+from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.seeding import seed_for
+from musicscope.dictionaries import evaluation as sae_metrics
 from musicscope.dictionaries import usae_metrics as metrics
-from musicscope.dictionaries.sae import TopKSAE
-from musicscope.dictionaries.sae_runs import TEST, TRAIN
-from musicscope.dictionaries.sae_training import SAEConfig
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.runs import TEST, TRAIN
+from musicscope.dictionaries.training import SAEConfig
 from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.dictionaries.usae_data import Paired, batches, mispair, pair
 from musicscope.dictionaries.usae_training import CROSSCODER, Trained, train
-from musicscope.parallel import workers
 
 CONTROL_FRAMES = 32 * 2048
 MISPAIRED = "mispaired"

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from musicscope.activations.ranks import ALONE, Ranks
-from musicscope.dictionaries import sae_step
-from musicscope.dictionaries.sae import largest_k
-from musicscope.dictionaries.sae_step import Aux, Codes, Weights, decode, select
+from musicscope.core.ranks import ALONE, Ranks
+from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries.core import largest_k
+from musicscope.dictionaries.step import Aux, Codes, Weights, decode, select
 
 RULES: dict[str, Callable[[int, int], Sequence[int]]] = {
     "paper": lambda drawn, models: (drawn,),

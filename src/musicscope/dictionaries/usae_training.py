@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.activations.ranks import ALONE, Ranks
-from musicscope.artifacts import seed_for
-from musicscope.dictionaries import sae_step, usae_step
-from musicscope.dictionaries.sae_training import SAEConfig, _load_checkpoint, _save_checkpoint
+from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.seeding import seed_for
+from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries import usae_step
+from musicscope.dictionaries.training import SAEConfig, _load_checkpoint, _save_checkpoint
 from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
 from musicscope.dictionaries.usae_data import Paired, batches
 

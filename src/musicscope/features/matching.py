@@ -25,10 +25,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from musicscope.artifacts import seed_for
-from musicscope.dictionaries.sae_metrics import random_like
-from musicscope.dictionaries.sparse_codes import Codes
-from musicscope.stats import percentile_interval, resample_weights
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.dictionaries.codes import Codes
+from musicscope.dictionaries.evaluation import random_like
 
 CHUNK = 16384  # frames multiplied at once
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from musicscope.audio import mel_filterbank
+from musicscope.core.audio import mel_filterbank
 from musicscope.judges.tf_checkpoint import read_checkpoint
 
 SAMPLE_RATE = 16_000
@@ -227,7 +227,7 @@ def load_musicnn(source: str | Path) -> Musicnn:
     except (FileNotFoundError, KeyError, zipfile.BadZipFile) as error:
         raise FileNotFoundError(
             f"{source} is not the musicnn 0.1.0 wheel or its folder ({error}); get it with "
-            "musicscope.assets.fetch_wheel"
+            "musicscope.data.wheel_assets.fetch_wheel"
         ) from error
     weights = {}
     for name, value in read_checkpoint(index, data).items():

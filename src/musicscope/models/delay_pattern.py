@@ -1,9 +1,9 @@
 """What all MusicGen implementations share: the delay pattern, hooks, teacher forcing.
 
 `MusicgenModel` (transformers) and `AudiocraftModel` differ only in whose modules run; here is
-`musicscope.models.MusicModel` in terms of four things that each of them offers: a layerwise
+`MusicModel` in terms of four things that each of them offers: a layerwise
 `decoder`, `encode_signal`, `encode_text` and `decode`. Conventions of the sequence are in
-`musicscope.models.musicgen_decoder`.
+`musicscope.models.musicgen.decoder`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models import Batch, Hook, HookPoint
-from musicscope.models.musicgen_decoder import Context, delayed
-from musicscope.models.musicgen_generation import generate
+from musicscope.models.interface import Batch, Hook, HookPoint
+from musicscope.models.musicgen.decoder import Context, delayed
+from musicscope.models.musicgen.generation import generate
 
 Hooks = dict[str, Hook] | None
 
@@ -262,6 +262,6 @@ class DelayPatternModel:
         temperature: float = 1.0,
         top_k: int = 250,
     ) -> tuple[Tensor, Tensor]:
-        """Audio [B, n] and codes [B, K, T]; see `musicscope.models.musicgen_generation`."""
+        """Audio [B, n] and codes [B, K, T]; see `musicscope.models.musicgen.generation`."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return generate(self, captions, seconds, seed, hooks, scale, temperature, top_k)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from musicscope.artifacts import atomic_dir
-from musicscope.models import detect_system, fetch_model, hub
+from musicscope.core.io import atomic_dir
+from musicscope.models import hub
+from musicscope.models.registry import detect_system, fetch_model
 
 
 def folder_of(

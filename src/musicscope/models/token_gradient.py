@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from musicscope.models import Batch
+from musicscope.models.interface import Batch
 
 
 class TokenGradient(Protocol):

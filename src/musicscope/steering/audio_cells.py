@@ -5,7 +5,7 @@ get it. What the codec itself loses cancels, since "plain" is the clip's unedite
 everything is measured from there; the noise of a clip's pass is that of its plain twin, so a
 steered piece differs by the edit alone. There are no words to edit, and no cross-entropy: how far
 the sound moved is its spectral distance from the plain reconstruction, as in the ablation of audio
-models (`musicscope.spectral`).
+models (`musicscope.core.audio`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from musicscope.artifacts import seed_for
-from musicscope.clips import known_labels, main_clips
-from musicscope.dictionaries.sae import TopKSAE
-from musicscope.models import Hook
-from musicscope.models.audio_model import AudioBatch, AudioModel
-from musicscope.resampling import resample
-from musicscope.spectral import spectra, spectral_distance
-from musicscope.steering.steering_cells import Cell, Measured, cell_hooks, to_judges
-from musicscope.steering.steering_prompts import PromptSet
-from musicscope.steering.steering_recipes import Recipe
+from musicscope.core.audio import resample, spectra, spectral_distance
+from musicscope.core.seeding import seed_for
+from musicscope.data.clips import known_labels, main_clips
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.models.interface import AudioBatch, AudioModel, Hook
+from musicscope.steering.conditions import Cell, Measured, cell_hooks, to_judges
+from musicscope.steering.prompts import PromptSet
+from musicscope.steering.recipes import Recipe
 
 METHODS = (
     "plain", "original", "reseed", "sae", "diff_means", "probe_direction", "random_feature",
@@ -46,9 +44,9 @@ class AudioBench:
     sae: TopKSAE
     recipes: Mapping[str, Recipe]
     judges: Any
-    """`musicscope.judges.judging.Judges`"""
+    """`musicscope.judges.pair.Judges`"""
     clips: Any
-    """`musicscope.clips.ClipStore`"""
+    """`musicscope.data.clips.ClipStore`"""
     seed: int
     seconds: float
     """The middle of each clip that is played; all of a shorter clip."""

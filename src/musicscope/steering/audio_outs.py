@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from musicscope import plots
-from musicscope.artifacts import atomic_dir, write_json, write_text
+from musicscope.core import plots
+from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.steering.audio_steering import Plan
-from musicscope.steering.steering_report import Outs
+from musicscope.steering.report import Outs
 
 TABLES, CHARTS = ("", "-search", "-dose", "-crosstalk"), ("-dose", "-trade", "-crosstalk")
 

@@ -14,11 +14,11 @@ import numpy as np
 import soundfile
 import torch
 
-from musicscope.models import load_model
-from musicscope.models.audio_model import AudioModel, is_audio_model
-from musicscope.resampling import resample
+from musicscope.core.audio import resample
+from musicscope.models.interface import AudioModel, is_audio_model
+from musicscope.models.registry import load_model
 from musicscope.steering.audio_cells import heard, other_noise
-from musicscope.steering.editing import Steering, steering_hook
+from musicscope.steering.edit import Steering, steering_hook
 from musicscope.steering.pieces import MAX_SECONDS, Piece
 
 

@@ -18,22 +18,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from musicscope.artifacts import seed_for
-from musicscope.clips import known_labels, main_clips
+from musicscope.core.seeding import seed_for
+from musicscope.data.clips import known_labels, main_clips
 from musicscope.steering.audio_cells import METHODS, candidates, estimate, measure
-from musicscope.steering.steering_cells import DIRECTIONS, Cell, Open, run_cells
-from musicscope.steering.steering_evaluation import Scorer, fix_thresholds, outcome
-from musicscope.steering.steering_prompts import PromptSet
-from musicscope.steering.steering_recipes import Settings
-from musicscope.steering.steering_run import (
-    SEARCH_KEYS,
-    Choices,
-    Result,
-    Wish,
-    choose,
-    grid,
-    parse_pair,
-)
+from musicscope.steering.conditions import DIRECTIONS, Cell, Open, run_cells
+from musicscope.steering.evaluation import Scorer, fix_thresholds, outcome
+from musicscope.steering.prompts import PromptSet
+from musicscope.steering.recipes import Settings
+from musicscope.steering.search import SEARCH_KEYS, Choices, Result, Wish, choose, grid, parse_pair
 
 SEARCHED = ("sae", *DIRECTIONS)
 JOINT_METHODS = ("sae", "diff_means")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.dictionaries.sae import TopKSAE
+from musicscope.dictionaries.core import TopKSAE
 
 GROUP = 8
 """Columns a group in the search for the k-th largest pre-activation."""

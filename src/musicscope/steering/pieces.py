@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from musicscope.artifacts import read_json
-from musicscope.layers.hooks import chain
-from musicscope.models import Hook, MusicModel, load_model
-from musicscope.models.audio_model import is_audio_model
-from musicscope.steering.editing import Steering, steering_hook
+from musicscope.core.io import read_json
+from musicscope.models.hooks import chain
+from musicscope.models.interface import Hook, MusicModel, is_audio_model
+from musicscope.models.registry import load_model
+from musicscope.steering.conditions import to_judges
+from musicscope.steering.edit import Steering, steering_hook
 from musicscope.steering.ready import recipe_folder
-from musicscope.steering.steering_cells import to_judges
-from musicscope.steering.steering_recipes import DIRECTIONS
+from musicscope.steering.recipes import DIRECTIONS
 
 MODELS = "data/models"
 MAX_SECONDS = 120.0

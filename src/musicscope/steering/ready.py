@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from musicscope.activations.extraction import folder_sha256
-from musicscope.dictionaries.sae import TopKSAE
-from musicscope.steering.editing import ALWAYS, ConceptEdit, Schedule, Steering
-from musicscope.steering.steering_recipes import WORDS, Recipe, load_recipe
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.steering.edit import ALWAYS, ConceptEdit, Schedule, Steering
+from musicscope.steering.recipes import WORDS, Recipe, load_recipe
 
 FOLDER, FULL_FOLDER = "data/steering", "data/steering_full"
 

@@ -2,7 +2,7 @@
 
 Architecture and losses follow EnCodec (Defossez et al., arXiv 2210.13438): multi-resolution mel and
 waveform losses, an STFT discriminator with feature matching, EMA codebooks with revival of unused
-codes. Training starts from an orthogonal lapped transform (`musicscope.nano.codec_start`).
+codes. Training starts from an orthogonal lapped transform (`musicscope.embedded.nano.codec_start`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
+from musicscope.embedded.nano.codec_start import finish_weights, start_weights
 from musicscope.embedded.pretraining.codec_losses import (
     SAMPLE_RATE,
     STFTDiscriminator,
@@ -26,7 +27,6 @@ from musicscope.embedded.pretraining.codec_losses import (
     mel_loss,
     waveform_loss,
 )
-from musicscope.nano.codec_start import finish_weights, start_weights
 
 HOP = 320  # samples per frame: 50 frames per second
 CODEBOOK_DECAY = 0.99

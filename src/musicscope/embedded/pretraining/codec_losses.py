@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musicscope.audio import mel_filterbank
+from musicscope.core.audio import mel_filterbank
 
 SAMPLE_RATE = 16_000
 MEL_SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))

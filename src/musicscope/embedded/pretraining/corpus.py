@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from musicscope.artifacts import seed_for, write_text
+from musicscope.core.io import write_text
+from musicscope.core.seeding import seed_for
+from musicscope.core.user_outputs import OutputError
+from musicscope.embedded.midi_set.embedded import FONTS, soundfont
 from musicscope.embedded.pretraining.mixing import SceneTable
 from musicscope.embedded.rendering.pieces import Pieces
 from musicscope.embedded.rendering.scenes import (
@@ -31,8 +34,6 @@ from musicscope.embedded.rendering.scenes import (
 )
 from musicscope.embedded.rendering.scores import load_scores, save_scores
 from musicscope.embedded.rendering.voices import load_bank
-from musicscope.output_places import OutputError
-from musicscope.rendering.embedded import FONTS, soundfont
 
 SECONDS = 10.0
 SAMPLES = round(SECONDS * SAMPLE_RATE)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecModel, MusicgenForConditionalGeneration, T5EncoderModel
 
-from musicscope.artifacts import seed_for
+from musicscope.core.seeding import seed_for
+from musicscope.embedded.nano.decoder_training import build_musicgen, delayed, make_optimisers
 from musicscope.embedded.pretraining.codec import clip_gradients, learning_rate
-from musicscope.nano.decoder_training import build_musicgen, delayed, make_optimisers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from musicscope.artifacts import seed_for
+from musicscope.ablation.language import ablate, ablation_table, join, update_sums
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.embedded.nano.evaluation import caption_ce, log_mel_distance, si_sdr
 from musicscope.embedded.pretraining import generated_evidence as generated
 from musicscope.embedded.pretraining import music_statistics as music
 from musicscope.embedded.pretraining.count_models import (
@@ -38,10 +41,7 @@ from musicscope.embedded.pretraining.evidence_rows import (
     perplexity_row,
 )
 from musicscope.judges.musicnn import Musicnn
-from musicscope.layers.ablation import ablate, ablation_table, join, update_sums
-from musicscope.models.musicgen import MusicgenModel
-from musicscope.nano.pretraining_evaluation import caption_ce, log_mel_distance, si_sdr
-from musicscope.stats import percentile_interval, resample_weights
+from musicscope.models.musicgen.model import MusicgenModel
 
 GENERATION_BATCH = 16
 ABLATION_BATCH = 4

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from musicscope.artifacts import write_json
+from musicscope.core.io import write_json
+from musicscope.core.stats import Statistic, bootstrap_groups
 from musicscope.embedded.pretraining.set_distance import Estimate
-from musicscope.stats import Statistic, bootstrap_groups
 
 MIN_CLIPS = 4
 """Positives and negatives that an AUROC needs to be reported."""

@@ -11,7 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from musicscope.artifacts import seed_for
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import Statistic, auroc, auroc_of
+from musicscope.embedded.nano.evaluation import PROMPT_FORMS
 from musicscope.embedded.pretraining import music_statistics as music
 from musicscope.embedded.pretraining.evidence_rows import (
     TARGETS,
@@ -30,10 +32,8 @@ from musicscope.embedded.pretraining.set_distance import (
     frechet_infinity,
     null_auroc,
 )
-from musicscope.judges.judging import TAGS
 from musicscope.judges.musicnn import Musicnn
-from musicscope.nano.pretraining_evaluation import PROMPT_FORMS
-from musicscope.stats import Statistic, auroc, auroc_of
+from musicscope.judges.pair import TAGS
 
 VOICE_TAGS = {
     "vocals": ("vocal", "vocals", "voice", "singing"),

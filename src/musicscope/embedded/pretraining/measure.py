@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from musicscope import assets
-from musicscope.artifacts import seed_for
+from musicscope.core.seeding import seed_for
+from musicscope.core.user_outputs import OutputError, new_folder
+from musicscope.data import wheel_assets as assets
+from musicscope.data.taxonomy import PITCHED_FAMILIES
 from musicscope.embedded.pretraining.corpus import (
     SAMPLES,
     SCENES_PER_CHUNK,
@@ -38,10 +40,7 @@ from musicscope.embedded.pretraining.mixing import (
 )
 from musicscope.embedded.rendering.captions import CONCEPTS
 from musicscope.judges.musicnn import load_musicnn
-from musicscope.models import load_model
-from musicscope.output_places import OutputError
-from musicscope.rendering.orchestration import PITCHED_FAMILIES
-from musicscope.user_outputs import new_folder
+from musicscope.models.registry import load_model
 
 GUITAR_PROMPTS, OTHER_PROMPTS = 32, 3
 

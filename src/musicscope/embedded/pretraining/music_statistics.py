@@ -14,7 +14,7 @@ from scipy.ndimage import uniform_filter1d
 from scipy.signal import find_peaks
 from scipy.stats import kurtosis, skew
 
-from musicscope.audio import mel_filterbank, power_spectrogram
+from musicscope.core.audio import mel_filterbank, power_spectrogram
 from musicscope.judges.musicnn import SILENCE_RMS, check_audio
 
 SAMPLE_RATE = 16_000

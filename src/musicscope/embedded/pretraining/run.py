@@ -33,7 +33,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from musicscope.artifacts import seed_for, write_json
+from musicscope.core.io import write_json
+from musicscope.core.seeding import seed_for
+from musicscope.core.user_outputs import OutputError, new_folder
+from musicscope.embedded.nano.evaluation import code_use, log_mel_distance, si_sdr
+from musicscope.embedded.nano.text_training import TextConfig, train_text_encoder
 from musicscope.embedded.pretraining.codec import (
     SAMPLE_RATE,
     CodecConfig,
@@ -57,10 +61,6 @@ from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, Token
 from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
 from musicscope.embedded.rendering.captions import facts, random_description, write_caption
 from musicscope.embedded.rendering.styles import STYLES
-from musicscope.nano.pretraining_evaluation import code_use, log_mel_distance, si_sdr
-from musicscope.nano.text_training import TextConfig, train_text_encoder
-from musicscope.output_places import OutputError
-from musicscope.user_outputs import new_folder
 
 SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25}
 """Of the time budget."""

@@ -32,9 +32,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from musicscope.artifacts import seed_for
-from musicscope.judges.judging import frechet_distance
-from musicscope.stats import percentile_interval, resample_weights
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.judges.pair import frechet_distance
 
 SIGNAL_SHARE = 1e-3
 """Dimensions that vary less than this share of the median dimension are not scaled up further."""

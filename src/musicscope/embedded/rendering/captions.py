@@ -6,13 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from musicscope.rendering.captions import KEYS, MAJOR, MINOR
-from musicscope.rendering.orchestration import (
-    BASS_NAMES,
-    FAMILIES,
-    PITCHED_FAMILIES,
-    PROGRAM_NAMES,
-)
+from musicscope.data.taxonomy import BASS_NAMES, FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
+from musicscope.embedded.midi_set.captions import KEYS, MAJOR, MINOR
 
 VOCALS = "vocals"
 SINGERS = ("male", "female")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from musicscope.artifacts import seed_for
+from musicscope.core.seeding import seed_for
 from musicscope.embedded.rendering.accompaniment import arrange
 from musicscope.embedded.rendering.leads import styles_for
 from musicscope.embedded.rendering.scores import Composition, Scores, compositions
@@ -22,7 +22,7 @@ from musicscope.embedded.rendering.tunes import BOOK_SPLITS, Tune
 
 SPLITS = compositions.SPLITS
 SPLIT_WINDOW = 10.0
-"""Seconds. The same as in `musicscope.rendering.embedded`, so Freedoom's split is the same."""
+"""Seconds. As in `embedded.midi_set.embedded`, so that Freedoom's split is the same."""
 SHARES: Mapping[str, Mapping[str, float]] = {
     "train": {"tunes": 0.85, "freedoom": 0.15},
     "validation": {"tunes": 0.85, "freedoom": 0.15},

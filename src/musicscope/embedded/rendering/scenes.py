@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import upfirdn
 
+from musicscope.data.taxonomy import BASS_NAMES, PITCHED_FAMILIES, PROGRAM_NAMES
+from musicscope.embedded.midi_set.compositions import MIN_NOTES, Composition, Part
+from musicscope.embedded.midi_set.render import _DECIMATOR, OVERSAMPLE, SAMPLE_RATE, Synth, rms
 from musicscope.embedded.rendering.captions import VOCALS, estimate_key
 from musicscope.embedded.rendering.synthesis import play
 from musicscope.embedded.rendering.timbre import apply_timbre, draw_timbre
 from musicscope.embedded.rendering.voices import Bank, sing
-from musicscope.rendering.compositions import MIN_NOTES, Composition, Part
-from musicscope.rendering.orchestration import BASS_NAMES, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.rendering.render import _DECIMATOR, OVERSAMPLE, SAMPLE_RATE, Synth, rms
 
 SYNTHESIS = "synthesis"
 STEM_RMS = 0.1

@@ -2,7 +2,7 @@
 
 `read_scores` parses them from the wheels and needs symusic. `load_scores` reads the file that
 `save_scores` wrote and needs only numpy, for machines without symusic and network. Parts and
-compositions are those of `musicscope.rendering.compositions`, whose import survives there too.
+compositions are those of `embedded.midi_set.compositions`, whose import survives there too.
 The file is not for publication: the encodings of the tune books carry no licence text.
 """
 
@@ -18,19 +18,19 @@ from types import ModuleType
 
 import numpy as np
 
-from musicscope import assets
+from musicscope.data import wheel_assets as assets
 from musicscope.embedded.rendering.tunes import GRID, MUSIC21, Tune, merge_settings, read_tunes
 
 FORMAT = 1
 
 
 def import_compositions() -> ModuleType:
-    """Import `musicscope.rendering.compositions`, also where symusic is not installed.
+    """Import `musicscope.embedded.midi_set.compositions`, also where symusic is not installed.
 
     That module imports symusic at its top but uses it only to parse MIDI. Without symusic, an
     empty module takes its name during the import; parsing MIDI then raises TypeError.
     """
-    name = "musicscope.rendering.compositions"
+    name = "musicscope.embedded.midi_set.compositions"
     missing = name not in sys.modules and importlib.util.find_spec("symusic") is None
     if missing:
         sys.modules["symusic"] = ModuleType("symusic")

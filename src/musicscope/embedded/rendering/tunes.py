@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from musicscope.assets import Wheel
+from musicscope.data.wheel_assets import Wheel
 
 MUSIC21 = Wheel(
     "music21==10.5.1", "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1"

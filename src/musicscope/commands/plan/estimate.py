@@ -1,0 +1,292 @@
+"""What a configuration will take before anything runs: clips, frames, disk, memory, hours.
+
+Neither the data nor the models need to be there: sizes of published ones are known. Hours come from
+rates measured on this machine (--measure) or kept in benchmarks/results; what was never measured is
+scaled from the nearest that was, and marked so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from musicscope.commands.plan import rates as plan_rates
+from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
+from musicscope.commands.plan.rates import Rates
+from musicscope.config import Params, load_params
+
+EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
+STORED_BYTES = 2  # a number in float16 or bfloat16, a sample in int16
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aif", ".aiff"}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How much there is to listen to."""
+
+    number: int
+    train: int
+    seconds: float
+    sample_rate: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of one model: what it leaves on disk, what it holds, how long it takes."""
+
+    stage: str
+    what: str
+    disk: float = 0.0
+    """bytes"""
+    memory: float | None = None
+    """bytes, of one process"""
+    hours: float | None = None
+    note: str = ""
+    """On what the time was measured."""
+    runs: bool = True
+    """False: it only lies there."""
+
+
+def overridden(path: str | Path, sets: Sequence[str]) -> Params:
+    """params.yaml with overrides in the grammar of ``dvc exp run -S``, checked as ever.
+
+    ParamsError or ValueError names the key that is wrong.
+    """
+    if not sets:
+        return load_params(path)
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        copy.write_text(Path(path).read_text(encoding="utf-8"), encoding="utf-8")
+        try:
+            apply_overrides(copy, list(sets))
+        except DvcException as error:
+            raise ValueError(f"{' '.join(sets)}: {error.__cause__ or error}") from error
+        return load_params(copy)
+
+
+def count_clips(params: Params, given: int | None = None) -> Clips:
+    """Clips that prepare_data will make, at most; `given` overrides their number.
+
+    ValueError where nothing says how many recordings a folder holds.
+    """
+    section = params.prepare_data
+    if section.source == "embedded":
+        held_out = section.fluidr3mono_test_clips + 2 * section.fluidr3mono_pairs
+        splits = section.timgm6mb_clips
+        number = splits.train + splits.validation + splits.test + held_out + 2 * section.pairs
+        rate, train, origin = EMBEDDED_RATE, splits.train, "params.yaml"
+    else:
+        settings = section.recordings
+        rate = settings.sample_rate
+        data, origin = _data_set(params, given)
+        windows = max(1, min(settings.windows, int(data.seconds / section.seconds + 1e-6)))
+        test = data.test or round(data.train * settings.test_share)
+        train = data.train - (0 if data.test else test)
+        validation = data.validation or round(train * settings.validation_share)
+        train -= 0 if data.validation else validation
+        kept = (
+            min(have, wanted or have)
+            for have, wanted in zip(
+                (train, validation, test),
+                (settings.limits.train, settings.limits.validation, settings.limits.test),
+                strict=True,
+            )
+        )
+        counts = [windows * count for count in kept]
+        number, train = sum(counts), counts[0]
+    if given is not None:
+        train, number, origin = round(train * given / max(number, 1)), given, "--clips"
+    return Clips(number, train, section.seconds, rate, origin)
+
+
+def _data_set(params: Params, given: int | None) -> tuple[DataSet, str]:
+    section = params.prepare_data
+    if section.source in DATA_SETS:
+        return DATA_SETS[section.source], "published size, an upper bound"
+    longest = section.seconds * section.recordings.windows  # unknown: as long as asked for
+    if given is not None:
+        return DataSet(given, 0, 0, longest), "--clips"
+    folder = Path(section.recordings.audio or section.recordings.folder)
+    count = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in folder.rglob("*"))
+    if not count:
+        raise ValueError(
+            f"prepare_data.recordings.folder: {folder} holds no audio files to count; say how many "
+            "clips there will be with --clips"
+        )
+    return DataSet(count, 0, 0, longest), f"files in {folder}"
+
+
+def frames_of(clips: Clips, shape: Shape) -> int:
+    """Frames of one clip, as extraction counts them."""
+    return math.ceil(clips.seconds * shape.frame_rate - 1e-6)
+
+
+def rows_of(
+    params: Params, clips: Clips, shapes: Sequence[Shape], rates: dict[str, Rates]
+) -> list[Row]:
+    """Every stage whose size depends on data or models, in the order of the DAG."""
+    samples = clips.number * clips.seconds * clips.sample_rate
+    rows = [Row("prepare_data", "data/clips", samples * STORED_BYTES, runs=False)]
+    for shape in shapes:
+        rows.append(Row("weights", f"data/models/{shape.name}", shape.weight_bytes(), runs=False))
+        if shape.layers:
+            rows.append(_ablation(params, shape, rates[shape.name], clips))
+        rows.append(_extraction(params, shape, rates[shape.name], clips))
+    step = plan_rates.sae_step_rate(rates)
+    for shape in shapes:
+        for slot in params.slots:
+            what = f"{shape.name} {slot}"
+            rows.append(_dictionaries("train_sae", what, params, [shape.width], step))
+    if len(shapes) > 1:
+        widths = [shape.width for shape in shapes]
+        for stage in ("train_usae", "train_crosscoder"):
+            rows.append(_dictionaries(stage, getattr(params, stage).slot, params, widths, step))
+    return rows
+
+
+def _parallel(params: Params, rates: Rates) -> int:
+    """Processes that share the work: on a GPU one of them has it."""
+    return params.compute.processes if rates.on_cpu or params.compute.engine != "processes" else 1
+
+
+def _ablation(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
+    section = params.ablate
+    passes = 2 * section.clips  # of train clips for the means, of the scored ones for their inputs
+    hours = None
+    if (each := rates.ablate(len(section.kinds), shape.layers)) is not None:
+        spent = passes * (rates.extract or 0.0) + section.clips * each
+        hours = spent * clips.seconds / rates.clip_seconds / 3600 / _parallel(params, rates)
+    what = (
+        f"{shape.name}: {shape.layers} layers x {len(section.kinds)} kinds, {section.clips} clips"
+    )
+    return Row("ablate", what, 0.0, rates.ablate_memory(4, clips.seconds), hours, rates.note)
+
+
+def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
+    section, frames = params.extract_activations, frames_of(clips, shape)
+    rows = clips.number * frames
+    disk = rows * shape.width * STORED_BYTES * len(params.slots)
+    hours = None
+    if rates.extract is not None:
+        spent = clips.number * rates.extract * clips.seconds / rates.clip_seconds
+        hours = spent / 3600 / _parallel(params, rates)
+    what = f"{shape.name}: {rows:,} frames of {shape.width} x {len(params.slots)} slots"
+    memory = rates.extract_memory(section.batch_clips, clips.seconds)
+    return Row("extract_activations", what, disk, memory, hours, rates.note)
+
+
+def _dictionaries(
+    stage: str, what: str, params: Params, widths: Sequence[int], step: plan_rates.StepRate | None
+) -> Row:
+    """Training of all dictionaries of a stage, over models of these widths."""
+    section, total = getattr(params, stage), sum(widths)
+    latents = section.expansion * max(widths)
+    count = section.seeds + getattr(section, "null_seeds", 0)
+    weights = 4 * (2 * latents * total + latents * len(widths) + total)
+    # Weights, gradients and Adam's two moments; pre-activations of a batch; the shuffle's window.
+    memory = 4 * weights + 4 * section.batch_size * latents + plan_rates.WINDOW_BYTES
+    hours, note = None, ""
+    if step is not None:
+        # A universal SAE encodes one model a step, a crosscoder all.
+        encoded = total if stage == "train_crosscoder" else total / len(widths)
+        each = step.seconds(section.batch_size, latents, encoded)
+        spent = each * (section.samples // section.batch_size) * count
+        hours, note = spent / 3600 / min(params.compute.processes, count), step.note
+    copies = 2 if stage == "train_sae" else 1  # also in the format of dictionary_learning
+    text = f"{what}: {count} x {latents:,} latents, {section.samples:,} frames"
+    return Row(stage, text, copies * count * weights, memory, hours, note)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows and their sum as text; "?" where nothing was measured."""
+
+    def shown(value: float | None, scale: float = 1.0) -> str:
+        if value is None:
+            return "?"
+        value /= scale
+        return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
+
+    lines = [("stage", "what", "disk GB", "memory GB", "hours", "measured on")]
+    for row in rows:
+        cost = (shown(row.memory, 1e9), shown(row.hours), row.note) if row.runs else ("", "", "")
+        lines.append((row.stage, row.what, shown(row.disk, 1e9), *cost))
+    hours = [row.hours for row in rows if row.hours is not None]
+    disk = sum(row.disk for row in rows)
+    lines.append(("in all", "", shown(disk, 1e9), "", shown(sum(hours)) if hours else "?", ""))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = "<<>>><"
+    padded = (
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)
+        )
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `musicscope plan`."""
+    parser.add_argument("--params", default="params.yaml", help="the file to plan for")
+    parser.add_argument(
+        "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="sets",
+        help="an override, as dvc exp run takes it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--clips", type=int, help="so many clips, whatever the data set holds")
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="time each model that is here on two clips of noise; else rates of earlier runs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float, metavar="GB",
+        help="say which extract_activations.batch_clips fits into so much memory a process",
+    )  # fmt: skip
+    parser.add_argument("--results", default="benchmarks/results", help="where rates are kept")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan of a params.yaml with overrides."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    params = overridden(args.params, args.sets)
+    clips = count_clips(params, args.clips)
+    shapes = [shape_of(name) for name in params.models]
+    print(
+        f"{params.prepare_data.source}: {clips.number:,} clips of {clips.seconds:g} s at "
+        f"{clips.sample_rate} Hz, {clips.train:,} of them train ({clips.origin})"
+    )
+    rates = plan_rates.load(args.results, shapes, params.compute.device)
+    for shape in shapes:
+        total = shape.decoder_parameters + shape.other_parameters
+        size = f"{total / 1e6:,.0f} M parameters, " if total else ""
+        print(
+            f"{shape.name}: {size}{shape.layers or 'no'} layers of {shape.width}, "
+            f"{frames_of(clips, shape)} frames a clip ({shape.origin})"
+        )
+        if shape.sample_rate != clips.sample_rate:
+            print(f"  works at {shape.sample_rate} Hz: clips are resampled as they are read")
+        if args.measure:
+            now = plan_rates.measured(shape, clips.seconds, params.compute.device)
+            rates[shape.name] = replace(now, step=rates[shape.name].step)
+    print("\n" + table(rows_of(params, clips, shapes, rates)))
+    print(
+        "\nDVC keeps a second copy of outs in its cache unless `dvc config cache.type` links them "
+        "(reflink, hardlink or symlink). Hours: with compute.processes = "
+        f"{params.compute.processes} of compute.engine = {params.compute.engine}."
+    )
+    if args.memory is not None:
+        print(plan_rates.batches(rates, clips.seconds, args.memory))
+    if missing := [name for name, rate in rates.items() if rate.extract is None]:
+        print(
+            f"No rate is known for {', '.join(missing)}: run with --measure, or python -m "
+            "benchmarks.full_size",
+            file=sys.stderr,
+        )

@@ -1,0 +1,190 @@
+"""Shapes of the published models and data sets: known before anything is downloaded.
+
+Sizes of MusicGen: audiocraft's model cards and code (small, medium, large), T5-base as text encoder
+and EnCodec at 32 kHz; of YuE stage 1: 32 Llama layers of 4,096, to which Llama 7B's other sizes are
+added (at most: grouped key heads weigh less). A folder's own config.json goes before these.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musicscope.core.io import read_json
+
+MUSICGEN = {
+    "musicgen-small": {"hidden_size": 1024, "heads": 16, "layers": 24},
+    "musicgen-medium": {"hidden_size": 1536, "heads": 24, "layers": 48},
+    "musicgen-large": {"hidden_size": 2048, "heads": 32, "layers": 48},
+}
+YUE_S1 = "YuE-s1-7B"
+RAVE_WIDTH, RAVE_RATE = 128, 44_100 / 2048
+"""Of a v2 export: dimensions and frame rate of the posterior mean."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Recordings of a published data set, before any is turned down."""
+
+    train: int
+    validation: int
+    test: int
+    seconds: float
+    """Length of a recording, or the shortest that is common."""
+
+
+DATA_SETS = {
+    "musicbench": DataSet(52_768, 0, 400, 10.0),
+    "song_describer": DataSet(706, 0, 0, 120.0),
+    "mtg_jamendo": DataSet(14_395, 5_466, 5_115, 30.0),
+}
+"""`prepare_data.source` -> rows of MusicBench; tracks of Song Describer; of Jamendo's split 0."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What planning needs to know of a model."""
+
+    name: str
+    layers: int
+    """That a pass runs through at most (0: not a stack of equal layers)."""
+    width: int
+    """Dimensions of a hook point."""
+    sample_rate: int
+    frame_rate: float
+    decoder_parameters: int
+    """Of what is studied: the language model; RAVE: everything."""
+    other_parameters: int
+    """Of codec and text encoder, which stay in float32."""
+    origin: str
+    """Where this comes from: a path, or "published sizes"."""
+    positions_per_frame: int = 1
+    """Sequence positions that a frame takes: what a pass costs goes with them."""
+
+    def weight_bytes(self, decoder_bytes: int = 4) -> int:
+        """Bytes of all weights with so many bytes for each of the decoder's."""
+        return self.decoder_parameters * decoder_bytes + self.other_parameters * 4
+
+
+def text_config() -> Any:
+    """transformers' configuration of the encoder of T5-base, which all MusicGens have."""
+    from transformers import T5Config
+
+    return T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
+
+
+def musicgen_config(name: str) -> Any:
+    """transformers' configuration of a published mono MusicGen (a key of MUSICGEN)."""
+    from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig
+
+    size = MUSICGEN[name]
+    codec = EncodecConfig(
+        target_bandwidths=[2.2], sampling_rate=32_000, audio_channels=1, normalize=False,
+        chunk_length_s=None, overlap=None, hidden_size=128, num_filters=64, num_residual_layers=1,
+        upsampling_ratios=[8, 5, 4, 4], num_lstm_layers=2, codebook_size=2048, codebook_dim=128,
+        use_causal_conv=False, use_conv_shortcut=False,
+    )  # fmt: skip
+    decoder = MusicgenDecoderConfig(
+        vocab_size=2048, max_position_embeddings=2048, num_hidden_layers=size["layers"],
+        hidden_size=size["hidden_size"], ffn_dim=4 * size["hidden_size"],
+        num_attention_heads=size["heads"], num_codebooks=4, audio_channels=1, pad_token_id=2048,
+        bos_token_id=2048, eos_token_id=None,
+    )  # fmt: skip
+    # transformers 5 dropped this field from the class, but forward(labels=...) reads it.
+    decoder.decoder_start_token_id = 2048
+    return MusicgenConfig(text_encoder=text_config(), audio_encoder=codec, decoder=decoder)
+
+
+def yue_config() -> Any:
+    """transformers' configuration of YuE stage 1."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=83_968, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+        num_attention_heads=32, max_position_embeddings=16_384,
+    )  # fmt: skip
+
+
+def shape_of(name: str, models: str | Path = "data/models") -> Shape:
+    """The shape of the folder `models`/`name`, or else of the published model of that name.
+
+    A hub id counts by what stands behind its slash. ValueError for a name that says nothing.
+    """
+    folder, plain = Path(models) / name, name.rsplit("/", 1)[-1]
+    if (folder / "config.json").is_file():
+        return _of_config(name, folder)
+    if (folder / "state_dict.bin").is_file():
+        return _of_audiocraft(name, folder)
+    if plain in MUSICGEN:
+        return _of_musicgen(name, musicgen_config(plain), "published sizes")
+    if plain.startswith(YUE_S1):
+        return _of_llama(name, yue_config(), "published sizes")
+    exports = sorted(folder.glob("*.ts"))
+    if exports or "rave" in plain.lower():
+        origin = str(exports[0]) if exports else "published sizes"
+        size = exports[0].stat().st_size // 4 if exports else 0
+        return Shape(name, 0, RAVE_WIDTH, 44_100, RAVE_RATE, size, 0, origin)
+    raise ValueError(
+        f"no folder {folder}, and {name!r} is none of {', '.join(MUSICGEN)}, {YUE_S1}..., rave...: "
+        "fetch the model, or call it by its published name"
+    )
+
+
+def _of_config(name: str, folder: Path) -> Shape:
+    from transformers import LlamaConfig, MusicgenConfig
+
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind == "musicgen":
+        return _of_musicgen(name, MusicgenConfig.from_pretrained(folder), str(folder))
+    if kind == "llama":
+        return _of_llama(name, LlamaConfig.from_pretrained(folder), str(folder))
+    raise ValueError(f"{folder}/config.json is of type {kind!r}; planned are musicgen and llama")
+
+
+def _of_audiocraft(name: str, folder: Path) -> Shape:
+    from transformers import T5Config
+
+    from musicscope.models.audiocraft.config import transformers_config
+    from musicscope.models.audiocraft.loading import (
+        CODEC_FILE,
+        MODEL_FILE,
+        TEXT_FOLDER,
+        read_checkpoint,
+    )
+
+    configs = (read_checkpoint(folder / file)[1] for file in (MODEL_FILE, CODEC_FILE))
+    text = folder / TEXT_FOLDER
+    t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
+    return _of_musicgen(name, transformers_config(*configs, t5), str(folder))
+
+
+def _of_musicgen(name: str, config: Any, origin: str) -> Shape:
+    decoder, codec = config.decoder, config.audio_encoder
+    hop = functools.reduce(int.__mul__, codec.upsampling_ratios)
+    whole, core = _parameters("MusicgenForConditionalGeneration", config, "decoder")
+    return Shape(
+        name, decoder.num_hidden_layers, decoder.hidden_size, codec.sampling_rate,
+        codec.sampling_rate / hop, core, whole - core, origin,
+    )  # fmt: skip
+
+
+def _of_llama(name: str, config: Any, origin: str) -> Shape:
+    whole, _ = _parameters("LlamaForCausalLM", config, "model")
+    return Shape(
+        name, config.num_hidden_layers, config.hidden_size, 16_000, 50.0, whole, 0, origin,
+        positions_per_frame=2,  # vocals and instruments in turn
+    )  # fmt: skip
+
+
+def _parameters(class_name: str, config: Any, part: str) -> tuple[int, int]:
+    """Parameters of a transformers model and of one of its parts; no memory is taken for them."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return count(model), count(getattr(model, part))

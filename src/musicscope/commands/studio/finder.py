@@ -1,0 +1,119 @@
+"""A concept out of uploaded recordings, and its features ready to be steered."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from musicscope.commands.studio.logic import SLOT, open_model, sae_of
+from musicscope.finder.search import ConceptReport, find_concept
+from musicscope.steering.edit import ConceptEdit, Edit, Steering
+from musicscope.steering.pieces import Tick
+
+MOST_FILES = 200
+"""Recordings a side."""
+LEAST_FILES = 2
+AUDIBLE, MOMENTS = 16, 3
+"""So many of the best features can be steered; moments of each that tell how high it goes."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A concept that can be steered, found in recordings."""
+
+    model: str
+    slot: str
+    table: pd.DataFrame
+    """`concept_stats.COLUMNS`, best first"""
+    peaks: Mapping[int, float]
+    """Feature -> mean of its highest values in recordings with the concept"""
+    text: str
+    discoveries: int
+
+
+def gather(paths: Sequence[str] | None, folder: Path, what: str) -> None:
+    """Uploaded files under names that say which is which; ValueError for too few or too many."""
+    paths = list(paths or ())
+    if not LEAST_FILES <= len(paths) <= MOST_FILES:
+        raise ValueError(
+            f"{len(paths)} recordings {what}: {LEAST_FILES} to {MOST_FILES} are needed, ten to "
+            "find anything"
+        )
+    folder.mkdir()
+    for i, path in enumerate(paths):
+        shutil.copyfile(path, folder / f"{i:03d}-{Path(path).name}")
+
+
+def _listening(model: Any, tick: Tick, total: int) -> Any:
+    """The model, as far as `find_concept` asks for it, telling how many recordings it heard."""
+    heard = iter(range(1, 1 + 100 * total))
+
+    def encode(audio: Any, captions: Any) -> Any:
+        tick(min(1.0, next(heard) / total))
+        return model.encode(audio, captions)
+
+    return SimpleNamespace(
+        name=model.name, sample_rate=model.sample_rate, encode=encode, capture=model.capture
+    )
+
+
+def find(
+    model: str, with_: Sequence[str] | None, without: Sequence[str] | None, tick: Tick,
+    seconds: float = 10.0, device: str = "cpu", slot: str = SLOT,
+) -> Found:  # fmt: skip
+    """Features that tell two lists of recordings apart; see `concept_finder.find_concept`."""
+    layer, sae = sae_of(model, slot, device)
+    with TemporaryDirectory(prefix="musicscope-") as root:
+        sides = [Path(root) / "with", Path(root) / "without"]
+        for paths, side, what in zip(
+            (with_, without), sides, ("with the concept", "without it"), strict=True
+        ):
+            gather(paths, side, what)
+        total = len(with_ or ()) + len(without or ())
+        of = _listening(open_model(model, device), tick, total)
+        tick(0.0)
+        try:
+            report = find_concept(
+                of, sae, *sides, layer, seconds=seconds, audible=AUDIBLE, moments=MOMENTS
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(str(error).replace(f"{root}/", "")) from error
+        return _found(report, model, slot, root)
+
+
+def _found(report: ConceptReport, model: str, slot: str, root: str) -> Found:
+    moments = report.moments[report.moments["dictionary"] == "sae"]
+    peaks = {int(f): float(rows["value"].mean()) for f, rows in moments.groupby("feature")}
+    text = report.text(rows=10).replace(f"{root}/", "")
+    return Found(model, slot, report.table, peaks, text, len(report.discoveries()))
+
+
+def plan_found(
+    found: Found | None, direction: str, n: float, strength: float, branch: str = "conditional",
+    device: str = "cpu",
+) -> tuple[str, Steering]:  # fmt: skip
+    """Hook point and edit: the best `n` features ablated (off), or raised to their peaks (on).
+
+    Strength 1 goes all the way, 0 nowhere.
+    """
+    if found is None:
+        raise ValueError("find a concept first")
+    if direction not in ("off", "on"):
+        raise ValueError(f"direction {direction!r}: off or on")
+    chosen = [int(f) for f in found.table["feature"].head(int(n)) if int(f) in found.peaks]
+    if not chosen:
+        raise ValueError("no feature fires in these recordings: nothing to steer with")
+    layer, sae = sae_of(found.model, found.slot, device)
+    if direction == "off":
+        edit = Edit(tuple(chosen), "ablate")
+    else:
+        edit = Edit(tuple(chosen), "clamp_min", tuple(found.peaks[f] for f in chosen))
+    concept = ConceptEdit(f"found {direction}", (edit,), float(strength))
+    return layer, Steering(sae, (concept,), branch)

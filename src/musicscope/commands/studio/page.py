@@ -1,0 +1,296 @@
+"""How the studio looks, in Gradio; all it does is in studio_logic and studio_found.
+
+One job at a time (one queue for all buttons that work the model). Cancel sets the event of the
+user's job, which the generation looks at before each step, and takes a waiting job off the queue.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from musicscope.commands.studio import finder as finding
+from musicscope.commands.studio import logic as logic
+from musicscope.steering.edit import BRANCHES, TARGETS
+from musicscope.steering.pieces import known_concepts
+
+KNOBS = 3
+"""Single features at once."""
+MOST_STRENGTH = 4.0
+LEAD = (
+    "Both pieces are drawn with one seed, so they differ by the edit alone. Strength 1 is what "
+    "served best on validation prompts."
+)
+CSS = """
+.scores table, table.scores { border-collapse: collapse; width: 100%; }
+.scores caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.scores th, .scores td { text-align: right; padding: .25rem .5rem; }
+.scores th:first-child { text-align: left; }
+#found textarea { font-family: var(--font-mono); white-space: pre; overflow-x: auto; }
+.scores tbody tr { border-top: 1px solid var(--border-color-primary); }
+"""
+
+
+def theme() -> Any:
+    """Gradio's plain theme in the system's own fonts: nothing is fetched."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Default(**fonts)
+
+
+# --- jobs -------------------------------------------------------------------------------------
+
+_jobs: dict[tuple[str | None, str], threading.Event] = {}
+"""(session, button) -> set when its running job is no longer wanted."""
+
+
+def _work(
+    request: gr.Request, button: str, progress: Any, outputs: int, job: Callable[[Any], Any]
+) -> Any:
+    """Run `job(tick)`; what the user did wrong becomes a message, anything else a short one."""
+    key, wanted = (request.session_hash, button), threading.Event()
+    _jobs[key] = wanted
+    progress(0.0, desc="opening the model")
+    shown = [-1.0]
+
+    def told(share: float) -> None:
+        if share - shown[0] >= 0.02:  # each update redraws the page
+            shown[0] = share
+            progress(share, desc="working")
+
+    try:
+        return job(logic.ticking(told, wanted.is_set))
+    except logic.Cancelled:
+        return [gr.skip()] * outputs if outputs > 1 else gr.skip()
+    except (ValueError, FileNotFoundError) as error:
+        raise gr.Error(escape(str(error)), print_exception=False) from None
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        name = type(error).__name__
+        raise gr.Error(
+            f"This did not work ({name}); see the terminal", print_exception=False
+        ) from None
+    finally:
+        if _jobs.get(key) is wanted:
+            del _jobs[key]
+
+
+def _stopper(button: str) -> Callable[[gr.Request], None]:
+    def stop(request: gr.Request) -> None:
+        if (event := _jobs.get((request.session_hash, button))) is not None:
+            event.set()
+        gr.Info("Cancelled")
+
+    return stop
+
+
+def _leave(request: gr.Request) -> None:
+    """The tab is closed: nobody waits for its jobs."""
+    for (session, _), event in list(_jobs.items()):
+        if session == request.session_hash:
+            event.set()
+
+
+# --- parts of the page ------------------------------------------------------------------------
+
+
+def _order_fields(name: str, guidance: float | None) -> dict[str, Any]:
+    """Prompt, seed, seconds, guidance, branch."""
+    prompt = gr.Textbox(
+        "A slow, sparse piece with guitar and strings.", label="Prompt", elem_id=f"{name}-prompt",
+        max_lines=3,
+    )  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(7, label="Seed", precision=0, elem_id=f"{name}-seed")
+        seconds = gr.Slider(
+            0.5, logic.LONGEST, 5.0, step=0.5, label="Seconds", elem_id=f"{name}-seconds"
+        )
+    with gr.Accordion("Guidance", open=False):
+        scale = gr.Slider(1.0, 20.0, guidance or 3.0, step=0.5, label="Scale of guidance")
+        branch = gr.Dropdown(
+            [("as chosen", ""), *((b, b) for b in BRANCHES)], value="", label="Edit which half"
+        )
+    return {"prompt": prompt, "seed": seed, "seconds": seconds, "guidance": scale, "branch": branch}
+
+
+def _buttons(name: str, text: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        go = gr.Button(text, variant="primary", elem_id=f"{name}-go")
+        stop = gr.Button("Cancel", elem_id=f"{name}-cancel")
+    return go, stop
+
+
+def _stage(name: str) -> list[Any]:
+    """Players and spectrograms of both pieces, and the scores."""
+    sounds, pictures = [], []
+    with gr.Row():
+        for kind in ("plain", "steered"):
+            with gr.Column(min_width=260):
+                sounds.append(gr.Audio(
+                    label=kind.capitalize(), interactive=False, format="wav",
+                    buttons=["download"], elem_id=f"{name}-{kind}",
+                ))  # fmt: skip
+                pictures.append(gr.Image(
+                    label=f"{kind.capitalize()}, spectrogram", interactive=False, buttons=[],
+                    elem_id=f"{name}-{kind}-picture",
+                ))  # fmt: skip
+    scores = gr.HTML(elem_id=f"{name}-scores", elem_classes="scores")
+    return [*sounds, *pictures, scores]
+
+
+def _shown(outcome: logic.Outcome) -> list[Any]:
+    both = (outcome.plain, outcome.steered)
+    return [*map(logic.int16, both), *map(logic.picture, both), logic.scores_html(outcome)]
+
+
+def _order(fields: dict[str, Any], values: dict[Any, Any]) -> Any:
+    return logic.order_of(*(values[fields[k]] for k in ("prompt", "seconds", "seed", "guidance")))
+
+
+def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model: Any) -> None:
+    concepts = logic.all_concepts(models)
+    known = set(known_concepts(models[0]))
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            fields = _order_fields("steer", guidance)
+            rows = []
+            for i, concept in enumerate(concepts):
+                with gr.Row(visible=concept in known, elem_id=f"concept-{i}") as row:
+                    turn = gr.Radio(
+                        ["off", "none", "on"], value="none", label=concept.replace("_", " "),
+                        elem_id=f"wish-{i}", min_width=220,
+                    )  # fmt: skip
+                    strength = gr.Slider(
+                        0.0, MOST_STRENGTH, 1.0, step=0.1, elem_id=f"strength-{i}",
+                        label=f"{concept.replace('_', ' ')}: strength", min_width=130,
+                    )  # fmt: skip
+                rows.append((concept, row, turn, strength))
+            if not concepts:
+                gr.Markdown("No concepts: run `dvc repro steer`.")
+            knobs = []
+            with gr.Accordion("Single features", open=False, elem_id="knobs"):
+                for i in range(KNOBS):
+                    with gr.Row():
+                        knobs.append((
+                            gr.Number(None, label="Feature", precision=0, elem_id=f"feature-{i}"),
+                            gr.Dropdown(list(TARGETS), value="set", label="Operation"),
+                            gr.Slider(0.0, 8.0, 1.0, step=0.1, label="Value (1: its usual one)"),
+                        ))  # fmt: skip
+            go, cancel = _buttons("steer", "Generate")
+        with gr.Column(scale=4, min_width=320):
+            outputs = _stage("steer")
+
+    def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
+        def job(tick: Any) -> list[Any]:
+            order = _order(fields, values)
+            wishes = {
+                concept: (values[turn], values[strength])
+                for concept, _, turn, strength in rows
+                if values[turn] in ("off", "on") and concept in known_concepts(values[model])
+            }
+            wanted = [logic.knob_of(*(values[part] for part in knob)) for knob in knobs]
+            layer, steering = logic.plan(
+                values[model], wishes, [k for k in wanted if k is not None],
+                values[fields["branch"]] or None, device,
+            )  # fmt: skip
+            asked = {concept: direction for concept, (direction, _) in wishes.items()}
+            return _shown(logic.perform(values[model], order, layer, steering, asked, tick, device))
+
+        return _work(request, "steer", progress, len(outputs), job)
+
+    inputs = {model, *fields.values(), *(part for knob in knobs for part in knob)}
+    inputs |= {part for _, _, turn, strength in rows for part in (turn, strength)}
+    _connect(go, cancel, "steer", generate, inputs, outputs)
+
+    def show(name: str) -> list[Any]:
+        there = known_concepts(name)
+        return [gr.update(visible=concept in there) for concept in concepts]
+
+    if concepts:
+        model.change(show, model, [row for _, row, _, _ in rows], api_visibility="private")
+
+
+def _find_tab(device: str, guidance: float | None, model: Any) -> None:
+    found = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            gr.Markdown(
+                "Upload recordings with a concept and without it (ten of each, any length and "
+                "format libsndfile reads)."
+            )
+            with_ = gr.File(label="With it", file_count="multiple", elem_id="with", height=140)
+            without = gr.File(
+                label="Without it", file_count="multiple", elem_id="without", height=140
+            )
+            window = gr.Slider(0.5, 30.0, 10.0, step=0.5, label="Seconds heard at a time")
+            search, stop_search = _buttons("find", "Find features")
+        with gr.Column(scale=4, min_width=320):
+            told = gr.Textbox(label="Found", lines=12, max_lines=24, elem_id="found",
+                              interactive=False)  # fmt: skip
+    gr.Markdown("### Steer with what was found")
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            fields = _order_fields("found", guidance)
+            direction = gr.Radio(["off", "on"], value="off", label="Concept", elem_id="found-turn")
+            n = gr.Slider(1, finding.AUDIBLE, 4, step=1, label="Features")
+            strength = gr.Slider(0.0, MOST_STRENGTH, 1.0, step=0.1, label="Strength")
+            go, cancel = _buttons("found", "Generate")
+        with gr.Column(scale=4, min_width=320):
+            outputs = _stage("found")
+
+    def look(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
+        def job(tick: Any) -> list[Any]:
+            made = finding.find(
+                values[model], values[with_], values[without], tick, values[window], device
+            )
+            return [made, made.text]
+
+        return _work(request, "find", progress, 2, job)
+
+    def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
+        def job(tick: Any) -> list[Any]:
+            order, of = _order(fields, values), values[found]
+            branch = values[fields["branch"]] or "conditional"
+            layer, steering = finding.plan_found(
+                of, values[direction], values[n], values[strength], branch, device
+            )
+            return _shown(logic.perform(of.model, order, layer, steering, {}, tick, device))
+
+        return _work(request, "found", progress, len(outputs), job)
+
+    _connect(search, stop_search, "find", look, {model, with_, without, window}, [found, told])
+    _connect(go, cancel, "found", generate,
+             {found, direction, n, strength, *fields.values()}, outputs)  # fmt: skip
+
+
+def _connect(
+    go: gr.Button, cancel: gr.Button, name: str, work: Callable, inputs: set, outputs: list
+) -> None:
+    """Both buttons of a job; all jobs wait in one queue."""
+    job = go.click(
+        work, inputs, outputs, concurrency_id="model", concurrency_limit=1,
+        api_visibility="private",
+    )  # fmt: skip
+    # Two listeners: Gradio shows no message of one that takes a job off the queue.
+    cancel.click(_stopper(name), None, None, concurrency_limit=None, api_visibility="private")
+    cancel.click(None, None, None, cancels=[job], api_visibility="private")
+
+
+def build(models: Sequence[str], device: str, guidance: float | None) -> gr.Blocks:
+    """The page for these models; guidance as in `generate.usual_guidance`."""
+    with gr.Blocks(
+        title="musicscope studio", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
+        gr.Markdown(f"# musicscope studio\n{LEAD}")
+        model = gr.Dropdown(list(models), value=models[0], label="Model", elem_id="model")
+        with gr.Tab("Concepts off and on", id="steer"):
+            _steer_tab(models, device, guidance, model)
+        with gr.Tab("Find a concept", id="find"):
+            _find_tab(device, guidance, model)
+        page.unload(_leave)
+    return page

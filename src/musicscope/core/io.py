@@ -1,0 +1,101 @@
+"""Files that are whole or absent: atomic JSON and folders, content hashes, restartable scratch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy scalars, arrays and floats into JSON values with six significant digits."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        # JSON has no NaN; a missing number is null, which `dvc metrics` shows as such.
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` with sorted keys and six significant digits, atomically."""
+    write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write to a temporary name in the same folder, then rename: a reader sees all or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a broken file is named in the error."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); rerun the stage that wrote it"
+        ) from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Give a fresh sibling folder that replaces `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def partial_dir(key: Any) -> Path:
+    """Scratch that survives a killed run, named by a hash of the inputs `key` (JSON-able).
+
+    Lives under ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in
+    temporary experiment directories), so a rerun with the same inputs goes on where it stopped
+    and a rerun with other inputs starts afresh.
+    """
+    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "partial" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish_dir(partial: Path, path: str | Path) -> None:
+    """Move a finished scratch folder to its place, replacing what was there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.move(str(partial), str(path))

@@ -1,0 +1,387 @@
+"""Outputs that a user names: nothing that is there is ever replaced, changed or removed.
+
+Commands write through this module alone. `core.io.atomic_dir` and `core.io.publish_dir` remove the
+folder that they replace, and serve the outputs of stages only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from pathlib import Path
+
+import yaml
+
+Place = str | os.PathLike[str]
+
+
+class OutputError(ValueError):
+    """An output that cannot be written without harm; the text says what to do, in one line."""
+
+
+def shown(path: Place) -> str:
+    """Show a path in a message of one line."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+def real_path(path: Place, option: str) -> Path:
+    """Follow links; OutputError for an empty path and for a link to nothing."""
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise OutputError(f"{option} {text!r} is no path: name one")
+    real = Path(os.path.realpath(text))
+    if os.path.islink(real) or (os.path.islink(text.rstrip("/")) and not real.exists()):
+        raise OutputError(f"{option} {shown(path)} is a link to nothing: name another path")
+    return real
+
+
+def spelled(given: Place, real: Path) -> Path:
+    """A path as it was given, or `real` where that passes through folders that may not be there."""
+    return real if ".." in Path(given).parts else Path(given)
+
+
+# --- what an output must keep away from -------------------------------------------------------
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Compare by file where both are there: links, mounts and letter case do not matter."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return one == other
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return any(_same(place, folder) for place in (path, *path.parents))
+
+
+def check_apart(
+    out: Place, inputs: Mapping[str, Place], option: str = "--out", contains: bool = True
+) -> None:
+    """Refuse an output that is an input or lies in one; with `contains` also one that holds one.
+
+    Args:
+        inputs: what is read, by what it is called.
+
+    Raises:
+        OutputError: names the output, the input and what to do.
+    """
+    where, real = f"{option} {shown(out)}", Path(os.path.realpath(out))
+    for name, given in inputs.items():
+        read = Path(os.path.realpath(given))
+        if _same(real, read):
+            raise OutputError(f"{where} is {name}, which is read: give {option} another place")
+        if _within(real, read):
+            raise OutputError(
+                f"{where} lies in {name} ({shown(given)}), which is read: give {option} a place "
+                "outside it"
+            )
+        if contains and _within(read, real):
+            raise OutputError(
+                f"{where} holds {name} ({shown(given)}), which is read: give {option} the name of "
+                "a new folder"
+            )
+
+
+def _stage_outputs() -> list[str]:
+    """Patterns of what the stages of ./dvc.yaml make, relative to it; none without one."""
+    try:
+        tree = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))
+        stages = [stage.get("do", stage) for stage in tree["stages"].values()]
+        entries = [
+            entry if isinstance(entry, str) else next(iter(entry))
+            for stage in stages
+            for section in ("outs", "metrics", "plots")
+            for entry in stage.get(section, ())
+        ]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
+        return []
+    parts = (re.split(r"\$\{[^}]*\}", entry.rstrip("/")) for entry in entries)
+    return ["[^/]+".join(map(re.escape, part)) for part in parts]
+
+
+def check_no_stage(out: Path, option: str = "--out") -> None:
+    """Refuse an output that is, or lies in, what a stage of ./dvc.yaml makes: DVC removes that.
+
+    Raises:
+        OutputError: names the output and what to do.
+    """
+    root = Path.cwd()
+    place = next((p for p in (out, *out.parents) if _same(p, root)), None)
+    if place is None:
+        return
+    name = out.relative_to(place).as_posix()
+    if any(re.fullmatch(f"{pattern}(/.*)?", name) for pattern in _stage_outputs()):
+        raise OutputError(
+            f"{option} {shown(name)} is an output of a stage in dvc.yaml, which dvc repro removes: "
+            f"give {option} another place"
+        )
+
+
+@contextlib.contextmanager
+def one_line_errors(option: str, path: Place) -> Iterator[None]:
+    """Turn an error of the system into one line that names the output."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{option} {shown(path)} cannot be written ({reason}): name another path"
+        ) from error
+
+
+@contextlib.contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; those made here are removed, if empty, after an error."""
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    above = next((p for p in path.parents if os.path.lexists(p)), path)
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{shown(above)} is no folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+# --- results ----------------------------------------------------------------------------------
+
+SCRATCH = ".musicscope-"
+"""Prefix of the temporary folders in which results are completed."""
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Give `path`, then the same name with -2, -3 and so on at its end."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+# --- a new folder -----------------------------------------------------------------------------
+
+
+class NewFolder:
+    """A claimed folder: write into `scratch`, then `publish`."""
+
+    def __init__(self, target: Path, given: Path, scratch: Path, made: bool, option: str) -> None:
+        self.scratch = scratch
+        """Empty folder for the result, on the same disk."""
+        self.published: Path | None = None
+        self._target, self._given, self._made, self._option = target, given, made, option
+
+    def publish(self) -> Path:
+        """Move what is in `scratch` to the claimed folder and say where it is.
+
+        If files appeared there since, they stay, and the result goes to a numbered folder.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with one_line_errors(self._option, self._given):
+            self.published = self._moved()
+        return self.published
+
+    def _moved(self) -> Path:
+        if self._made:
+            # A folder takes the place of an empty folder only, of nothing else that is there.
+            with contextlib.suppress(OSError):
+                os.rename(self.scratch, self._target)
+                return self._given
+            folders, given = numbered(self._target), numbered(self._given)
+        else:
+            if os.listdir(self._target) == [self.scratch.parent.name]:
+                with contextlib.suppress(FileExistsError):
+                    for path in sorted(self.scratch.rglob("*")):
+                        place = self._target / path.relative_to(self.scratch)
+                        place.mkdir() if path.is_dir() else link_or_copy(path, place)
+                    return self._given
+            inner = self._target.name or "result"
+            folders = numbered(self._target / inner)
+            given = numbered(self._given / inner)
+        for folder, name in zip(folders, given, strict=False):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            os.rename(self.scratch, folder)
+            return name
+        raise AssertionError("numbers do not end")
+
+
+@contextlib.contextmanager
+def new_folder(
+    given: Place | None, default: Place | None = None, inputs: Mapping[str, Place] | None = None,
+    option: str = "--out", stages: bool = True,
+) -> Iterator[NewFolder]:  # fmt: skip
+    """Claim a folder that is new, or empty, before the work; after an error nothing is left.
+
+    Args:
+        given: what the user named; None takes `default`, with a number if that name is taken.
+        inputs: what is read, by what it is called; the folder may not be, hold or lie in it.
+        stages: refuse what a stage of ./dvc.yaml makes.
+
+    Raises:
+        OutputError: the folder has contents, is a file, is an input, or cannot be made.
+    """
+    if given is None and default is None:
+        raise ValueError("a folder, or a default, is needed")
+    if given is not None:
+        target = real_path(given, option)
+        name = spelled(given, target)
+    else:
+        name = Path(os.fspath(default))  # type: ignore[arg-type]
+        target = real_path(name.parent, option) / name.name
+    free = target if given is not None else _first_free(target)
+    check_apart(name if given is not None else free, inputs or {}, option)
+    if stages:
+        check_no_stage(target, option)
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(option, name):
+            stack.enter_context(made_parents(target))
+            if given is None:
+                target, name = _make_first_free(target, name)
+                made = True
+            else:
+                made = _make_or_take_empty(target, name, option)
+            if made:
+                stack.callback(_remove_if_empty, target)
+            beside = target.parent if made else target
+            holder = tempfile.TemporaryDirectory(
+                prefix=SCRATCH, dir=beside, ignore_cleanup_errors=True
+            )
+            scratch = Path(stack.enter_context(holder)) / "files"
+            scratch.mkdir()  # unlike its parent, with the user's permissions
+        yield NewFolder(target, name, scratch, made, option)
+
+
+def _first_free(target: Path) -> Path:
+    return next(path for path in numbered(target) if not os.path.lexists(path))
+
+
+def _make_first_free(target: Path, name: Path) -> tuple[Path, Path]:
+    """Make the first folder of the numbered names that is not there; it, and as it is called."""
+    for folder, called in zip(numbered(target), numbered(name), strict=False):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder, called
+    raise AssertionError("numbers do not end")
+
+
+def _make_or_take_empty(target: Path, name: Path, option: str) -> bool:
+    """Make `target` (True), or see that it is an empty folder (False).
+
+    Raises:
+        OutputError: it is a file, or has contents, which are named.
+    """
+    try:
+        target.mkdir()
+        return True
+    except FileExistsError:
+        if not target.is_dir():
+            raise OutputError(
+                f"{option} {shown(name)} is a file: give {option} the name of a new folder"
+            ) from None
+    if found := sorted(os.listdir(target)):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise OutputError(
+            f"{option} {shown(name)} is not empty (it holds {shown(found[0])}{more}): give "
+            f"{option} the name of a new folder"
+        )
+    return False
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+# --- files in a folder that may hold others ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def folder_to_add_to(
+    given: Place, inputs: Mapping[str, Place] | None = None, option: str = "--out"
+) -> Iterator[Path]:
+    """Make sure, before the work, that files can be added to a folder, which may hold others.
+
+    The folder may hold an input but not be one or lie in one. After an error a folder that was
+    made here is removed if it is empty.
+
+    Raises:
+        OutputError: the folder is a file, is an input, is of a stage, or cannot be written.
+    """
+    target = real_path(given, option)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{option} {shown(given)} is a file: give {option} the name of a folder")
+    check_apart(given, inputs or {}, option, contains=False)
+    check_no_stage(target, option)
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(option, given):
+            stack.enter_context(made_parents(target / "file"))
+            with tempfile.TemporaryFile(dir=target):
+                pass
+        yield spelled(given, target)
+
+
+def add_files(folder: Place, contents: Callable[[str], Mapping[str, bytes]]) -> dict[str, Path]:
+    """Write several files under names that are free; equal ones that are there serve as they are.
+
+    Args:
+        contents: names to bytes, given "" first and then "-2", "-3" and so on to put into each
+            name, until no name is of a file with other content.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    folder = Path(folder)
+    with one_line_errors("the folder", folder):
+        for number in count(1):
+            files = contents("" if number == 1 else f"-{number}")
+            if all(_free(folder / name, content) for name, content in files.items()):
+                with contextlib.suppress(FileExistsError):
+                    for name, content in files.items():
+                        if not os.path.lexists(folder / name):
+                            _write_new(folder / name, content)
+                    return {name: folder / name for name in files}
+    raise AssertionError("numbers do not end")
+
+
+def _free(path: Path, content: bytes) -> bool:
+    """Whether nothing is at `path`, or a file of these bytes."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return (
+            path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+        )
+    except OSError:  # what cannot be read stays
+        return False
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a whole file to a name that must be free; FileExistsError if it is not."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
+        temporary = Path(scratch) / "file"
+        temporary.write_bytes(content)
+        link_or_copy(temporary, path)
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """Give a file a second name; a copy where the disk has no links. FileExistsError if taken."""
+    try:
+        os.link(source, place)
+    except FileExistsError:
+        raise
+    except OSError:
+        with open(source, "rb") as read, open(place, "xb") as write:
+            shutil.copyfileobj(read, write)

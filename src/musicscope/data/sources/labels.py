@@ -1,0 +1,228 @@
+"""Which instrument families a recording has: from its caption, or from its instrument tags.
+
+Four answers, so that silence is not taken for absence: `present`, `negated` (the text says that
+it is not there), `unlisted` (other instruments are named, this one is not) and `unknown`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from musicscope.data.taxonomy import FAMILIES
+
+PRESENT, NEGATED, UNLISTED, UNKNOWN = "present", "negated", "unlisted", "unknown"
+
+CAPTION_RULE = (
+    "present: a word of the family outside negation; negated: only inside (no, without, instead "
+    "of, lacks ... up to five words and lists with or/nor); unlisted, taken as absent: none, but "
+    "other instruments are named and no band, orchestra or word that could mean the family; else "
+    "unknown. Bass guitar is bass, not guitar; air guitar and guitar-like sounds are neither."
+)
+TAG_RULE = (
+    "present: an exact tag of the family (guitar: guitar, acousticguitar, classicalguitar, "
+    "electricguitar; acousticbassguitar is bass); unlisted, taken as absent: none, at least "
+    "min_tags instrument tags and no tag that could mean the family; else unknown."
+)
+
+# Phrases whose words mean something else one by one; applied in this order to lower-case text.
+PHRASES = tuple((re.compile(rf"\b(?:{a})", re.ASCII), b) for a, b in (
+    (r"air[- ]guitar(?:s|ists?)?\b", "mime"),
+    (r"[a-z]+-like\b|like an? (?:[a-z]+ )?guitars?\b", "similar"),
+    (r"(guitar|drum|bass|piano|synth|string|organ)s?-?(?:less|free)\b", r"no \1"),
+    (r"(acoustic|electric|lead|rhythm|clean|distorted)( ?(?:,|and|&|/) ?)bass guitars?\b",
+     r"\1 guitar\2bass"),
+    (r"bass guitar(?:s|ists?)?\b", "bass"),
+    (r"(?:english horn|cor anglais)s?\b", "oboe"),
+    (r"(?:mouth organ|(?:mouth|blues|jaw|jew'?s) harp)s?\b", "harmonica"),
+    (r"(?:(?:electric|fender|e)[- ]pianos?|(?:fender )?rhodes|wurlitzer)(?: pianos?)?\b", "epiano"),
+    (r"steel ?(?:drum|pan)s?\b", "steelpan"),
+    (r"drum ?(?:and|&|n|'n'|'n|n') ?bass\b|d&b\b|dnb\b", "genre"),
+    (r"bass[- ](?:drum|kick)(?:s)?\b", "drum"),
+    (r"bass[- ](clarinet|trombone|flute|sax|saxophone)", r"\1"),
+    (r"(?:synth|synthesi[sz]er) bass(?:line)?\b", "bass"),
+    (r"bass[- ](?:heavy|boost(?:ed)?|frequenc(?:y|ies))\b", "lowend"),
+    (r"bass[- ](?:voices?|vocals?|singers?)\b", "voice"),
+    (r"(?:nylon|steel|six|twelve|seven|[0-9]+|guitar|muted|plucked|open)[- ]string(?:s|ed)?\b"
+     r"(?= guitar)", ""),
+    (r"(guitar|muted|plucked|open)[- ]strings\b", r"\1 plucking"),
+    (r"(?:nylon|steel) strings?\b", "plucking"),
+    (r"string(?:ed)?[- ]instruments?\b", "stringed"),
+    (r"(?:tape|voice) recorders?\b", "device"),
+))  # fmt: skip
+
+MENTION = {
+    "guitar": r"guitars?|guitarists?",
+    "piano": r"pianos?|pianists?",
+    "electric_piano": r"epiano",
+    "mallets": r"marimbas?|vibraphones?|xylophones?|glockenspiels?|mallets?",
+    "organ": r"organs?|organists?|hammonds?",
+    "strings": r"strings|violins?|violinists?|violas?|cellos?|celli|cellists?|fiddles?|"
+    r"string (?:sections?|quartets?|ensembles?|orchestras?)",
+    "choir": r"choirs?|choral",
+    "brass": r"brass|trumpets?|trumpeters?|trombones?|trombonists?|tubas?|horns?|cornets?|"
+    r"flugelhorns?",
+    "reed": r"saxophones?|saxophonists?|sax|saxes|oboes?|clarinets?|clarinetists?|bassoons?",
+    "flute": r"flutes?|flautists?|flutists?|recorders?|piccolos?|pan ?pipes?",
+    "synth": r"synths?|synthesi[sz]ers?",
+    "plucked": r"harps?|harpists?|sitars?|banjos?|kotos?|mandolins?|ukuleles?|lutes?|ouds?|"
+    r"zithers?|balalaikas?|bouzoukis?|shamisens?|guzhengs?|pipas?",
+    "bass": r"bass|basses|bass ?lines?|bassists?|contrabass(?:es)?",
+    "drums": r"drums?|drummers?|drumming|drum ?kits?|drum ?beats?|snares?|hi-?hats?|cymbals?|"
+    r"kicks?(?! in\b| off\b)|toms",
+}
+# Words that could mean the family, or not: they keep it unknown.
+UNCLEAR = {
+    "guitar": r"stringed|plucking",
+    "piano": r"keyboards?|keyboardists?|keys",
+    "electric_piano": r"keyboards?|keyboardists?|keys",
+    "mallets": r"bells?|chimes?|steelpan|kalimbas?|percussions?|percussive",
+    "organ": r"keyboards?|keyboardists?|keys",
+    "strings": r"stringed",
+    "choir": r"vocals?|vocalists?|voices?|sing|sings|singing|singers?|chant\w*|chorus",
+    "brass": r"wind instruments?|winds",
+    "reed": r"woodwinds?|wind instruments?|winds",
+    "flute": r"woodwinds?|wind instruments?|winds|whistles?",
+    "synth": r"keyboards?|keyboardists?|keys|electronic\w*|pads?|arpeggiators?",
+    "plucked": r"stringed|plucking|plucked|harpsichords?",
+    "bass": r"808s?|sub-?bass|low ?end",
+    "drums": r"percussions?|percussive|percussionists?|beats?|bongos?|congas?|tablas?|djembes?|"
+    r"tambourines?|shakers?|claps?|claves?",
+}
+OTHER = r"accordions?|harmonicas?|harpsichords?|bagpipes?|steelpan|theremins?|keyboards?|bongos?|" \
+    r"congas?|tablas?|djembes?|tambourines?|shakers?|percussions?|kalimbas?"  # fmt: skip
+COLLECTIVE = r"orchestras?|orchestral|orchestration|symphon\w*|bands?|ensembles?|instruments|" \
+    r"instrumentation"  # fmt: skip
+
+_CUE = (
+    r"no(?![-\w])|without|with no|instead of|rather than|lack of|lacks?|lacking|devoid of|free of|"
+    r"absence of|minus|neither|nor|never|not? any|not accompanied by|"
+    r"(?:is|are|was|were)(?:n't| not)|(?:does|do|did)(?:n't| not) (?:have|include|feature|"
+    r"contain|use)"
+)
+_STOP = (
+    r"but|with|while|whereas|although|though|just|only|plays?|playing|played|other than|except|"
+    r"besides|apart from|beyond|and (?:an?|the|some)|has|have|features?"
+)
+_WORD = rf"(?!(?:{_STOP})\b)[\w'&/-]+"
+_PHRASE = rf"{_WORD}(?:\s+{_WORD}){{0,4}}"
+_NEGATION = re.compile(
+    rf"\b(?:(?:instead of|rather than)\s+{_WORD}(?:\s+{_WORD}){{0,2}}"
+    rf"|(?:{_CUE})\s+{_PHRASE}(?:(?:\s*,\s*{_PHRASE})*?\s*,?\s*\b(?:or|nor)\s+{_PHRASE})?)"
+)
+_ABSENT_AFTER = re.compile(
+    r"\s+(?:is|are)\s+(?:absent|missing|not\s+(?:present|used|played|heard|included))\b"
+)
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{pattern})\b")
+
+
+_MENTION = {family: _words(MENTION[family]) for family in FAMILIES}
+_UNCLEAR = {family: _words(UNCLEAR[family]) for family in FAMILIES}
+_OTHER, _COLLECTIVE = _words(OTHER), _words(COLLECTIVE)
+
+
+def from_caption(caption: str) -> dict[str, str]:
+    """Family -> answer by CAPTION_RULE, from one caption in English."""
+    text = caption.lower().replace("\u2019", "'")
+    for pattern, replacement in PHRASES:
+        text = pattern.sub(replacement, text)
+    negated = [m.span() for m in _NEGATION.finditer(text)]
+
+    def affirmed(match: re.Match[str]) -> bool:
+        inside = any(start <= match.start() < end for start, end in negated)
+        return not inside and not _ABSENT_AFTER.match(text, match.end())
+
+    answers: dict[str, str] = {}
+    for family, mention in _MENTION.items():
+        found = [affirmed(m) for m in mention.finditer(text)]
+        if found:
+            answers[family] = PRESENT if any(found) else NEGATED
+    named = PRESENT in answers.values() or any(affirmed(m) for m in _OTHER.finditer(text))
+    closed = named and not _COLLECTIVE.search(text)
+    for family in FAMILIES:
+        if family not in answers:
+            clear = closed and not _UNCLEAR[family].search(text)
+            answers[family] = UNLISTED if clear else UNKNOWN
+    return answers
+
+
+TAGS: Mapping[str, frozenset[str]] = {
+    "guitar": frozenset({"guitar", "acousticguitar", "classicalguitar", "electricguitar"}),
+    "piano": frozenset({"piano"}),
+    "electric_piano": frozenset({"electricpiano", "rhodes"}),
+    "organ": frozenset({"organ", "pipeorgan"}),
+    "strings": frozenset({"strings", "violin", "viola", "cello"}),
+    "brass": frozenset({"brass", "trumpet", "trombone", "horn"}),
+    "reed": frozenset({"saxophone", "clarinet", "oboe"}),
+    "flute": frozenset({"flute"}),
+    "synth": frozenset({"synthesizer"}),
+    "plucked": frozenset({"harp"}),
+    "bass": frozenset({"bass", "acousticbassguitar", "doublebass"}),
+    "drums": frozenset({"drums", "drummachine"}),
+}
+UNCLEAR_TAGS: Mapping[str, frozenset[str]] = {
+    "piano": frozenset({"keyboard"}),
+    "electric_piano": frozenset({"keyboard", "piano"}),
+    "organ": frozenset({"keyboard"}),
+    "strings": frozenset({"orchestra"}),
+    "brass": frozenset({"orchestra"}),
+    "reed": frozenset({"orchestra"}),
+    "flute": frozenset({"orchestra"}),
+    "synth": frozenset({"keyboard", "computer", "pad", "sampler"}),
+    "plucked": frozenset({"orchestra"}),
+    "drums": frozenset({"percussion", "beat", "bongo", "computer", "sampler"}),
+}
+
+
+def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
+    """Family -> answer by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix.
+
+    No tag says mallets or choir (`voice` may be one singer): they stay unknown.
+    """
+    answers = {}
+    for family in FAMILIES:
+        if TAGS.get(family, frozenset()).intersection(tags):
+            answers[family] = PRESENT
+            continue
+        clear = family in TAGS and len(tags) >= min_tags
+        clear = clear and not UNCLEAR_TAGS.get(family, frozenset()).intersection(tags)
+        answers[family] = UNLISTED if clear else UNKNOWN
+    return answers
+
+
+def combine(answers: Iterable[str]) -> bool | None:
+    """One label from several answers: any `present` wins over silence; against an outright
+    negation it is unknown (None)."""
+    found = set(answers)
+    if {PRESENT, NEGATED} <= found or found <= {UNKNOWN}:
+        return None
+    return PRESENT in found
+
+
+def merge_answers(sources: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One answer a family from several captions, as `combine` weighs them."""
+    sources = list(sources)
+    told = {None: UNKNOWN, True: PRESENT, False: UNLISTED}
+    return {family: told[combine(s[family] for s in sources)] for family in FAMILIES}
+
+
+def merge(sources: Iterable[Mapping[str, str]]) -> dict[str, bool | None]:
+    """Labels of all families, `combine`d over the texts or tags that speak of one recording."""
+    sources = list(sources)
+    return {family: combine(s[family] for s in sources) for family in FAMILIES}
+
+
+def agreement(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """How two ways to one family's label agree, in recordings."""
+    count: Counter[str] = Counter()
+    for first, second in pairs:
+        if UNKNOWN in (first, second):
+            count["unknown_in_either"] += 1
+            continue
+        a, b = first == PRESENT, second == PRESENT
+        count["agree" if a == b else "only_first" if a else "only_second"] += 1
+    return {k: count[k] for k in ("agree", "only_first", "only_second", "unknown_in_either")}

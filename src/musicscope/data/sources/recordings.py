@@ -1,0 +1,221 @@
+"""What every data set of recordings is turned into before its audio is read, and its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from musicscope.config import RecordingLimits
+from musicscope.core.io import sha256
+from musicscope.core.seeding import seed_for
+
+SPLITS = ("train", "validation", "test")
+HASHED_BYTES = 500_000_000
+"""Larger inputs are named with their size only."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that was left out: what, why, and the particulars."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+    def texts(self) -> list[str]:
+        """[name, reason, detail], as tables and JSON hold them."""
+        return [plain(self.name), self.reason, plain(self.detail)]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One audio file and what the data set says of it."""
+
+    name: str
+    """Where it is in the data set; unique, and what metrics call it."""
+    key: str
+    """What its audio is found by: the last two parts of its path, or its track id."""
+    id: str
+    """Stem of its clips' ids; unique."""
+    group: str
+    """Recordings of one group (source clip, artist) never cross splits."""
+    split: str
+    """train, validation, test; empty: to be drawn."""
+    labels: Mapping[str, bool | None]
+    """Family -> has it; None: unknown."""
+    captions: tuple[str, ...] = ()
+    """The first is the one that models are given."""
+    tempo_bpm: float = float("nan")
+    music_key: str = ""
+    artist: str = ""
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Where the audio is: `kind` tar, zip, folder or parquet; folders are tried in order."""
+
+    kind: str
+    paths: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the archives; 0 for folders."""
+        return sum(p.stat().st_size for p in self.paths if p.is_file())
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A data set as its metadata gives it."""
+
+    recordings: tuple[Recording, ...]
+    audio: Audio
+    problems: tuple[Problem, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Counts, label rules and agreements, for the stage's metrics."""
+    inputs: tuple[Path, ...] = ()
+    """Metadata files that were read."""
+    listed: frozenset[str] = frozenset()
+    """Keys of all recordings that the metadata lists, wanted or not."""
+
+
+def plain(text: str) -> str:
+    """Text that can be written: bytes that are no UTF-8 as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def unsafe(name: str) -> bool:
+    """Whether a name from metadata or an archive could lead out of its folder, or is no text."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return (
+        not parts
+        or ".." in parts
+        or parts[0] == "/"
+        or "\0" in name
+        or plain(name) != name
+        or re.match(r"[A-Za-z]:[\\/]", name) is not None
+    )
+
+
+def last_two(name: str) -> str:
+    """The last two parts of a path: what archives and metadata agree on."""
+    return "/".join(PurePosixPath(name).parts[-2:])
+
+
+def make_id(source: str, name: str, taken: set[str]) -> str:
+    """A clip id stem that is a safe file name; `taken` makes it unique and is added to."""
+    stem = f"{source}-" + re.sub(r"[^\w.-]+", "_", str(PurePosixPath(name).with_suffix("")))
+    if stem in taken:
+        stem += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    taken.add(stem)
+    return stem
+
+
+def find_file(folder: Path, *patterns: str) -> Path | None:
+    """The first file in `folder` that matches a pattern, patterns in order, names sorted."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                return path
+    return None
+
+
+def find_audio(folder: str, audio: str, *inside: str) -> Audio:
+    """Archives (`*.tar*`, `*.tgz`, `*.zip`) or folders with the audio.
+
+    `audio` is a folder, an archive, or empty: then archives in `folder` itself, else its
+    subfolders `inside`, else itself.
+
+    Raises:
+        FileNotFoundError: nothing there; the message names the params key.
+    """
+    root = Path(audio or folder)
+    if not root.exists():
+        key = "audio" if audio else "folder"
+        raise FileNotFoundError(f"prepare_data.recordings.{key}: {root} does not exist")
+    archives = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
+    tars = [p for p in archives if re.search(r"\.(tar(\.\w+)?|tgz)$", p.name)]
+    zips = [p for p in archives if p.suffix == ".zip"]
+    if tars:
+        return Audio("tar", tuple(tars))
+    if zips:
+        return Audio("zip", tuple(zips))
+    if root.is_file():
+        raise FileNotFoundError(f"prepare_data.recordings.audio: {root} is no folder, tar or zip")
+    return Audio("folder", tuple(p for p in (*(root / i for i in inside), root) if p.is_dir()))
+
+
+def describe_inputs(paths: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """File name -> size, and sha256 unless it is large: which copy of a data set was read."""
+    found: dict[str, dict[str, object]] = {}
+    for path in paths:
+        size = path.stat().st_size
+        found[path.name] = {"bytes": size}
+        if size <= HASHED_BYTES:
+            found[path.name]["sha256"] = sha256(path)
+    return found
+
+
+def _drawn(groups: Iterable[str], share: float, seed: int, purpose: str) -> set[str]:
+    """`share` of the groups, at least one, by the order of their hashes."""
+    ranked = sorted(set(groups), key=lambda g: (seed_for(seed, "split", purpose, g), g))
+    return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+def assign_splits(
+    recordings: Sequence[Recording], seed: int, validation_share: float, test_share: float
+) -> list[Recording]:
+    """Give every group one split: the data set's own where it has it, else one drawn by seed.
+
+    A data set without test gives `test_share` of its undecided groups to it; one without
+    validation gives `validation_share` of what is left or called train.
+
+    Raises:
+        ValueError: a group in two splits, or a split that stays empty.
+    """
+    given: dict[str, set[str]] = defaultdict(set)
+    for r in recordings:
+        given[r.group] |= {r.split} - {""}
+    for group, splits in given.items():
+        if len(splits) > 1:
+            raise ValueError(
+                f"group {group!r} is in splits {sorted(splits)}: the same artist or source clip "
+                "must not be learnt from and tested on; correct the metadata's split or group"
+            )
+    split = {group: next(iter(splits), "") for group, splits in given.items()}
+    named = set(split.values())
+    for wanted, share in (("test", test_share), ("validation", validation_share)):
+        # Groups that the data set calls train give validation, but never test.
+        pool = [g for g, s in split.items() if s == "" or (s, wanted) == ("train", "validation")]
+        if wanted not in named and len(pool) > 1:
+            split |= dict.fromkeys(_drawn(pool, share, seed, wanted), wanted)
+    split = {group: s or "train" for group, s in split.items()}
+    for wanted in SPLITS:
+        if wanted not in split.values():
+            raise ValueError(
+                f"no recording for split {wanted}: {len(split)} groups (artists or source clips) "
+                "are too few, at least 3 are needed, or the metadata fills the other splits only"
+            )
+    return [replace(r, split=split[r.group]) for r in recordings]
+
+
+def limit(recordings: Sequence[Recording], limits: RecordingLimits, seed: int) -> list[Recording]:
+    """At most so many recordings per split, the same for any order of the metadata."""
+    chosen: set[str] = set()
+    for split in SPLITS:
+        of_split = [r for r in recordings if r.split == split]
+        of_split.sort(key=lambda r: (seed_for(seed, "limit", r.id), r.id))
+        chosen.update(r.id for r in of_split[: getattr(limits, split) or None])
+    return [r for r in recordings if r.id in chosen]
+
+
+def number(value: object) -> float:
+    """A finite, positive number, or NaN."""
+    try:
+        result = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return float("nan")
+    return result if 0 < result < float("inf") else float("nan")

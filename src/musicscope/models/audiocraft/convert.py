@@ -1,0 +1,262 @@
+"""MusicGen between the layouts of transformers and audiocraft, both ways, without audiocraft.
+
+The two hold the same tensors under other names, except that audiocraft stacks the three input
+projections of an attention into one. Mono text-to-music models with the plain delay pattern.
+
+    python -m musicscope.models.audiocraft.convert to-audiocraft FOLDER OUT
+    python -m musicscope.models.audiocraft.convert to-transformers FOLDER OUT
+
+OUT must be a new or an empty folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from musicscope.core.user_outputs import NewFolder, OutputError, new_folder
+from musicscope.models.audiocraft.config import audiocraft_configs, transformers_config
+from musicscope.models.audiocraft.loading import (
+    CODEC_FILE,
+    MODEL_FILE,
+    TEXT_FOLDER,
+    check_supported,
+    read_checkpoint,
+    text_encoder_folder,
+)
+
+State = dict[str, Tensor]
+CORE, LAYERS = "decoder.model.decoder.", "transformer.layers."
+# Parts of a layer: transformers, audiocraft.
+PARTS = (
+    ("self_attn.", "self_attn."),
+    ("encoder_attn.", "cross_attention."),
+    ("fc1.", "linear1."),
+    ("fc2.", "linear2."),
+    ("self_attn_layer_norm.", "norm1."),
+    ("encoder_attn_layer_norm.", "norm_cross."),
+    ("final_layer_norm.", "norm2."),
+)
+# The rest of the decoder, as prefixes.
+WHOLE = (
+    (f"{CORE}embed_tokens.", "emb."),
+    (f"{CORE}layer_norm.", "out_norm."),
+    ("decoder.lm_heads.", "linears."),
+    ("enc_to_dec_proj.", "condition_provider.conditioners.description.output_proj."),
+)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...], forward: bool) -> str | None:
+    for theirs, ours in pairs:
+        old, new = (theirs, ours) if forward else (ours, theirs)
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
+
+
+def decoder_to_audiocraft(state: State) -> State:
+    """audiocraft's language-model weights from a whole transformers state dict.
+
+    KeyError for a decoder weight that has no place there; codec and T5 are passed over.
+    """
+    found: State = {}
+    for name, value in state.items():
+        if name.startswith(("audio_encoder.", "text_encoder.")) or "embed_positions" in name:
+            continue
+        if layer := re.fullmatch(rf"{re.escape(CORE)}layers\.(\d+)\.(.+)", name):
+            new = _renamed(layer[2], PARTS, True)
+            new = new and f"{LAYERS}{layer[1]}.{new}"
+        else:
+            new = _renamed(name, WHOLE, True)
+        if new is None:
+            raise KeyError(f"{name} has no counterpart in audiocraft")
+        found[new] = value
+    for name in [n for n in found if n.endswith(".q_proj.weight")]:
+        stem = name.removesuffix("q_proj.weight")
+        parts = [found.pop(f"{stem}{part}.weight") for part in PROJECTIONS]
+        found[f"{stem}in_proj_weight"] = torch.cat(parts)
+    return found
+
+
+def decoder_to_transformers(state: State) -> State:
+    """Inverse of `decoder_to_audiocraft`. KeyError for biases and what else has no place there."""
+    found: State = {}
+    for name, value in state.items():
+        if ".conditioners.description.t5." in name:  # a T5 that was trained along: see `_text`
+            continue
+        if layer := re.fullmatch(rf"{re.escape(LAYERS)}(\d+)\.(.+)", name):
+            new = _renamed(layer[2].replace(".mha.", "."), PARTS, False)
+            new = new and f"{CORE}layers.{layer[1]}.{new}"
+        else:
+            new = _renamed(name, WHOLE, False)
+        if new is None or new.endswith("in_proj_bias"):
+            raise KeyError(f"{name} has no counterpart in transformers' MusicGen")
+        if new.endswith("in_proj_weight"):
+            stem = new.removesuffix("in_proj_weight")
+            for part, rows in zip(PROJECTIONS, value.chunk(3), strict=True):
+                found[f"{stem}{part}.weight"] = rows.clone()
+        else:
+            found[new] = value
+    return found
+
+
+def _upsamplers(ratios: list[int], residual: int) -> set[int]:
+    """Positions of the transposed convolutions among the decoder's modules."""
+    # A convolution and an LSTM, then for each ratio: activation, upsampler, residual blocks.
+    return {3 + i * (2 + residual) for i in range(len(ratios))}
+
+
+def codec_to_audiocraft(state: State, ratios: list[int], residual: int) -> State:
+    """audiocraft's EnCodec weights from those of transformers' EncodecModel."""
+    found: State = {}
+    for name, value in state.items():
+        if name.startswith("quantizer."):
+            new = name.replace("quantizer.layers.", "quantizer.vq.layers.")
+            found[new.replace(".codebook.", "._codebook.")] = value
+            continue
+        side, _, index, rest = name.split(".", 3)
+        rest = rest.replace("parametrizations.weight.original0", "weight_g")
+        rest = rest.replace("parametrizations.weight.original1", "weight_v")
+        if side == "decoder" and int(index) in _upsamplers(ratios, residual):
+            rest = rest.replace("conv.", "convtr.convtr.", 1)
+        elif not rest.startswith("lstm."):
+            rest = re.sub(r"(^|\.)conv\.", r"\1conv.conv.", rest, count=1)
+        found[f"{side}.model.{index}.{rest}"] = value
+    return found
+
+
+def codec_to_transformers(state: State) -> State:
+    """Inverse of `codec_to_audiocraft`."""
+    found: State = {}
+    for name, value in state.items():
+        new = re.sub(r"^(encoder|decoder)\.model\.", r"\1.layers.", name)
+        new = new.replace("quantizer.vq.layers.", "quantizer.layers.")
+        new = new.replace("._codebook.", ".codebook.").replace(".convtr.convtr.", ".conv.")
+        new = new.replace(".conv.conv.", ".conv.")
+        new = new.replace(".weight_g", ".parametrizations.weight.original0")
+        found[new.replace(".weight_v", ".parametrizations.weight.original1")] = value
+    return found
+
+
+def to_audiocraft(source: str | Path, out: str | Path) -> None:
+    """Write the transformers folder `source` as audiocraft's two checkpoints, with its T5 beside.
+
+    The config names ``t5-base``; load the folder with `AudiocraftModel`, which takes the T5 there.
+
+    Raises:
+        OutputError: `out` has contents, or is, holds or lies in `source`.
+    """
+    with _new(source, out) as made:
+        _to_audiocraft(source, made.scratch)
+        made.publish()
+
+
+def _new(source: str | Path, out: str | Path) -> AbstractContextManager[NewFolder]:
+    # Models are put into data/models by hand: not refused as the output of a stage.
+    return new_folder(out, inputs={"the source": source}, option="OUT", stages=False)
+
+
+def _to_audiocraft(source: str | Path, folder: Path) -> None:
+    from musicscope.models.musicgen.loading import load_parts
+
+    hf, tokenizer = load_parts(Path(source), torch.device("cpu"), torch.float32)
+    language, compression = audiocraft_configs(hf, "t5-base")
+    weights = decoder_to_audiocraft(hf.state_dict())
+    projection = WHOLE[-1][1]
+    if f"{projection}weight" not in weights:  # equal widths: transformers leaves it out
+        width = hf.config.decoder.hidden_size
+        weights[f"{projection}weight"], weights[f"{projection}bias"] = (
+            torch.eye(width),
+            torch.zeros(width),
+        )
+    codec = hf.config.audio_encoder
+    codec_weights = codec_to_audiocraft(
+        hf.audio_encoder.state_dict(), list(codec.upsampling_ratios), codec.num_residual_layers
+    )
+    for file, state, config in (
+        (MODEL_FILE, weights, language),
+        (CODEC_FILE, codec_weights, compression),
+    ):
+        text = OmegaConf.to_yaml(OmegaConf.create(config))
+        package = {"best_state": state, "xp.cfg": text, "version": "1.3.0", "exported": True}
+        torch.save(package, folder / file)
+    hf.text_encoder.save_pretrained(folder / TEXT_FOLDER)
+    tokenizer.save_pretrained(folder / TEXT_FOLDER)
+
+
+def to_transformers(source: str | Path, out: str | Path, text_revision: str | None = None) -> None:
+    """Write the audiocraft folder `source` as transformers' save_pretrained does.
+
+    Raises:
+        OutputError: `out` has contents, or is, holds or lies in `source`.
+        ValueError, KeyError: transformers' MusicGen cannot express the model.
+    """
+    with _new(source, out) as made:
+        _to_transformers(source, made.scratch, text_revision)
+        made.publish()
+
+
+def _to_transformers(source: str | Path, folder: Path, text_revision: str | None) -> None:
+    from transformers import AutoTokenizer, MusicgenForConditionalGeneration, T5EncoderModel
+
+    source = Path(source)
+    weights, language = read_checkpoint(source / MODEL_FILE)
+    codec_weights, compression = read_checkpoint(source / CODEC_FILE)
+    check_supported(language, source / MODEL_FILE)
+    place = text_encoder_folder(source, language, text_revision)
+    text = T5EncoderModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+    config = transformers_config(language, compression, text.config)
+    state = decoder_to_transformers(weights)
+    t5 = {k.partition(".t5.")[2]: v for k, v in weights.items() if ".description.t5." in k}
+    if t5:
+        text.load_state_dict(t5)
+    for name, value in text.state_dict().items():
+        state[f"text_encoder.{name}"] = value
+    for name, value in codec_to_transformers(codec_weights).items():
+        # Codebooks beyond those that the language model uses have no place there.
+        book = re.match(r"quantizer\.layers\.(\d+)\.", name)
+        if not book or int(book[1]) < config.decoder.num_codebooks:
+            state[f"audio_encoder.{name}"] = value
+    hf = MusicgenForConditionalGeneration(config).eval()
+    if not hasattr(hf, "enc_to_dec_proj"):
+        raise ValueError(
+            f"{source}: T5 and decoder are both {config.decoder.hidden_size} wide; transformers "
+            "then has no projection between them, audiocraft's always does"
+        )
+    hf.load_state_dict(state)
+    special = config.decoder.bos_token_id
+    generation = hf.generation_config
+    generation.decoder_start_token_id = generation.bos_token_id = special
+    generation.pad_token_id = special
+    generation.do_sample = True
+    generation.guidance_scale = float(language.classifier_free_guidance.inference_coef)
+    hf.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("direction", choices=["to-audiocraft", "to-transformers"])
+    parser.add_argument("source", type=Path, help="folder to read")
+    parser.add_argument("out", type=Path, help="folder to write: new, or empty")
+    parser.add_argument("--text-revision", help="commit of the T5's hub page (to-transformers)")
+    given = parser.parse_args()
+    try:
+        if given.direction == "to-audiocraft":
+            to_audiocraft(given.source, given.out)
+        else:
+            to_transformers(given.source, given.out, given.text_revision)
+    except OutputError as error:
+        sys.exit(f"audiocraft_convert: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""MusicGen in audiocraft behind `MusicModel`: the weights as they were released.
+
+Hook points, frames and sampling are those of `musicscope.models.musicgen.model`; what runs are
+audiocraft's modules. Two things differ from transformers, both audiocraft's own choice or ours:
+
+- An empty caption counts as none, as in audiocraft's T5 conditioner.
+- audiocraft's cross-attention has no mask: in a batch, a short caption is diluted by the zeros that
+  pad it to the longest one. Here each clip is computed as audiocraft computes it alone, so that
+  activations do not depend on which captions share a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from musicscope.models.audiocraft.loading import (
+    CODEC_FILE,
+    MODEL_FILE,
+    build_codec,
+    build_language_model,
+)
+from musicscope.models.delay_pattern import DelayPatternModel, text_states
+from musicscope.models.interface import Hook
+from musicscope.models.musicgen.decoder import Context, Step, run_layers
+
+
+class AudiocraftModel(DelayPatternModel):
+    """`MusicModel` over audiocraft's LMModel (`.lm`) and EncodecModel (`.codec`)."""
+
+    def __init__(self, lm: Any, codec: Any, name: str, device: torch.device) -> None:
+        self.lm, self.codec = lm.to(device), codec.to(device)
+        self.conditioner = lm.condition_provider.conditioners["description"]
+        # Not a registered module of its conditioner, unless it was trained along.
+        self.conditioner.t5.to(device)
+        self.conditioner.device = lm.condition_provider.device = str(device)
+        if codec.num_codebooks != lm.n_q or codec.cardinality != lm.card:
+            raise ValueError(
+                f"{name}: the codec has {codec.num_codebooks} codebooks of {codec.cardinality}, "
+                f"the language model {lm.n_q} of {lm.card}; {MODEL_FILE} and {CODEC_FILE} do not "
+                "belong together"
+            )
+        super().__init__(
+            name,
+            AudiocraftDecoder(lm, self.conditioner, device),
+            device=device,
+            sample_rate=int(codec.sample_rate),
+            frame_rate=float(codec.frame_rate),
+            num_codebooks=lm.n_q,
+            width=lm.dim,
+            card=lm.card,
+            special=lm.special_token_id,
+            guidance_scale=float(lm.cfg_coef),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        source: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        text_encoder: Path | None = None,
+        text_revision: str | None = None,
+    ) -> AudiocraftModel:
+        """From a folder with state_dict.bin and compression_state_dict.bin.
+
+        The T5 is not in them (unless it was trained along): it is read from `text_encoder`, else
+        from ``text_encoder/`` in the folder, else from the hub at `text_revision`. The decoder is
+        in `dtype`; codec and T5 stay in float32.
+
+        Raises:
+            ImportError: audiocraft is not installed.
+            FileNotFoundError, ValueError: see `musicscope.models.audiocraft.loading`.
+        """
+        source = Path(source)
+        text = None if text_encoder is None else Path(text_encoder)
+        lm, config = build_language_model(source / MODEL_FILE, text, text_revision, dtype)
+        return cls(lm, build_codec(source / CODEC_FILE, config), source.name, device)
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return self.lm, self.codec, self.conditioner.t5
+
+    @torch.no_grad()
+    def encode_signal(self, signal: Tensor) -> Tensor:
+        codes, scale = self.codec.encode(signal)
+        if scale is not None:
+            raise ValueError(f"{self.name}: a codec that renormalizes is not supported")
+        return codes
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None or ""."""
+        text, mask = text_states(
+            self.conditioner.t5_tokenizer,
+            self.conditioner.t5,
+            [caption or None for caption in captions],
+            self.device,
+        )
+        return text.to(self.decoder.dtype), mask
+
+    @torch.no_grad()
+    def codec_latents(self, codes: Tensor) -> Tensor:
+        return self.codec.decode_latent(codes.to(self.device)).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.codec.decode(codes.to(self.device))[:, 0]
+
+
+class AudiocraftDecoder:
+    """Embedding, layers and heads of audiocraft's LMModel as separate steps, as
+    `musicscope.models.musicgen.decoder.LayerwiseDecoder` does for transformers."""
+
+    def __init__(self, lm: Any, conditioner: Any, device: torch.device) -> None:
+        from audiocraft.modules.transformer import create_sin_embedding
+
+        self.lm, self.device = lm, device
+        self.num_codebooks: int = lm.n_q
+        self.num_layers: int = len(lm.transformer.layers)
+        self.dtype: torch.dtype = lm.linears[0].weight.dtype
+        self.calls = 0
+        self._sinusoids, self._project = create_sin_embedding, conditioner.output_proj
+
+    @property
+    def tables(self) -> list[torch.nn.Embedding]:
+        """Token embeddings, one for each codebook; row `card` is the special id."""
+        return list(self.lm.emb)
+
+    def embed(self, ids: Tensor, past: int = 0) -> Tensor:
+        """Ids [rows, K, S] to the input of layer 0 [rows, S, d]."""
+        tokens = sum(table(ids[:, k]) for k, table in enumerate(self.lm.emb))
+        positions = torch.arange(ids.shape[-1], device=ids.device).view(1, -1, 1) + past
+        transformer = self.lm.transformer
+        # In float32 whatever the decoder: float16 cannot tell positions beyond 2,048 apart.
+        sinusoids = self._sinusoids(
+            positions, tokens.shape[-1], max_period=transformer.max_period, dtype=torch.float32
+        )
+        return tokens + (transformer.positional_scale * sinusoids).to(tokens.dtype)
+
+    def context(self, hidden: Tensor, text: Tensor, text_mask: Tensor) -> Context:
+        """`text_mask` of the result: None where no caption is padded, else bool [rows, L]."""
+        text = self._project(text.to(self._project.weight.dtype)) * text_mask[..., None]
+        said = text_mask.bool()
+        # Without a caption all states are zero, and so is what attention finds, wherever it looks.
+        said = said | ~said.any(1, keepdim=True)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        return Context(positions, text, None if bool(said.all()) else said, None)
+
+    @contextlib.contextmanager
+    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
+        """Generation, as in `LayerwiseDecoder.steps`: audiocraft's layers keep keys and values."""
+        past = 0
+        first: list[Context] = []
+
+        def step(ids: Tensor, hooks: dict[int, Hook]) -> Tensor:
+            nonlocal past
+            hidden = self.embed(ids, past=past)
+            if not first:
+                first.append(self.context(hidden, text, text_mask))
+            context = replace(first[0], positions=first[0].positions + past)
+            past += 1
+            return self.run(hidden, context, hooks)
+
+        with self.lm.transformer.streaming():
+            yield step
+
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Layer `index` on hidden [rows, S, d]."""
+        block = self.lm.transformer.layers[index]
+        if context.text_mask is None:
+            return block(hidden, cross_attention_src=context.text)
+        # The same three steps, with the mask that audiocraft's cross-attention does not take.
+        hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))
+        heard = _attend(block.cross_attention, block.norm_cross(hidden), context)
+        hidden = hidden + block.layer_scale_cross(heard)
+        return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
+
+    def run(
+        self,
+        hidden: Tensor,
+        context: Context,
+        hooks: dict[int, Hook],
+        first: int = 0,
+        last: int | None = None,
+        inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Layers `first` to `last` (inclusive) on hidden [rows, S, d]; fills `inputs` if given."""
+        return run_layers(self, hidden, context, hooks, first, last, inputs)
+
+    def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
+        """Final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
+
+        `frames` None: all positions, as is.
+        """
+        hidden = self.lm.out_norm(hidden)
+        spans = (
+            hidden if frames is None else hidden[:, k : k + frames]
+            for k in range(self.num_codebooks)
+        )
+        return torch.stack([head(s) for head, s in zip(self.lm.linears, spans, strict=True)], 1)
+
+
+def _attend(attention: Any, query: Tensor, context: Context) -> Tensor:
+    """audiocraft's cross-attention of query [rows, S, d], keeping to the captions' tokens."""
+    inner = attention if attention.custom else attention.mha
+    weights = inner.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if inner.in_proj_bias is None else inner.in_proj_bias.chunk(3)
+    sources = (query, context.text, context.text)
+    q, k, v = (
+        F.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for source, weight, bias in zip(sources, weights, biases, strict=True)
+    )
+    heard = F.scaled_dot_product_attention(q, k, v, attn_mask=context.text_mask[:, None, None])
+    return inner.out_proj(heard.transpose(1, 2).flatten(-2))

@@ -1,0 +1,138 @@
+"""What a RAVE export offers, found by running it once on noise rather than by trusting its name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from musicscope.models.interface import HookPoint
+from musicscope.models.rave.hooks import Convolutions, seeded
+
+PROBE = 2**14  # samples; RAVE's own export warms up with as many
+POSTERIOR, LATENT = "posterior_mean", "latent"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of one export."""
+
+    sample_rate: int
+    channels: int
+    """Of the input; a mono clip is given to each."""
+    ratio: int
+    """Samples a latent frame."""
+    names: dict[int, str]
+    """Address of a convolution's weight to its name."""
+    stats: str | None
+    """The convolution whose output is posterior mean and scale, one above the other."""
+    hook_points: tuple[HookPoint, ...]
+    """In the order in which they are computed."""
+    frame_rates: dict[str, float]
+    encoding: frozenset[str]
+    """Hook points that need no decoder."""
+    caches: dict[str, Tensor]
+    """Buffers that a pass changes, as they were in the file."""
+    notes: tuple[str, ...]
+    """What the export does not offer, and why."""
+
+
+@torch.no_grad()
+def survey(module: Any, name: str, device: torch.device) -> Survey:
+    """Run encode and decode once on seeded noise and record what passes.
+
+    ValueError for a module without encode, decode or a sample rate, and for one that does not
+    keep the length of whole frames.
+    """
+    if absent := [m for m in ("encode", "decode") if not hasattr(module, m)]:
+        raise ValueError(f"{name} has no method {' and no '.join(absent)}: not a RAVE export")
+    rate = getattr(module, "sr", getattr(module, "sampling_rate", None))
+    if rate is None:
+        raise ValueError(f"{name} has no attribute sr; export it again with RAVE 2 or later")
+    told = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
+    channels, step = (1, 1) if told is None else (int(told[0]), int(told[3]))
+    names = {
+        weight.data_ptr(): key.removesuffix(".weight")
+        for key, weight in module.named_parameters()
+        if key.startswith(("encoder.", "decoder.")) and key.endswith(".weight")
+    }
+    before = {key: value.clone() for key, value in module.named_buffers()}
+    samples = -(-PROBE // step) * step
+    noise = torch.randn(samples, generator=torch.Generator().manual_seed(0)) * 0.1
+    encoded: dict[str, Tensor] = {}
+    decoded: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def recorder(found: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+        def record(key: str, values: Tensor) -> Tensor:
+            calls[key] += 1
+            found[key] = values.clone()
+            return values
+
+        return record
+
+    with seeded(0, device):
+        # Without its draw, z is a function of the posterior mean alone, which `_posterior` checks.
+        with Convolutions(names, recorder(encoded), silent=True):
+            z = module.encode(noise.to(device).expand(1, channels, -1))
+        with Convolutions(names, recorder(decoded)):
+            y = module.decode(z)
+    ratio = samples // max(z.shape[-1], 1)
+    if z.shape[-1] * ratio != samples or y.shape[-1] != samples:
+        raise ValueError(
+            f"{name}: {samples} samples gave {z.shape[-1]} latent frames and {y.shape[-1]} "
+            "samples; an export must keep the length of whole frames"
+        )
+    stats = next(reversed(encoded), None)
+    mean = None if stats is None else _posterior(module, encoded[stats], z)
+    notes = []
+    found = dict(encoded)
+    if mean is None:
+        notes.append("no posterior_mean: z is not the PCA of a mean that the encoder ends in")
+    else:
+        found[POSTERIOR] = mean
+    if _discrete(module):
+        notes.append("no latent: those of a discrete export are code numbers")
+    else:
+        found[LATENT] = z
+    found |= decoded
+    if not calls:
+        notes.append("no convolutions: the export has no named weights (is it frozen?)")
+    for key in [k for k, v in found.items() if calls[k] > 1 or samples % v.shape[-1]]:
+        why = "runs more than once" if calls[key] > 1 else "has a fraction of a frame too many"
+        notes.append(f"no {key}: it {why}")
+        del found[key]
+    if not found:
+        raise ValueError(f"{name} has nothing to read or edit: {'; '.join(notes)}")
+    return Survey(
+        sample_rate=int(rate),
+        channels=channels,
+        ratio=ratio,
+        names=names,
+        stats=None if mean is None else stats,
+        hook_points=tuple(HookPoint(key, values.shape[1]) for key, values in found.items()),
+        frame_rates={key: int(rate) * v.shape[-1] / samples for key, v in found.items()},
+        encoding=frozenset({*encoded, POSTERIOR, LATENT}),
+        caches={k: before[k] for k, v in module.named_buffers() if not torch.equal(v, before[k])},
+        notes=tuple(notes),
+    )
+
+
+def _discrete(module: Any) -> bool:
+    return hasattr(module, "quantizer") or hasattr(getattr(module, "encoder", None), "rvq")
+
+
+def _posterior(module: Any, stats: Tensor, z: Tensor) -> Tensor | None:
+    """The posterior mean if z (drawn without noise) is its PCA; None for any other encoder."""
+    pca, centre = (getattr(module, key, None) for key in ("latent_pca", "latent_mean"))
+    if pca is None or centre is None or stats.shape[1] != 2 * len(centre):
+        return None
+    mean = stats.chunk(2, 1)[0]
+    expected = F.conv1d(mean - centre[:, None], pca[:, :, None])[:, : z.shape[1]]
+    same = expected.shape == z.shape and torch.allclose(expected, z, rtol=1e-3, atol=1e-4)
+    return mean if same else None

@@ -1,0 +1,185 @@
+"""Token ids, prompt template and text tokenizer of YuE stage 1.
+
+Facts: Yuan et al. 2025 (arXiv 2503.08638) and the code of `multimodal-art-projection/YuE`, branch
+YuE-v1, commit 6d4f0b1f. One sequence holds text and audio: 32,000 Llama pieces, 22 marks, then the
+codes of several codecs. Stage 1 writes the first xcodec codebook only, two tracks in turn: vocal,
+instrumental, vocal, ... Frame t of the first track is the 2t-th code, of the second the 2t+1-th.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from musicscope.core.io import sha256
+
+TEXT_IDS = 32_000
+"""Ids 0..31,999 are text."""
+EOD, SOA, EOA = 32_000, 32_001, 32_002
+"""End of document, start of audio, end of audio."""
+XCODEC = 32_016
+"""Says which codec's codes follow. Text that reads "<xcodec>" is not this id but five others."""
+FIRST_CODE = 45_334
+"""Id of code 0 of the first xcodec codebook; codebook k (of 12) starts 1,024 k later."""
+CARD = 1024
+CODE_IDS = slice(FIRST_CODE, FIRST_CODE + CARD)
+"""45,334..46,357: all that stage 1 writes between SOA and EOA."""
+RELEASED_BLOCK = range(0, 32_002)
+"""Ids that the released script forbids while sampling. It names a second range, from 32,016 to
+32,016, whose end is exclusive: empty, so the script leaves `XCODEC` itself allowed."""
+PIECES = 83_734
+"""Ids of tokenizer.model. YuE's wrapper counts 83,738, the logits are padded to 83,968."""
+TRACKS = ("vocal", "instrumental")
+
+TOKENIZER_SHA256 = "ee5c7cbf32da93989f14d9ba635e3e1d1ab2cc88a92908a5ed0f149375f6ee49"
+TOKENIZER_SOURCE = (
+    "inference/mm_tokenizer_v0.2_hf/tokenizer.model of github.com/multimodal-art-projection/YuE, "
+    "branch YuE-v1"
+)
+MARKS = {
+    "[start_of_segment]": (518, 2962, 29918, 974, 29918, 28192, 29962),
+    "[end_of_segment]": (518, 355, 29918, 974, 29918, 28192, 29962),
+    "[start_of_reference]": (518, 2962, 29918, 974, 29918, 5679, 29962),
+    "[end_of_reference]": (518, 355, 29918, 974, 29918, 5679, 29962),
+}
+"""Marks of the template that are plain text, and the pieces they must become."""
+INSTRUCTION = "Generate music from the given lyrics segment by segment."
+INSTRUMENTAL = "[verse]\n\n\n"
+"""A segment without words: how the authors ask for music without singing (YuE issue 18)."""
+
+Tokenize = Callable[[str], Sequence[int]]
+"""Text to ids, without marks at either end."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenize:
+    """YuE's `tokenizer.model` as a function, checked.
+
+    Another file than the released one gives a warning, and is refused (ValueError) unless it has
+    the same number of pieces and cuts the template's marks as the released one does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: copy it there from {TOKENIZER_SOURCE}")
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ImportError("YuE needs sentencepiece: pip install sentencepiece") from error
+    processor = SentencePieceProcessor(model_file=str(path))
+    found = sha256(path)
+    if found != TOKENIZER_SHA256:
+        wrong = [mark for mark, ids in MARKS.items() if tuple(processor.encode(mark)) != ids]
+        if len(processor) != PIECES or wrong:
+            raise ValueError(
+                f"{path} is not YuE's tokenizer: {len(processor)} pieces for {PIECES}, other ids "
+                f"for {wrong or 'no mark'}; take {TOKENIZER_SOURCE}"
+            )
+        warnings.warn(
+            f"{path} has sha256 {found[:16]}..., YuE's own {TOKENIZER_SHA256[:16]}...: texts may "
+            f"get other ids than the model was trained with; take {TOKENIZER_SOURCE}",
+            stacklevel=2,
+        )
+    return processor.encode
+
+
+# ---- codes
+
+
+def interleave(codes: Tensor) -> Tensor:
+    """Codes [B, 2, T] in 0..1023, (vocal, instrumental), to ids [B, 2T]: v0 i0 v1 i1 ..."""
+    if codes.ndim != 3 or codes.shape[1] != 2 or codes.shape[2] == 0:
+        raise ValueError(
+            f"codes must be [clips, 2 (vocal, instrumental), frames], got {list(codes.shape)}; "
+            "codebooks of stage 2 are not supported"
+        )
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < CARD:
+        raise ValueError(f"codes must lie in 0..{CARD - 1}")
+    return codes.transpose(1, 2).flatten(1) + FIRST_CODE
+
+
+def deinterleave(ids: Tensor) -> Tensor:
+    """Inverse of `interleave`: ids [B, 2T] to codes [B, 2, T].
+
+    ValueError for an odd number of ids and for ids outside the first xcodec codebook.
+    """
+    if ids.ndim != 2 or ids.shape[1] % 2:
+        raise ValueError(f"ids must be [clips, 2T], got {list(ids.shape)}")
+    codes = ids - FIRST_CODE
+    outside = (codes < 0) | (codes >= CARD)
+    if outside.any():
+        raise ValueError(
+            f"ids {ids[outside].unique().tolist()[:8]} are no codes of stage 1 "
+            f"({CODE_IDS.start}..{CODE_IDS.stop - 1})"
+        )
+    return codes.unflatten(1, (-1, 2)).transpose(1, 2)
+
+
+# ---- template
+
+
+def split_lyrics(lyrics: str) -> list[str]:
+    """Lyrics with [section] heads to one text a segment, as YuE is given them."""
+    found = re.findall(r"\[(\w+)\](.*?)(?=\[|\Z)", lyrics, re.DOTALL)
+    if not found:
+        raise ValueError(f"lyrics need section heads such as [verse], got {lyrics[:40]!r}")
+    return [f"[{name}]\n{body.strip()}\n\n" for name, body in found]
+
+
+def head_ids(
+    tokenize: Tokenize, genres: str, segments: Sequence[str], reference: Tensor | None = None
+) -> list[int]:
+    """What comes before the first segment: instruction, genre tags and all lyrics.
+
+    `reference` [2, T]: codes of a recording to imitate (the in-context variant, models "-icl").
+    """
+    text = f"{INSTRUCTION}\n[Genre] {' '.join(genres.split())}\n" + "\n".join(segments)
+    ids = list(tokenize(text))
+    if reference is not None:
+        audio = [SOA, XCODEC, *interleave(reference[None])[0].tolist(), EOA]
+        ids += [*tokenize("[start_of_reference]"), *audio, *tokenize("[end_of_reference]")]
+    return ids
+
+
+def opening_ids(tokenize: Tokenize, segment: str) -> list[int]:
+    """What comes before the codes of a segment."""
+    return [*tokenize("[start_of_segment]"), *tokenize(segment), SOA, XCODEC]
+
+
+def prompt_ids(tokenize: Tokenize, genres: str, segment: str = INSTRUMENTAL) -> list[int]:
+    """Everything before the first code of a piece that is a single segment."""
+    return head_ids(tokenize, genres, [segment]) + opening_ids(tokenize, segment)
+
+
+def document_ids(
+    tokenize: Tokenize,
+    genres: str,
+    segments: Sequence[str],
+    codes: Sequence[Tensor],
+    reference: Tensor | None = None,
+    end: bool = True,
+) -> list[int]:
+    """A whole training document: head, then each segment's text and codes [2, T] in turn.
+
+    Layout of finetune/core/preprocess_data_conditional_xcodec_segment.py; `end` adds EOD.
+    """
+    ids = head_ids(tokenize, genres, segments, reference)
+    for segment, tracks in zip(segments, codes, strict=True):
+        ids += opening_ids(tokenize, segment)
+        ids += [*interleave(tracks[None])[0].tolist(), EOA, *tokenize("[end_of_segment]")]
+    return [*ids, EOD] if end else ids
+
+
+def left_padded(rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of ids to ids [B, L] and mask [B, L], int64; padding (id 0, mask 0) stands first.
+
+    So that in every row the codes begin at the same position.
+    """
+    rows = list(rows)
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

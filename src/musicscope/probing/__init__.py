@@ -1,1 +1,0 @@
-"""Concept classifiers in SAE space against every baseline."""

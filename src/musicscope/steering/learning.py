@@ -1,0 +1,223 @@
+"""Recipes from clips: which latents speak for a concept, a gate that hears it, and directions.
+
+Scores of a latent, all above 0 where it speaks for the concept:
+
+* share (SAeUron, arXiv 2501.18052): its share of the mean code with the concept less that without;
+* effect: difference of the classes' mean clip averages over their pooled standard deviation;
+* partial: t of the concept in a linear regression of the clip average on the labels of all
+  families, so that what the concept happens to be mixed with does not count for it;
+* auroc: of the clip average, less 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.signal import lfilter
+
+from musicscope.core.stats import auroc_columns
+from musicscope.data.clips import known_labels, main_clips
+from musicscope.dictionaries.codes import Codes, encode_clips, pool_clips
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.pooling import by_batch
+from musicscope.features.logistic import Standardiser, fit_logistic
+from musicscope.features.probes import rank_features
+from musicscope.steering.edit import Gate
+from musicscope.steering.recipes import SCORES, Recipe
+
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+MOMENTS = 4
+"""Moments a clip at which the gate learns to answer, the last at its end."""
+
+
+def latent_scores(
+    means: np.ndarray, labels: np.ndarray, score: str, others: np.ndarray
+) -> np.ndarray:
+    """One of `SCORES` from clip averages [clips, F] and labels [clips], float64 [F].
+
+    `others` [clips, m]: labels of the other families, for partial.
+    """
+    with_, without = means[labels].astype(np.float64), means[~labels].astype(np.float64)
+    if score == "share":
+        shares = [m.mean(0) / max(m.mean(0).sum(), 1e-12) for m in (with_, without)]
+        return shares[0] - shares[1]
+    if score == "effect":
+        n, m = len(with_), len(without)
+        pooled = (n * with_.var(0) + m * without.var(0)) / (n + m)
+        gap = with_.mean(0) - without.mean(0)
+        return np.divide(gap, np.sqrt(pooled), out=np.zeros_like(gap), where=pooled > 1e-12)
+    if score == "partial":
+        return _partial_t(means.astype(np.float64), labels, others)
+    if score == "auroc":
+        return np.nan_to_num(auroc_columns(means, labels) - 0.5)
+    raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
+
+
+def _partial_t(means: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """t of `labels` in ordinary least squares of each column on it, `others` and a constant."""
+    # Frisch-Waugh-Lovell: the coefficient is that of what the others leave over of both sides.
+    basis = np.column_stack([np.ones(len(labels)), others.astype(np.float64)])
+    both = np.column_stack([labels.astype(np.float64), means])
+    left = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
+    own, columns = left[:, 0], left[:, 1:]
+    power = own @ own
+    if power < 1e-9:
+        return np.zeros(means.shape[1])  # the other labels say it all
+    slope = own @ columns / power
+    spare = max(1, len(labels) - np.linalg.matrix_rank(basis) - 1)
+    error = np.sqrt(((columns - np.outer(own, slope)) ** 2).sum(0) / spare / power)
+    return np.divide(slope, error, out=np.zeros_like(slope), where=error > 1e-12)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Codes and activations of the train and validation clips, read once for all concepts."""
+
+    rows: pd.DataFrame
+    """The clip table of these clips, train first."""
+    n_train: int
+    codes: Codes
+    means: np.ndarray
+    """[clips, F] clip averages of the codes"""
+    dense: np.ndarray
+    """[clips, d] clip averages of the activations"""
+
+    def labelled(self, concept: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Clips whose label is known, the labels, and which of them are train clips."""
+        at, labels = known_labels(self.rows, concept)
+        train = at < self.n_train
+        for name, mask in (("train", train), ("validation", ~train)):
+            if not 0 < labels[mask].sum() < mask.sum():
+                raise ValueError(
+                    f"{name} clips are all with, or all without, {concept}: raise the number of "
+                    "clips in prepare_data, or take it out of params.steer.concepts"
+                )
+        return at, labels, train
+
+    def others(self, concept: str) -> np.ndarray:
+        """Labels of the other families that are known for every clip, bool [clips, m]."""
+        names = [c for c in self.rows if c.startswith("has_") and c != f"has_{concept}"]
+        known = [self.rows[c].to_numpy(bool) for c in names if self.rows[c].notna().all()]
+        return np.stack(known, 1) if known else np.zeros((len(self.rows), 0), bool)
+
+
+def read_clips(
+    store: Any, sae: TopKSAE, rows: pd.DataFrame, workers: int = 1, device: str = "cpu"
+) -> Clips:
+    """Encode train and validation clips (main font, single clips) of an ActivationStore."""
+    train, validation = main_clips(rows, "train"), main_clips(rows, "validation")
+    used = np.concatenate([train, validation])
+    codes = encode_clips(store, used, sae.encode, sae.n_latents, workers, device)
+
+    def average(batch: list[int]) -> np.ndarray:
+        return np.stack([store.clip(i).mean(0, dtype=np.float64) for i in batch])
+
+    dense = np.concatenate(by_batch(average, used, workers)).astype(np.float32)
+    table = rows.iloc[used].reset_index(drop=True)
+    return Clips(table, len(train), codes, pool_clips(codes).mean, dense)
+
+
+def active_means(codes: Codes, clips: np.ndarray) -> np.ndarray:
+    """[F] mean value of each latent over the frames of `clips` (bool) where it fires, else 0."""
+    matrix = codes.matrix
+    chosen = np.repeat(clips[codes.owner], np.diff(matrix.indptr))
+    at = matrix.indices[chosen]
+    total = np.bincount(at, matrix.data[chosen], codes.n_latents)
+    return total / np.maximum(np.bincount(at, minlength=codes.n_latents), 1)
+
+
+def best_logistic(
+    x: np.ndarray, labels: np.ndarray, train: np.ndarray
+) -> tuple[np.ndarray, float, float]:
+    """Weights [p] and intercept on raw columns of x [n, p], and the AUROC on the other rows.
+
+    Fitted on rows of `train` (bool), standardised; C of the grid by AUROC on the rest.
+    """
+    standardise = Standardiser.fit(x[train])
+    weights, intercepts = fit_logistic(
+        standardise(x[train]), np.repeat(labels[train, None], len(C_GRID), 1), np.array(C_GRID)
+    )
+    quality = auroc_columns(standardise(x[~train]) @ weights + intercepts, labels[~train])
+    best = int(np.nan_to_num(quality).argmax())
+    raw = np.zeros(x.shape[1])
+    raw[standardise.columns] = weights[:, best] / standardise.std
+    bias = intercepts[best] - raw[standardise.columns] @ standardise.mean
+    return raw, float(bias), float(quality[best])
+
+
+def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold with the highest balanced accuracy of score > threshold, between two scores."""
+    values = np.unique(scores)
+    cuts = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
+    hits = (scores[labels, None] > cuts).mean(0) + (scores[~labels, None] <= cuts).mean(0)
+    return float(cuts[hits.argmax()])
+
+
+def learn_gate(
+    clips: Clips, concept: str, n_features: int, seconds: float, frame_rate: float
+) -> tuple[Gate, float]:
+    """A gate on the `n_features` most telling latents, and its AUROC on validation clips.
+
+    It learns from the statistic that it will see in generation: running means of the values, read
+    at `MOMENTS` moments of each clip. Its threshold is the best on validation clips.
+    """
+    at, labels, train = clips.labelled(concept)
+    order, _ = rank_features(clips.means[at[train]], labels[train])
+    features = np.sort(order[:n_features])
+    values = clips.codes.matrix[:, features].toarray().astype(np.float64)
+    ends = np.cumsum(clips.codes.frames)
+    decay = math.exp(-1 / (seconds * frame_rate))
+    seen = []
+    for clip in at:
+        own = values[ends[clip] - clips.codes.frames[clip] : ends[clip]]
+        means = lfilter([1 - decay], [1, -decay], own, axis=0)
+        means /= (1 - decay ** np.arange(1, len(own) + 1))[:, None]
+        seen.append(means[[(i + 1) * len(own) // MOMENTS - 1 for i in range(MOMENTS)]])
+    x = np.concatenate(seen)
+    each, learns = np.repeat(labels, MOMENTS), np.repeat(train, MOMENTS)
+    weights, bias, quality = best_logistic(x, each, learns)
+    bias -= best_threshold((x @ weights + bias)[~learns], each[~learns])
+    gate = Gate(tuple(features.tolist()), tuple(weights.tolist()), float(bias), seconds)
+    return gate, quality
+
+
+def learn_recipe(
+    clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
+    both_sides: str, gate_features: int, gate_seconds: float, frame_rate: float,
+) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
+    """The recipe of a concept, and the validation AUROC of its gate and of its probe."""
+    at, labels, train = clips.labelled(concept)
+    learns = at[train]
+    known = labels[train]
+    sides = {"with": learns[known], "without": learns[~known]}
+    others = clips.others(concept)[learns]
+    statistics = {s: latent_scores(clips.means[learns], known, s, others) for s in SCORES}
+    for side, members in sides.items():
+        mask = np.zeros(len(clips.rows), bool)
+        mask[members] = True
+        statistics[f"mean_{side}"] = clips.means[members].mean(0, dtype=np.float64)
+        statistics[f"active_{side}"] = active_means(clips.codes, mask)
+    difference = clips.dense[sides["with"]].mean(0) - clips.dense[sides["without"]].mean(0)
+    weights, _, probe_auroc = best_logistic(clips.dense[at], labels, train)
+    probe = weights * np.linalg.norm(difference) / max(np.linalg.norm(weights), 1e-12)
+    gate, gate_auroc = learn_gate(clips, concept, gate_features, gate_seconds, frame_rate)
+
+    def tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in arrays.items()}
+
+    recipe = Recipe(
+        model, slot, layer, sae, concept, target, both_sides, tensors(statistics),
+        tensors({"difference": difference, "probe": probe}), gate,
+    )  # fmt: skip
+    return recipe, {"gate_auroc": gate_auroc, "probe_auroc": probe_auroc}
+
+
+def learn_recipes(clips: Clips, concepts: Sequence[str], **options: Any) -> dict[str, tuple]:
+    """`learn_recipe` for each concept."""
+    return {concept: learn_recipe(clips, concept, **options) for concept in concepts}

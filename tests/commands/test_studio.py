@@ -1,0 +1,288 @@
+"""The studio's logic on the tiny model, without Gradio."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from musicscope.commands.studio import finder as finding
+from musicscope.commands.studio import logic as logic
+from musicscope.steering import pieces
+from musicscope.steering.pieces import Order, Piece
+from musicscope.steering.ready import load_steering
+from tests.support.steered import StubJudges, make_steerable
+
+HOSTILE = "</table><img src=x onerror='boom()'>\"&"
+ORDER = Order("calm guitar", 0.3, 3)
+WISH = {"guitar": ("on", 1.0)}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_musicgen, monkeypatch):
+    make_steerable(tmp_path, tiny_musicgen)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logic, "open_judges", lambda path: StubJudges())
+    logic.open_model.cache_clear()
+    logic._last_plain.clear()
+    return tmp_path
+
+
+def ignore(share: float) -> None:
+    pass
+
+
+def play(wishes=WISH, knobs=(), order=ORDER, tick=ignore) -> logic.Outcome:
+    layer, steering = logic.plan("tiny", wishes, knobs)
+    asked = {concept: direction for concept, (direction, _) in wishes.items()}
+    return logic.perform("tiny", order, layer, steering, asked, tick)
+
+
+def test_what_there_is(folder):
+    assert logic.models_with_sae() == ["tiny"]
+    assert logic.all_concepts(["tiny", "nothing"]) == ["guitar", "organ"]
+    layer, sae = logic.sae_of("tiny")
+    assert (layer, sae.width) == ("layers.3", 48)
+    with pytest.raises(FileNotFoundError, match="dvc repro train_sae"):
+        logic.sae_of("other")
+
+
+def test_a_slider_is_in_units_of_what_was_chosen(folder):
+    two = {"guitar": ("off", 0.5), "organ": ("on", 2.0)}
+    layer, steering = logic.plan("tiny", two)
+    _, chosen = load_steering("tiny", {"guitar": "off", "organ": "on"})
+    assert layer == "layers.3"
+    assert [c.strength for c in steering.concepts] == [2.0, 8.0]
+    assert [c.edits for c in steering.concepts] == [c.edits for c in chosen.concepts]
+    assert steering.branch == chosen.branch
+    assert logic.plan("tiny", two, branch="both")[1].branch == "both"
+
+
+def test_single_features_are_edited_in_units_of_their_usual_value(folder):
+    usual = logic.usual_values("tiny")
+    assert usual.shape == (96,)
+    knobs = (logic.Knob(5, "set", 2.0), logic.Knob(6, "scale", 0.5), logic.Knob(7, "ablate", 3.0),
+             logic.Knob(8, "clamp_min", 1.0))  # fmt: skip
+    _, steering = logic.plan("tiny", {}, knobs)
+    edits = [c.edits[0] for c in steering.concepts]
+    assert [(e.features, e.op) for e in edits] == [
+        ((5,), "set"), ((6,), "scale"), ((7,), "ablate"), ((8,), "clamp_min")
+    ]  # fmt: skip
+    assert [e.values[0] for e in edits] == pytest.approx([2 * usual[5], 0.5, 0.0, usual[8]])
+    both = logic.plan("tiny", WISH, knobs[:1])[1].concepts
+    assert [c.name for c in both] == ["guitar on", "feature 5"]
+    assert logic.knob_of(None, "set", 1) is None
+    assert logic.knob_of(4.0, "set", 1) == logic.Knob(4, "set", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: logic.plan("tiny", {}), "switch a concept off or on"),
+        (lambda: logic.plan("tiny", {"kazoo": ("on", 1.0)}), "known: guitar, organ"),
+        (lambda: logic.plan("tiny", {"organ": ("off", 1.0)}), "cannot be switched 'off'"),
+        (lambda: logic.plan("other", WISH), "dvc repro steer"),
+        (lambda: logic.plan("tiny", {"guitar": ("on", float("nan"))}), "must be finite"),
+        (lambda: logic.plan("tiny", {}, [logic.Knob(96, "set", 1.0)]), "has 0 to 95"),
+        (lambda: logic.plan("tiny", {}, [logic.Knob(3, "explode", 1.0)]), "operation 'explode'"),
+        (lambda: logic.knob_of(1.5, "set", 1), "whole number"),
+        (lambda: logic.knob_of(-1, "set", 1), "whole number"),
+        (lambda: logic.knob_of(1, "set", None), "give a value"),
+        (lambda: logic.order_of("x", 31, 1, None), "up to 30"),
+        (lambda: logic.order_of("x", None, 1, None), "seconds: give a number"),
+        (lambda: logic.order_of("x", 2, None, None), "seed: give a number"),
+        (lambda: logic.order_of("x", 2, 1.5, None), "whole number"),
+        (lambda: logic.order_of("x", 2, -1, None), "seed -1"),
+        (lambda: logic.order_of("x" * 3000, 2, 1, None), "3000 letters"),
+        (lambda: finding.plan_found(None, "on", 4, 1.0), "find a concept first"),
+    ],
+)
+def test_bad_input_has_a_message(folder, call, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call()
+
+
+def test_both_pieces_are_those_of_the_command(folder):
+    found = play()
+    model = pieces.open_model("data/models/tiny")
+    layer, steering = load_steering("tiny", {"guitar": "on"})
+    assert np.array_equal(found.plain.audio, pieces.draw(model, ORDER, layer).audio)
+    assert np.array_equal(found.steered.audio, pieces.draw(model, ORDER, layer, steering).audio)
+    assert not np.array_equal(found.plain.audio, found.steered.audio)
+    assert found.notes == ()
+    assert set(found.scores) == {"family_judge", "musicnn"}
+    zero = play({"guitar": ("on", 0.0)})
+    assert np.array_equal(zero.plain.audio, zero.steered.audio)
+    assert "both pieces are the same" in zero.notes[0]
+
+
+def test_the_plain_piece_is_drawn_once_for_one_order(folder, monkeypatch):
+    drawn = []
+    draw = pieces.draw
+    monkeypatch.setattr(pieces, "draw", lambda *a, **k: drawn.append(len(a)) or draw(*a, **k))
+    first, again = play(), play({"organ": ("on", 1.0)})
+    assert drawn == [3, 5, 5]  # plain, steered, steered
+    assert first.plain is again.plain
+    other = play(order=Order("calm guitar", 0.3, 4))
+    assert drawn == [3, 5, 5, 3, 5]
+    assert not np.array_equal(other.plain.audio, first.plain.audio)
+
+
+def test_cancelling_stops_within_a_step_and_the_next_press_is_whole(folder):
+    shares = []
+
+    def stop() -> bool:
+        return bool(shares) and shares[-1] > 0.6  # in the steered half
+
+    with pytest.raises(logic.Cancelled):
+        play(tick=logic.ticking(shares.append, stop))
+    assert shares == sorted(shares)
+    assert 0.6 < shares[-1] < 0.7
+    whole = []
+    found = play(tick=whole.append)
+    assert whole[-1] == 1.0
+    logic._last_plain.clear()
+    assert np.array_equal(play().steered.audio, found.steered.audio)
+
+
+def test_missing_judges_are_a_note(folder, monkeypatch):
+    monkeypatch.setattr(logic, "open_judges", logic.load_judges)
+    found = play()
+    assert found.scores is None
+    text = logic.scores_html(found)
+    assert "run dvc repro train_judge" in text
+    assert "<table" not in text
+
+
+class Rows(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.rows = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in ("th", "td") and self.rows:
+            self.rows[-1].append(data)
+
+
+def test_scores_are_a_table_of_what_was_asked_and_hostile_names_stay_text():
+    piece = Piece(np.zeros(10, np.float32), 3200, torch.zeros(1, 1))
+    scores = {
+        "family_judge": {"guitar": (0.75, 0.25), HOSTILE: (0.5, 0.625), "drums": (0.1, 0.1),
+                         "flute": (0.2, 0.2), "brass": (0.0, 0.05)},
+        HOSTILE: {"guitar": (0.5, None), HOSTILE: (None, None), "drums": (None, None),
+                  "flute": (None, None), "brass": (None, None)},
+    }  # fmt: skip
+    outcome = logic.Outcome(piece, piece, scores, {"guitar": "off"}, (HOSTILE,))
+    text = logic.scores_html(outcome)
+    found = Rows(text)
+    assert "img" not in found.tags
+    assert found.rows[0][:3] == ["family", "family judge, plain", "family judge, steered"]
+    assert found.rows[1] == ["guitar off", "0.75", "0.25", "0.50", "–"]
+    assert [row[0] for row in found.rows[2:]] == [HOSTILE.replace("_", " "), "flute", "drums"]
+
+
+def test_sound_and_picture_are_of_the_piece():
+    time = np.arange(16_000) / 16_000
+    low, high = (
+        Piece((0.5 * np.sin(2 * np.pi * f * time)).astype(np.float32), 16_000, torch.zeros(1, 1))
+        for f in (200, 4000)
+    )
+    rate, sound = logic.int16(low)
+    assert (rate, sound.dtype) == (16_000, np.int16)
+    np.testing.assert_allclose(sound / 32767, low.audio, atol=1e-4)
+    pictures = [logic.picture(p) for p in (low, high)]
+    assert pictures[0].shape == (288, 640, 3)
+    darkest = [p[..., 0].mean(1).argmin() for p in pictures]
+    assert darkest[0] > darkest[1] + 40  # low sounds are at the bottom
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_is_missing(tmp_path, monkeypatch):
+    from musicscope.commands import cli
+    from musicscope.commands.studio import app as studio
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "proxy.example" if name == "no_proxy" else "")
+    monkeypatch.setattr(studio.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install -c requirements.lock -e '\.\[studio\]'"):
+        cli.main(["studio"])
+    monkeypatch.setattr(studio.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(SystemExit, match="run dvc repro train_sae steer"):
+        cli.main(["studio"])
+    assert studio.os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert studio.os.environ["no_proxy"] == "proxy.example,127.0.0.1,localhost"
+
+
+# --- recordings -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Noise with a tone and without it, and two files that are no audio."""
+    rng, sides = np.random.default_rng(0), {}
+    for side in ("with", "without"):
+        sides[side] = []
+        for i in range(6):
+            sound = 0.05 * rng.standard_normal(8000 * 2)
+            if side == "with":
+                sound += 0.4 * np.sin(2 * np.pi * 440 * np.arange(len(sound)) / 8000)
+            path = tmp_path / f"{side} {i}.wav"
+            soundfile.write(path, sound, 8000)
+            sides[side].append(str(path))
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no audio at all")
+    sides["with"].append(str(broken))
+    return sides
+
+
+def test_what_is_found_in_recordings_can_be_steered(folder, recordings):
+    shares = []
+    found = finding.find("tiny", recordings["with"], recordings["without"], shares.append, 1.0)
+    assert shares[0] == 0.0
+    assert shares[-1] == 12 / 13  # one file is no audio
+    assert len(set(shares)) == 1 + 12
+    assert "6 recordings with and 6 without" in found.text
+    assert "006-broken.wav: not audio" in found.text
+    assert "/tmp" not in found.text
+    assert list(found.table["auroc"])[0] > 0.9
+    n = min(4, len(found.peaks))
+    layer, on = finding.plan_found(found, "on", n, 0.5)
+    best = found.table["feature"].head(n).tolist()
+    (concept,) = on.concepts
+    assert (layer, concept.strength, concept.edits[0].op) == ("layers.3", 0.5, "clamp_min")
+    assert list(concept.edits[0].features) == best
+    assert concept.edits[0].values == tuple(found.peaks[f] for f in best)
+    off = finding.plan_found(found, "off", n, 1.0)[1].concepts[0].edits[0]
+    assert (off.op, list(off.features)) == ("ablate", best)
+    heard = logic.perform("tiny", ORDER, layer, on, {}, ignore)
+    assert not np.array_equal(heard.plain.audio, heard.steered.audio)
+
+
+def test_unusable_recordings_are_told_without_our_paths(folder, recordings):
+    with pytest.raises(ValueError, match=r"1 recordings with the concept: 2 to 200"):
+        finding.find("tiny", recordings["with"][:1], recordings["without"], ignore)
+    with pytest.raises(ValueError, match=r"0 recordings without it"):
+        finding.find("tiny", recordings["with"], None, ignore)
+    bad = [recordings["with"][-1]] * 2
+    with pytest.raises(ValueError, match=r"000-broken.wav: not audio") as caught:
+        finding.find("tiny", bad, recordings["without"], ignore)
+    assert "/tmp" not in str(caught.value)
+
+    def stop(share: float) -> None:
+        if share > 0.3:
+            raise logic.Cancelled
+
+    with pytest.raises(logic.Cancelled):
+        finding.find("tiny", recordings["with"], recordings["without"], stop)

@@ -1,0 +1,242 @@
+"""params.yaml: what is right loads typed, what is wrong is refused with the full key named."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` edits params.yaml with
+
+from musicscope import config
+from musicscope.config import ParamsError, analysis, concepts, data, dictionaries, load_params
+from tools.import_closure import ROOT
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+
+
+def write(folder: Path, *overrides: tuple[str, object], drop: str | None = None) -> Path:
+    """The committed params with some full keys set, or one dropped."""
+    params = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    for full, value in [*overrides, (drop, None)] if drop else overrides:
+        *sections, key = full.split(".")
+        node = params
+        for section in sections:
+            node = node[section]
+        if full == drop:
+            del node[key]
+        else:
+            node[key] = value
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def plain(value: object) -> object:
+    """Dataclasses as YAML would give them."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_committed_params_load_with_every_value_as_written():
+    params = load_params(PARAMS)
+    assert plain(params) == yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    hash(params)  # frozen all the way down, lists included
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.train_sae.k = 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("train_sae.kk", 3, ["unknown key train_sae.kk", "3", "did you mean train_sae.k?"]),
+        ("train_sea", 3, ["unknown key train_sea", "did you mean train_sae?"]),
+        ("prepare_data.timgm6mb_clips.tset", 3, ["did you mean prepare_data.timgm6mb_clips.test?"]),
+        ("learning_rate", 0.1, ["unknown key learning_rate", "train_sae.learning_rate"]),
+        ("probe.zzzz", 1, ["unknown key probe.zzzz", "known here: k_sparse"]),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(tmp_path, key, value, parts):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, (key, value)))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("train_sae.k", "many", "an integer, >= 1"),
+        ("train_sae.k", 2.5, "an integer"),
+        ("train_sae.k", True, "an integer"),
+        ("train_sae.k", None, "an integer"),
+        ("train_sae.k", [32], "an integer"),
+        ("train_sae.k", {"value": 32}, "an integer"),
+        ("train_sae.learning_rate", "fast", "a number"),
+        ("train_sae.learning_rate", False, "a number"),
+        ("select_layers.skip_first", "maybe", "true or false"),
+        ("models", "nano-small", "a list"),
+        ("probe.k_sparse", 4, "a list"),
+    ],
+)
+def test_wrong_type_names_key_value_and_type(tmp_path, key, value, allowed):
+    with pytest.raises(ParamsError, match="wrong type") as caught:
+        load_params(write(tmp_path, (key, value)))
+    assert f"{key} = {value!r}" in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_wrong_type_in_a_list_names_the_entry(tmp_path):
+    with pytest.raises(ParamsError, match=re.escape("probe.c_grid[1] = 'x' has the wrong type")):
+        load_params(write(tmp_path, ("probe.c_grid", [0.1, "x"])))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train_sae.k", 0, "train_sae.k = 0 is out of range: allowed is an integer, >= 1"),
+        ("train_sae.learning_rate", 0.0, "train_sae.learning_rate = 0.0 is out of range"),
+        ("train_sae.aux_weight", float("inf"), "train_sae.aux_weight = inf is out of range"),
+        ("train_sae.warmup_fraction", float("nan"), "train_sae.warmup_fraction = nan"),
+        ("train_sae.activation", "relu", "allowed is a string, one of topk, batchtopk"),
+        ("extract_activations.dtype", "int8", "extract_activations.dtype = 'int8'"),
+        ("prepare_data.timgm6mb_clips.train", 0, "prepare_data.timgm6mb_clips.train = 0"),
+        ("ablate.kinds", ["mean", "swap"], "ablate.kinds[1] = 'swap' is out of range"),
+        ("probe.c_grid", [0.1, 0.0], "probe.c_grid[1] = 0.0 is out of range"),
+        ("probe.c_grid", [], "probe.c_grid is empty"),
+        ("slots", [], "slots is empty"),
+        ("slots", ["top1", "top1"], "slots = ['top1', 'top1'] has an entry twice"),
+        ("models", ["../elsewhere"], "models[0] = '../elsewhere'"),
+        ("models", [".hidden"], "models[0] = '.hidden'"),
+        ("models", ["a\n"], "models[0]"),
+        ("compute.device", "cuda:x", "compute.device = 'cuda:x'"),
+        ("seed", -1, "seed = -1"),
+    ],
+)
+def test_out_of_range_names_key_value_and_range(tmp_path, key, value, message):
+    with pytest.raises(ParamsError, match=re.escape(message)):
+        load_params(write(tmp_path, (key, value)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ([("ablate.kinds", ["skip"])], ["select_layers.kind", "ablate.kinds"]),
+        ([("train_sae.samples", 8)], ["train_sae.samples", "train_sae.batch_size"]),
+        ([("train_sae.decay_fraction", 1.0)], ["train_sae.decay_fraction", "warmup_fraction"]),
+        ([("probe.k_sparse", [2, 1])], ["probe.k_sparse"]),
+    ],
+)
+def test_values_that_do_not_fit_together(tmp_path, overrides, keys):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, *overrides))
+    for key in keys:
+        assert key in str(caught.value)
+
+
+def test_more_active_latents_than_latents_is_refused():
+    sae = dataclasses.replace(load_params(PARAMS).train_sae, k=65, expansion=4)
+    assert sae.latents(17) == 68
+    with pytest.raises(ParamsError, match=r"train_sae\.k = 65 .* at most 64"):
+        sae.latents(16)
+
+
+@pytest.mark.parametrize("key", ["train_sae.k", "train_sae", "seed"])
+def test_missing_key_is_named(tmp_path, key):
+    with pytest.raises(ParamsError, match=rf"{key} is missing"):
+        load_params(write(tmp_path, drop=key))
+
+
+def test_section_that_is_no_mapping(tmp_path):
+    with pytest.raises(ParamsError, match="probe = None is not a section"):
+        load_params(write(tmp_path, ("probe", None)))
+
+
+def test_interpolation_is_refused_because_dvc_would_not_see_it(tmp_path):
+    with pytest.raises(ParamsError, match=r"train_sae\.k = '\$\{seed\}' refers to another key"):
+        load_params(write(tmp_path, ("train_sae.k", "${seed}")))
+
+
+def test_broken_and_absent_files_are_named(tmp_path):
+    broken = tmp_path / "params.yaml"
+    broken.write_text("a: [1\n")
+    with pytest.raises(ParamsError, match="not readable YAML"):
+        load_params(broken)
+    with pytest.raises(ParamsError, match="nowhere.yaml does not exist"):
+        load_params(tmp_path / "nowhere.yaml")
+
+
+def test_whole_number_for_a_float_is_a_float(tmp_path):
+    value = load_params(write(tmp_path, ("train_sae.learning_rate", 1))).train_sae.learning_rate
+    assert (value, type(value)) == (1.0, float)
+
+
+def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
+    path = write(tmp_path)
+    apply_overrides(
+        path,
+        [
+            "train_sae.k=16",
+            "train_sae.learning_rate=2e-4",
+            "train_sae.activation=batchtopk",
+            "models=[nano-small]",
+            "select_layers.skip_first=false",
+        ],
+    )
+    params = load_params(path)
+    assert params.train_sae.k == 16
+    assert params.train_sae.learning_rate == 2e-4
+    assert params.train_sae.activation == "batchtopk"
+    assert params.models == ("nano-small",)
+    assert params.select_layers.skip_first is False
+
+
+def test_every_field_has_a_docstring_beneath_it():
+    modules = [config, analysis, concepts, data, dictionaries]
+    lines = [line for module in modules for line in inspect.getsource(module).splitlines()]
+    fields = {
+        field.name
+        for module in modules
+        for cls in vars(module).values()
+        if dataclasses.is_dataclass(cls)
+        for field in dataclasses.fields(cls)
+        if not dataclasses.is_dataclass(get_type_hints(cls)[field.name])
+    }
+    documented = {
+        match[1]
+        for line, below in zip(lines, lines[1:], strict=False)
+        if (match := re.match(r"    (\w+): ", line)) and below.startswith('    """')
+    }
+    assert fields - documented == set()
+    assert len(fields) >= 40
+
+
+def test_what_a_stage_reads_is_not_what_it_replaces(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/clips/mine").mkdir(parents=True)
+    (tmp_path / "music").symlink_to("data/clips/mine")
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "changed.yaml"
+
+    def load(source: str = "folder", concept: str = "guitars", **recordings: str):
+        changed = {**tree["prepare_data"]["recordings"], "folder": "mine", **recordings}
+        section = {**tree["prepare_data"], "source": source, "recordings": changed}
+        concepts = [{"name": "a", "positive": concept, "negative": "clips:has_bass"}]
+        find = {**tree["find_concept"], "concepts": concepts}
+        whole = {**tree, "prepare_data": section, "find_concept": find}
+        path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+        return load_params(path)
+
+    load()
+    load("embedded", folder="data/clips")  # not read
+    for key in ("folder", "audio", "stems_folder", "tags", "song_describer"):
+        for given in ("data/clips", "./data/x/../clips/new", "music", str(tmp_path / "data/clips")):
+            with pytest.raises(ParamsError, match=rf"recordings\.{key} .* lies in data/clips"):
+                load(**{key: given})
+    with pytest.raises(ParamsError, match=r"positive of a .* lies in data/find_concept"):
+        load(concept="data/find_concept/nano-small")

@@ -1,0 +1,181 @@
+"""One audio file to clips: rates, windows, formats, and all that can be wrong with a file."""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from musicscope.data.sources import stems
+from musicscope.data.sources.decoding import Decoded, Spec, decode, resample, window_starts
+from tests.support.source_archives import RATE, encoded, tone
+
+SPEC = Spec(seconds=0.5, sample_rate=RATE, windows=1, min_share=0.9)
+
+
+def reason(decoded: Decoded) -> str:
+    assert decoded.clips == ()
+    ((why, _),) = decoded.problems
+    return why
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
+def test_resampling_keeps_tones_below_the_limit_and_removes_those_above(rate):
+    target = 16000
+    kept = 0.4 * min(rate, target)  # 80 % of the lower Nyquist rate
+    out = resample(tone(kept, 1.0, rate), rate, target)
+    middle = slice(target // 4, 3 * target // 4)
+    np.testing.assert_allclose(out[middle], tone(kept, 1.0, target)[middle], atol=2e-3)
+    if rate > 2 * 8200:
+        gone = resample(tone(8200, 1.0, rate), rate, target)
+        assert np.abs(gone[middle]).max() < 1e-4
+
+
+def test_windows_are_middles_of_equal_parts():
+    assert window_starts(30.0, 10.0, 1) == [10.0]
+    assert window_starts(60.0, 10.0, 3) == [5.0, 25.0, 45.0]
+    assert window_starts(25.0, 10.0, 5) == [1.25, 13.75]  # five would overlap
+    assert window_starts(10.0, 10.0, 3) == [0.0]
+    assert window_starts(9.0, 10.0, 1) == [0.0]
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3"])
+def test_the_window_is_cut_where_the_rule_says_in_every_format(form, tmp_path):
+    silence, beep = np.zeros(RATE, np.float32), tone(1000, 0.5)
+    data = encoded(np.concatenate([silence, beep, silence]), form=form)
+    path = tmp_path / "x.any"
+    path.write_bytes(data)
+    for payload in (data, path):
+        ((start, audio),) = decode(payload, SPEC).clips
+        # An mp3 may begin up to two frames late.
+        assert start == pytest.approx(1.0, abs=0.08 if form == "MP3" else 1e-6)
+        inside = audio[800:3200].astype(float)
+        power = np.abs(np.fft.rfft(inside * np.hanning(2400)))
+        assert np.argmax(power) * RATE / 2400 == pytest.approx(1000, abs=4)
+
+
+def test_stereo_is_averaged_and_rates_are_reported():
+    left, right = tone(440, 0.5, 16000), tone(440, 0.5, 16000) * 0
+    decoded = decode(encoded(np.stack([left, right], 1), 16000), SPEC)
+    ((_, audio),) = decoded.clips
+    np.testing.assert_allclose(audio[200:-200], tone(440)[200:-200] / 2, atol=1e-3)
+    assert (decoded.rate, decoded.padded, decoded.limited) == (16000, False, 0)
+
+
+def test_a_slightly_short_file_is_filled_up_and_a_shorter_one_is_not():
+    decoded = decode(encoded(tone(440, 0.46)), SPEC)
+    ((start, audio),) = decoded.clips
+    assert (start, decoded.padded, len(audio)) == (0.0, True, 4000)
+    assert not audio[3680:].any()
+    assert reason(decode(encoded(tone(440, 0.44)), SPEC)) == "too short"
+
+
+def test_what_is_over_full_scale_is_turned_down():
+    out = io.BytesIO()
+    soundfile.write(out, tone(440, level=3.0), RATE, format="WAV", subtype="FLOAT")
+    decoded = decode(out.getvalue(), SPEC)
+    assert np.abs(decoded.clips[0][1]).max() == pytest.approx(1.0)
+    assert decoded.limited == 1
+
+
+def float_wav(audio: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, audio, RATE, format="WAV", subtype="FLOAT")
+    return out.getvalue()
+
+
+def test_everything_that_can_be_wrong_has_a_name(tmp_path):
+    whole = encoded(tone(440))
+    noise = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+    absurd = whole[:24] + struct.pack("<I", 7) + whole[28:]
+    bad = tone(440)
+    bad[100] = np.nan
+    flac = encoded(np.random.default_rng(0).standard_normal(4000) * 0.1, form="FLAC")
+    cases = {
+        "zero bytes": b"",
+        "truncated": whole[: len(whole) // 2],
+        "not audio": noise,
+        "too short": encoded(tone(440, 0.1)),
+        "silent": encoded(tone(440, level=1e-4)),
+        "unusable rate": absurd,
+        "corrupt": float_wav(bad),
+        "no audio": None,
+    }
+    for expected, data in cases.items():
+        assert reason(decode(data, SPEC)) == expected
+        if data is not None:
+            path = tmp_path / "file.wav"
+            path.write_bytes(data)
+            assert reason(decode(path, SPEC)) == expected
+    assert reason(decode(b"<html>not found</html>" * 50, SPEC)) == "not audio"
+    assert reason(decode(flac[: len(flac) // 2], SPEC)) in ("corrupt", "truncated")
+    assert reason(decode(whole[:30], SPEC)) == "truncated"
+
+
+def test_a_truncated_mp3_is_noticed_where_the_window_is_gone():
+    data = encoded(tone(440, 8.0), form="MP3")
+    assert decode(data, SPEC).clips
+    assert reason(decode(data[: len(data) // 3], SPEC)) in ("truncated", "corrupt")
+
+
+def test_a_wav_from_a_pipe_states_no_length_and_is_read():
+    whole = bytearray(encoded(tone(440)))
+    whole[4:8] = b"\xff\xff\xff\xff"
+    assert len(decode(bytes(whole), SPEC).clips) == 1
+
+
+def test_one_silent_window_does_not_cost_the_others():
+    sound = np.concatenate([tone(440, 0.5), np.zeros(4000, np.float32), tone(440, 0.5)])
+    decoded = decode(encoded(sound), Spec(0.5, RATE, 3, 0.9))
+    assert [start for start, _ in decoded.clips] == [0.0, 1.0]
+    assert decoded.problems == (("silent", "0.50 s"),)
+
+
+def test_a_separator_sees_the_channels_and_rate_of_the_file():
+    seen = []
+
+    def keep_left(audio: np.ndarray, rate: int) -> np.ndarray:
+        seen.append((audio.shape, rate))
+        return audio[:1]
+
+    both = np.stack([tone(300, 0.5, 16000), tone(900, 0.5, 16000)], 1)
+    ((_, audio),) = decode(encoded(both, 16000), SPEC, keep_left).clips
+    assert seen == [((2, 8000), 16000)]
+    np.testing.assert_allclose(audio[200:-200], tone(300)[200:-200], atol=1e-3)
+
+
+def test_demucs_is_asked_for_everything_but_the_voice(monkeypatch):
+    class Model:
+        sources = ("drums", "bass", "other", "vocals")
+        samplerate = 16000
+
+        def eval(self):
+            return self
+
+    def apply_model(model, mix, device, shifts, split):
+        assert (mix.shape, mix.dtype, shifts, split) == ((1, 2, 16000), torch.float32, 0, True)
+        voice = 0.5 * mix
+        return torch.stack([mix * 0.2, mix * 0.2, mix * 0.1, voice], 1)  # [1, 4, 2, n]
+
+    apply, pretrained = types.ModuleType("demucs.apply"), types.ModuleType("demucs.pretrained")
+    apply.apply_model, pretrained.get_model = apply_model, {"htdemucs": Model()}.__getitem__
+    monkeypatch.setitem(sys.modules, "demucs", types.ModuleType("demucs"))
+    monkeypatch.setitem(sys.modules, "demucs.apply", apply)
+    monkeypatch.setitem(sys.modules, "demucs.pretrained", pretrained)
+    separate = stems.demucs_separator()
+    mono = tone(400, 1.0, 8000)[None]
+    rest = separate(mono, 8000)
+    assert rest.shape == (2, 8000)
+    np.testing.assert_allclose(rest[0, 200:-200], mono[0, 200:-200] / 2, atol=1e-3)
+
+
+def test_demucs_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "demucs.apply", None)
+    with pytest.raises(RuntimeError, match="needs the package demucs"):
+        stems.demucs_separator()

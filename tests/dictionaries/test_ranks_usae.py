@@ -1,0 +1,133 @@
+"""Universal SAEs and whole training stages under torchrun: what one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from musicscope.activations.store import ActivationStore
+from musicscope.activations.writer import StoreWriter
+from musicscope.core.ranks import ALONE, Ranks
+from musicscope.dictionaries.training import SAEConfig
+from musicscope.dictionaries.usae_data import batches, pair
+from musicscope.dictionaries.usae_training import CROSSCODER, train
+from tests.core.test_ranks import ROOT, torchrun
+from tests.dictionaries.test_runs import make_workspace, write_embedded
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+WIDTHS, CLIPS, FRAMES = (16, 24), 12, 60
+METHODS = ("paper", "all_decoders", CROSSCODER)
+SETTINGS = {"n_latents": 64, "k": 4, "samples": 40 * 96, "batch_size": 96, "aux_weight": 0.25}
+
+
+def open_pair(root: Path):
+    return pair([ActivationStore.open(root / f"m{d}") for d in WIDTHS], "train")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores of the same sparse factors, in directions of their own."""
+    root, rng = tmp_path_factory.mktemp("stores"), np.random.default_rng(0)
+    factors = rng.exponential(size=(CLIPS, FRAMES, 20)) * (rng.random((CLIPS, FRAMES, 20)) < 0.15)
+    table = pd.DataFrame({"id": [f"c{i}" for i in range(CLIPS)], "split": "train", "kind": "clip",
+                          "font": "timgm6mb", "group": [f"g{i}" for i in range(CLIPS)],
+                          "frames": FRAMES})  # fmt: skip
+    for d in WIDTHS:
+        writer = StoreWriter(
+            root / f"m{d}", width=d, dtype="float16", clips=table, spans=[(0, CLIPS)], config={}
+        )
+        writer.write(0, list((factors @ rng.standard_normal((20, d)) + 3).astype(np.float32)))
+        writer.finish()
+    return root
+
+
+def train_all(ranks: Ranks, folder: Path, out: Path) -> None:
+    """One dictionary of each method; the second rank dies once, in the middle of the second."""
+    paired = open_pair(folder)
+    for method in METHODS:
+
+        def mortal(row, method=method):
+            mark = out / "died"
+            middle = method == METHODS[1] and row["step"] > 20
+            if ranks.rank == 1 and middle and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), 9)
+
+        trained = train(
+            paired, SAEConfig(**SETTINGS, dead_after_samples=400), method, 3, ("a", "b"), "top1",
+            checkpoint=out / f"{method}.pt", checkpoint_every=8, on_log=mortal, ranks=ranks,
+        )  # fmt: skip
+        sides = [list(vars(side).values())[:4] for side in trained.usae.weights]
+        torch.save([sides, trained.history], out / f"{method}-of-{ranks.size}-{ranks.rank}")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_dictionaries_of_one_also_after_one_died(stores, tmp_path):
+    train_all(ALONE, stores, tmp_path)
+    for checkpoint in tmp_path.glob("*.pt"):
+        checkpoint.unlink()
+    body = f"import test_ranks_usae as u\nu.train_all(ranks, Path({str(stores)!r}), Path('.'))"
+    torchrun(tmp_path, body, restarts=1)
+    assert (tmp_path / "died").exists()
+    for method in METHODS:
+        alone, first, second = (
+            torch.load(tmp_path / f"{method}-of-{name}", weights_only=True)
+            for name in ("1-0", "2-0", "2-1")
+        )
+        assert first[1] == second[1]
+        for ours, other, theirs in zip(first[0], second[0], alone[0], strict=True):
+            assert all(map(torch.equal, ours, other))
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        assert max(row["aux_loss"] for row in alone[1]) > 0
+        for ours, theirs in zip(first[1], alone[1], strict=True):
+            assert ours["drawn"] == theirs["drawn"]
+            assert ours["self_loss"] == pytest.approx(theirs["self_loss"], rel=2e-3)
+            assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], rel=5e-3, abs=1e-5)
+
+
+def test_each_rank_decodes_its_part_of_the_paired_batches(stores):
+    paired = open_pair(stores)
+    for buffer_mb in (512.0, 0.02):  # everything in one window, or several
+        draw = lambda rows=None, **more: list(  # noqa: E731
+            batches(paired, 96, 3, 96 * 20, rows=rows, buffer_mb=buffer_mb, **more)  # noqa: B023
+        )
+        whole, parts = draw(), [draw(Ranks(r, 3).rows(96)) for r in range(3)]
+        assert len(whole) == 20
+        for step, xs in enumerate(whole):
+            for j, x in enumerate(xs):
+                np.testing.assert_array_equal(np.concatenate([p[step][j] for p in parts]), x)
+        np.testing.assert_array_equal(draw(slice(32, 64), start_step=17)[0][1], whole[17][1][32:64])
+
+
+@pytest.mark.slow
+def test_the_stage_launches_itself_under_torchrun(tiny_musicgen, tmp_path):
+    """`python -m stages.train_sae` with compute.engine: torchrun, against processes."""
+    found = {}
+    for engine in ("processes", "torchrun"):
+        (tmp_path / engine).mkdir()
+        root = make_workspace(tmp_path / engine, tiny_musicgen, write_embedded)
+        params = yaml.safe_load((root / "params.yaml").read_text())
+        params["compute"] |= {"engine": engine, "processes": 2}
+        (root / "params.yaml").write_text(yaml.safe_dump(params))
+        path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+        env = os.environ | {"DVC_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "stages.train_sae", "tiny", "top1"]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[engine] = json.loads((root / "metrics/train_sae/tiny-top1.json").read_text())
+        assert (root / "data/sae/tiny/top1/seed-1/ae.pt").is_file()
+        assert (root / "plots/train_sae/tiny-top1-loss.png").is_file()
+    ours, theirs = found["torchrun"], found["processes"]
+    assert ours.keys() == theirs.keys()
+    for key in ("explained_variance", "l0", "train_frames", "ce_sae"):
+        assert ours[key] == pytest.approx(theirs[key], rel=0.02), key

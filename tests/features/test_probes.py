@@ -1,0 +1,432 @@
+"""Probes on planted data: they find what is there, nothing where nothing is, and do not peek."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from musicscope.activations import token_cache as codes
+from musicscope.core import plots, stats
+from musicscope.dictionaries import pooling
+from musicscope.dictionaries import runs as sae_runs
+from musicscope.features import baselines, probe_report, probes
+from musicscope.features.logistic import Standardiser, fit_logistic
+from musicscope.models.registry import load_model
+
+SETTINGS = dict(
+    k=[1, 2, 4], c_grid=[1e-3, 1e-1], min_positive=10, null_seeds=4, n_bootstrap=200, seed=3
+)
+
+
+def clip_table(rng, train=200, validation=80, test=120, heldout=60, pairs=20):
+    """Rows as in clips.parquet, labels at random, compositions that do not cross splits."""
+    rows = []
+    for split, font, n, groups in (
+        ("train", "timgm6mb", train, 20),
+        ("validation", "timgm6mb", validation, 8),
+        ("test", "timgm6mb", test, 10),
+        ("test", "fluidr3mono", heldout, 10),
+    ):
+        for i in range(n):
+            has = {f"has_{c}": bool(rng.random() < p) for c, p in (("guitar", 0.5), ("reed", 0.3))}
+            row = {"split": split, "font": font, "kind": "clip", "pair_id": "", **has}
+            rows.append(row | {"group": f"{split}{i % groups}", "has_choir": i == 0})
+    for i in range(pairs):
+        for guitar in (True, False):
+            row = {"split": "test", "font": "timgm6mb", "kind": "pair", "pair_id": f"p{i}"}
+            row |= {"has_guitar": guitar, "has_reed": not guitar, "has_choir": False}
+            rows.append(row | {"group": f"test{i % 10}"})
+    return pd.DataFrame(rows)
+
+
+def planted(rng, rows, latents=40, strength=3.0):
+    """Pooled codes in which latent 7 follows guitar and latent 11 follows reed; "max" is noise."""
+    codes = np.abs(rng.normal(size=(len(rows), latents))) * (rng.random((len(rows), latents)) < 0.4)
+    codes[:, 7] = strength * rows["has_guitar"] + np.abs(rng.normal(size=len(rows)))
+    codes[:, 11] = strength * rows["has_reed"] + np.abs(rng.normal(size=len(rows)))
+    codes[:, 0] = 0.0  # a dead latent
+    return {
+        "mean": codes.astype(np.float32),
+        "max": rng.random((len(rows), latents)).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    rows = clip_table(rng)
+    noise = rng.normal(size=(len(rows), 12)).astype(np.float32)
+    representations = {
+        "sae": planted(rng, rows),
+        "dense": {"mean": noise},
+        "logmel": {"statistics": noise[:, 3:6]},
+        "codec": {"mean": noise[:, 6:9], "max": noise[:, 9:]},
+        "trivial": {"statistics": noise[:, :3]},
+    }
+    concepts = ("guitar", "reed", "choir")
+    return rows, representations, probes.run_probes(rows, representations, concepts, **SETTINGS)
+
+
+def test_finds_the_planted_concepts_and_nothing_in_noise(case):
+    *_, result = case
+    guitar = result["concepts"]["guitar"]
+    for concept in result["concepts"].values():
+        for held_out in ("test", "heldout_font"):
+            assert concept["sae"][held_out]["auroc"] > 0.95
+            assert concept["sae"][held_out]["average_precision"] > 0.9
+            assert concept["sae"][held_out]["ci_low"] > 0.9
+        assert concept["sae"]["pooling"] == "mean"
+        assert 0.3 < concept["dense"]["test"]["auroc"] < 0.7
+        gap = concept["sae_minus_dense"]["test"]
+        assert gap["ci_low"] <= gap["difference"] <= gap["ci_high"]
+        assert gap["difference"] == pytest.approx(
+            concept["sae"]["test"]["auroc"] - concept["dense"]["test"]["auroc"]
+        )
+        assert gap["ci_low"] > 0.2
+    assert guitar["sae"]["pairs_timgm6mb"]["accuracy"] > 0.9
+    assert "pairs_fluidr3mono" not in guitar["sae"]  # no such pairs in the table
+    assert set(result["concepts"]) == {"guitar", "reed"}
+    assert result["skipped"] == {"choir": 1}
+
+
+def test_shuffled_labels_leave_chance(case):
+    *_, result = case
+    for concept in result["concepts"].values():
+        assert 0.35 < concept["shuffled"]["test"]["auroc"] < 0.65
+    rng = np.random.default_rng(5)
+    rows = clip_table(rng)
+    settings = SETTINGS | {"null_seeds": 30, "k": [1], "n_bootstrap": 10}
+    pools = planted(rng, rows)
+    many = probes.run_probes(rows, {"sae": pools, "dense": pools}, ["guitar"], **settings)
+    assert many["concepts"]["guitar"]["shuffled"]["test"]["auroc"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_one_latent_is_enough_and_is_the_planted_one(case):
+    rows, representations, result = case
+    for concept, latent in (("guitar", 7), ("reed", 11)):
+        train = probes.clip_sets(rows)["train"]
+        has = rows[f"has_{concept}"].to_numpy(bool)[train]
+        order, difference = probes.rank_features(representations["sae"]["mean"][train], has)
+        assert order[0] == latent
+        assert 0 not in order  # the dead latent is never chosen
+        assert difference[latent] > 0
+        alone = result["concepts"][concept]["k_sparse"]["001"]
+        at = probes.clip_sets(rows)["test"]
+        expected = stats.auroc(
+            representations["sae"]["mean"][at, latent], rows[f"has_{concept}"].to_numpy(bool)[at]
+        )
+        assert alone["test"]["auroc"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_test_labels_and_features_change_no_choice(case):
+    """Whatever the test clips say, pooling, C, weights and validation scores stay."""
+    rows, representations, before = case
+    sets = probes.clip_sets(rows)
+    learnt = np.concatenate([sets["train"], sets["validation"]])
+    other = np.setdiff1d(np.arange(len(rows)), learnt)
+    rng = np.random.default_rng(9)
+    changed = rows.copy()
+    clip = other[rows["kind"].to_numpy()[other] == "clip"]
+    changed.loc[clip, "has_guitar"] = rng.permutation(changed.loc[clip, "has_guitar"].to_numpy())
+    features = {
+        name: {p: x.copy() for p, x in pools.items()} for name, pools in representations.items()
+    }
+    features["dense"]["mean"][other] += 100
+    after = probes.run_probes(changed, features, ["guitar", "reed", "choir"], **SETTINGS)
+    for name in ("sae", "dense", "trivial"):
+        for key in ("pooling", "c", "validation_auroc"):
+            one, two = (r["concepts"]["guitar"][name][key] for r in (before, after))
+            assert one == two, (name, key)
+    moved = after["concepts"]["guitar"]["sae"]["test"]["auroc"]
+    assert moved != before["concepts"]["guitar"]["sae"]["test"]["auroc"]
+
+
+def test_validation_labels_do_choose():
+    """The choice is made on validation: reverse its labels and the other pooling wins."""
+    rng = np.random.default_rng(1)
+    labels = rng.random(200) < 0.5
+    train, validation = np.arange(120), np.arange(120, 200)
+    pools = {"a": np.where(labels, 1, -1)[:, None] + 0.3 * rng.normal(size=(200, 1))}
+    pools["b"] = pools["a"] * np.where(np.arange(200) < 120, 1, -1)[:, None]
+    arguments = (train, validation, [0.1, 1.0])
+    right = probes.choose(pools, labels[train, None], labels[validation, None], *arguments)
+    wrong = probes.choose(pools, labels[train, None], ~labels[validation, None], *arguments)
+    assert right.pooling == ["a"]
+    assert wrong.pooling == ["b"]
+    assert right.c[0] == 0.1  # one input: all C rank alike, and the smaller wins
+
+
+def test_result_is_json_without_lists_and_repeats(case):
+    rows, representations, result = case
+    concepts = ("guitar", "reed", "choir")
+    again = probes.run_probes(rows, representations, concepts, **SETTINGS, workers=2)
+    assert again == result
+
+    def no_list(value):
+        if isinstance(value, dict):
+            return all(isinstance(k, str) and no_list(v) for k, v in value.items())
+        return isinstance(value, str | int | float | np.generic)
+
+    assert no_list(result)
+    json.dumps(result["skipped"])
+
+
+def test_report_holds_every_number_and_is_the_same_twice(case, tmp_path):
+    rows, representations, result = case
+    table = probe_report.probe_table(result)
+    guitar = table[table["concept"] == "guitar"].set_index(["representation", "set"])
+    assert guitar.index.is_unique
+    entry = result["concepts"]["guitar"]
+    assert guitar.loc[("sae", "test"), "auroc"] == entry["sae"]["test"]["auroc"]
+    assert (
+        guitar.loc[("sae_k004", "heldout_font"), "ci_low"]
+        == (entry["k_sparse"]["004"]["heldout_font"]["ci_low"])
+    )
+    assert guitar.loc[("sae", "pairs_timgm6mb"), "accuracy"] > 0.9
+    assert guitar.loc[("sae_minus_dense", "test"), "difference"] > 0.2
+    features = probe_report.feature_table(rows, representations["sae"], result, 50, 1, top=5)
+    assert features["latent"][0] == 7
+    assert len(features) == 5
+    assert features["test_auroc"][0] > 0.95 > features["test_auroc"][1]
+    for name in ("a", "b"):
+        figure = probe_report.plot_probes(table.assign(), "model slot")
+        plots.save_figure(figure, tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_sets_follow_font_kind_and_split_and_refuse_leaks():
+    rows = clip_table(np.random.default_rng(0))
+    sets = probes.clip_sets(rows)
+    assert [len(sets[s]) for s in ("train", "validation", "test", "heldout_font")] == [
+        200, 80, 120, 60,
+    ]  # fmt: skip
+    assert len(sets["pairs_timgm6mb"]) == 40
+    assert len(np.unique(np.concatenate(list(sets.values())))) == len(rows)
+    rows.loc[sets["test"][0], "group"] = "train3"
+    with pytest.raises(ValueError, match="'train3' is both in test"):
+        probes.clip_sets(rows)
+
+
+def test_selection_on_the_embedded_set_is_by_soundfont():
+    """On the committed clips where they are there, else on a table like theirs."""
+    table = Path(__file__).parents[2] / "data/clips/clips.parquet"
+    planned = clip_table(np.random.default_rng(0))
+    for rows in [planned, *([pd.read_parquet(table)] if table.is_file() else [])]:
+        sets, store = probes.clip_sets(rows), SimpleNamespace(rows=rows)
+        for name, split, font, kind in (
+            ("train", "train", "timgm6mb", "clip"),
+            ("validation", "validation", "timgm6mb", "clip"),
+            ("test", "test", "timgm6mb", "clip"),
+            ("heldout_font", "test", "fluidr3mono", "clip"),
+            ("pairs_timgm6mb", "test", "timgm6mb", "pair"),
+            ("pairs_fluidr3mono", "test", "fluidr3mono", "pair"),
+        ):
+            same = (rows["split"] == split) & (rows["font"] == font) & (rows["kind"] == kind)
+            np.testing.assert_array_equal(sets[name], np.flatnonzero(same))
+            if name in (sae_runs.TRAIN, sae_runs.TEST, sae_runs.HELDOUT_FONT):
+                np.testing.assert_array_equal(sae_runs.mask(store, name), same)
+
+
+def test_unknown_labels_are_no_negatives():
+    """A concept's numbers are those of a table without the clips where it is unknown."""
+    rng = np.random.default_rng(4)
+    rows = clip_table(rng, heldout=0, pairs=0).assign(font="recording")
+    pools = {"sae": planted(rng, rows), "dense": planted(rng, rows, latents=12)}
+    for column in ("has_guitar", "has_reed", "has_choir"):
+        rows[column] = rows[column].astype("boolean")
+    gone = rng.random((len(rows), 2)) < (0.4, 0.2)
+    pools["sae"]["mean"][gone[:, 0] & rows["has_guitar"].to_numpy(bool), 7] += 50
+    rows.loc[gone[:, 0], "has_guitar"] = pd.NA
+    rows.loc[gone[:, 1], "has_reed"] = pd.NA
+    rows.loc[np.arange(len(rows)) % 40 > 0, "has_choir"] = pd.NA
+    found = probes.run_probes(rows, pools, ("guitar", "reed", "choir"), **SETTINGS)
+    assert set(found["concepts"]) == {"guitar", "reed"}
+    assert found["skipped"] == {"choir": 1}
+    assert found["clips"]["heldout_font"] == found["clips"]["pairs_timgm6mb"] == 0
+    for j, concept in enumerate(("guitar", "reed")):
+        left = rows[~gone[:, j]].reset_index(drop=True)
+        rest = {r: {p: x[~gone[:, j]] for p, x in of.items()} for r, of in pools.items()}
+        alone = probes.run_probes(left, rest, (concept,), **SETTINGS)
+        one, two = (flat(r["concepts"][concept]) for r in (found, alone))
+        assert one == {key: pytest.approx(value, abs=1e-6) for key, value in two.items()}
+        assert found["concepts"][concept]["sae"]["test"]["auroc"] > 0.95
+        clips = {s: len(at) for s, at in probes.clip_sets(left).items()}
+        assert found["unknown"][concept] == {
+            s: n - clips[s] for s, n in found["clips"].items() if n > clips[s]
+        }
+    table = probe_report.probe_table(found)
+    assert set(table["set"]) == {"test"}
+    features = probe_report.feature_table(rows, pools["sae"], found, 50, 0)
+    assert features["latent"][0] == 7
+    assert features["test_auroc"][0] > 0.95
+    assert "heldout_font_auroc" not in features
+
+
+def flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, part in tree.items() for k, v in flat(part, f"{prefix}.{name}").items()}
+
+
+def test_guitar_without_a_class_is_an_error():
+    rows = clip_table(np.random.default_rng(0)).assign(has_guitar=True)
+    with pytest.raises(ValueError, match=r"timgm6mb_clips.* prepare_data\.recordings\.limits"):
+        probes.select_concepts(rows, probes.clip_sets(rows), ["guitar"], 10)
+
+
+@pytest.mark.parametrize("columns", [6, 150])
+def test_logistic_equals_sklearn(columns):
+    """More rows than columns and the reverse; several problems and C at once."""
+    rng = np.random.default_rng(columns)
+    x = rng.normal(size=(90, columns)) + 0.5
+    x[:, 1] = x[:, 0]  # rank-deficient
+    labels = np.stack([x[:, 0] + rng.normal(size=90) > 0.5, rng.random(90) < 0.2], 1)
+    grid = np.array([1e-3, 1e-2, 1.0])
+    weights, intercepts = fit_logistic(
+        x, np.repeat(labels, 3, 1), np.tile(grid, 2), tolerance=1e-8, iterations=20000
+    )
+    loose = fit_logistic(x, np.repeat(labels, 3, 1), np.tile(grid, 2))
+    for j in range(6):
+        model = LogisticRegression(C=grid[j % 3], tol=1e-10, max_iter=10000)
+        model.fit(x, labels[:, j // 3])
+        expected = model.decision_function(x)
+        np.testing.assert_allclose(x @ weights[:, j] + intercepts[j], expected, atol=2e-4)
+        np.testing.assert_allclose(x @ loose[0][:, j] + loose[1][j], expected, atol=5e-3)
+
+
+def test_standardiser_drops_constant_columns():
+    x = np.array([[1.0, 5.0, 2.0], [3.0, 5.0, 4.0]], np.float32)
+    z = Standardiser.fit(x)(x)
+    np.testing.assert_allclose(z, [[-1, -1], [1, 1]])
+    with pytest.raises(ValueError, match="none of 3 columns varies"):
+        Standardiser.fit(np.ones((4, 3)))
+
+
+class FakeStore:
+    """Clips of unequal length, and an SAE that keeps the two largest positive of 9 projections."""
+
+    width, folder = 5, "data/activations/x/top1"
+
+    def __init__(self):
+        rng = np.random.default_rng(2)
+        self.data = [rng.normal(size=(t, 5)).astype(np.float32) for t in (3, 7, 1, 4, 6)]
+        self.matrix = torch.from_numpy(rng.normal(size=(5, 9)).astype(np.float32))
+
+    def clip(self, i):
+        return self.data[i]
+
+    def encode(self, x):
+        values, indices = (x @ self.matrix).topk(2)
+        return values.relu(), indices
+
+
+def test_pooled_sparse_codes_equal_dense_computation():
+    store = FakeStore()
+    sae = SimpleNamespace(width=5, n_latents=9, encode=store.encode)
+    pools = pooling.pool_store(store, [4, 0, 1, 2], sae, workers=2)
+    for row, clip in enumerate([4, 0, 1, 2]):
+        x = store.clip(clip)
+        values, indices = store.encode(torch.from_numpy(x))
+        dense = torch.zeros(len(x), 9).scatter_(1, indices, values).numpy()
+        np.testing.assert_allclose(pools["sae"]["mean"][row], dense.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(pools["sae"]["max"][row], dense.max(0), rtol=1e-5)
+        np.testing.assert_allclose(pools["dense"]["mean"][row], x.mean(0), rtol=1e-5)
+        np.testing.assert_array_equal(pools["dense"]["max"][row], x.max(0))
+    with pytest.raises(ValueError, match="rerun train_sae"):
+        pooling.pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
+
+
+def test_log_mel_statistics_ignore_level_and_see_timbre():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(1, 8000)).astype(np.float32) * 0.1
+    tone = np.sin(np.arange(8000) * 0.3)[None].astype(np.float32) * 0.1
+    loud, quiet = (baselines.log_mel_statistics(g * noise, 16000) for g in (1.0, 0.01))
+    assert loud.shape == (1, 320)
+    np.testing.assert_allclose(loud, quiet, atol=1e-3)
+    assert np.abs(loud - baselines.log_mel_statistics(tone, 16000)).mean() > 0.5
+    assert np.isfinite(baselines.log_mel_statistics(np.zeros((1, 8000)), 16000)).all()
+
+
+class FakeClips:
+    sample_rate = 3200
+
+    def __init__(self):
+        rng = np.random.default_rng(1)
+        self.data, self.asked = 0.1 * rng.normal(size=(11, 3200)).astype(np.float32), 0
+        self.rows = pd.DataFrame({"id": [f"c{i}" for i in range(11)]})
+
+    def audio(self, rows):
+        self.asked += len(rows)
+        return self.data[list(rows)]
+
+
+def same(one, two):
+    assert one.keys() == two.keys()
+    for name, pools in one.items():
+        for pool, values in pools.items():
+            np.testing.assert_array_equal(values, two[name][pool])
+
+
+def test_baselines_are_the_same_for_any_workers_and_from_cache(
+    tiny_musicgen, tmp_path, monkeypatch
+):
+    model, rows, clips = load_model(tiny_musicgen), [9, 0, 3, 4, 5, 6, 7, 8, 10], FakeClips()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "a"))
+    one = baselines.baseline_pools(clips, "hash", model, rows, workers=1)
+    asked = clips.asked
+    same(one, baselines.baseline_pools(clips, "hash", model, rows, workers=1))
+    assert clips.asked == asked  # all from the cache
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "b"))
+    same(one, baselines.baseline_pools(clips, "hash", model, rows, workers=2))
+    assert clips.asked == 2 * asked
+    assert one["trivial"]["statistics"].shape == (9, 7)
+    baselines.baseline_pools(clips, "other", model, rows)
+    assert clips.asked == 3 * asked  # other clips
+
+
+def test_an_edited_formula_does_not_find_old_features(tiny_musicgen, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    model, clips = load_model(tiny_musicgen), FakeClips()
+    before = baselines.baseline_pools(clips, "hash", model, [0, 1])
+    edited = tmp_path / "audio.py"
+    edited.write_text("# another formula")
+    monkeypatch.setattr(baselines.audio, "__file__", str(edited))
+    monkeypatch.setattr(baselines.audio, "trivial_cues", lambda signal, rate: np.ones((2, 7)))
+    after = baselines.baseline_pools(clips, "hash", model, [0, 1])
+    assert (after["trivial"]["statistics"] == 1).all()
+    np.testing.assert_array_equal(after["codec"]["max"], before["codec"]["max"])
+
+
+def test_codec_pools_are_sums_of_code_embeddings(tiny_musicgen, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    model, clips = load_model(tiny_musicgen), FakeClips()
+    pools = baselines.codec_pools(clips, "hash", model, [4, 1])
+    books = [layer.codebook.embed for layer in model.hf.audio_encoder.quantizer.layers]
+    for row, clip in enumerate((4, 1)):
+        found = model.encode(clips.audio([clip]), [None]).codes[0]
+        latents = sum(books[k][found[k]] for k in range(len(found))).numpy()
+        np.testing.assert_allclose(pools["mean"][row], latents.mean(0), atol=1e-5)
+        np.testing.assert_allclose(pools["max"][row], latents.max(0), atol=1e-5)
+
+
+def test_every_codec_of_its_own_has_a_hash():
+    """audiocraft's and YuE's are `model.codec`; only the latter has a config."""
+    codec = torch.nn.Linear(3, 2)
+    model = SimpleNamespace(codec=codec, hf=SimpleNamespace())
+    plain = codes.codec_sha256(model)
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 1, "_name_or_path": "here"})
+    configured = codes.codec_sha256(model)
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 1, "_name_or_path": "there"})
+    assert codes.codec_sha256(model) == configured
+    codec.config = SimpleNamespace(to_dict=lambda: {"rate": 2})
+    others = {codes.codec_sha256(model)}
+    del codec.config
+    codec.weight.data[0, 0] += 1
+    others.add(codes.codec_sha256(model))
+    assert len({plain, configured, *others}) == 4
+    assert codes.codec_sha256(SimpleNamespace()) is None

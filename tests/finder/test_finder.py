@@ -1,0 +1,393 @@
+"""The finder finds what was planted, and nothing where nothing is, whatever the files are like."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import yaml
+from scipy.stats import mannwhitneyu
+
+from musicscope.commands import cli
+from musicscope.config import ParamsError, load_params
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.finder import plots as concept_plots
+from musicscope.finder import queries as concept_clips
+from musicscope.finder import recordings as reading
+from musicscope.finder import search as concept_finder
+from musicscope.finder import statistics as concept_stats
+from tests.support.planted import clip_rows
+from tools.import_closure import ROOT
+
+RATE, HOP, BANDS = 16_000, 320, 40
+WIDTH_HZ = 50.0 * 2  # two bins of a 20-ms spectrum a band
+CONCEPT = 17
+OFFER = [b for b in range(2, 30) if b != CONCEPT]
+
+
+class BandModel:
+    """A model whose activation is the loudness of each 100-Hz band: gain shows if not made even."""
+
+    name, sample_rate = "planted", RATE
+
+    def encode(self, audio, captions):
+        assert len(captions) == len(audio)
+        return torch.as_tensor(audio)
+
+    def capture(self, batch, names):
+        frames = batch[:, : batch.shape[1] // HOP * HOP].unflatten(1, (-1, HOP))
+        bins = torch.fft.rfft(frames * torch.hann_window(HOP)).abs()[..., 1 : 2 * BANDS + 1]
+        return {names[0]: bins.unflatten(2, (BANDS, 2)).sum(3)}
+
+
+def dictionary():
+    eye = torch.eye(BANDS)
+    return TopKSAE(eye, torch.zeros(BANDS), eye, torch.zeros(BANDS), k=8)
+
+
+def tone(band, seconds, rate):
+    """A tone in the middle of a band, so that resampling does not move it out."""
+    return np.sin(2 * np.pi * (band + 0.75) * WIDTH_HZ * np.arange(int(seconds * rate)) / rate)
+
+
+def recording(rng, concept, seconds, rate, gain=1.0):
+    """Three random tones that come and go; the concept in the second half of the first 2 s."""
+    out = 0.01 * rng.standard_normal(int(seconds * rate))
+    for band in rng.choice(OFFER, 3, replace=False):
+        wave = tone(band, seconds, rate)
+        turns = rng.uniform(0.2, 1) * np.arange(len(wave)) / rate + rng.random()
+        out += wave * (np.sin(2 * np.pi * turns) > 0)
+    if concept:
+        out[int(rate) : int(2 * rate)] += tone(CONCEPT, 1.0, rate)
+    return (0.1 * gain * out).astype(np.float32)
+
+
+FORMATS = [("wav", 44100), ("flac", 22050), ("ogg", 48000), ("wav", 16000), ("mp3", 32000)]
+
+
+def folder(path, seed, concept, n=10, seconds=(4.0, 7.0), gain=1.0, formats=FORMATS, **writing):
+    rng = np.random.default_rng(seed)
+    path.mkdir(parents=True)
+    for i in range(n):
+        ending, rate = formats[i % len(formats)]
+        audio = recording(rng, concept, rng.uniform(*seconds), rate, gain)
+        if i % 3 == 0:
+            audio = np.stack([audio, 0.5 * audio], 1)
+        soundfile.write(path / f"{i:02d}.{ending}", audio, rate, **writing)
+    return path
+
+
+def find(with_, without, **options):
+    options = {"seconds": 2.0, "windows": 2, "permutations": 499, "draws": 20, **options}
+    features = options.pop("features", dictionary())
+    return concept_finder.find_concept(BandModel(), features, with_, without, "bands", **options)
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    with_ = folder(root / "with", 1, True)
+    (with_ / "broken.wav").write_bytes((with_ / "00.wav").read_bytes()[:5000])
+    (with_ / "noise.flac").write_bytes(bytes(range(256)) * 40)
+    (with_ / "notes.txt").write_text("not audio")
+    (with_ / "empty.wav").write_bytes(b"")
+    (with_ / ".hidden").write_text("never looked at")
+    (with_ / "sub").mkdir()
+    soundfile.write(with_ / "sub/silent.wav", np.zeros(5 * RATE), RATE)
+    soundfile.write(with_ / "sub/click.wav", np.ones(100), RATE)
+    without = folder(root / "without", 2, False)
+    return with_, without, find(with_, without, moments=2, audible=1)
+
+
+def test_the_planted_feature_is_found_in_any_format(found):
+    report = found[2]
+    best = report.table.iloc[0]
+    assert best["feature"] == CONCEPT
+    assert (best["auroc"], best["stability"]) == (1.0, 1.0)
+    assert best["q"] <= 0.05
+    assert best["p"] <= best["q"]
+    assert best["mean_with"] > 10 * best["mean_without"]
+    # A tone that begins is heard in the bands beside it too, and in no others.
+    assert set(report.discoveries()["feature"]) <= {CONCEPT - 1, CONCEPT, CONCEPT + 1}
+    assert report.recordings == {"with": 10, "without": 10}
+    assert f"{len(report.discoveries())} of {len(report.table)} features found" in report.text()
+
+
+def test_files_of_no_use_are_named_with_the_reason(found):
+    with_, _, report = found
+    left = {p.name.removeprefix(f"{with_}/"): p.reason for p in report.problems}
+    assert left == {
+        "broken.wav": "truncated", "noise.flac": "not audio", "notes.txt": "not audio",
+        "empty.wav": "zero bytes", "sub/silent.wav": "silent", "sub/click.wav": "too short",
+    }  # fmt: skip
+    for name in left:
+        assert f"left out: {with_}/{name}" in report.text()
+
+
+def test_moments_are_where_the_concept_sounds(found):
+    report = found[2]
+    assert report.moments["feature"].tolist() == [CONCEPT, CONCEPT]
+    assert report.moments["recording"].nunique() == 2
+    assert report.moments["seconds"].between(0.98, 2.0).all()
+    assert (np.diff(report.moments["value"]) <= 0).all()
+    for name in report.moments["file"]:
+        audio = report.excerpts[name]
+        frames = BandModel().capture(torch.as_tensor(audio[None]), ["x"])["x"][0]
+        assert int(frames.amax(0).argmax()) == CONCEPT or float(frames[:, CONCEPT].max()) > 10
+
+
+def test_loudness_of_a_folder_changes_nothing(found, tmp_path):
+    with_, without, _ = found
+    # In floating point, or the level would change what is left of the samples too.
+    a, b = (
+        folder(tmp_path / name, 5, True, formats=[("wav", 16000)], gain=gain, subtype="FLOAT")
+        for name, gain in (("a", 1.0), ("b", 0.02))
+    )
+    first, second = find(a, without), find(b, without)
+    assert len(first.discoveries())
+    pd.testing.assert_frame_equal(first.table, second.table, rtol=1e-3)
+    # And where nothing is to be found, a quiet folder is no finding.
+    quiet = folder(tmp_path / "quiet", 6, False, gain=0.02)
+    assert len(find(quiet, without).discoveries()) == 0
+
+
+def test_length_of_recordings_is_no_finding(tmp_path):
+    """Long recordings have steadier means and later frames: both are kept out of the comparison."""
+    long = folder(tmp_path / "long", 7, False, n=12, seconds=(14.0, 20.0), formats=[("wav", 16000)])
+    short = folder(tmp_path / "short", 8, False, n=12, seconds=(0.9, 1.4), formats=[("wav", 16000)])
+    report = find(long, short, windows=8)
+    assert report.plan.windows == 1
+    assert 0.9 <= report.plan.seconds <= 1.4
+    assert len(report.discoveries()) == 0
+    assert "nothing to find" in report.text()
+    # The same lengths with something to find.
+    plan, _ = reading.plan_recordings((long, short), 10.0, 8)
+    shapes = {reading.read_windows(r, plan, RATE)[0].shape for r in plan.recordings}
+    assert shapes == {(1, round(plan.seconds * RATE))}
+
+
+def test_windows_are_shared_alike_and_spread(tmp_path):
+    a = folder(tmp_path / "a", 9, False, n=4, seconds=(9.0, 9.1), formats=[("wav", 8000)])
+    b = folder(tmp_path / "b", 10, False, n=4, seconds=(6.2, 6.3), formats=[("wav", 8000)])
+    plan, problems = reading.plan_recordings((a, b), 2.0, 8)
+    assert (plan.windows, plan.seconds, problems) == (3, 2.0, [])
+    audio, starts, _ = reading.read_windows(plan.recordings[0], plan, RATE)
+    assert audio.shape == (3, 2 * RATE)
+    np.testing.assert_allclose(starts, [0.5, 3.5, 6.5], atol=0.1)
+    np.testing.assert_allclose([np.sqrt((w**2).mean()) for w in audio], 0.1, rtol=0.1)
+
+
+def test_a_difference_beside_the_concept_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, top in (("dull", 1), ("bright", 30)):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            audio = tone(top, 2.0, RATE) + 0.1 * rng.standard_normal(2 * RATE)
+            soundfile.write(tmp_path / name / f"{i}.wav", 0.1 * audio, RATE)
+    report = find(tmp_path / "bright", tmp_path / "dull")
+    assert report.cues["centroid"] == 1.0
+    assert "rms" not in report.cues
+    assert "also differ in centroid" in report.text()
+
+
+def test_too_little_is_said_not_hidden(tmp_path, found):
+    three = folder(tmp_path / "three", 3, True, n=3)
+    other = folder(tmp_path / "other", 4, False, n=3)
+    report = find(three, other)
+    assert report.smallest_p == pytest.approx(1 / 20)
+    assert len(report.discoveries()) == 0
+    assert "nothing can be found at q = 0.01" in find(three, other, q=0.01).text()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.wav").write_text("x")
+    with pytest.raises(ValueError, match=r"0 usable recordings .*a\.wav: not audio"):
+        find(tmp_path / "bad", other)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find(tmp_path / "absent", other)
+
+
+def test_a_universal_sae_is_searched_with_its_own_encoder(found):
+    with_, without, report = found
+    eye, zero = torch.eye(BANDS), torch.zeros(BANDS)
+    order = torch.randperm(BANDS, generator=torch.Generator().manual_seed(0))
+    side = ModelWeights(eye[order], zero, eye[order], zero, zero, torch.tensor(2.0))
+    other = ModelWeights(eye, zero, eye, zero, zero, torch.tensor(1.0))
+    usae = UniversalSAE(("other", "planted"), "top1", "usae", 8, (other, side))
+    own = find(with_, without, features={"sae": dictionary(), "usae": usae})
+    assert int(order[own.discoveries("usae")["feature"].iloc[0]]) == CONCEPT
+    pd.testing.assert_frame_equal(own.tables["sae"].drop(columns=["p", "q"]),
+                                  report.table.drop(columns=["p", "q"]))  # fmt: skip
+    with pytest.raises(ValueError, match="cannot encode planted"):
+        find(with_, without, features=UniversalSAE(("x",), "top1", "usae", 8, (other,)))
+
+
+def test_the_command_prints_and_saves(found, tmp_path, monkeypatch, capsys):
+    with_, without, report = found
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("musicscope.models.registry.load_model", lambda name, device: BandModel())
+    dictionary().save("data/sae/planted/top1/seed-0", {"layer": "bands"})
+    words = ["find-concept", "--model", "planted", "--with", str(with_)]
+    words += ["--without", str(without), "--seconds", "2", "--windows", "2"]
+    words += ["--permutations", "499", "--out", "out"]
+    cli.main(words)
+    printed = capsys.readouterr().out
+    assert f"sae: {len(report.discoveries())} of {len(report.table)} features found" in printed
+    table = pd.read_csv("out/features.csv")
+    assert table["feature"].iloc[0] == CONCEPT
+    for name in pd.read_csv("out/moments.csv")["file"]:
+        audio, rate = soundfile.read(tmp_path / "out" / name)
+        assert rate == RATE
+        assert len(audio) <= 3 * RATE
+    words[4] = str(tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match="nowhere is no folder"):
+        cli.main(words)
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+def test_p_and_q_are_those_of_all_permutations():
+    rng = np.random.default_rng(0)
+    x = rng.random((8, 6)) + np.array([0.5, 0, 0, 0, 0, 0]) * (np.arange(8) < 4)[:, None]
+    labels = np.arange(8) < 4
+    table = concept_stats.rank_features(x, labels, 20_000, 5, 3).set_index("feature")
+
+    def statistic(truth):
+        return np.array([mannwhitneyu(x[truth, j], x[~truth, j]).statistic for j in range(6)])
+
+    dealt = [np.isin(np.arange(8), c) for c in itertools.combinations(range(8), 4)]
+    null = np.stack([statistic(truth) for truth in dealt])
+    seen = statistic(labels)
+    for j in range(6):
+        row = table.loc[j]
+        assert row["auroc"] == pytest.approx(seen[j] / 16)
+        assert row["p"] == pytest.approx((null[:, j] >= seen[j]).mean(), abs=0.02)
+        assert row["q"] == pytest.approx((null.max(1) >= seen[j]).mean(), abs=0.02)
+
+
+def test_nothing_is_found_where_nothing_is():
+    """q promises at most 5 % of draws with any discovery; 60 draws of 300 skewed features."""
+    hits = 0
+    for draw in range(60):
+        rng = np.random.default_rng(draw)
+        shared = rng.exponential(size=(20, 1))
+        x = rng.exponential(size=(20, 300)) ** 2 * (rng.random((20, 300)) < 0.5) * shared
+        hits += (
+            concept_stats.rank_features(x, np.arange(20) < 10, 199, 1, draw)["q"] <= 0.05
+        ).any()
+    assert hits <= 8  # binomial(60, .05) exceeds it once in a thousand
+
+
+def test_many_planted_features_are_found_from_ten():
+    rng = np.random.default_rng(1)
+    labels = np.arange(20) < 10
+    x = rng.exponential(size=(20, 500))
+    x[:, :5] += 6 * labels[:, None]
+    table = concept_stats.rank_features(x, labels, 999, 20, 0)
+    assert set(table.index[table["q"] <= 0.05]) == set(range(5))
+    assert set(table["feature"].head(5)) == set(range(5))
+    assert (table["effect_size"].head(5) > 2).all()
+    assert (table["stability"].head(5) > 0.9).all()
+    assert table["stability"].iloc[100:].max() == 0
+
+
+def test_excerpts_of_one_piece_are_dealt_together():
+    """Ten excerpts a piece, and features that know pieces: as single clips they would count."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(8), 10)
+    labels = groups < 4
+    x = rng.random((8, 40))[groups] + 0.05 * rng.random((80, 40))
+    assert (concept_stats.rank_features(x, labels, 199, 1, 0)["q"] <= 0.05).any()
+    grouped = concept_stats.rank_features(x, labels, 199, 1, 0, groups)
+    assert not (grouped["q"] <= 0.05).any()
+
+
+def test_rare_and_constant_features_are_not_tested():
+    x = np.random.default_rng(3).random((20, 4))
+    x[:, 1] = 0
+    x[2:, 2] = 0
+    x[:, 3] = 0.5
+    assert concept_stats.rank_features(x, np.arange(20) < 10, 19, 1, 0)["feature"].tolist() == [0]
+    none = concept_stats.rank_features(x[:, 1:], np.arange(20) < 10, 19, 1, 0)
+    assert len(none) == 0
+    with pytest.raises(ValueError, match="1 recordings with"):
+        concept_stats.rank_features(x, np.arange(20) < 1, 19, 1, 0)
+
+
+# --- clips ------------------------------------------------------------------------------------
+
+
+def test_queries_select_what_they_say():
+    rows = clip_rows()
+    rows["has_bass"] = rows["has_bass"].astype("boolean")
+    rows.loc[::5, "has_bass"] = pd.NA
+    main = rows["font"] == "timgm6mb"
+    test = main & (rows["split"] == "test")
+    query = concept_clips.select_query(rows, "clips:has_guitar and not has_drums", "test")
+    wanted = test & rows["has_guitar"] & ~rows["has_drums"]
+    assert query.tolist() == np.flatnonzero(wanted).tolist()
+    both = [concept_clips.select_query(rows, f"clips:{no}has_bass", "test") for no in ("", "not ")]
+    assert sum(map(len, both)) == int((test & rows["has_bass"].notna()).sum())
+    held = concept_clips.select_query(rows, "clips:has_guitar and font=fluidr3mono", "test")
+    assert (rows["font"].iloc[held] == "fluidr3mono").all()
+    assert len(held)
+    for bad in ("clips:has_gitar", "clips:guitar", "clips:has_guitar and colour=red"):
+        with pytest.raises(ValueError, match=r"no term|no column"):
+            concept_clips.select_query(rows, bad, "test")
+
+
+def test_clips_are_found_on_train_and_confirmed_on_test():
+    rows = pd.concat(
+        [clip_rows(per_group=12, seed=s).assign(split=split)[lambda r: r["font"] == "timgm6mb"]
+         for s, split in ((0, "train"), (1, "test"))], ignore_index=True,
+    )  # fmt: skip
+    rows["group"] = rows["split"] + rows["group"]
+    rng = np.random.default_rng(0)
+    means = rng.exponential(size=(len(rows), 60))
+    means[:, 7] += 3 * rows["has_guitar"].to_numpy()
+    sets = concept_clips.concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
+    options = concept_clips.Options(0.05, 199, 10, 10, 10, 50, 0)
+    table, found = concept_clips.examine(means, rows["group"].to_numpy(str), sets, options, "m")
+    assert table["feature"].iloc[0] == 7
+    assert found["discoveries"] == 1
+    assert found["test"]["best_auroc"] > 0.9
+    assert found["test"]["best_ci_low"] > 0.8
+    assert 0.4 < found["test"]["tested_auroc"] < 0.6
+    assert found["few"]["any_discovery"] > 0.5
+    assert found["few"]["agree"] > 0.8
+    assert found["null"]["any_discovery"] <= 0.3
+    assert found["null"]["discoveries"] == 0
+    keys = concept_plots.find_summary("m", {"sae": {"guitar": found}})
+    assert keys["find_concept.m.sae.guitar.discoveries"] == 1
+    assert keys["find_concept.m.sae.guitar.null_discoveries"] == 0
+    assert all(not isinstance(value, dict) for value in keys.values())
+    with pytest.raises(ValueError, match="share"):
+        concept_clips.concept_sets(rows, "clips:has_guitar", "clips:has_guitar")
+    assert "guitar" in FAMILIES
+
+
+def test_params_name_concepts_as_a_list_of_sections(tmp_path):
+    whole = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+    def load(**change):
+        concepts = [{"name": "a", "positive": "clips:has_bass", "negative": "b", **change}]
+        tree = {**whole, "find_concept": {**whole["find_concept"], "concepts": concepts}}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return load_params(tmp_path / "params.yaml").find_concept.concepts
+
+    assert [(c.name, c.positive) for c in load()] == [("a", "clips:has_bass")]
+    for change, message in (
+        ({"extra": 1}, r"unknown key find_concept\.concepts\[0\]\.extra"),
+        ({"name": "a b"}, r"find_concept\.concepts\[0\]\.name = 'a b' is out of range"),
+        ({"positive": ["x"]}, r"find_concept\.concepts\[0\]\.positive .* wrong type"),
+    ):
+        with pytest.raises(ParamsError, match=message):
+            load(**change)

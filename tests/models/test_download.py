@@ -1,0 +1,295 @@
+"""download_model: folders out of a hub and of local folders, whole or absent, in DVC's graph."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides
+
+from experiments.table import commands
+from musicscope import config, models
+from musicscope.config import ParamsError, load_params
+from musicscope.config.data import DownloadModel, Part
+from musicscope.core.io import read_json
+from musicscope.models import download, hub
+from musicscope.models.audiocraft.convert import to_audiocraft
+from musicscope.models.audiocraft.loading import CODEC_FILE, MODEL_FILE, TEXT_FOLDER
+from musicscope.models.registry import load_model
+from tests.support import rave_export
+from tools import smoke
+from tools.import_closure import ROOT, stages_of
+
+LOCAL = DownloadModel(source="", revision="", system="auto", files=("*",), parts=())
+
+
+def test_a_local_folder_becomes_a_model_that_loads(tiny_musicgen, tmp_path):
+    (tmp_path / "hub").mkdir()
+    for path in tiny_musicgen.iterdir():  # as the hub's cache: links to files elsewhere
+        (tmp_path / "hub" / path.name).symlink_to(path)
+    (tmp_path / "hub/.cache").mkdir()
+    (tmp_path / "hub/.cache/lock").write_text("not a part of it")
+    target = tmp_path / "data/models/tiny"
+    found = download.download(replace(LOCAL, source=str(tmp_path / "hub")), target)
+    assert found["system"] == "musicgen"
+    assert found["files"] == len(list(tiny_musicgen.iterdir()))
+    assert found["bytes"] == sum(p.stat().st_size for p in tiny_musicgen.iterdir())
+    assert not any(p.is_symlink() for p in target.iterdir())
+    assert not (target / ".cache").exists()
+    assert load_model(target).num_layers == load_model(tiny_musicgen).num_layers
+
+
+def test_a_page_in_two_formats_is_taken_in_the_one_that_was_asked_for(tiny_musicgen, tmp_path):
+    page, made = tmp_path / "page", tmp_path / "made"
+    shutil.copytree(tiny_musicgen, page)
+    to_audiocraft(tiny_musicgen, made)
+    for file in (MODEL_FILE, CODEC_FILE):
+        (made / file).rename(page / file)
+    text = Part(TEXT_FOLDER, str(made / TEXT_FOLDER), "", ("*",))
+    entry = replace(LOCAL, source=str(page), system="audiocraft", parts=(text,))
+    with pytest.raises(ValueError, match="taken for musicgen, not audiocraft: let files name"):
+        download.download(entry, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    found = download.download(replace(entry, files=(MODEL_FILE, CODEC_FILE)), tmp_path / "one")
+    assert found["system"] == "audiocraft"
+    assert type(load_model(tmp_path / "one")).__name__ == "AudiocraftModel"
+    assert download.download(replace(LOCAL, source=str(page)), tmp_path / "two")["system"] == (
+        "musicgen"
+    )
+
+
+def test_parts_come_from_elsewhere(tmp_path):
+    for name in ("llama/config.json", "llama/README.md", "code/deep/tokenizer.model",
+                 "codec/config.json", "codec/model.safetensors"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+    entry = replace(
+        LOCAL, source=str(tmp_path / "llama"), files=("*.json",),
+        parts=(
+            Part("xcodec", str(tmp_path / "codec"), "", ("*",)),
+            Part("", str(tmp_path / "code/deep"), "", ("tokenizer.model",)),
+        ),
+    )  # fmt: skip
+    assert download.download(entry, tmp_path / "yue")["system"] == "yue"
+    names = sorted(
+        p.relative_to(tmp_path / "yue").as_posix() for p in (tmp_path / "yue").rglob("*")
+    )
+    assert names == ["config.json", "tokenizer.model", "xcodec", "xcodec/config.json",
+                     "xcodec/model.safetensors"]  # fmt: skip
+
+
+def test_nothing_is_left_of_what_is_no_model_or_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/readme.md").write_text("no model")
+    target = tmp_path / "out/model"
+    cases = {
+        "empty": "has no file",
+        "text": "holds no model of musicgen",
+        "absent": "is no folder here; a hub id needs a revision",
+    }
+    for name, message in cases.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            download.download(replace(LOCAL, source=str(tmp_path / name)), target)
+        assert not target.exists()
+        assert not list(target.parent.iterdir())
+    rave_export.save(rave_export.TinyRave(), tmp_path / "empty/a.ts")
+    outside = replace(
+        LOCAL, source=str(tmp_path / "empty"), parts=(Part("../x", str(tmp_path), "", ("*",)),)
+    )
+    with pytest.raises(ValueError, match="leaves the folder"):
+        download.download(outside, target)
+
+
+def test_a_hub_id_is_fetched_at_its_revision_by_what_its_family_needs(
+    tiny_musicgen, tmp_path, monkeypatch
+):
+    asked = []
+
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tiny_musicgen)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    entry = replace(LOCAL, source="facebook/musicgen-small", revision="4c8334b")
+    assert download.download(entry, tmp_path / "small")["system"] == "musicgen"
+    assert asked == [
+        ("facebook/musicgen-small", "4c8334b", ["config.json"]),
+        ("facebook/musicgen-small", "4c8334b", [*hub.TEXTS, "model*.safetensors"]),
+    ]
+    asked.clear()
+    download.download(replace(entry, files=("*.json", "*.safetensors")), tmp_path / "again")
+    assert asked == [("facebook/musicgen-small", "4c8334b", ["*.json", "*.safetensors"])]
+    with pytest.raises(ValueError, match="needs revision="):
+        download.download(replace(entry, revision="main"), tmp_path / "moving")
+    assert not (tmp_path / "moving").exists()
+
+
+def test_systems_that_params_know_are_those_there_are():
+    text = config.data.DownloadModel.__dataclass_fields__["system"].metadata["text"]
+    assert text == "one of auto, " + ", ".join(models.SYSTEMS)
+
+
+OVERRIDE = (
+    "+download_model.musicgen-small={source: facebook/musicgen-small, revision: '4c8334b', "
+    "system: auto, files: ['*'], parts: []}"
+)
+
+
+def test_an_override_adds_a_model(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    apply_overrides(path, [OVERRIDE])
+    params = load_params(path)
+    assert params.download_model["musicgen-small"].revision == "4c8334b"
+    hash(params)
+    for wrong, message in (
+        (OVERRIDE.replace("auto", "mp3"), r"musicgen-small.system = 'mp3' .*one of auto"),
+        (OVERRIDE.replace("files: ['*'], ", ""), "musicgen-small.files is missing"),
+        (OVERRIDE.replace("musicgen-small=", "nano-small="), "nano-small: this name is of a model"),
+        (OVERRIDE.replace("{source: facebook/musicgen-small,", "{"), "small.source is missing"),
+        ("+download_model.musicgen-small=a", "musicgen-small .*'a' is not a section"),
+    ):
+        path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+        apply_overrides(path, [wrong])
+        with pytest.raises(ParamsError, match=message):
+            load_params(path)
+
+
+def test_a_source_that_overlaps_the_models_folder_is_refused(tmp_path):
+    (tmp_path / "mine/sub").mkdir(parents=True)
+    (tmp_path / "mine/config.json").write_text('{"model_type": "musicgen"}')
+    (tmp_path / "link").symlink_to("mine")
+    source = str(tmp_path / "mine")
+    for entry, target in (
+        (replace(LOCAL, source=source), "mine"),
+        (replace(LOCAL, source=source), "mine/sub"),
+        (replace(LOCAL, source=f"{source}/sub"), "mine"),
+        (replace(LOCAL, source=str(tmp_path / "link")), "mine"),
+        (replace(LOCAL, source=str(tmp_path), parts=(Part("", source, "", ("*",)),)), "mine"),
+    ):
+        with pytest.raises(ValueError, match="which is replaced, overlap: move the files"):
+            download.download(entry, tmp_path / target)
+    assert (tmp_path / "mine/config.json").read_text() == '{"model_type": "musicgen"}'
+    assert (tmp_path / "mine/sub").is_dir()
+
+
+def test_a_models_folder_that_was_put_there_by_hand_is_never_replaced(
+    tiny_musicgen, tmp_path, monkeypatch
+):
+    from stages import download_model as stage
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["download_model", "mine"])
+    entry = replace(LOCAL, source=str(tiny_musicgen))
+    params = SimpleNamespace(download_model={"mine": entry})
+    monkeypatch.setattr(stage, "load_params", lambda: params)
+    target = tmp_path / "data/models/mine"
+    target.mkdir(parents=True)
+    (target / "weights.bin").write_bytes(b"by hand")
+
+    def refused() -> None:
+        with pytest.raises(SystemExit, match="data/models/mine is there and no run of download_mo"):
+            stage.main()
+        assert (target / "weights.bin").read_bytes() == b"by hand"
+
+    refused()
+    refused()  # the first refusal left no note that would let the second pass
+    (target / "weights.bin").rename(tmp_path / "weights.bin")
+    with monkeypatch.context() as patch:  # a run that fails leaves none either
+        patch.setattr(stage, "download", lambda entry, target: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage.main()
+    (tmp_path / "weights.bin").rename(target / "weights.bin")
+    refused()
+    (target / "weights.bin").rename(tmp_path / "weights.bin")
+    stage.main()  # an empty folder is nobody's work
+    assert (target / "config.json").is_file()
+    stage.main()  # killed before DVC wrote dvc.lock: the note says whose it is
+    shutil.rmtree(tmp_path / ".dvc")
+    with pytest.raises(SystemExit, match="no run of download_model made it"):
+        stage.main()
+    (tmp_path / "dvc.lock").write_text("stages: {download_model@mine: {}}")
+    stage.main()
+
+
+def test_dvc_removes_no_out_of_a_stage_that_reads_what_a_user_names():
+    stages = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    for name in ("prepare_data", "download_model", "find_concept"):
+        (out,) = stages[name]["outs"]
+        assert next(iter(out.values()))["persist"], name
+
+
+@pytest.mark.slow
+def test_dvc_leaves_a_models_folder_that_was_put_there_by_hand(tiny_musicgen, tmp_path):
+    folder, env = tmp_path / "repo", smoke.environment()
+    own = folder / "data/models/mine"
+    entry = {"revision": "", "system": "auto", "files": ["*"], "parts": []}
+    models = {"mine": {**entry, "source": str(tiny_musicgen)},
+              "same": {**entry, "source": "data/models/same"}}  # fmt: skip
+    smoke.make_copy(folder, env, {"models": ["mine", "same"], "download_model": models})
+    shutil.copytree(tiny_musicgen, own.with_name("same"))
+    own.mkdir()
+    (own / "weights.bin").write_bytes(b"by hand")
+    for name, wanted in (("mine", "no run of download_model made it"), ("same", "made it")):
+        done = subprocess.run(["dvc", "repro", f"download_model@{name}"], cwd=folder, env=env,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode
+        assert wanted in done.stderr
+    assert (own / "weights.bin").read_bytes() == b"by hand"
+    assert (own.with_name("same") / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_dvc_fetches_a_model_before_its_first_use_and_again_only_when_asked(
+    tiny_musicgen, tmp_path
+):
+    folder, env = tmp_path / "repo", smoke.environment()
+    entry = {"source": str(tiny_musicgen), "revision": "", "system": "auto", "files": ["*"],
+             "parts": []}  # fmt: skip
+    smoke.make_copy(folder, env, {"models": ["tiny", "other"], "download_model": {"tiny": entry}})
+
+    def dvc(*words: str) -> str:
+        done = subprocess.run(["dvc", *words], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    graph = dvc("dag", "--dot", "ablate@tiny")
+    assert '"download_model@tiny" -> "ablate@tiny"' in graph
+    assert "download_model@other" not in graph
+    dvc("repro", "download_model@tiny")
+    assert read_json(folder / "metrics/download_model/tiny.json")["system"] == "musicgen"
+    assert (folder / "data/models/tiny/config.json").is_file()
+    params = folder / "params.yaml"
+    text = params.read_text(encoding="utf-8")
+    more = yaml.safe_load(text)
+    more["download_model"]["other"] = entry
+    params.write_text(yaml.safe_dump(more, sort_keys=False), encoding="utf-8")
+    out = dvc("repro", "download_model@tiny", "download_model@other")
+    assert "Stage 'download_model@tiny' didn't change, skipping" in out
+    assert "Running stage 'download_model@other'" in out
+    assert Path(folder / "data/models/other/config.json").is_file()
+
+
+def test_the_page_of_experiments_says_how_to_fetch_each_model_that_it_names(tmp_path):
+    page = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in page.split("```yaml\n")[1:] if b.startswith("download_model:"))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "params.yaml"
+    merged = smoke.merged(params, yaml.safe_load(block.split("```")[0]))
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+    fetched = load_params(path).download_model
+    named = {m for sets in commands(page).values() for s in sets if s.startswith("models=")
+             for m in s.removeprefix("models=[").removesuffix("]").split(",")}  # fmt: skip
+    assert named == set(fetched)
+    (other,) = (b for b in page.split("```yaml\n")[1:] if b.startswith("musicgen-medium:"))
+    merged["download_model"] = yaml.safe_load(other.split("```")[0])
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
+    assert load_params(path).download_model["musicgen-medium"].system == "audiocraft"
+    for entry in fetched.values():  # a revision says that it is a hub id
+        assert entry.source.startswith("downloads/") == (entry.revision == "")

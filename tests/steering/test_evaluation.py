@@ -1,0 +1,391 @@
+"""The evaluation: prompts, verdicts with known answers, choice, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from musicscope.core.io import read_json
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.embedded.midi_set.captions import KEYS
+from musicscope.models.registry import load_model
+from musicscope.steering import conditions as cells
+from musicscope.steering import evaluation as ev
+from musicscope.steering import report as steering_report
+from musicscope.steering import search as steering_run
+from musicscope.steering.edit import Gate
+from musicscope.steering.prompts import FORMS, PromptSet, make_prompts
+from musicscope.steering.recipes import SCORES, Recipe, Settings, load_recipe
+from tests.steering.test_steering import PUSH, random_sae
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_prompts_name_what_is_to_go_and_not_what_is_to_come():
+    wanted = PromptSet("test", 60, named=("guitar", "drums"), without=("organ", "electric_piano"))
+    texts = make_prompts(wanted, seed=1)
+    assert all("guitar" in t and "drums" in t for t in texts)
+    assert not any("organ" in t or "electric" in t for t in texts)
+    assert len(set(texts)) > 40
+    assert texts[:7] == make_prompts(PromptSet("test", 7, *((wanted.named, wanted.without))), 1)
+    assert texts != make_prompts(wanted, seed=2)
+    # An accompaniment never leads, as in the clips.
+    drums = make_prompts(PromptSet("test", 60, named=("drums",)), 1)
+    assert not any(t.lower().startswith(("drums", "bass")) for t in drums)
+    with pytest.raises(ValueError, match="unknown family 'kazoo'"):
+        make_prompts(PromptSet("test", 1, ("kazoo",)), 0)
+    with pytest.raises(ValueError, match="named and absent"):
+        make_prompts(PromptSet("test", 1, ("guitar",), ("guitar",)), 0)
+
+
+def test_validation_and_test_share_no_phrasing_and_no_prompt():
+    assert not set(FORMS["validation"]) & set(FORMS["test"])
+    sets = [
+        make_prompts(PromptSet(split, 200, named, without), 3)
+        for named, without in ((("guitar",), ()), ((), ("guitar",)))
+        for split in ("validation", "test")
+    ]
+    for validation, test in (sets[:2], sets[2:]):
+        assert not set(validation) & set(test)
+    assert any(key in t for t in sets[1] for key in KEYS)
+
+
+# --- verdicts ---------------------------------------------------------------------------------
+
+NAMES = ("guitar", "organ", "drums")
+
+
+def measured(guitar, tagger=None, ce=0.0, organ=0.2) -> cells.Measured:
+    """Pieces with these probabilities for guitar by the two judges."""
+    guitar = np.asarray(guitar, dtype=float)
+    family = np.stack([guitar, np.full(len(guitar), organ), np.full(len(guitar), 0.1)], 1)
+    family[np.isnan(guitar)] = np.nan
+    tags = np.full_like(family, np.nan)
+    tags[:, 0] = guitar if tagger is None else tagger
+    embeddings = np.repeat(guitar[:, None], 5, 1)
+    ces = np.full(len(guitar), ce)
+    judged = {"family_judge": family, "musicnn": tags}
+    return cells.Measured(judged, embeddings, ces, np.zeros((0, 1)))
+
+
+def scorer(**changes) -> ev.Scorer:
+    known = {"guitar": 0.5, "organ": 0.4, "drums": 0.3}
+    thresholds = {"family_judge": known, "musicnn": {**known, "organ": np.nan}}
+    gap = lambda a, b: float(abs(a.mean() - b.mean()))  # noqa: E731
+    return ev.Scorer(NAMES, changes.get("thresholds", thresholds), gap, 200, 1)
+
+
+def test_success_counts_the_verdicts_that_could_move_and_did():
+    plain = measured([0.9, 0.8, 0.7, 0.6, 0.1, np.nan], tagger=[0.9, 0.9, 0.9, 0.9, 0.9, np.nan])
+    steered = measured([0.1, 0.2, 0.9, np.nan, 0.9, 0.1], tagger=[0.1, 0.9, 0.9, 0.9, 0.9, 0.1])
+    found = ev.outcome(scorer(), plain, steered, "guitar", "off")
+    # Of 4 with guitar by the first judge 2 lost it (a silent piece is no success), of 5 by the
+    # second 1.
+    assert found["family_judge"]["success"] == 2 / 4
+    assert found["musicnn"]["success"] == 1 / 5
+    assert found["success"] == pytest.approx((2 / 4 + 1 / 5) / 2)
+    assert found["success_ci_low"] <= found["success"] <= found["success_ci_high"]
+    assert found["family_judge"]["to_change"] == 4
+    assert found["family_judge"]["wanted_plain"] == pytest.approx(1 / 6)
+    assert found["family_judge"]["wanted"] == pytest.approx(3 / 6)
+    changes = np.array([0.8, 0.6, -0.2, -0.8])  # of the pieces that the first judge heard twice
+    assert found["family_judge"]["change"] == pytest.approx(changes.mean())
+    assert found["silent"] == pytest.approx(1 / 6)
+
+
+def test_on_is_the_other_way_round_and_unknown_judges_stand_aside():
+    plain, steered = measured([0.1, 0.9, 0.2], organ=0.3), measured([0.1, 0.9, 0.2], organ=0.5)
+    found = ev.outcome(scorer(), plain, steered, "organ", "on")
+    assert found["success"] == 1.0
+    assert "musicnn" not in found
+    assert found["change"] == pytest.approx(0.2)
+    assert found["others_change"] == pytest.approx(0.0)
+    back = ev.outcome(scorer(), steered, plain, "organ", "on")
+    assert back["success"] != back["success"]  # nothing to change: undefined, not 0
+    guitar = ev.outcome(scorer(), plain, steered, "guitar", "on")
+    assert guitar["success"] == 0.0
+    assert guitar["others_change"] == pytest.approx(0.1)  # mean of 0.2 (organ) and 0 (drums)
+    with pytest.raises(ValueError, match="know no 'kazoo'"):
+        ev.outcome(scorer(), plain, steered, "kazoo", "on")
+
+
+def test_quality_is_against_the_plain_twin():
+    plain, steered = measured([0.5, 0.7], ce=3.0), measured([0.9, 0.7], ce=3.25)
+    found = ev.outcome(scorer(), plain, steered, "guitar", "off")
+    assert found["ce_cost"] == pytest.approx(0.25)
+    assert found["ce_cost_ci_low"] == pytest.approx(0.25)
+    assert found["frechet"] == pytest.approx(0.2)
+
+
+def test_a_method_against_itself_and_against_a_worse_one():
+    plain = measured(np.full(20, 0.9))
+    good, bad = measured(np.repeat([0.1, 0.9], [15, 5])), measured(np.repeat([0.1, 0.9], [5, 15]))
+    same = ev.advantage(scorer(), plain, good, good, "guitar", "off")
+    assert same == {"difference": 0.0, "difference_ci_low": 0.0, "difference_ci_high": 0.0}
+    gap = ev.advantage(scorer(), plain, good, bad, "guitar", "off")
+    assert gap["difference"] == pytest.approx(0.5)
+    assert 0.2 < gap["difference_ci_low"] < 0.5 < gap["difference_ci_high"]
+
+
+def test_all_wishes_must_hold_at_once():
+    plain = measured([0.9, 0.9, 0.1, 0.9], organ=0.2)
+    steered = measured([0.1, 0.9, 0.1, 0.1], organ=0.6)
+    wishes = (("guitar", "off"), ("organ", "on"))
+    found = ev.all_wishes(scorer(), plain, steered, wishes)
+    assert found["all_wanted_plain"] == 0.0
+    assert found["all_wanted"] == 0.75
+
+
+def test_thresholds_lie_halfway_between_prompts_with_and_without():
+    named, absent = measured([0.8, 0.6, np.nan]), measured([0.2, 0.3, 0.1])
+    found = ev.fix_thresholds(NAMES, {"guitar": (named, absent), "organ": (named, absent)})
+    assert found["family_judge"]["guitar"] == pytest.approx((0.7 + 0.2) / 2)
+    assert np.isnan(found["musicnn"]["organ"])
+
+
+# --- choice -----------------------------------------------------------------------------------
+
+
+def trial(method, strength, change, cost, branch="both", direction="off", frechet=1.0):
+    return {"concept": "guitar", "direction": direction, "method": method, "strength": strength,
+            "n_features": 4, "score": "share", "branch": branch, "loop": "open",
+            "change": change, "ce_cost": cost, "frechet_ratio": frechet}  # fmt: skip
+
+
+BUDGETS = SimpleNamespace(quality_budget=0.1, frechet_budget=2.0)
+
+
+def test_the_choice_moves_judges_most_within_the_budgets():
+    table = pd.DataFrame(
+        [
+            trial("sae", 1.0, 0.1, 0.01), trial("sae", 2.0, 0.3, -0.09),
+            trial("sae", 4.0, 0.9, 0.5), trial("sae", 8.0, 0.95, -0.5),
+            trial("sae", 3.0, 0.8, 0.0, frechet=2.1),
+            trial("diff_means", 1.0, 0.9, 0.4), trial("diff_means", 2.0, 0.99, 0.6),
+        ]
+    )  # fmt: skip
+    found = steering_run.choose(table, BUDGETS)
+    assert found["sae", ("guitar", "off")].strength == 2.0
+    assert found["diff_means", ("guitar", "off")].strength == 1.0  # none is: the cheapest
+
+
+def test_one_branch_serves_all_wishes_of_a_method():
+    rows = [
+        trial("sae", 1.0, 0.5, 0.0, "conditional"), trial("sae", 1.0, 0.4, 0.0, "both"),
+        trial("sae", 1.0, 0.1, 0.0, "conditional", "on"), trial("sae", 2.0, 0.6, 0.0, "both", "on"),
+    ]  # fmt: skip
+    found = steering_run.choose(pd.DataFrame(rows), BUDGETS)
+    assert {s.branch for s in found.values()} == {"both"}
+    assert found["sae", ("guitar", "on")].strength == 2.0
+
+
+# --- a tiny model -----------------------------------------------------------------------------
+
+LAYER = "layers.3"
+
+
+class StubJudges:
+    """Probabilities out of the levels of bands of the spectrum; musicnn knows three families."""
+
+    families = FAMILIES
+
+    def predict(self, audio):
+        power = np.abs(np.fft.rfft(audio, axis=1)) ** 2
+        bands = np.stack([b.sum(1) for b in np.array_split(power, len(FAMILIES), axis=1)], 1)
+        level = np.log(bands + 1e-9)
+        family = 1 / (1 + np.exp(level.mean(1, keepdims=True) - level))
+        tags = np.full_like(family, np.nan)
+        tags[:, [0, 1, -1]] = family[:, [0, 1, -1]]
+        return {"family_judge": family, "musicnn": tags}
+
+    def embed(self, audio):
+        return np.stack([audio.std(1), audio.mean(1), np.abs(audio).max(1)], 1)
+
+
+def recipe(concept: str, seed: int) -> Recipe:
+    generator = torch.Generator().manual_seed(seed)
+    F, d = 96, 48
+    score = torch.randn(F, generator=generator)
+    score[PUSH] = 9.0 if concept == "guitar" else -9.0
+    statistics = {name: torch.rand(F, generator=generator) + 3.0 for name in
+                  ("mean_with", "mean_without", "active_with", "active_without")}  # fmt: skip
+    directions = {n: torch.randn(d, generator=generator) for n in ("difference", "probe")}
+    gate = Gate((1, 2), (1.0, -1.0), 0.0, 0.5)
+    statistics |= {name: score.clone() for name in SCORES}
+    return Recipe(
+        "tiny", "top1", LAYER, "", concept, "active", "never", statistics, directions, gate
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_musicgen):
+    found = {c: recipe(c, i) for i, c in enumerate(("guitar", "organ"))}
+    return cells.Bench(
+        load_model(tiny_musicgen), random_sae(), found, StubJudges(), 5, 0.2, 2, 3.0
+    )  # fmt: skip
+
+
+SECTION = SimpleNamespace(
+    concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
+    n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
+    direction_strengths=(1.0,), words=True, validation_prompts=2, n_prompts=3,
+    quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
+)  # fmt: skip
+WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
+PROMPTS = PromptSet("test", 3, without=("guitar",))
+
+
+def sae_cell(strength: float, method: str = "sae", branch: str = "conditional") -> cells.Cell:
+    return cells.Cell(PROMPTS, method, (WISH,), (Settings(strength, 2, branch=branch),))
+
+
+def test_all_methods_share_prompts_and_noise(bench):
+    plain = list(cells.batches(bench, cells.Cell(PROMPTS)))
+    assert [len(texts) for texts, _ in plain] == [2, 1]
+    assert list(cells.batches(bench, sae_cell(2.0))) == plain
+    words = list(cells.batches(bench, cells.Cell(PROMPTS, "prompt_edit", (WISH,))))
+    for method in cells.WITH_WORDS:
+        assert list(cells.batches(bench, sae_cell(2.0, method))) == words
+    assert [seed for _, seed in words] == [seed for _, seed in plain]
+    assert all(text.endswith(" with guitar") for texts, _ in words for text in texts)
+    again = list(cells.batches(bench, cells.Cell(PROMPTS, "reseed")))
+    assert [texts for texts, _ in again] == [texts for texts, _ in plain]
+    assert not {seed for _, seed in again} & {seed for _, seed in plain}
+    _, codes = cells.generate(bench, cells.Cell(PROMPTS))
+    for strength, same in ((0.0, True), (4.0, False)):
+        _, steered = cells.generate(bench, sae_cell(strength))
+        assert torch.equal(codes, steered) == same
+    # The first piece of a longer set is the same piece.
+    _, longer = cells.generate(bench, cells.Cell(PromptSet("test", 4, without=("guitar",))))
+    assert torch.equal(codes[:2], longer[:2])
+
+
+@pytest.mark.parametrize("method", cells.METHODS)
+def test_methods_do_what_their_names_say(bench, method):
+    if method in ("plain", "reseed", "passthrough"):
+        cell = cells.Cell(PROMPTS, method)
+    elif method == "prompt_edit":
+        cell = cells.Cell(PROMPTS, method, (WISH,))
+    else:
+        cell = sae_cell(3.0, method)
+    hooks = cells.cell_hooks(bench, cell)
+    method = cells.WITH_WORDS.get(method, method)
+    if method in ("plain", "reseed", "prompt_edit"):
+        assert not hooks
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(4, 1, 48, generator=generator)
+    added = hooks[LAYER](x, torch.tensor([1])) - x
+    found = bench.recipes["guitar"]
+    if method == "passthrough":
+        torch.testing.assert_close(added, bench.sae.reconstruct(x) - x)
+    elif method in cells.DIRECTIONS:
+        wanted = 3.0 * found.directions[cells.DIRECTIONS[method]]
+        torch.testing.assert_close(added, wanted.expand_as(x))
+    else:
+        ours = cells.cell_hooks(bench, sae_cell(3.0))[LAYER](x, torch.tensor([1])) - x
+        if method == "random_direction":
+            torch.testing.assert_close(added.norm(dim=-1), ours.norm(dim=-1))
+        rows = bench.sae.W_dec[found.ranked("effect")[:2]]
+        left = added.flatten(0, 1) - torch.linalg.lstsq(rows.T, added.flatten(0, 1).T)[0].T @ rows
+        assert (left.norm() < 1e-4) == (method == "sae")
+
+
+def test_random_latents_stand_in_for_both_sides(bench):
+    found = replace(bench.recipes["guitar"], both_sides="when_off")
+    settings = Settings(1.0, 3)
+    ours, theirs = found.latents("off", settings), cells._random_latents(found, "off", settings, 1)
+    assert [len(side) for side in theirs] == [3, 3]
+    evident = {f for sign in (1, -1) for f in found.ranked("effect", sign)[:12]}
+    assert not evident & {f for side in (*theirs,) for f in side}
+    assert {f for side in ours for f in side} <= evident
+    ops = [edit.op for edit in found.edits("off", settings, theirs)]
+    assert ops == ["ablate", "clamp_min"]
+    assert [len(side) for side in cells._random_latents(found, "on", settings, 1)] == [3]
+
+
+def test_steered_tokens_are_less_natural_to_the_plain_model(bench):
+    """The cross-entropy of the unsteered model rises after a senseless edit."""
+    # Without guidance plain pieces follow the very probabilities that they are held to.
+    bench, ce = replace(bench, guidance=1.0), []
+    for strength in (0.0, 3.0):
+        cell = sae_cell(strength, "diff_means", "both")
+        _, codes = cells.generate(bench, replace(cell, prompts=replace(PROMPTS, n=8)))
+        ce.append(cells.naturalness(bench.model, codes, 4))
+        # As the model itself says, clip by clip.
+        batch = bench.model.with_captions(codes[2:3], [None])
+        own = bench.model.cross_entropy(batch).mean().item()
+        assert ce[-1][2] == pytest.approx(own, abs=1e-5)
+    assert np.isfinite(ce).all()
+    assert (ce[1] - ce[0]).mean() > 0.1
+
+
+def test_cells_that_a_killed_run_finished_are_not_run_again(bench, tmp_path):
+    opened = []
+
+    def open_bench():
+        opened.append(1)
+        return bench
+
+    cell = cells.Cell(PROMPTS, keep=1)
+    first = cells.run_cell(open_bench, tmp_path, cell)
+    again = cells.run_cell(open_bench, tmp_path, cell)
+    assert len(opened) == 1
+    np.testing.assert_array_equal(first.ce, again.ce)
+    np.testing.assert_array_equal(first.audio, again.audio)
+    assert first.audio.shape[0] == 1
+    for judge, values in first.probabilities.items():
+        np.testing.assert_array_equal(values, again.probabilities[judge])
+    cells.run_cell(open_bench, tmp_path, cells.Cell(PromptSet("test", 2, without=("guitar",))))
+    assert len(opened) == 2
+
+
+def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731
+    learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in bench.recipes.items()}
+    made = []
+    for _ in range(2):
+        result = steering_run.run(SECTION, lambda: bench, tmp_path / "scratch", spread, 1, 5)
+        outs = steering_report.Outs(
+            "data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny"
+        )
+        steering_report.write(result, learnt, bench, outs)
+        names = [p for p in tmp_path.rglob("*") if p.is_file() and "scratch" not in p.parts]
+        made.append({p.relative_to(tmp_path): p.read_bytes() for p in names})
+    assert made[0] == made[1]
+    names = {str(p) for p in made[0]}
+    for suffix in (".csv", "-search.csv", "-crosstalk.csv", "-dose.png", "-trade.png"):
+        assert f"plots/steer/tiny{suffix}" in names
+    assert steering_run.count_cells(SECTION)[0] >= len(list((tmp_path / "scratch").iterdir()))
+
+    found = read_json("metrics/steer/tiny.json")
+    methods = found["concepts"]["guitar"]["off"]["methods"]
+    assert set(methods) == set(cells.METHODS) - {"plain"}
+    keys = steering_report.summary_keys(found)
+    for key in ("success", "success_ci_low", "prompt_edit", "diff_means", "random_feature",
+                "passthrough", "quality_cost"):  # fmt: skip
+        assert f"organ.on.{key}" in keys
+    assert "joint.guitar_off_organ_on.all_wanted" in keys
+    assert keys["prompts"] == 3
+    validation = found["concepts"]["guitar"]["on"]["chosen"]["sae"]["validation"]
+    assert set(validation) == {"change", "success", "ce_cost", "frechet_ratio"}
+    # The chosen settings are in the recipes, and among those of the grid.
+    kept = load_recipe("data/steering/tiny", "guitar")
+    assert kept.chosen["off"].strength in SECTION.strengths
+    search = pd.read_csv("plots/steer/tiny-search.csv")
+    assert (search.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
+    talk = pd.read_csv("plots/steer/tiny-crosstalk.csv", index_col=0)
+    assert list(talk.columns) == list(FAMILIES)
+    assert "guitar-off+organ-on: both" in talk.index
+    index = read_json("data/steering/tiny/examples/index.json")
+    assert len(index["examples"]) == 5
+    for example in index["examples"]:
+        for kind in ("plain", "steered"):
+            assert (tmp_path / "data/steering/tiny/examples" / example[kind]).stat().st_size > 44
