@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from musicscope.ablation import run as ablation_run
 from musicscope.config import load_params
 from musicscope.core import plots
+from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json, write_text
 
 
@@ -20,9 +19,7 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    section, device = params.ablate, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    section, device = params.ablate, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
 
     metrics, table, figure = ablation_run.run(name, section, params.seed, device, processes)

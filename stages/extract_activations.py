@@ -11,10 +11,11 @@ import sys
 
 from omegaconf import OmegaConf
 
-from musicscope.activations import extraction, extraction_plans
+from musicscope.activations import extraction_plans
 from musicscope.config import Params, load_params
-from musicscope.core import engines
+from musicscope.core import distributed
 from musicscope.core import io as artifacts
+from musicscope.core.io import folder_sha256
 from musicscope.models.sources import open_sources
 
 CLIPS = "data/clips"
@@ -25,11 +26,11 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    with engines.start(params.compute) as engine:
+    with distributed.start(params.compute) as engine:
         extract(name, params, engine)
 
 
-def extract(name: str, params: Params, engine: engines.Engine) -> None:
+def extract(name: str, params: Params, engine: distributed.Engine) -> None:
     """Plan, run and sum up the extraction of model `name`; every rank comes here."""
     section = params.extract_activations
     chosen = OmegaConf.load(f"metrics/layers/{name}.yaml")
@@ -46,8 +47,8 @@ def extract(name: str, params: Params, engine: engines.Engine) -> None:
         dtype=section.dtype,
         shard_mb=section.shard_mb,
         batch_clips=section.batch_clips,
-        model_sha256=extraction.folder_sha256(folder),
-        clips_sha256=extraction.folder_sha256(CLIPS),
+        model_sha256=folder_sha256(folder),
+        clips_sha256=folder_sha256(CLIPS),
     )
     if engine.ranks.leads:
         for plan in plans:

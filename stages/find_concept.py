@@ -17,6 +17,7 @@ import torch
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
 from musicscope.core import plots
+from musicscope.core.distributed import resolve_device
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
@@ -30,9 +31,7 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    section, device = params.find_concept, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    section, device = params.find_concept, resolve_device(params.compute.device)
     torch.set_num_threads(1)  # the work is parallel over batches instead
 
     clips = ClipStore.open("data/clips")

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-import torch
-
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
+from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
@@ -29,9 +28,7 @@ from musicscope.features import table as feature_table
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
-    section, device = params.match_features, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    section, device = params.match_features, resolve_device(params.compute.device)
     settings = match_run.Settings(
         **asdict(section), fire_threshold=params.train_usae.fire_threshold, seed=params.seed,
         workers=params.compute.processes, device=device,

@@ -15,6 +15,7 @@ import sys
 import torch
 
 from musicscope.config import load_params
+from musicscope.core.distributed import resolve_device
 from musicscope.features.selection import Latent, choose, read_features
 from musicscope.maximisation import moments as maximization
 from musicscope.maximisation.stage import maximize
@@ -25,9 +26,7 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    section, device = params.maximize_activation, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    section, device = params.maximize_activation, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
     torch.set_num_threads(1)  # the work is parallel over clips and searches instead
 

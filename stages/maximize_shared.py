@@ -26,8 +26,6 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
     section, device, names = params.maximize_activation, params.compute.device, params.models
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = params.compute.processes if device == "cpu" else 1
     torch.set_num_threads(1)  # the work is parallel over clips and searches instead
 

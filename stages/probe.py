@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import torch
 
-from musicscope.activations.extraction import folder_sha256
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
 from musicscope.core import io as artifacts
+from musicscope.core.distributed import resolve_device
+from musicscope.core.io import folder_sha256
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
@@ -32,9 +33,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model, slot = arguments.model, arguments.slot
     params = load_params()
-    section, workers, device = params.probe, params.compute.processes, params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    section, workers, device = (
+        params.probe,
+        params.compute.processes,
+        resolve_device(params.compute.device),
+    )
     torch.set_num_threads(1)  # the work is parallel over batches and concepts instead
 
     clips = ClipStore.open("data/clips")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from musicscope.config import load_params
+from musicscope.core.distributed import resolve_device
 from musicscope.steering.report import Outs
 from musicscope.steering.run import evaluate
 
@@ -20,9 +19,7 @@ def main() -> None:
     parser.add_argument("model", help="a name in params.yaml: models")
     name = parser.parse_args().model
     params = load_params()
-    device = params.compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
     outs = Outs(
         f"data/steering_full/{name}", f"metrics/steer_full/{name}.json", f"plots/steer_full/{name}"

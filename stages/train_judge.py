@@ -11,12 +11,9 @@ import argparse
 import shutil
 from dataclasses import asdict
 
-import torch
-
-from musicscope.activations.extraction import folder_sha256
 from musicscope.config import load_params
 from musicscope.core import plots
-from musicscope.core.io import partial_dir, write_json, write_text
+from musicscope.core.io import folder_sha256, partial_dir, write_json, write_text
 from musicscope.core.parallel import workers
 from musicscope.data import wheel_assets as assets
 from musicscope.data.clips import ClipStore
@@ -29,8 +26,6 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
     section, device, seed = params.train_judge, params.compute.device, params.seed
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = params.compute.processes if device == "cpu" else 1
     model, musicnn = f"data/models/{section.codec}", assets.fetch(assets.MUSICNN)
     work = judge_training.plan_work(ClipStore.open(CLIPS), section, seed)

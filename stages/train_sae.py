@@ -15,7 +15,7 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import Params, load_params
-from musicscope.core import engines
+from musicscope.core import distributed
 from musicscope.core import io as artifacts
 from musicscope.data.clips import ClipStore, main_clips
 from musicscope.dictionaries import fidelity as sae_losses
@@ -30,11 +30,11 @@ def main() -> None:
     model, slot = vars(parser.parse_args()).values()
     params = load_params()
     torch.set_num_threads(params.compute.threads)
-    with engines.start(params.compute) as engine:
+    with distributed.start(params.compute) as engine:
         train(model, slot, params, engine)
 
 
-def train(model: str, slot: str, params: Params, engine: engines.Engine) -> None:
+def train(model: str, slot: str, params: Params, engine: distributed.Engine) -> None:
     """Train, report and publish; every rank comes here, the first one writes."""
     section, device, ranks = params.train_sae, engine.device, engine.ranks
     folder, stem = f"data/activations/{model}/{slot}", f"plots/train_sae/{model}-{slot}"

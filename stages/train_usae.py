@@ -11,7 +11,7 @@ import shutil
 import torch
 
 from musicscope.config import Params, load_params
-from musicscope.core import engines
+from musicscope.core import distributed
 from musicscope.core import io as artifacts
 from musicscope.dictionaries import usae_plots, usae_runs
 from musicscope.dictionaries.runs import sole_user
@@ -21,11 +21,11 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
     torch.set_num_threads(params.compute.threads)
-    with engines.start(params.compute) as engine:
+    with distributed.start(params.compute) as engine:
         train(params, engine)
 
 
-def train(params: Params, engine: engines.Engine) -> None:
+def train(params: Params, engine: distributed.Engine) -> None:
     """Train, report and publish; every rank comes here, the first one writes."""
     section, ranks = params.train_usae, engine.ranks
     plan = usae_runs.plan_of(

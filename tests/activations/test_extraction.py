@@ -21,7 +21,7 @@ from musicscope.activations import extraction
 from musicscope.activations import token_cache as codes
 from musicscope.activations.extraction import Plan, extract, plan, summary
 from musicscope.activations.store import ActivationStore, StoreError
-from musicscope.core.io import partial_dir
+from musicscope.core.io import folder_sha256, partial_dir
 from musicscope.models.interface import HookPoint
 from musicscope.models.registry import load_model
 
@@ -178,8 +178,9 @@ def test_kill_dash_nine_keeps_finished_shards_and_a_rerun_gives_the_same_bytes(t
     pids = tmp_path / "pids"
     pids.mkdir()
     script = f"""
-import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "src")!r}]
-import functools, test_extraction as t
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "src")!r}]
+import functools
+from tests.activations import test_extraction as t
 if __name__ == "__main__":
     sources = functools.partial(t.batch_sources, {str(pids)!r}, 1.0)
     folders = t.out(t.Path({str(tmp_path / "killed")!r}))
@@ -350,15 +351,15 @@ def test_the_hash_of_a_folder_sees_names_and_contents(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "a").write_text("1")
     (folder / "sub" / "b").write_text("2")
-    first = extraction.folder_sha256(folder)
+    first = folder_sha256(folder)
     (folder / ".gitignore").write_text("x")  # DVC may leave one; it is no content
-    assert extraction.folder_sha256(folder) == first
+    assert folder_sha256(folder) == first
     (folder / "sub" / "b").write_text("3")
-    second = extraction.folder_sha256(folder)
+    second = folder_sha256(folder)
     (folder / "sub" / "b").rename(folder / "sub" / "c")
-    assert len({first, second, extraction.folder_sha256(folder)}) == 3
+    assert len({first, second, folder_sha256(folder)}) == 3
     with pytest.raises(FileNotFoundError, match="nowhere is missing or empty; run dvc repro"):
-        extraction.folder_sha256(tmp_path / "nowhere")
+        folder_sha256(tmp_path / "nowhere")
 
 
 def test_the_stage_writes_stores_and_metrics(model, tiny_musicgen, tmp_path, monkeypatch, capsys):
@@ -382,4 +383,4 @@ def test_the_stage_writes_stores_and_metrics(model, tiny_musicgen, tmp_path, mon
     numbers = json.loads(Path("metrics/extract_activations/nano-small.json").read_text())
     assert numbers["slots"]["top2"]["layer"] == "layers.0"
     store = ActivationStore.open("data/activations/nano-small/top1")
-    assert store.config["model_sha256"] == extraction.folder_sha256("data/models/nano-small")
+    assert store.config["model_sha256"] == folder_sha256("data/models/nano-small")

@@ -15,8 +15,8 @@ import torch
 from musicscope.activations import token_cache as codes
 from musicscope.activations.extraction import extract
 from musicscope.activations.store import ActivationStore
-from musicscope.core import engines
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core import distributed
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.dictionaries.training import train
 from tests.activations.test_extraction import BatchModel, FakeClips, contents, make_plan, out
 from tests.dictionaries.test_training import config, store, weights  # noqa: F401 (store: a fixture)
@@ -24,11 +24,11 @@ from tests.dictionaries.test_training import config, store, weights  # noqa: F40
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 HEAD = f"""
-import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "src")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "src")!r}]
 import os, signal
 from pathlib import Path
-import test_ranks as t
-from musicscope.core.ranks import join
+from tests.core import test_ranks as t
+from musicscope.core.distributed import join
 """
 
 
@@ -186,12 +186,12 @@ def test_torchrun_is_started_with_the_stage_and_its_arguments(monkeypatch):
     main = SimpleNamespace(__spec__=SimpleNamespace(name="stages.extract_activations"))
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit), engines.start(compute):
+    with pytest.raises(SystemExit), distributed.start(compute):
         pass
     assert started[0][1:3] == ["-m", "torch.distributed.run"]
     assert started[0][-3:] == ["-m", "stages.extract_activations", "nano-small"]
     assert "--nproc-per-node=3" in started[0]
     monkeypatch.setenv("RANK", "0")  # a rank already, here the only one
-    with engines.start(compute) as engine:
+    with distributed.start(compute) as engine:
         assert (engine.ranks, engine.processes, engine.device) == (ALONE, 1, "cpu")
     assert len(started) == 1

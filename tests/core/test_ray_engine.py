@@ -38,12 +38,12 @@ def square(job: int) -> int:
 
 
 def test_killed_workers_lose_nothing_and_errors_come_through(tmp_path, monkeypatch):
-    from musicscope.core import ray_engine
+    from musicscope.core import distributed as ray_engine
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
-    opened = ray_engine.opener("cpu")
+    opened = functools.partial(ray_engine.ray_workers, device="cpu")
     todo = make_plan(BatchModel())
     extract(todo, lambda: (BatchModel(), FakeClips()), out(tmp_path / "alone"))
     mine = functools.partial(sources, str(tmp_path))

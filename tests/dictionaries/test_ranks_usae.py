@@ -16,7 +16,7 @@ import yaml
 
 from musicscope.activations.store import ActivationStore
 from musicscope.activations.writer import StoreWriter
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.dictionaries.training import SAEConfig
 from musicscope.dictionaries.usae_data import batches, pair
 from musicscope.dictionaries.usae_training import CROSSCODER, train
@@ -75,7 +75,7 @@ def test_two_ranks_train_the_dictionaries_of_one_also_after_one_died(stores, tmp
     train_all(ALONE, stores, tmp_path)
     for checkpoint in tmp_path.glob("*.pt"):
         checkpoint.unlink()
-    body = f"import test_ranks_usae as u\nu.train_all(ranks, Path({str(stores)!r}), Path('.'))"
+    body = f"from tests.dictionaries import test_ranks_usae as u\nu.train_all(ranks, Path({str(stores)!r}), Path('.'))"
     torchrun(tmp_path, body, restarts=1)
     assert (tmp_path / "died").exists()
     for method in METHODS:

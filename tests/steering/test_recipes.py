@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope.activations.extraction import folder_sha256
+from musicscope.core.io import folder_sha256
 from musicscope.core.stats import auroc
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.steering import learning as learning

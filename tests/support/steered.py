@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from musicscope.activations.extraction import folder_sha256
+from musicscope.core.io import folder_sha256
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.steering.recipes import Settings, save_recipe
 from tests.steering.test_evaluation import StubJudges, recipe

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import math
 import shutil
 import sys
@@ -28,22 +27,11 @@ from musicscope.activations import token_cache as codes
 from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, storage
 from musicscope.activations.writer import StoreWriter, shard_spans
 from musicscope.core import io as artifacts
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.parallel import workers
-from musicscope.core.ranks import ALONE, Ranks
 
 Sources = Callable[[], tuple[Any, Any]]
 """Opens (model, clip store). Picklable and cached, for it is called for every task."""
-
-
-def folder_sha256(folder: str | Path) -> str:
-    """Hash of all files below `folder` (names and contents), hidden ones left out."""
-    folder = Path(folder)
-    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
-    if not files:
-        raise FileNotFoundError(f"{folder} is missing or empty; run dvc repro, or dvc pull")
-    lines = "".join(f"{p.as_posix()} {artifacts.sha256(folder / p)}\n" for p in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

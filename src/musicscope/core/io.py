@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,16 +39,28 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader sees all or nothing."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; it takes the place of `path` when the block ends.
+
+    A reader of `path` sees the old file or the new one, whole. After an error the temporary file is
+    removed and `path` stays what it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The suffix stays last: writers such as numpy choose the format by it, or append it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -63,6 +77,17 @@ def sha256(path: str | Path) -> str:
     """Hex digest of a file, read in blocks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_sha256(folder: str | Path) -> str:
+    """Hash of all files below `folder` (names and contents), hidden ones left out."""
+    folder = Path(folder)
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+    if not files:
+        raise FileNotFoundError(f"{folder} is missing or empty; run dvc repro, or dvc pull")
+    lines = "".join(f"{p.as_posix()} {sha256(folder / p)}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -99,3 +124,19 @@ def publish_dir(partial: Path, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     shutil.move(str(partial), str(path))
+
+
+@contextlib.contextmanager
+def sole_user(scratch: Path) -> Iterator[None]:
+    """Wait while another process works in `scratch`, then keep others waiting.
+
+    A killed `dvc` leaves its stage running, and that one would move the folder away under the next.
+    The lock file lies beside the folder; the system gives it up when the process ends.
+    """
+    with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run ({stream.name})", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -19,9 +19,9 @@ import pandas as pd
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core import plots
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import sha256, write_text
 from musicscope.core.parallel import workers
-from musicscope.core.ranks import ALONE, Ranks
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import HELD_OUT_FONT, main_clips
 from musicscope.dictionaries import evaluation as metrics

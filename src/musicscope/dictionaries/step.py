@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.dictionaries.core import largest_k
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

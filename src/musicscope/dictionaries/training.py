@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.step import State, initial_state, step

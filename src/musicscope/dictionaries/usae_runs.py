@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import sha256
 from musicscope.core.parallel import workers
-from musicscope.core.ranks import ALONE, Ranks
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import evaluation as sae_metrics
 from musicscope.dictionaries import usae_metrics as metrics

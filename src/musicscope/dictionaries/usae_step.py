@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.dictionaries import step as sae_step
 from musicscope.dictionaries.core import largest_k
 from musicscope.dictionaries.step import Aux, Codes, Weights, decode, select

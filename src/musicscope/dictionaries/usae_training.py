@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.core.ranks import ALONE, Ranks
+from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import step as sae_step
 from musicscope.dictionaries import usae_step

@@ -119,7 +119,7 @@ def baseline_pools(
 ) -> dict[str, Pools]:
     """{"logmel", "codec", "trivial"} -> pools of the named rows of a ClipStore.
 
-    `clips_sha256` is `extraction.folder_sha256` of the clips, under which tokens are kept. The
+    `clips_sha256` is `artifacts.folder_sha256` of the clips, under which tokens are kept. The
     codec has pools "mean" and "max", as activations have; the others have one, "statistics".
     """
     rate = clips.sample_rate

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from musicscope.activations.alignment import common_frames, frame_rate
-from musicscope.activations.extraction import folder_sha256
 from musicscope.activations.store import ActivationStore
 from musicscope.core.audio import at_rate
+from musicscope.core.io import folder_sha256
 from musicscope.data.clips import ClipStore
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments_only

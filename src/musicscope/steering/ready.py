@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from musicscope.activations.extraction import folder_sha256
+from musicscope.core.io import folder_sha256
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.steering.edit import ALWAYS, ConceptEdit, Schedule, Steering
 from musicscope.steering.recipes import WORDS, Recipe, load_recipe

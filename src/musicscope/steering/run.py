@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from musicscope.activations.extraction import folder_sha256
 from musicscope.activations.store import ActivationStore
-from musicscope.core.io import partial_dir
+from musicscope.core.io import folder_sha256, partial_dir
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import frechet_distance
