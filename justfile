@@ -17,10 +17,20 @@ repro *args:
 test *args:
     pytest -q -n 2 --dist worksteal "$@"
 
-# rules, format, the code digests, and README's tables
+# the tests of up to ten seconds each
+test-fast *args:
+    pytest -q -n 2 --dist worksteal -m "not slow" "$@"
+
+# lines that no test runs, by file
+cover *args:
+    pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered "$@"
+
+# rules, format, types, imports between packages, code digests, and README's tables
 lint:
     ruff check .
     ruff format --check .
+    ty check
+    python -m tools.house --imports
     python -m tools.import_closure
     python -m tools.readme_tables
 
@@ -66,6 +76,10 @@ locked:
 # the whole line on a few clips, in a temporary copy that is removed
 smoke *args:
     python -m tools.smoke "$@"
+
+# size of the code base against its limits; --repro also times a dvc repro
+house *args:
+    @python -m tools.house "$@"
 
 # write README's tables from metrics/
 tables:
