@@ -10,8 +10,11 @@ _default:
 
 # run every stage whose inputs changed
 repro *args:
-    @python -m tools.dvc_repair
-    dvc repro "$@"
+    #!/usr/bin/env bash
+    set -euo pipefail
+    python -m tools.dvc_repair
+    # Frozen stages (training of the embedded models, the long evaluation) have their results in Git.
+    dvc repro "$@" 2> >(grep --line-buffered -v "is frozen. Its dependencies are not" >&2)
 
 # all tests, in two processes; for a part: just test tests/config/test_config.py -k name
 test *args:
