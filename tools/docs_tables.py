@@ -413,9 +413,7 @@ def judges() -> str:
         cells = []
         for judge in ("family_judge", "musicnn"):
             known = family in of[judge]["codec"]
-            cells.append(
-                estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag"
-            )
+            cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
         crossed = [
             number(of["cross_font"][name][family]["auroc"], 2)
             for name in ("timgm6mb_to_fluidr3mono", "fluidr3mono_to_timgm6mb")
@@ -473,7 +471,9 @@ def extraction() -> str:
         "transformers' output_hidden_states, against capture": "hidden_states_vs_capture",
     }
     rows = [[label, number(found[key], 2)] for label, key in named.items()]
-    rows.append(["milliseconds per clip, all", number(found["ms_cpu_a_clip"]["extract"]["median"], 0)])
+    rows.append(
+        ["milliseconds per clip, all", number(found["ms_cpu_a_clip"]["extract"]["median"], 0)]
+    )
     rows.append(["of which the codec", number(found["ms_cpu_a_clip"]["codec"]["median"], 0)])
     return table(["extraction", "ratio"], rows)
 

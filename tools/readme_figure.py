@@ -19,7 +19,7 @@ from musicscope.config import load_params  # noqa: E402
 from musicscope.core import plots  # noqa: E402
 from musicscope.core.io import read_json  # noqa: E402
 
-OUT = "docs/images/overview.svg"
+OUT = ROOT / "docs/images/overview.svg"
 METHODS = {
     "sae": "SAE\nlatents",
     "diff_means": "difference\nof means",
@@ -29,7 +29,8 @@ METHODS = {
 }
 
 
-def main() -> None:
+def draw(path: Path = OUT) -> None:
+    """Draw both panels into `path`; the format is that of its ending."""
     params = load_params(ROOT / "params.yaml")
     figure, (axes,) = plots.new_figure(1, 2, size=(11.0, 3.6))
     kind = params.select_layers.kind
@@ -58,9 +59,8 @@ def main() -> None:
                 ylabel="KL, nats per code (mean ablation)", yscale="log")  # fmt: skip
     axes[1].set(title="Guitar off: success on 128 prompts", ylabel="share (95 %)", ylim=(0, 1.1))
     axes[0].legend()
-    (ROOT / OUT).parent.mkdir(parents=True, exist_ok=True)
-    plots.save_figure(figure, ROOT / OUT)
+    plots.save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    main()
+    draw()
