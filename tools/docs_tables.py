@@ -339,15 +339,19 @@ def steering() -> str:
 
 def gaps() -> str:
     """Success of the latents minus each rival's, with intervals."""
-    rivals = {"diff_means": "difference of means", "prompt_edit": "prompt edit",
-              "random_feature": "random latents"}  # fmt: skip
+    rivals = {
+        "diff_means": "difference of means",
+        "prompt_edit": "prompt edit",
+        "random_feature": "random latents",
+    }
+    with_words = {"prompt_edit": "prompt edit", "diff_means_words": "difference of means and words"}
     rows = [
         [name, *(estimate(entry["sae_minus"][m], "difference", 2) for m in rivals),
-         estimate(entry["sae_words_minus"]["diff_means_words"], "difference", 2)]
+         *(estimate(entry["sae_words_minus"][m], "difference", 2) for m in with_words)]
         for name, entry in conditions()
     ]  # fmt: skip
     head = [f"latents minus {name}" for name in rivals.values()]
-    return table(["", *head, "with words: latents minus difference of means"], rows)
+    return table(["", *head, *(f"latents and words minus {n}" for n in with_words.values())], rows)
 
 
 def costs() -> str:
