@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.io import read_json
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | None"
 
 
 class MissingMetric(ValueError):
@@ -38,13 +40,13 @@ class Headline:
     """Name of each null or control -> its dotted path in the same file."""
     interval: tuple[str, str] | None = None
     """Dotted paths of the ends of the 95 % interval; shown in the table, not in the file."""
-    absent: str = ""
-    """When the key may be absent from the file (null in the summary); empty: never."""
+    absent: tuple[str, ...] = ()
+    """Dotted paths that some runs lack; a number at or below them is then null, not an error."""
 
 
 def _steer(direction: str) -> Headline:
-    at = f"concepts.guitar.{direction}.methods"
-    controls = ("diff_means", "prompt_edit", "random_feature")
+    concept = f"concepts.guitar.{direction}"
+    at, controls = f"{concept}.methods", ("diff_means", "prompt_edit", "random_feature")
     return Headline(
         f"{{model}}.steer.guitar_{direction}",
         ("steer_full/{model}.json", "steer/{model}.json"),
@@ -52,7 +54,7 @@ def _steer(direction: str) -> Headline:
         "share",
         {control: f"{at}.{control}.success" for control in controls},
         (f"{at}.sae.success_ci_low", f"{at}.sae.success_ci_high"),
-        absent="no clips or prompts with guitar; an audio model has no prompts",
+        absent=(concept, f"{at}.prompt_edit"),  # no clips to edit; an audio model has no prompts
     )
 
 
@@ -87,18 +89,18 @@ HEADLINES: tuple[Headline, ...] = (
              {"mispaired": "null.mispaired.r2_0"}, ("headline.r2_0.low", "headline.r2_0.high")),
     Headline("match.common", ("match_features.json",), "sets.common", "features",
              {"null": "sets.null_common"}, ("sets.common_low", "sets.common_high"),
-             absent="more than two models"),
+             absent=("sets.null_common",)),  # more than two models
     Headline("{model}.finder.guitar_features", _FINDER, "sae.guitar.discoveries", "features",
-             {"null": "sae.guitar.null.discoveries"}, absent="guitar is not searched for"),
+             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar.null",)),
     Headline("{model}.finder.guitar_best_auroc", _FINDER, "sae.guitar.test.best_auroc", "AUROC",
              {"all_features": "sae.guitar.test.tested_auroc"},
              ("sae.guitar.test.best_ci_low", "sae.guitar.test.best_ci_high"),
-             absent="guitar is not searched for, or no clip is held out"),
+             absent=("sae.guitar.test.best_auroc",)),  # folders have no test clips
     Headline("{model}.maximise.sound", ("maximize_activation/{model}.json",),
              "headline.heard_reached", "ratio to the best real clip",
              {"random_direction": "headline.heard_null_reached"},
              ("headline.heard_reached_low", "headline.heard_reached_high"),
-             absent="tokens are not searched for"),
+             absent=("headline.heard_reached", "headline.heard_null_reached")),  # no tokens
     Headline("judge.classifier_guitar_auroc", _JUDGES, "family_judge.codec.guitar.auroc", "AUROC",
              {"shuffled": "family_judge.shuffled.guitar.auroc"},
              ("family_judge.codec.guitar.ci_low", "family_judge.codec.guitar.ci_high")),
@@ -119,7 +121,8 @@ class Row:
     value: float | None
     unit: str
     controls: dict[str, float | None]
-    interval: tuple[float | None, float | None] | None
+    interval: tuple[float | None, ...]
+    """Low and high end of the 95 % interval, null where a run has none; empty: never."""
 
 
 def _stage(file: str) -> str:
@@ -128,7 +131,7 @@ def _stage(file: str) -> str:
     return f"{path.parent}@{path.stem}" if path.parent.name else path.stem
 
 
-def _read(metrics: Path, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def _read(metrics: Path, files: Sequence[str]) -> tuple[str, Json]:
     """Read the first of `files` that exists; name the last, which every run has, if none does."""
     for file in files:
         if (path := metrics / file).is_file():
@@ -136,12 +139,15 @@ def _read(metrics: Path, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
     raise MissingMetric(f"{metrics / files[-1]} is missing: run dvc repro {_stage(files[-1])}")
 
 
-def _lookup(tree: Any, dotted: str, where: str, stage: str, may_be_absent: bool) -> Any:
-    for part in dotted.split("."):
+def _lookup(tree: Json, dotted: str, absent: Sequence[str] = ()) -> float | None:
+    """Follow a dotted path; null where `absent` allows it, else KeyError with the path."""
+    parts = dotted.split(".")
+    for n, part in enumerate(parts, 1):
         if not isinstance(tree, dict) or part not in tree:
-            if may_be_absent:
+            missing = ".".join(parts[:n])
+            if any(f"{path}.".startswith(f"{missing}.") for path in absent):
                 return None
-            raise MissingMetric(f"{where} has no {dotted}: run dvc repro -f {stage}")
+            raise KeyError(dotted)
         tree = tree[part]
     return tree
 
@@ -159,13 +165,16 @@ def headline_rows(
         for model in models if "{model}" in row.key else [""]:
             names = {"model": model, "slot": slots[0]}
             file, tree = _read(metrics, [file.format(**names) for file in row.files])
-
-            def get(path: str, may: bool = bool(row.absent), file=file, tree=tree, n=names) -> Any:
-                return _lookup(tree, path.format(**n), f"{metrics / file}", _stage(file), may)
-
-            ends = row.interval and tuple(get(end, True) for end in row.interval)
-            controls = {name: get(path) for name, path in row.controls.items()}
-            yield Row(row.key.format(**names), get(row.path), row.unit, controls, ends)
+            try:
+                value = _lookup(tree, row.path, row.absent)
+                controls = {k: _lookup(tree, path, row.absent) for k, path in row.controls.items()}
+            except KeyError as error:
+                path = error.args[0]
+                raise MissingMetric(
+                    f"{metrics / file} has no {path}: run dvc repro -f {_stage(file)}"
+                ) from None
+            ends = tuple(_lookup(tree, end, [end]) for end in row.interval or ())
+            yield Row(row.key.format(**names), value, row.unit, controls, ends)
 
 
 def summarize(
@@ -216,13 +225,13 @@ def number(value: float | None, decimals: int = 3) -> str:
 def with_interval(row: Row) -> str:
     """Write a row's value and interval as ``value [low, high]``."""
     text = number(row.value, digits(row))
-    if row.interval is None or None in row.interval:
+    if not row.interval or None in row.interval:
         return text
     return f"{text} [{', '.join(number(end, digits(row)) for end in row.interval)}]"
 
 
 def plot_summary(
-    ablations: dict[str, dict], probes: dict[str, dict], kind: str, concept: str = "guitar"
+    ablations: Mapping[str, dict], probes: Mapping[str, dict], kind: str, concept: str = "guitar"
 ) -> Figure:
     """Draw the KL divergence of every layer, and one concept's AUROC beside its baselines.
 
