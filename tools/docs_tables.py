@@ -109,11 +109,11 @@ def capabilities() -> str:
          f"trained on mispaired clips {number(look(usae, 'null.mispaired.r2_0_1'))}"],
         ["Find a concept's features", "features of bass in "
          f"{finder['with']} against {finder['without']} clips", str(finder["discoveries"]),
-         f"permuted clips {finder['null']['discoveries']}"],
+         f"both sides without bass {finder['null']['discoveries']}"],
         ["Maximise a feature", "activation, as a ratio to the best real clip",
          estimate(best, "heard_reached"),
          f"random direction {number(best['heard_null_reached'])}"],
-        ["Switch a concept off", "share of pieces without guitar after the edit",
+        ["Switch a concept off", "share of guitar pieces that lose it",
          estimate(off["sae"], "success"),
          f"prompt edit {number(off['prompt_edit']['success'])}, "
          f"random latents {number(off['random_feature']['success'])}"],
