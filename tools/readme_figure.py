@@ -1,4 +1,4 @@
-"""Draw docs/images/overview.svg from committed metrics.
+"""Draw docs/images/overview.png from committed metrics.
 
     python -m tools.readme_figure
 
@@ -19,7 +19,7 @@ from musicscope.config import load_params  # noqa: E402
 from musicscope.core import plots  # noqa: E402
 from musicscope.core.io import read_json  # noqa: E402
 
-OUT = ROOT / "docs/images/overview.svg"
+OUT = ROOT / "docs/images/overview.png"
 METHODS = {
     "sae": "SAE\nlatents",
     "diff_means": "difference\nof means",
@@ -30,7 +30,7 @@ METHODS = {
 
 
 def draw(path: Path = OUT) -> None:
-    """Draw both panels into `path`; the format is that of its ending."""
+    """Draw both panels into the PNG `path`."""
     params = load_params(ROOT / "params.yaml")
     figure, (axes,) = plots.new_figure(1, 2, size=(11.0, 3.6))
     kind = params.select_layers.kind
