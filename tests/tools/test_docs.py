@@ -102,7 +102,7 @@ def test_stages_exist():
 
 
 def test_modules_and_scripts_exist():
-    for page, name in matches(r"python -m ([\w.]+)"):
+    for _, name in matches(r"python -m ([\w.]+)"):
         path = name.replace(".", "/")
         files = [path + ".py", path + "/__main__.py"]
         assert any((ROOT / root / file).is_file() for root in ("", "src") for file in files), name
