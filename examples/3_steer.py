@@ -20,7 +20,6 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musicscope.models.hooks import on_conditional
 from musicscope.models.registry import load_model
 from musicscope.steering.recipes import load_recipe
 
@@ -47,9 +46,11 @@ def main() -> None:
     direction = recipe.directions["difference"] * args.strength * (1 if args.on else -1)
 
     def add(activations: Tensor, positions: Tensor) -> Tensor:
-        return activations + direction.to(activations.dtype)
+        changed = activations.clone()  # [rows, position, d]; a hook must not write into its input
+        changed[model.conditional_rows] += direction.to(changed.dtype)
+        return changed
 
-    hooks = {recipe.layer: on_conditional(model, add)}
+    hooks = {recipe.layer: add}
     plain, codes = model.generate([prompt], args.seconds, seed=0)
     steered, changed = model.generate([prompt], args.seconds, seed=0, hooks=hooks)
     args.out.mkdir(parents=True, exist_ok=True)
