@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -80,6 +82,16 @@ def test_every_page_is_in_the_navigation():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = set(re.findall(r"[\w/-]+\.md", str(config["nav"])))
     assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in PAGES if p.parent != ROOT}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "api.html").is_file()
 
 
 def test_targets_and_recipes_exist():
