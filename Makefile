@@ -15,16 +15,16 @@ help:
 #: setup ## make .venv with everything in requirements.lock
 #: repro ## run every stage whose inputs changed (dvc repro)
 #: test ## all tests
-#: tables ## write the tables of README.md from metrics/
-#: lint ## ruff: rules and format; dvc.yaml's code deps; README's tables
-#: report ## print metrics/summary.json as a table
+#: tables ## write the tables of README.md and docs/ from metrics/
+#: lint ## ruff: rules and format; code digests; tables of README and docs
+#: report ## print the headline numbers with intervals and controls
 #: compare REV=main ## summary of the work tree against a revision or experiment
 #: sweep S=train_sae.k=16,32,64 ## queue one experiment a value, run them, show the table
 #: bench ## the SAE step and the extraction against other code, as ratios
 #: gpu-check PYTHON=python3 ## codes, steps and full-size models on a GPU, with any Python with torch
 #: smoke ## the whole line on a few clips, in a temporary copy
 #: locked ## check that dvc.lock, metrics and plots are those of this code
-#: deps ## write the code each stage imports into dvc.yaml
+#: deps ## write a digest of each stage's code into code.lock.yaml
 #: lock ## remake requirements.lock from pyproject.toml
 #: clean ## remove what a rerun makes again (not the models, not DVC's cache)
 

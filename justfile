@@ -28,16 +28,16 @@ test-fast *args:
 cover *args:
     pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered "$@"
 
-# rules, format, types, imports between packages, code digests, and README's tables
+# rules, format, types, imports between packages, code digests, tables of README and docs
 lint:
     ruff check .
     ruff format --check .
     ty check
     python -m tools.house --imports
     python -m tools.import_closure
-    python -m tools.readme_tables
+    python -m tools.docs_tables
 
-# metrics/summary.json as a table; the page is data/report/report.html
+# headline numbers with intervals and controls; the page is data/report/report.html
 report:
     @python -m stages.summarize --show
     @test ! -f data/report/report.html || echo "open data/report/report.html in a browser"
@@ -84,9 +84,14 @@ smoke *args:
 house *args:
     @python -m tools.house "$@"
 
-# write README's tables from metrics/
+# write the tables of README and docs from metrics/ and benchmarks/, and README's figure
 tables:
-    python -m tools.readme_tables --write
+    python -m tools.docs_tables --write
+    python -m tools.readme_figure
+
+# the documentation site in site/, warnings as errors; needs pip install -e '.[docs]', no network
+docs *args:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict "$@"
 
 # write a digest of each stage's code into code.lock.yaml
 deps:

@@ -1,6 +1,6 @@
-"""Headline numbers of all models: metrics/summary.json and plots/summary.png.
+"""Write the headline numbers: metrics/summary.json and plots/summary.png.
 
-With --show: print the table of the summary that is there.
+With --show: print them as a table, with intervals, and write nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from musicscope.core import plots
 from musicscope.core.io import read_json, write_json
 from musicscope.report.summary import plot_summary, summarize, summary_table
 
-OUT = "metrics/summary.json"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -22,14 +20,14 @@ def main() -> None:
     params = load_params()
     models, slots = params.models, params.slots
     if not show:
-        write_json(OUT, summarize(models, slots))
+        write_json("metrics/summary.json", summarize(models, slots))
         ablations = {m: read_json(f"metrics/ablate/{m}.json") for m in models}
         probes = {
             f"{m} {s}": read_json(f"metrics/probe/{m}-{s}.json") for m in models for s in slots
         }
         figure = plot_summary(ablations, probes, params.select_layers.kind)
         plots.save_figure(figure, "plots/summary.png")
-    print(summary_table(read_json(OUT), models, slots).to_string())
+    print(summary_table(models, slots).to_string())
 
 
 if __name__ == "__main__":

@@ -1,206 +1,244 @@
-"""One flat file of headline numbers, read with ``dvc metrics diff``, and its table and picture.
+"""Collect the headline numbers into one flat file, and draw the overview figure.
 
-Keys are dotted and the file is one level deep: DVC shows both layouts alike, and a flat file can
-be searched by the very key that the diff prints. Everything is looked up by params.models and
-params.slots, never by a glob: files of a model that was dropped stay in Git and must not count.
+`HEADLINES` is the whole selection: one row per number, with its controls. Everything else stays in
+metrics/<stage>/*.json. The summary is one level deep: ``dvc metrics diff`` prints flat keys.
+Files are looked up by params.models, never by a glob: Git may still hold a dropped model's files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from musicscope.core import plots
 from musicscope.core.io import read_json
-from musicscope.dictionaries import usae_metrics
-from musicscope.features import report as match_report
-from musicscope.finder import plots as concept_plots
-from musicscope.judges import training as judge_training
-from musicscope.maximisation import report as maximization_report
-from musicscope.steering import report as steering_report
 
-SAE_KEYS = ("explained_variance", "dead_fraction", "ce_recovered", "l0", "stability")
-# Summary key -> where it is in concepts.guitar of metrics/probe/<model>-<slot>.json.
-GUITAR_KEYS = {
-    "sae_auroc": "sae.test.auroc",
-    "sae_auroc_ci_low": "sae.test.ci_low",
-    "sae_auroc_ci_high": "sae.test.ci_high",
-    "sae_k16_auroc": "k_sparse.016.test.auroc",
-    "dense_auroc": "dense.test.auroc",
-    "sae_minus_dense": "sae_minus_dense.test.difference",
-    "sae_minus_dense_ci_low": "sae_minus_dense.test.ci_low",
-    "sae_minus_dense_ci_high": "sae_minus_dense.test.ci_high",
-    "logmel_auroc": "logmel.test.auroc",
-    "codec_auroc": "codec.test.auroc",
-    "trivial_auroc": "trivial.test.auroc",
-    "shuffled_auroc": "shuffled.test.auroc",
-    "heldout_font_sae_auroc": "sae.heldout_font.auroc",
-    "heldout_font_dense_auroc": "dense.heldout_font.auroc",
-    "pair_accuracy": "sae.pairs_timgm6mb.accuracy",
-    "heldout_font_pair_accuracy": "sae.pairs_fluidr3mono.accuracy",
-}
-# A small smoke run has no held-out font, no pairs, or fewer latents: null there, not an error.
-OPTIONAL = ("k_sparse.", "heldout_font", "pairs_")
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | None"
 
 
 class MissingMetric(ValueError):
-    """A metrics file or key that the summary needs is not there; the message names the stage."""
+    """A metrics file or key that the summary needs is absent; the message names the stage."""
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one level with dotted keys; lists are left out, as DVC ignores them."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            flat[f"{prefix}{key}"] = value
-    return flat
+@dataclass(frozen=True)
+class Headline:
+    """One number of the summary, and where it and its controls are."""
+
+    key: str
+    """Key of the value; a control's key is `<key>_<control>`. {model} repeats the row per model."""
+    files: tuple[str, ...]
+    """Paths below metrics/, the first that exists counts; {slot} is the first slot."""
+    path: str
+    """Dotted path of the value in the file."""
+    unit: str
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Name of each null or control -> its dotted path in the same file."""
+    interval: tuple[str, str] | None = None
+    """Dotted paths of the ends of the 95 % interval; shown in the table, not in the file."""
+    absent: tuple[str, ...] = ()
+    """Dotted paths that some runs lack; a number at or below them is then null, not an error."""
 
 
-def _read(path: Path, stage: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingMetric(f"{path} is missing: run dvc repro {stage}")
-    return read_json(path)
+def _steer(direction: str) -> Headline:
+    concept = f"concepts.guitar.{direction}"
+    at, controls = f"{concept}.methods", ("diff_means", "prompt_edit", "random_feature")
+    return Headline(
+        f"{{model}}.steer.guitar_{direction}",
+        ("steer_full/{model}.json", "steer/{model}.json"),
+        f"{at}.sae.success",
+        "share",
+        {control: f"{at}.{control}.success" for control in controls},
+        (f"{at}.sae.success_ci_low", f"{at}.sae.success_ci_high"),
+        absent=(concept, f"{at}.prompt_edit"),  # no clips to edit; an audio model has no prompts
+    )
 
 
-def _lookup(tree: dict[str, Any], dotted: str, path: Path, stage: str) -> Any:
-    value: Any = tree
-    for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
-            if any(word in dotted for word in OPTIONAL):
+_SAE, _PROBE = ("train_sae/{model}-{slot}.json",), ("probe/{model}-{slot}.json",)
+_FINDER, _JUDGES = ("find_concept/{model}.json",), ("train_judge.json",)
+_GUITAR = "concepts.guitar"
+
+# fmt: off
+HEADLINES: tuple[Headline, ...] = (
+    Headline("{model}.sae.explained_variance", _SAE, "explained_variance", "share",
+             {"pca": "explained_variance_pca"},
+             ("explained_variance_low", "explained_variance_high")),
+    Headline("{model}.sae.ce_recovered", _SAE, "ce_recovered", "share (0: mean ablation)",
+             interval=("ce_recovered_low", "ce_recovered_high")),
+    Headline("{model}.sae.stability", _SAE, "stability", "mean cosine",
+             {"null": "stability_null"}),
+    Headline("{model}.probe.guitar_auroc", _PROBE, f"{_GUITAR}.sae.test.auroc", "AUROC",
+             {"activations": f"{_GUITAR}.dense.test.auroc",
+              "logmel": f"{_GUITAR}.logmel.test.auroc",
+              "shuffled": f"{_GUITAR}.shuffled.test.auroc"},
+             (f"{_GUITAR}.sae.test.ci_low", f"{_GUITAR}.sae.test.ci_high")),
+    Headline("usae.r2_first_to_second", ("train_usae.json",), "headline.r2_0_1.value", "R2",
+             {"mispaired": "null.mispaired.r2_0_1"},
+             ("headline.r2_0_1.low", "headline.r2_0_1.high")),
+    Headline("usae.r2_second_to_first", ("train_usae.json",), "headline.r2_1_0.value", "R2",
+             {"mispaired": "null.mispaired.r2_1_0"},
+             ("headline.r2_1_0.low", "headline.r2_1_0.high")),
+    Headline("usae.cofire_proportion", ("train_usae.json",), "headline.cofire_proportion_0.value",
+             "share of firings", {"mispaired": "null.mispaired.cofire_proportion_0"},
+             ("headline.cofire_proportion_0.low", "headline.cofire_proportion_0.high")),
+    Headline("crosscoder.r2", ("train_crosscoder.json",), "headline.r2_0.value", "R2",
+             {"mispaired": "null.mispaired.r2_0"}, ("headline.r2_0.low", "headline.r2_0.high")),
+    Headline("match.common", ("match_features.json",), "sets.common", "features",
+             {"null": "sets.null_common"}, ("sets.common_low", "sets.common_high"),
+             absent=("sets.null_common",)),  # more than two models
+    Headline("{model}.finder.guitar_features", _FINDER, "sae.guitar.discoveries", "features",
+             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar.null",)),
+    Headline("{model}.finder.guitar_best_auroc", _FINDER, "sae.guitar.test.best_auroc", "AUROC",
+             {"all_features": "sae.guitar.test.tested_auroc"},
+             ("sae.guitar.test.best_ci_low", "sae.guitar.test.best_ci_high"),
+             absent=("sae.guitar.test.best_auroc",)),  # folders have no test clips
+    Headline("{model}.maximise.sound", ("maximize_activation/{model}.json",),
+             "headline.heard_reached", "ratio to the best real clip",
+             {"random_direction": "headline.heard_null_reached"},
+             ("headline.heard_reached_low", "headline.heard_reached_high"),
+             absent=("headline.heard_reached", "headline.heard_null_reached")),  # no tokens
+    Headline("judge.classifier_guitar_auroc", _JUDGES, "family_judge.codec.guitar.auroc", "AUROC",
+             {"shuffled": "family_judge.shuffled.guitar.auroc"},
+             ("family_judge.codec.guitar.ci_low", "family_judge.codec.guitar.ci_high")),
+    Headline("judge.musicnn_guitar_auroc", _JUDGES, "musicnn.codec.guitar.auroc", "AUROC",
+             {"shuffled": "musicnn.shuffled.guitar.auroc"},
+             ("musicnn.codec.guitar.ci_low", "musicnn.codec.guitar.ci_high")),
+    _steer("off"),
+    _steer("on"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Row:
+    """A headline number of one run."""
+
+    key: str
+    value: float | None
+    unit: str
+    controls: dict[str, float | None]
+    interval: tuple[float | None, ...]
+    """Low and high end of the 95 % interval, null where a run has none; empty: never."""
+
+
+def _stage(file: str) -> str:
+    """Name the DVC stage that writes a metrics file."""
+    path = Path(file)
+    return f"{path.parent}@{path.stem}" if path.parent.name else path.stem
+
+
+def _read(metrics: Path, files: Sequence[str]) -> tuple[str, Json]:
+    """Read the first of `files` that exists; name the last, which every run has, if none does."""
+    for file in files:
+        if (path := metrics / file).is_file():
+            return file, read_json(path)
+    raise MissingMetric(f"{metrics / files[-1]} is missing: run dvc repro {_stage(files[-1])}")
+
+
+def _lookup(tree: Json, dotted: str, absent: Sequence[str] = ()) -> float | None:
+    """Follow a dotted path; null where `absent` allows it, else KeyError with the path."""
+    parts = dotted.split(".")
+    for n, part in enumerate(parts, 1):
+        if not isinstance(tree, dict) or part not in tree:
+            missing = ".".join(parts[:n])
+            if any(f"{path}.".startswith(f"{missing}.") for path in absent):
                 return None
-            raise MissingMetric(f"{path} has no {dotted}: run dvc repro -f {stage}")
-        value = value[part]
-    return value
+            raise KeyError(dotted)
+        tree = tree[part]
+    return tree
 
 
-def _top_layer(path: Path, slot: str) -> int:
-    """The layer that the selection rule put first, from metrics/layers/<model>.yaml."""
-    if not path.is_file():
-        raise MissingMetric(f"{path} is missing: run dvc repro select_layers")
-    chosen = OmegaConf.load(path)
-    if slot not in chosen:
-        raise MissingMetric(f"{path} has no {slot}: run dvc repro -f select_layers")
-    return int(chosen[slot])
+def headline_rows(
+    models: Sequence[str], slots: Sequence[str], metrics: str | Path = "metrics"
+) -> Iterator[Row]:
+    """Look up every headline number, model after model.
+
+    Raises:
+        MissingMetric: a file is missing, or a number that every run has.
+    """
+    metrics = Path(metrics)
+    for row in HEADLINES:
+        for model in models if "{model}" in row.key else [""]:
+            names = {"model": model, "slot": slots[0]}
+            file, tree = _read(metrics, [file.format(**names) for file in row.files])
+            try:
+                value = _lookup(tree, row.path, row.absent)
+                controls = {k: _lookup(tree, path, row.absent) for k, path in row.controls.items()}
+            except KeyError as error:
+                path = error.args[0]
+                raise MissingMetric(
+                    f"{metrics / file} has no {path}: run dvc repro -f {_stage(file)}"
+                ) from None
+            ends = tuple(_lookup(tree, end, [end]) for end in row.interval or ())
+            yield Row(row.key.format(**names), value, row.unit, controls, ends)
 
 
 def summarize(
     models: Sequence[str], slots: Sequence[str], metrics: str | Path = "metrics"
-) -> dict[str, Any]:
-    """Headline numbers of all models and slots, {dotted key: number}.
+) -> dict[str, float | None]:
+    """Collect {key: number}: each of `HEADLINES`, followed by its controls.
 
-    ``<model>.ablate.top_layer``; ``<model>.sae.<slot>.<SAE_KEYS>``;
-    ``<model>.probe.<slot>.guitar.<GUITAR_KEYS>``; ``data.trivial_cue_auroc.*``; and, where they
-    are (pretraining is frozen), ``pretrain.codec.*`` and ``pretrain.<model>.*``; and what
-    `shared_numbers` and `concept_numbers` give.
+    Raises:
+        MissingMetric: as `headline_rows`.
     """
-    metrics = Path(metrics)
-    summary: dict[str, Any] = {}
-    for model in models:
-        layers = metrics / "layers" / f"{model}.yaml"
-        summary[f"{model}.ablate.top_layer"] = _top_layer(layers, slots[0])
-        for slot in slots:
-            path = metrics / "train_sae" / f"{model}-{slot}.json"
-            found = _read(path, f"train_sae@{model}-{slot}")
-            for key in SAE_KEYS:
-                value = _lookup(found, key, path, f"train_sae@{model}-{slot}")
-                summary[f"{model}.sae.{slot}.{key}"] = value
-            path = metrics / "probe" / f"{model}-{slot}.json"
-            found = _read(path, f"probe@{model}-{slot}")
-            for key, dotted in GUITAR_KEYS.items():
-                value = _lookup(found, f"concepts.guitar.{dotted}", path, f"probe@{model}-{slot}")
-                summary[f"{model}.probe.{slot}.guitar.{key}"] = value
-    for name in ("codec", *models):
-        if (path := metrics / "pretrain" / f"{name}.json").is_file():
-            summary |= flatten(read_json(path), f"pretrain.{name}.")
-    data = _read(metrics / "prepare_data.json", "prepare_data")
-    cues = _lookup(data, "trivial_cue_auroc", metrics / "prepare_data.json", "prepare_data")
-    summary |= flatten(cues, "data.trivial_cue_auroc.")
-    return summary | shared_numbers(models, metrics) | concept_numbers(models, metrics)
-
-
-def shared_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
-    """What spans models: ``usae.*``, ``crosscoder.*``, ``match.*``, ``maximize.<model>.*``.
-
-    The stages' own modules say which of their numbers these are. ``maximize.shared.*`` is of
-    features maximised in all models at once.
-    """
-    found: dict[str, Any] = {}
-    for name in ("usae", "crosscoder"):
-        numbers = _read(metrics / f"train_{name}.json", f"train_{name}")
-        found |= {f"{name}.{k}": v for k, v in usae_metrics.summary_keys(numbers).items()}
-    found |= match_report.summary_keys(_read(metrics / "match_features.json", "match_features"))
-    for model in models:
-        path = metrics / "maximize_activation" / f"{model}.json"
-        numbers = _read(path, f"maximize_activation@{model}")
-        found |= maximization_report.summary_keys(numbers, model)
-    numbers = _read(metrics / "maximize_shared.json", "maximize_shared")
-    return found | maximization_report.summary_keys(numbers, "shared")
-
-
-def concept_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
-    """``judge.*``, ``find_concept.*`` and ``<model>.steer.*``.
-
-    ``<model>.steer.*`` is of the whole evaluation (steer_full, frozen) where a model has one, and
-    ``<model>.steer_quick.*`` then of the stage steer; else the former is of steer.
-    """
-    found = judge_training.judge_summary(_read(metrics / "train_judge.json", "train_judge"))
-    for model in models:
-        path = metrics / "find_concept" / f"{model}.json"
-        found |= concept_plots.find_summary(model, _read(path, f"find_concept@{model}"))
-        runs = {"steer": _read(metrics / "steer" / f"{model}.json", f"steer@{model}")}
-        if (path := metrics / "steer_full" / f"{model}.json").is_file():
-            runs = {"steer": read_json(path), "steer_quick": runs["steer"]}
-        for prefix, numbers in runs.items():
-            keys = steering_report.summary_keys(numbers)
-            found |= {f"{model}.{prefix}.{key}": value for key, value in keys.items()}
-    return found
+    summary: dict[str, float | None] = {}
+    for row in headline_rows(models, slots, metrics):
+        summary[row.key] = row.value
+        summary |= {f"{row.key}_{name}": value for name, value in row.controls.items()}
+    return summary
 
 
 def summary_table(
-    summary: dict[str, Any], models: Sequence[str], slots: Sequence[str]
+    models: Sequence[str], slots: Sequence[str], metrics: str | Path = "metrics"
 ) -> pd.DataFrame:
-    """One row a number, one column a (model, slot): what the README and the terminal show."""
-    rows: dict[str, dict[str, Any]] = {}
-    for model in models:
-        for slot in slots:
-            column = rows.setdefault(f"{model} {slot}", {})
-            for key in SAE_KEYS:
-                column[f"SAE {key}"] = summary[f"{model}.sae.{slot}.{key}"]
-            for key in GUITAR_KEYS:
-                if not key.endswith(("_low", "_high")):
-                    value = summary[f"{model}.probe.{slot}.guitar.{key}"]
-                    low, high = (
-                        summary.get(f"{model}.probe.{slot}.guitar.{key}_ci_{end}")
-                        for end in ("low", "high")
-                    )
-                    column[f"guitar {key}"] = (value, low, high)
-    return pd.DataFrame({name: {k: _cell(v) for k, v in c.items()} for name, c in rows.items()})
+    """Tabulate the headline numbers: value with interval, unit and controls as text."""
+    return pd.DataFrame(
+        [
+            {
+                "number": row.key,
+                "value": with_interval(row),
+                "controls": ", ".join(
+                    f"{name} {number(control, digits(row))}"
+                    for name, control in row.controls.items()
+                ),
+                "unit": row.unit,
+            }
+            for row in headline_rows(models, slots, metrics)
+        ]
+    ).set_index("number")
 
 
-def _cell(value: Any) -> str:
-    """A number, or (value, low, high), as text."""
-    if not isinstance(value, tuple):
-        return "n/a" if value is None else f"{value:.4g}"
-    value, low, high = value
-    text = "n/a" if value is None else f"{value:.3f}"
-    return text if low is None or high is None else f"{text} [{low:.3f}, {high:.3f}]"
+def digits(row: Row) -> int:
+    """Give the decimals of a row's numbers: none for counts."""
+    return 0 if isinstance(row.value, int) else 3
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    """Write a number as text, n/a for null."""
+    return "n/a" if value is None else f"{value:.{decimals}f}"
+
+
+def with_interval(row: Row) -> str:
+    """Write a row's value and interval as ``value [low, high]``."""
+    text = number(row.value, digits(row))
+    if not row.interval or None in row.interval:
+        return text
+    return f"{text} [{', '.join(number(end, digits(row)) for end in row.interval)}]"
 
 
 def plot_summary(
-    ablations: dict[str, dict], probes: dict[str, dict], kind: str, concept: str = "guitar"
+    ablations: Mapping[str, dict], probes: Mapping[str, dict], kind: str, concept: str = "guitar"
 ) -> Figure:
-    """The picture of the README: KL of every layer (of an audio model: its counterpart), and one
-    concept's AUROC beside its baselines.
+    """Draw the KL divergence of every layer, and one concept's AUROC beside its baselines.
 
-    `ablations`: {model: metrics/ablate/<model>.json}, of which one `kind` is drawn; `probes`:
-    {"<model> <slot>": metrics/probe/<model>-<slot>.json}.
+    Args:
+        ablations: {model: metrics/ablate/<model>.json}; an audio model has a counterpart of KL.
+        probes: {"<model> <slot>": metrics/probe/<model>-<slot>.json}.
+        kind: of ablation: skip, zero or mean.
     """
     figure, (axes,) = plots.new_figure(1, 2, size=(13.0, 4.4), width_ratios=[1, 1.8])
     for series, (model, found) in enumerate(ablations.items()):

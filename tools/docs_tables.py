@@ -1,0 +1,545 @@
+"""Write the tables of README.md and docs/ from metrics/ and benchmarks/, so that none can go stale.
+
+    python -m tools.docs_tables            exit 1 and name the files whose tables differ
+    python -m tools.docs_tables --write    rewrite the tables (`just tables`)
+
+A table stands between `<!-- table: name -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from musicscope.config import load_params  # noqa: E402
+from musicscope.core.io import read_json  # noqa: E402
+
+PAGES = ("README.md", "docs/results.md", "docs/performance.md")
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PARAMS = load_params(ROOT / "params.yaml")
+MODELS, SLOTS = PARAMS.models, PARAMS.slots
+
+
+@cache
+def metrics(name: str) -> dict[str, Any]:
+    """Read metrics/<name>.json."""
+    return read_json(ROOT / f"metrics/{name}.json")
+
+
+@cache
+def benchmark(name: str) -> dict[str, Any]:
+    """Read benchmarks/results/<name>.json."""
+    return read_json(ROOT / f"benchmarks/results/{name}.json")
+
+
+def look(tree: dict[str, Any], dotted: str) -> Any:
+    """Follow a dotted path; KeyError names the part that is absent."""
+    for part in dotted.split("."):
+        tree = tree[part]
+    return tree
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def estimate(tree: dict[str, Any], dotted: str, digits: int = 3) -> str:
+    """Write the number at a dotted path, with its 95 % interval where the file has one."""
+    *parents, key = dotted.split(".")
+    node = look(tree, ".".join(parents)) if parents else tree
+    text = number(node[key], digits)
+    pairs = [(f"{key}_low", f"{key}_high"), (f"{key}_ci_low", f"{key}_ci_high")]
+    if key in CENTRES:
+        pairs += [("ci_low", "ci_high"), ("low", "high")]
+    for low, high in pairs:
+        if node.get(low) is not None:
+            return f"{text} [{number(node[low], digits)}, {number(node[high], digits)}]"
+    return text
+
+
+CENTRES = ("auroc", "accuracy", "difference", "value")
+"""Keys whose interval stands beside them as ci_low and ci_high, or low and high."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def layer(model: str, slot: str) -> int:
+    return yaml.safe_load((ROOT / f"metrics/layers/{model}.yaml").read_text())[slot]
+
+
+# --- README -------------------------------------------------------------------------------------
+
+
+def capabilities() -> str:
+    """Seven capabilities of the pipeline: one number and its null or control each."""
+    model, slot = MODELS[0], SLOTS[0]
+    ablated = metrics(f"ablate/{model}")["layers"]
+    kind, chosen = PARAMS.select_layers.kind, str(layer(model, slot))
+    inner = [i for i in sorted(ablated, key=int)[1:-1] if i != chosen]
+    weakest = min((ablated[i][kind]["kl"] for i in inner), default=None)
+    sae, probe = metrics(f"train_sae/{model}-{slot}"), metrics(f"probe/{model}-{slot}")
+    usae, finder = metrics("train_usae"), metrics(f"find_concept/{model}")["sae"]["bass"]
+    best = metrics(f"maximize_activation/{model}")["headline"]
+    off = metrics(f"steer_full/{model}")["concepts"]["guitar"]["off"]["methods"]
+    rows = [
+        ["Rank layers by ablation", f"KL of layer {chosen}, mean-ablated",
+         estimate(ablated[chosen][kind], "kl"), f"weakest inner layer {number(weakest)}"],
+        ["Train sparse autoencoders", "explained variance, k = " + str(sae["k"]),
+         estimate(sae, "explained_variance"),
+         f"PCA of k components {number(sae['explained_variance_pca'])}"],
+        ["Probe for concepts", "guitar AUROC of SAE codes",
+         estimate(probe, "concepts.guitar.sae.test.auroc"),
+         f"log-mel {number(look(probe, 'concepts.guitar.logmel.test.auroc'))}, "
+         f"shuffled labels {number(look(probe, 'concepts.guitar.shuffled.test.auroc'))}"],
+        ["Share one code between models", f"R2 of {MODELS[1]} from {model}'s code",
+         estimate(usae, "headline.r2_0_1.value"),
+         f"trained on mispaired clips {number(look(usae, 'null.mispaired.r2_0_1'))}"],
+        ["Find a concept's features", "features of bass in "
+         f"{finder['with']} against {finder['without']} clips", str(finder["discoveries"]),
+         f"both sides without bass {finder['null']['discoveries']}"],
+        ["Maximise a feature", "activation, as a ratio to the best real clip",
+         estimate(best, "heard_reached"),
+         f"random direction {number(best['heard_null_reached'])}"],
+        ["Switch a concept off", "share of guitar pieces that lose it",
+         estimate(off["sae"], "success"),
+         f"prompt edit {number(off['prompt_edit']['success'])}, "
+         f"random latents {number(off['random_feature']['success'])}"],
+    ]  # fmt: skip
+    return table(["capability", f"number ({model})", "value [95 %]", "null or control"], rows)
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def features() -> str:
+    """SAEs and guitar probes, one column per model and slot."""
+    columns = [(m, s) for m in MODELS for s in SLOTS]
+    sae = {
+        "explained variance": "explained_variance",
+        "PCA of k components": "explained_variance_pca",
+        "random dictionary": "explained_variance_random",
+        "dead latents": "dead_fraction",
+        "cross-entropy recovered": "ce_recovered",
+        "stability between seeds": "stability",
+        "null of stability": "stability_null",
+    }
+    probe = {
+        "guitar AUROC: SAE codes": "sae.test.auroc",
+        "16 SAE features": "k_sparse.016.test.auroc",
+        "activations": "dense.test.auroc",
+        "SAE minus activations": "sae_minus_dense.test.difference",
+        "log-mel statistics": "logmel.test.auroc",
+        "codec latents": "codec.test.auroc",
+        "seven trivial cues": "trivial.test.auroc",
+        "shuffled labels": "shuffled.test.auroc",
+        "held-out soundfont: SAE codes": "sae.heldout_font.auroc",
+        "held-out soundfont: activations": "dense.heldout_font.auroc",
+        "matched pairs: SAE accuracy": "sae.pairs_timgm6mb.accuracy",
+        "matched pairs, held-out soundfont": "sae.pairs_fluidr3mono.accuracy",
+    }
+    rows = [
+        [label, *(estimate(metrics(f"train_sae/{m}-{s}"), key) for m, s in columns)]
+        for label, key in sae.items()
+    ] + [
+        [
+            label,
+            *(estimate(metrics(f"probe/{m}-{s}")["concepts"]["guitar"], key) for m, s in columns),
+        ]
+        for label, key in probe.items()
+    ]
+    return table(["", *(f"{m} {s} (layer {layer(m, s)})" for m, s in columns)], rows)
+
+
+def models() -> str:
+    """Evidence that the nano models learned music, beside the targets."""
+    named = [
+        ("codec: log-mel distance (dB)", "codec.log_mel_distance_db", 2, ""),
+        ("codec: SI-SDR (dB)", "codec.si_sdr_db", 2, ""),
+        ("codec: loss of musicnn's guitar AUROC", "codec.musicnn_guitar_auroc_loss", 3,
+         "at most .05"),
+        ("decoder: cross-entropy (nats per code)", "decoder.ce", 3, ""),
+        ("unigram", "decoder.ce_unigram", 3, "above the decoder"),
+        ("previous frame", "decoder.ce_previous_frame", 3, "above the decoder"),
+        ("first codebook: decoder", "decoder.ce_0", 3, ""),
+        ("first codebook: previous frame", "decoder.ce_0_previous_frame", 3, "above the decoder"),
+        ("cross-entropy: wrong minus right caption", "decoder.caption_gain", 4, "above 0"),
+        ("guitar prompts against other prompts: AUROC, instrument classifier",
+         "generation.family_judge_guitar_auroc", 3, "at least .80"),
+        ("the same, musicnn", "generation.musicnn_guitar_auroc", 3, ""),
+        ("the classifier on rendered test clips", "judge.guitar_auroc", 3, ""),
+    ]  # fmt: skip
+    of = {m: metrics(f"pretrain/{m}") for m in MODELS}
+    rows = [
+        [label, *(estimate(of[m], key, digits) for m in MODELS), wanted]
+        for label, key, digits, wanted in named
+    ]
+    below = estimate(of["nano-medium"], "decoder.below_small", 4)
+    rows.append(["cross-entropy: small minus medium", "", below, "above 0"])
+    return table(["", *MODELS, "target"], rows)
+
+
+def cues() -> str:
+    """AUROC of trivial cues for guitar, on pairs and on other clips."""
+    found = metrics("prepare_data")["trivial_cue_auroc"]
+    names = sorted(found["clips"])
+    labels = {
+        "timgm6mb_pairs": "pairs, TimGM6mb",
+        "fluidr3mono_pairs": "pairs, FluidR3Mono",
+        "clips": "other clips, TimGM6mb",
+    }
+    rows = [[label, *(number(found[key][n]) for n in names)] for key, label in labels.items()]
+    return table(["", *(n.replace("_", " ") for n in names)], rows)
+
+
+def ablation() -> str:
+    """KL of every layer under each kind of ablation."""
+    rows = []
+    for model in MODELS:
+        found = metrics(f"ablate/{model}")["layers"]
+        for i in sorted(found, key=int):
+            slots = [s for s in SLOTS if str(layer(model, s)) == i]
+            cells = [estimate(found[i][kind], "kl") for kind in ("mean", "skip", "zero")]
+            rows.append([f"{model} layer {i}", *cells, ", ".join(slots)])
+    return table(["KL, nats per code", "mean", "skip", "zero", "slot"], rows)
+
+
+def shared() -> str:
+    """The universal SAE: each number beside its nulls."""
+    usae = metrics("train_usae")
+    first, second = MODELS
+    named = {
+        f"R2 of {first} from {first}'s code": "r2_0_0",
+        f"R2 of {second} from {second}'s code": "r2_1_1",
+        f"R2 of {second} from {first}'s code": "r2_0_1",
+        f"R2 of {first} from {second}'s code": "r2_1_0",
+        "firing entropy, median": "firing_entropy_median",
+        f"co-fires, share of {first}'s firings": "cofire_proportion_0",
+        f"co-fires, share of {second}'s firings": "cofire_proportion_1",
+        "log energy against log co-fires, r": "energy_cofire_correlation",
+    }
+    rows = []
+    for label, key in named.items():
+        entry = usae["headline"][key]
+        seeds = f"{number(entry['mean'])} ± {number(entry['sd'])}"
+        nulls = [number(usae["null"][n][key]) for n in ("mispaired", "shuffled", "random")]
+        rows.append([label, estimate(entry, "value"), seeds, *nulls])
+    head = ["", "paired", "over seeds", "trained on mispaired clips", "tested on mispaired clips"]
+    return table([*head, "random dictionary"], rows)
+
+
+def matched() -> str:
+    """Features matched one to one, beside their nulls and their ceiling."""
+    found = metrics("match_features")
+    (pair,) = found["sae_sae"].values()
+    rows = []
+    for model in MODELS:
+        seeds, usae = found["seeds"][model], found["sae_usae"][model]
+        rows += [
+            [f"{model}: with the other model's SAE, by activation",
+             estimate(pair, f"musical_{model}"), number(pair[f"null_musical_{model}"])],
+            [f"{model}: between two of its own SAEs (the ceiling)",
+             estimate(seeds, "musical"), number(seeds["null_musical"])],
+            [f"{model}: with the USAE, by decoder cosine", number(usae["matched"]),
+             number(usae["null_matched"])],
+        ]  # fmt: skip
+    return table(["share of latents matched above .5", "value", "null"], rows)
+
+
+def sets() -> str:
+    """Sizes of the common, own and unmatched sets."""
+    found = metrics("match_features")["sets"]
+    rows = [
+        [m, estimate(found, "common", 0), number(found["null_common"], 0), str(found[f"own_{m}"]),
+         str(found[f"unmatched_{m}"])]
+        for m in MODELS
+    ]  # fmt: skip
+    head = ["features", "common", "null of common", "own (stable, no partner)", "unmatched"]
+    return table(head, rows)
+
+
+def maximised() -> str:
+    """What the token search reaches, as ratios to the best real clip, beside a random direction."""
+    rows = []
+    for name, file in (*((m, f"maximize_activation/{m}") for m in MODELS),
+                       ("shared features", "maximize_shared")):  # fmt: skip
+        h = metrics(file)["headline"]
+        for variant, label in (("prior", "tokens, under the model's prior"), ("heard", "sound")):
+            if f"{variant}_reached" in h:
+                again = number(h.get(f"{variant}_sound"), 2) if variant == "prior" else ""
+                rows.append([f"{name}: {label}", estimate(h, f"{variant}_reached", 2),
+                             number(h.get(f"{variant}_null_reached"), 2), again])  # fmt: skip
+    head = ["ratio to the best real clip", "reached", "random direction"]
+    return table([*head, "after decoding and encoding"], rows)
+
+
+def found() -> str:
+    """What the finder finds with the SAE, by model and concept."""
+    rows = []
+    for model in MODELS:
+        for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
+            test, ends = entry["test"], ("best_ci_low", "best_ci_high")
+            interval = ", ".join(number(test[end], 2) for end in ends)
+            rows.append([
+                f"{model}: {concept}", str(entry["discoveries"]),
+                str(entry["null"]["discoveries"]), number(test["found_above_half"], 2),
+                f"{number(test['best_auroc'], 2)} [{interval}]", number(test["tested_auroc"], 2),
+                number(entry["few"]["any_discovery"], 2), number(entry["null"]["any_discovery"], 2),
+            ])  # fmt: skip
+    head = ["", "features found", "null", "same side in test", "best feature, test AUROC"]
+    few = ["draws of ten that find any", "the same without a concept"]
+    return table([*head, "all features, test AUROC", *few], rows)
+
+
+STEERING = {
+    "sae": "**SAE latents**",
+    "sae_words": "**latents and words**",
+    "diff_means": "difference of means",
+    "diff_means_words": "difference of means and words",
+    "probe_direction": "probe direction",
+    "prompt_edit": "prompt edit",
+    "random_feature": "random latents",
+    "random_direction": "random direction",
+    "passthrough": "passthrough",
+    "reseed": "another seed",
+}
+
+
+def conditions() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("<model>: <concept> <direction>", entry) of all models with steer_full."""
+    for model in MODELS:
+        if (ROOT / f"metrics/steer_full/{model}.json").is_file():
+            for concept, directions in metrics(f"steer_full/{model}")["concepts"].items():
+                for direction, entry in directions.items():
+                    yield f"{model}: {concept} {direction}", entry
+
+
+def steering() -> str:
+    """Success of every method by model and condition; intervals for the latents."""
+    rows = []
+    for name, entry in conditions():
+        of = entry["methods"]
+        cells = [number(of[m]["success"], 2) for m in STEERING]
+        cells[:2] = [estimate(of[m], "success", 2) for m in ("sae", "sae_words")]
+        rows.append([name, *cells])
+    return table(["success", *STEERING.values()], rows)
+
+
+def gaps() -> str:
+    """Success of the latents minus each rival's, with intervals."""
+    rivals = {
+        "diff_means": "difference of means",
+        "prompt_edit": "prompt edit",
+        "random_feature": "random latents",
+    }
+    with_words = {"prompt_edit": "prompt edit", "diff_means_words": "difference of means and words"}
+    rows = [
+        [name, *(estimate(entry["sae_minus"][m], "difference", 2) for m in rivals),
+         *(estimate(entry["sae_words_minus"][m], "difference", 2) for m in with_words)]
+        for name, entry in conditions()
+    ]  # fmt: skip
+    head = [f"latents minus {name}" for name in rivals.values()]
+    return table(["", *head, *(f"latents and words minus {n}" for n in with_words.values())], rows)
+
+
+def costs() -> str:
+    """Cost of the same edits."""
+    shown = ("sae", "sae_words", "diff_means", "diff_means_words", "prompt_edit", "reseed")
+    keys = {"ce_cost": "+.2f", "frechet": ".1f", "others_change": ".3f"}
+    rows = [
+        [name, *(", ".join(format(e["methods"][m][key], spec) for key, spec in keys.items())
+                 for m in shown)]
+        for name, e in conditions()
+    ]  # fmt: skip
+    return table(["cross-entropy, Fréchet, other families", *(STEERING[m] for m in shown)], rows)
+
+
+def joint() -> str:
+    """Two concepts at once: share of pieces with both changes."""
+    rows = []
+    for model in MODELS:
+        for name, entry in metrics(f"steer_full/{model}")["joint"].items():
+            cells = [estimate(entry[m], "all_wanted", 2)
+                     for m in ("sae", "sae_words", "diff_means", "prompt_edit")]  # fmt: skip
+            plain = number(entry["sae"]["all_wanted_plain"], 2)
+            rows.append([f"{model}: {name.replace('+', ', ')}", plain, *cells])
+    names = [STEERING[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")]
+    return table(["both wanted", "unedited", *names], rows)
+
+
+SEARCH = {
+    "search-base": "8 latents, layer 1, captioned rows, one side, raised to the mean where active",
+    "search-32-latents": "32 latents",
+    "search-both-rows": "both halves of guidance",
+    "search-guidance": "the opposite on the half without caption",
+    "search-closed-loop": "closed loop",
+    "search-mean-target": "raised to the mean over all frames",
+    "search-both-sides": "also 8 latents against the concept",
+    "search-second-layer": "layer of top2",
+}
+
+
+def search() -> str:
+    """Success on validation prompts by experiment of experiments/steering_search.csv."""
+    data = pd.read_csv(ROOT / "experiments/steering_search.csv")
+    columns = sorted(set(zip(data["direction"], data["concept"], strict=True)))
+    rows = []
+    for name, part in data.groupby("experiment", sort=False):
+        at = {(row.direction, row.concept): row for row in part.itertuples()}
+        cells = [
+            f"{at[c].success:.2f}{'' if at[c].within_budget else ' (over)'}" if c in at else "-"
+            for c in columns
+        ]
+        means = [part.loc[part["direction"] == d, "change"].mean() for d in ("off", "on")]
+        rows.append([SEARCH[str(name)], *cells, *(f"{mean:.2f}" for mean in means)])
+    heads = [f"{concept} {direction}" for direction, concept in columns]
+    return table(["", *heads, "mean change, off", "on"], rows)
+
+
+def judges() -> str:
+    """AUROC of the judges by family, on codec output, and across soundfonts."""
+    of = metrics("train_judge")
+    reports = of["family_judge"]["codec"]
+    rows = []
+    for family in (name for name, entry in reports.items() if isinstance(entry, dict)):
+        cells = []
+        for judge in ("family_judge", "musicnn"):
+            known = family in of[judge]["codec"]
+            cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
+        crossed = [
+            number(of["cross_font"][name][family]["auroc"], 2)
+            for name in ("timgm6mb_to_fluidr3mono", "fluidr3mono_to_timgm6mb")
+        ]
+        rows.append([family.replace("_", " "), *cells, *crossed])
+    head = ["AUROC, test compositions", "classifier, codec output", "musicnn, codec output"]
+    fonts = ["TimGM6mb classifier on FluidR3Mono", "FluidR3Mono classifier on TimGM6mb"]
+    return table([*head, *fonts], rows)
+
+
+# --- performance --------------------------------------------------------------------------------
+
+
+def _steps(name: str, sizes: dict[str, str], steps: dict[str, str]) -> str:
+    found = benchmark(name)
+    rows = []
+    for step, label in steps.items():
+        cells = []
+        for size in sizes:
+            entry = found[size]["steps"].get(step)
+            cells.append("" if entry is None else f"{entry['x_gemm']:.2f} ({entry['ms']:.0f} ms)")
+        rows.append([label, *cells])
+    return table([f"step, batch {found['batch']}", *sizes.values()], rows)
+
+
+def sae_step() -> str:
+    """CPU time of the SAE step, as ratios to one encode product."""
+    sizes = {"d1024_F8192": "d 1024, F 8192", "d192_F1536": "d 192, F 1536",
+             "d128_F1024": "d 128, F 1024"}  # fmt: skip
+    return _steps("sae_step", sizes, {
+        "gemm": "encode product (the floor)", "ours": "**musicscope**",
+        "ours_auxk": "musicscope, AuxK on 10 % dead", "sparsify": "sparsify",
+        "sparsify_auxk": "sparsify, AuxK", "dictionary_learning": "dictionary_learning",
+        "dictionary_learning_auxk": "dictionary_learning, AuxK",
+    })  # fmt: skip
+
+
+def usae_step() -> str:
+    """CPU time of the step over two models; a crosscoder's ratio is to both models' products."""
+    sizes = {"d1024_1024_F8192": "d 1024, F 8192", "d128_192_F1536": "d 128 and 192, F 1536"}
+    return _steps("usae_step", sizes, {
+        "paper": "**paper's rule**", "paper_auxk": "paper's rule, AuxK on 10 % dead",
+        "all_decoders": "all decoders", "released": "step of the paper's released code",
+        "crosscoder": "crosscoder",
+    })  # fmt: skip
+
+
+def extraction() -> str:
+    """CPU time of extraction, nano-small, as ratios."""
+    found = benchmark("extraction")
+    named = {
+        "capture, against a bare forward that stops at the same layer": "capture_vs_truncated",
+        "capture and store, against the same": "capture_and_store_vs_truncated",
+        "whole forward, against the same": "full_vs_truncated",
+        "transformers' output_hidden_states, against capture": "hidden_states_vs_capture",
+    }
+    rows = [[label, number(found[key], 2)] for label, key in named.items()]
+    rows.append(
+        ["milliseconds per clip, all", number(found["ms_cpu_a_clip"]["extract"]["median"], 0)]
+    )
+    rows.append(["of which the codec", number(found["ms_cpu_a_clip"]["codec"]["median"], 0)])
+    return table(["extraction", "ratio"], rows)
+
+
+def generation() -> str:
+    """CPU time of steering against plain generation, and of generation against transformers."""
+    ratios = benchmark("steering")["ratio_to_plain"]
+    named = {
+        "no change (strength 0)": "strength_0",
+        "16 latents, captioned rows": "conditional",
+        "16 latents, both halves of guidance": "both",
+        "16 latents, closed loop": "closed_loop",
+        "four concepts at once": "joint",
+    }
+    rows = [[label, number(ratios[key], 2)] for label, key in named.items()]
+    slower = benchmark("generation")["ratio_to_ours"]["transformers"]
+    rows.append(["transformers' generate, no edit", number(slower, 2)])
+    return table(["generation, 32 guided prompts", "ratio to plain generation"], rows)
+
+
+def full_size() -> str:
+    """Seconds and bytes of published sizes with random weights, one CPU thread."""
+    rows = []
+    for model, runs in sorted(benchmark("full_size").items(), reverse=True):
+        for device, of in runs.items():
+            ablate = of["ablate_seconds"]
+            rows.append([
+                model, device, f"{of['codec_seconds']:.1f}", f"{of['pass_seconds']:.1f}",
+                "not measured" if ablate is None else f"{ablate:.0f}",
+                f"{of['weight_bytes'] / 1e9:.1f} GB", f"{of['extract_clip_bytes'] / 1e6:.0f} MB",
+            ])  # fmt: skip
+    head = ["model", "device", "codec, s per clip", "decoder, s per clip", "ablation, s per clip"]
+    return table([*head, "weights", "memory per further clip"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
+        steering, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
+        full_size,
+    )
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """Fill every table of a page anew; KeyError for a table that nothing here makes."""
+    return BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+
+
+def main() -> None:
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(name)
+            if "--write" in sys.argv[1:]:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--write" not in sys.argv[1:]:
+        sys.exit(f"tables of {', '.join(stale)} differ from metrics/: run `just tables`")
+
+
+if __name__ == "__main__":
+    main()
