@@ -1,6 +1,6 @@
 """Write docs/params.schema.json, with which editors check, complete and explain params.yaml.
 
-    python -m tools.params_schema    after an edit of musicscope.config; a test tells when
+Run `python -m tools.params_schema` after an edit of musicscope.config; a test fails until then.
 """
 
 from __future__ import annotations
