@@ -1,6 +1,5 @@
 """Make the clips, rendered or from recordings: data/clips and metrics/prepare_data.json."""
 
-import argparse
 import sys
 
 from musicscope.config import PrepareData, load_params
@@ -9,6 +8,7 @@ from musicscope.data.clips import ClipStore
 from musicscope.data.sources import build as writing
 from musicscope.data.sources import report
 from musicscope.embedded.midi_set import embedded
+from stages import stage_args
 
 OUT = "data/clips"
 
@@ -25,7 +25,7 @@ def render(config: PrepareData, seed: int, processes: int) -> None:
 
 def main() -> None:
     """Read params.yaml, render or read recordings, measure."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     config, compute = params.prepare_data, params.compute
     if config.source == "embedded":
