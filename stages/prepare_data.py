@@ -5,8 +5,7 @@ import sys
 from musicscope.config import PrepareData, load_params
 from musicscope.core.io import atomic_dir, write_json
 from musicscope.data.clips import ClipStore
-from musicscope.data.sources import build as writing
-from musicscope.data.sources import report
+from musicscope.data.sources import build
 from musicscope.embedded.midi_set import embedded
 from stages import stage_args
 
@@ -32,8 +31,8 @@ def main() -> None:
         render(config, params.seed, compute.processes)
         metrics = embedded.measure(ClipStore.open(OUT))
     else:
-        writing.write_recordings(OUT, config, params.seed, compute.processes)
-        metrics = report.measure(ClipStore.open(OUT), params.seed)
+        build.write_recordings(OUT, config, params.seed, compute.processes)
+        metrics = build.measure(ClipStore.open(OUT), params.seed)
     write_json("metrics/prepare_data.json", metrics)
 
 

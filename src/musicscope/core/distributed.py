@@ -39,7 +39,7 @@ RAY_RETRIES = 5
 RAY_ENVIRONMENT = ("DVC_ROOT", "HF_HUB_OFFLINE")
 """Variables that workers of Ray get from this process."""
 
-Workers = Callable[..., contextlib.AbstractContextManager[Callable[[Callable, Iterable], Iterator]]]
+Workers = Callable[[int], contextlib.AbstractContextManager[parallel.Run]]
 """Opens a `map` over a number of processes, as `parallel.workers` does."""
 
 
@@ -201,9 +201,7 @@ def _become_torchrun(processes: int) -> None:
 
 
 @contextlib.contextmanager
-def ray_workers(
-    processes: int, device: str = "cpu"
-) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
     """Give a `map` over a Ray cluster; ``run(function, jobs)`` yields in the order of the jobs.
 
     `processes` is the size of a cluster that is started here; a running cluster decides itself. As

@@ -19,7 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from musicscope.data.sources.recordings import Audio, Problem, Recording, last_two, unsafe
+from musicscope.data.decoding import Problem
+from musicscope.data.sources.recordings import Audio, Recording, last_two, unsafe
 
 MAX_BYTES = 1 << 30
 """Larger files in archives are skipped: one file at a time is held in memory."""

@@ -9,12 +9,11 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
+from musicscope.data.decoding import SUFFIXES, Problem
 from musicscope.data.sources import labels
-from musicscope.data.sources.decoding import SUFFIXES
 from musicscope.data.sources.recordings import (
     SPLITS,
     Audio,
-    Problem,
     Recording,
     Scan,
     make_id,

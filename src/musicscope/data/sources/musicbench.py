@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
+from musicscope.data.decoding import Problem
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
-    Problem,
     Recording,
     Scan,
     find_audio,

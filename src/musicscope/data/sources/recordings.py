@@ -12,23 +12,11 @@ from pathlib import Path, PurePosixPath
 from musicscope.config import RecordingLimits
 from musicscope.core.io import sha256
 from musicscope.core.seeding import seed_for
+from musicscope.data.decoding import Problem, plain
 
 SPLITS = ("train", "validation", "test")
 HASHED_BYTES = 500_000_000
 """Larger inputs are named with their size only."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that was left out: what, why, and the particulars."""
-
-    name: str
-    reason: str
-    detail: str = ""
-
-    def texts(self) -> list[str]:
-        """[name, reason, detail], as tables and JSON hold them."""
-        return [plain(self.name), self.reason, plain(self.detail)]
 
 
 @dataclass(frozen=True)
@@ -80,11 +68,6 @@ class Scan:
     """Metadata files that were read."""
     listed: frozenset[str] = frozenset()
     """Keys of all recordings that the metadata lists, wanted or not."""
-
-
-def plain(text: str) -> str:
-    """Text that can be written: bytes that are no UTF-8 as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unsafe(name: str) -> bool:

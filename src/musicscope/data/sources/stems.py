@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from musicscope.data.sources.decoding import SUFFIXES, Separator, resample
+from musicscope.core.audio import resample
+from musicscope.data.decoding import SUFFIXES, Separator
 from musicscope.data.sources.recordings import Audio, Recording, Scan, unsafe
 
 DEMUCS_MODEL = "htdemucs"
