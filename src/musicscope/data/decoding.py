@@ -15,12 +15,12 @@ import soundfile
 from musicscope.core.audio import resample
 
 Separator = Callable[[np.ndarray, int], np.ndarray]
-"""(audio float32 [channels, samples], Hz) -> the same without its voice, [channels, samples]."""
+"""(audio float32 [channels, samples], Hz) -> audio without vocals, [channels, samples]."""
 
 SILENCE_DB = -60.0
 """RMS in dB of full scale below which a window counts as silent."""
 RATES = (4_000, 384_000)
-"""Hz that a header may state; anything else is a broken file."""
+"""Range of Hz in a header; other values mean a broken file."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 
 
@@ -68,9 +68,9 @@ class Decoded:
     rate: int = 0
     """Hz of the file."""
     padded: bool = False
-    """Shorter than a clip, filled up with zeros."""
+    """Whether the file is shorter than a clip and was padded with zeros."""
     limited: int = 0
-    """Windows above full scale, turned down to it."""
+    """Windows above full scale, scaled down to it."""
 
 
 def window_starts(length: float, seconds: float, windows: int) -> list[float]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from musicscope.config import PrepareData
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import partial_dir, publish_dir, read_json, write_json, write_text
-from musicscope.core.parallel import workers
+from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
 from musicscope.data.clips import ClipStore, forget_progress, known_labels, write_clips, written
