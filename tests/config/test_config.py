@@ -187,6 +187,7 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
             "train_sae.activation=batchtopk",
             "models=[nano-small]",
             "select_layers.skip_first=false",
+            "+train_crosscoder.k=8",  # a new key: the section holds only what differs
         ],
     )
     params = load_params(path)
@@ -195,6 +196,7 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
     assert params.train_sae.activation == "batchtopk"
     assert params.models == ("nano-small",)
     assert params.select_layers.skip_first is False
+    assert (params.train_crosscoder.k, params.train_usae.k) == (8, 32)
 
 
 def test_sections_hold_only_what_differs_and_are_complete_when_loaded(tmp_path):

@@ -55,7 +55,7 @@ def extent(audio: Audio, recordings: Sequence[Recording]) -> tuple[int, str]:
 def stream(
     audio: Audio, recordings: Sequence[Recording], listed: frozenset[str], whole: bool
 ) -> Iterator[Item]:
-    """Yield every requested recording in the sequence of the archive, and a problem per other entry.
+    """Yield each requested recording in the sequence of the archive, and a problem per other entry.
 
     Requested recordings that are absent come last, as problems. With `whole` False the stream ends
     once all are read. Entries that the metadata lists (`listed`) but that are not requested are
