@@ -1,14 +1,13 @@
 """Make the clips, rendered or from recordings: data/clips and metrics/prepare_data.json."""
 
-import argparse
 import sys
 
 from musicscope.config import PrepareData, load_params
 from musicscope.core.io import atomic_dir, write_json
 from musicscope.data.clips import ClipStore
-from musicscope.data.sources import build as writing
-from musicscope.data.sources import report
+from musicscope.data.sources import build
 from musicscope.embedded.midi_set import embedded
+from stages import stage_args
 
 OUT = "data/clips"
 
@@ -25,15 +24,15 @@ def render(config: PrepareData, seed: int, processes: int) -> None:
 
 def main() -> None:
     """Read params.yaml, render or read recordings, measure."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     config, compute = params.prepare_data, params.compute
     if config.source == "embedded":
         render(config, params.seed, compute.processes)
         metrics = embedded.measure(ClipStore.open(OUT))
     else:
-        writing.write_recordings(OUT, config, params.seed, compute.processes)
-        metrics = report.measure(ClipStore.open(OUT), params.seed)
+        build.write_recordings(OUT, config, params.seed, compute.processes)
+        metrics = build.measure(ClipStore.open(OUT), params.seed)
     write_json("metrics/prepare_data.json", metrics)
 
 

@@ -22,7 +22,7 @@ from musicscope.activations.alignment import (
 )
 from musicscope.activations.store import ActivationStore, StoreError
 from musicscope.activations.writer import StoreWriter, shard_spans
-from musicscope.core import audio as resampling
+from musicscope.data.clips import ResampledClips, at_rate
 from musicscope.dictionaries import usae_data
 from musicscope.dictionaries.training import SAEConfig
 from musicscope.dictionaries.usae_training import train
@@ -311,7 +311,7 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     )
     fast = extraction.extract(plan, lambda: (musicgen, clips), {"top1": tmp_path / "m"})["top1"]
     rave = load_model(rave_export.save(rave_export.TinyRave(), tmp_path / "tiny.ts"))
-    view = resampling.ResampledClips(clips, rave.sample_rate)
+    view = ResampledClips(clips, rave.sample_rate)
     plans = extraction_plans.plans(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
     slow = extraction_plans.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
     assert (fast.frames[0], slow.frames[0]) == (50, 22)
@@ -391,7 +391,7 @@ class Bursts16k:
 
 
 def extracted(model, clips, layer: str, folder: Path) -> ActivationStore:
-    heard = resampling.at_rate(clips, model.sample_rate)
+    heard = at_rate(clips, model.sample_rate)
     plans = extraction_plans.plans(
         model, heard, {"top1": layer}, dtype="float16", shard_mb=1, batch_clips=4,
         model_sha256=model.name, clips_sha256="bursts",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import json
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` edits params.yaml with
 
-from musicscope import config
-from musicscope.config import ParamsError, analysis, concepts, data, dictionaries, load_params
+from musicscope.config import BASES, ParamsError, load_params
+from tools import params_schema
 from tools.import_closure import ROOT
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -36,16 +35,14 @@ def write(folder: Path, *overrides: tuple[str, object], drop: str | None = None)
     return path
 
 
-def plain(value: object) -> object:
-    """Dataclasses as YAML would give them."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 def test_committed_params_load_with_every_value_as_written():
     params = load_params(PARAMS)
-    assert plain(params) == yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    written = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    for name, base in BASES.items():
+        assert all(written[base][key] != value for key, value in written[name].items())
+        written[name] = {**written[base], **written[name]}
+    del written["train_crosscoder"]["rule"]  # which only the universal SAE has
+    assert json.loads(json.dumps(dataclasses.asdict(params))) == written
     hash(params)  # frozen all the way down, lists included
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.train_sae.k = 1
@@ -71,17 +68,17 @@ def test_unknown_key_names_the_nearest_known_one(tmp_path, key, value, parts):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("train_sae.k", "many", "an integer, >= 1"),
-        ("train_sae.k", 2.5, "an integer"),
-        ("train_sae.k", True, "an integer"),
-        ("train_sae.k", None, "an integer"),
-        ("train_sae.k", [32], "an integer"),
-        ("train_sae.k", {"value": 32}, "an integer"),
-        ("train_sae.learning_rate", "fast", "a number"),
-        ("train_sae.learning_rate", False, "a number"),
-        ("select_layers.skip_first", "maybe", "true or false"),
-        ("models", "nano-small", "a list"),
-        ("probe.k_sparse", 4, "a list"),
+        ("train_sae.k", "many", "a valid integer"),
+        ("train_sae.k", 2.5, "a valid integer"),
+        ("train_sae.k", True, "a valid integer"),
+        ("train_sae.k", None, "a valid integer"),
+        ("train_sae.k", [32], "a valid integer"),
+        ("train_sae.k", {"value": 32}, "a valid integer"),
+        ("train_sae.learning_rate", "fast", "a valid number"),
+        ("train_sae.learning_rate", False, "a valid number"),
+        ("select_layers.skip_first", "maybe", "a valid boolean"),
+        ("models", "nano-small", "a valid array"),
+        ("probe.k_sparse", 4, "a valid array"),
     ],
 )
 def test_wrong_type_names_key_value_and_type(tmp_path, key, value, allowed):
@@ -99,11 +96,15 @@ def test_wrong_type_in_a_list_names_the_entry(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train_sae.k", 0, "train_sae.k = 0 is out of range: allowed is an integer, >= 1"),
+        ("train_sae.k", 0, "train_sae.k = 0 is out of range: it should be greater than"),
         ("train_sae.learning_rate", 0.0, "train_sae.learning_rate = 0.0 is out of range"),
         ("train_sae.aux_weight", float("inf"), "train_sae.aux_weight = inf is out of range"),
         ("train_sae.warmup_fraction", float("nan"), "train_sae.warmup_fraction = nan"),
-        ("train_sae.activation", "relu", "allowed is a string, one of topk, batchtopk"),
+        (
+            "train_sae.activation",
+            "relu",
+            "'relu' is out of range: it should be 'topk' or 'batchtopk'",
+        ),
         ("extract_activations.dtype", "int8", "extract_activations.dtype = 'int8'"),
         ("prepare_data.timgm6mb_clips.train", 0, "prepare_data.timgm6mb_clips.train = 0"),
         ("ablate.kinds", ["mean", "swap"], "ablate.kinds[1] = 'swap' is out of range"),
@@ -186,6 +187,7 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
             "train_sae.activation=batchtopk",
             "models=[nano-small]",
             "select_layers.skip_first=false",
+            "+train_crosscoder.k=8",  # a new key: the section holds only what differs
         ],
     )
     params = load_params(path)
@@ -194,26 +196,59 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
     assert params.train_sae.activation == "batchtopk"
     assert params.models == ("nano-small",)
     assert params.select_layers.skip_first is False
+    assert (params.train_crosscoder.k, params.train_usae.k) == (8, 32)
 
 
-def test_every_field_has_a_docstring_beneath_it():
-    modules = [config, analysis, concepts, data, dictionaries]
-    lines = [line for module in modules for line in inspect.getsource(module).splitlines()]
-    fields = {
-        field.name
-        for module in modules
-        for cls in vars(module).values()
-        if dataclasses.is_dataclass(cls)
-        for field in dataclasses.fields(cls)
-        if not dataclasses.is_dataclass(get_type_hints(cls)[field.name])
-    }
-    documented = {
-        match[1]
-        for line, below in zip(lines, lines[1:], strict=False)
-        if (match := re.match(r"    (\w+): ", line)) and below.startswith('    """')
-    }
-    assert fields - documented == set()
-    assert len(fields) >= 40
+def test_sections_hold_only_what_differs_and_are_complete_when_loaded(tmp_path):
+    params = load_params(PARAMS)
+    assert params.steer_full == dataclasses.replace(
+        params.steer,
+        strengths=(0.25, 0.5, 1.0, 2.0),
+        direction_strengths=(0.125, 0.25, 0.5, 1.0, 2.0),
+        words=True,
+        validation_prompts=32,
+        n_prompts=128,
+    )
+    changed = write(tmp_path, ("train_usae.k", 7), ("train_crosscoder.seeds", 1))
+    found = load_params(changed)
+    assert (found.train_crosscoder.k, found.train_crosscoder.seeds) == (7, 1)
+    assert found.train_usae.seeds == params.train_usae.seeds
+    with pytest.raises(ParamsError) as caught:  # once, where the file has it
+        load_params(write(tmp_path, ("train_usae.k", 0)))
+    assert str(caught.value).count("\n") == 0
+    assert "train_usae.k = 0" in str(caught.value)
+    with pytest.raises(ParamsError, match=r"train_crosscoder\.samples = 8 gives no step"):
+        load_params(write(tmp_path, ("train_crosscoder.samples", 8)))
+
+
+def test_stages_of_such_sections_depend_on_both_sections():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, base in BASES.items():
+        assert {name, base} <= {p for p in stages[name]["params"] if isinstance(p, str)}
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, ("train_sae.k", 0), ("probe.c_grid", []), drop="seed"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for line, key in zip(lines, ("seed", "train_sae.k", "probe.c_grid"), strict=True):
+        assert line.startswith(f"{tmp_path}/params.yaml: {key}")
+
+
+def test_schema_for_editors_is_current_and_describes_every_key():
+    text = params_schema.PATH.read_text(encoding="utf-8")
+    assert text == params_schema.schema(), "run python -m tools.params_schema"
+    schema = json.loads(text)
+    first = PARAMS.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# yaml-language-server: $schema={params_schema.PATH.relative_to(ROOT)}"
+    described = 0
+    for section in (schema, *schema["$defs"].values()):
+        assert section["description"]
+        for name, value in section["properties"].items():
+            assert "$ref" in value or value["description"], name
+            described += 1
+    assert described > 150
 
 
 def test_what_a_stage_reads_is_not_what_it_replaces(tmp_path, monkeypatch):

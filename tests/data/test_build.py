@@ -16,12 +16,10 @@ import yaml
 from musicscope.config import RecordingLimits
 from musicscope.data import clips
 from musicscope.data.clips import ClipStore, known_labels, main_clips
-from musicscope.data.sources import archives as streams
-from musicscope.data.sources import build as writing
-from musicscope.data.sources import stems
+from musicscope.data.sources import archives, build, stems
 from musicscope.data.sources.archives import ArchiveError
+from musicscope.data.sources.build import measure
 from musicscope.data.sources.recordings import Audio
-from musicscope.data.sources.report import measure
 from tests.support.source_archives import (
     PARAMS,
     bench_row,
@@ -51,7 +49,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_musicbench_to_a_store(tmp_path, capsys):
     files = make_musicbench(tmp_path / "bench")
     config = configured("musicbench", tmp_path / "bench")
-    writing.write_recordings(tmp_path / "clips", config, seed=0)
+    build.write_recordings(tmp_path / "clips", config, seed=0)
     assert "17 recordings out of 0.0 GB in 1 archives; at most 17 clips" in capsys.readouterr().err
     store = ClipStore.open(tmp_path / "clips")
     store.verify()
@@ -130,7 +128,7 @@ def hostile_bench(folder: Path) -> None:
 def test_bad_entries_are_counted_and_named_and_write_nothing_outside(tmp_path):
     hostile_bench(tmp_path / "in" / "bench")
     config = configured("musicbench", tmp_path / "in" / "bench", validation_share=0.4)
-    writing.write_recordings(tmp_path / "out" / "clips", config, seed=1)
+    build.write_recordings(tmp_path / "out" / "clips", config, seed=1)
     store = ClipStore.open(tmp_path / "out" / "clips")
     assert list(store.rows["recording"]) == [
         *(f"data/good{i:07d}.wav" for i in range(6)), "data/fast0000001.wav",
@@ -181,8 +179,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, af
     hostile_bench(tmp_path / "bench")
     config = configured("musicbench", tmp_path / "bench", validation_share=0.4, windows=3)
     config = replace(config, seconds=0.1)
-    writing.write_recordings(tmp_path / "unbroken", config, seed=1)
-    whole, left = writing.decode_job, [after]
+    build.write_recordings(tmp_path / "unbroken", config, seed=1)
+    whole, left = build.decode_job, [after]
 
     def dying(job):
         left[0] -= 1
@@ -190,12 +188,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, af
             raise Killed
         return whole(job)
 
-    monkeypatch.setattr(writing, "decode_job", dying)
+    monkeypatch.setattr(build, "decode_job", dying)
     with pytest.raises(Killed):
-        writing.write_recordings(tmp_path / "broken", config, seed=1)
+        build.write_recordings(tmp_path / "broken", config, seed=1)
     assert not (tmp_path / "broken").exists()
     left[0] = again
-    writing.write_recordings(tmp_path / "broken", config, seed=1)
+    build.write_recordings(tmp_path / "broken", config, seed=1)
     assert left[0] == 0
     assert tree(tmp_path / "broken") == tree(tmp_path / "unbroken")
     assert not list((tmp_path / "dvc").rglob("*.npy"))
@@ -205,7 +203,7 @@ def test_limits_stop_reading_when_all_is_found(tmp_path, monkeypatch):
     make_musicbench(tmp_path / "bench")
     few = RecordingLimits(train=2, validation=1, test=1)
     config = configured("musicbench", tmp_path / "bench", limits=few)
-    writing.write_recordings(tmp_path / "clips", config, seed=0)
+    build.write_recordings(tmp_path / "clips", config, seed=0)
     store = ClipStore.open(tmp_path / "clips")
     assert store.rows["split"].value_counts().to_dict() == {"train": 2, "validation": 1, "test": 1}
     assert measure(store, 0)["skipped"] == 0  # not wanted is not skipped
@@ -215,14 +213,14 @@ def test_processes_do_not_change_the_bytes(tmp_path):
     make_musicbench(tmp_path / "bench", clips=4)
     config = configured("musicbench", tmp_path / "bench")
     for processes in (1, 2):
-        writing.write_recordings(tmp_path / f"clips{processes}", config, 0, processes)
+        build.write_recordings(tmp_path / f"clips{processes}", config, 0, processes)
     assert tree(tmp_path / "clips1") == tree(tmp_path / "clips2")
 
 
 def test_a_tar_is_read_once_forward_and_held_a_file_at_a_time(tmp_path, monkeypatch):
     files = make_musicbench(tmp_path / "bench")
     config = configured("musicbench", tmp_path / "bench")
-    scan = writing.prepare(config, seed=0)
+    scan = build.prepare(config, seed=0)
     opened = tarfile.open
     modes, tars = [], []
 
@@ -232,7 +230,7 @@ def test_a_tar_is_read_once_forward_and_held_a_file_at_a_time(tmp_path, monkeypa
         return tars[-1]
 
     monkeypatch.setattr(tarfile, "open", watched)
-    items = streams.stream(scan.audio, scan.recordings, scan.listed, whole=True)
+    items = archives.stream(scan.audio, scan.recordings, scan.listed, whole=True)
     names = []
     for item in items:
         names.append(item.recording.name)
@@ -250,19 +248,19 @@ def test_an_archive_that_was_cut_is_an_error_that_names_it(tmp_path):
     for data in (whole[: len(whole) // 2], b"no tar at all" * 99, b""):
         tar.write_bytes(data)
         with pytest.raises(ArchiveError, match=r"MusicBench\.tar\.gz.*download it again"):
-            writing.write_recordings(tmp_path / "clips", config, seed=0)
+            build.write_recordings(tmp_path / "clips", config, seed=0)
 
 
 def test_extracted_musicbench_equals_the_tar(tmp_path):
     files = make_musicbench(tmp_path / "bench", clips=4)
     config = configured("musicbench", tmp_path / "bench")
-    writing.write_recordings(tmp_path / "tar", config, seed=0)
+    build.write_recordings(tmp_path / "tar", config, seed=0)
     (tmp_path / "bench" / "MusicBench.tar.gz").unlink()
     for name, data in files.items():
         path = tmp_path / "bench" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    writing.write_recordings(tmp_path / "folder", config, seed=0)
+    build.write_recordings(tmp_path / "folder", config, seed=0)
     a, b = (ClipStore.open(tmp_path / name) for name in ("tar", "folder"))
     order = [list(b.rows["id"]).index(name) for name in a.rows["id"]]
     np.testing.assert_array_equal(a.audio(range(len(a))), b.audio(order))
@@ -280,7 +278,7 @@ def test_song_describer_from_parquet_folder_and_zip(tmp_path):
     stores = []
     for name in ("parquet", "csv", "zip"):
         config = configured("song_describer", tmp_path / name, min_share=0.5)
-        writing.write_recordings(tmp_path / f"clips-{name}", config, seed=0)
+        build.write_recordings(tmp_path / f"clips-{name}", config, seed=0)
         stores.append(ClipStore.open(tmp_path / f"clips-{name}"))
     one, two, three = stores
     assert sorted(one.rows["id"]) == [f"songdescriber-{n}" for n in range(11, 16)]
@@ -297,7 +295,7 @@ def test_song_describer_from_parquet_folder_and_zip(tmp_path):
 def test_jamendo_cuts_several_windows_a_track(tmp_path):
     make_jamendo(tmp_path, suffix=".low.mp3")
     config = configured("mtg_jamendo", tmp_path, windows=2, audio_suffix=".low.mp3")
-    writing.write_recordings(tmp_path / "clips", config, seed=0)
+    build.write_recordings(tmp_path / "clips", config, seed=0)
     store = ClipStore.open(tmp_path / "clips")
     assert len(store) == 12
     assert list(store.rows["id"][:3]) == [
@@ -322,7 +320,7 @@ def test_a_folder_of_stems_replaces_the_mixes(tmp_path):
     config = configured(
         "musicbench", tmp_path / "bench", stems="folder", stems_folder=str(tmp_path / "stems")
     )
-    writing.write_recordings(tmp_path / "clips", config, seed=0)
+    build.write_recordings(tmp_path / "clips", config, seed=0)
     store = ClipStore.open(tmp_path / "clips")
     peaks = np.abs(np.fft.rfft(store.audio(range(len(store))))).argmax(1) * 2
     found = dict(zip(store.rows["recording"], peaks.tolist(), strict=True))
@@ -332,16 +330,16 @@ def test_a_folder_of_stems_replaces_the_mixes(tmp_path):
         "data_aug2/01_ABCDE_01_1.wav"
     ]
     with pytest.raises(FileNotFoundError, match="stems_folder"):
-        stems.from_folder(writing.prepare(replace(config, recordings=replace(
+        stems.from_folder(build.prepare(replace(config, recordings=replace(
             config.recordings, stems="none")), 0), "")  # fmt: skip
 
 
 def test_a_stub_separator_changes_the_audio_and_the_scratch(tmp_path):
     make_musicbench(tmp_path / "bench", clips=2)
     config = configured("musicbench", tmp_path / "bench", stems="demucs")
-    writing.write_recordings(tmp_path / "a", config, 0, 2, separate=lambda audio, rate: audio / 2)
+    build.write_recordings(tmp_path / "a", config, 0, 2, separate=lambda audio, rate: audio / 2)
     plain = replace(config, recordings=replace(config.recordings, stems="none"))
-    writing.write_recordings(tmp_path / "b", plain, 0)
+    build.write_recordings(tmp_path / "b", plain, 0)
     a, b = ClipStore.open(tmp_path / "a"), ClipStore.open(tmp_path / "b")
     np.testing.assert_allclose(2 * a.audio(range(5)), b.audio(range(5)), atol=1e-4)
 
@@ -350,17 +348,17 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     make_musicbench(tmp_path / "bench", clips=3)
     config = configured("musicbench", tmp_path / "bench", audio=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"prepare_data\.recordings\.audio"):
-        writing.write_recordings(tmp_path / "clips", config, seed=0)
+        build.write_recordings(tmp_path / "clips", config, seed=0)
     (tmp_path / "empty").mkdir()
     config = configured("musicbench", tmp_path / "bench", audio=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="no clip came out for split train; left out: missing 7"):
-        writing.write_recordings(tmp_path / "clips", config, seed=0)
+        build.write_recordings(tmp_path / "clips", config, seed=0)
 
 
 def test_a_broken_parquet_names_itself(tmp_path):
     make_describer_parquet(tmp_path)
     path = tmp_path / "data/train-00000-of-00002-aa.parquet"
-    items = streams.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
+    items = archives.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ArchiveError, match="train-00000"):
         list(items)

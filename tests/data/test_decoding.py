@@ -12,8 +12,9 @@ import pytest
 import soundfile
 import torch
 
+from musicscope.core.audio import resample
+from musicscope.data.decoding import Decoded, Spec, decode, window_starts
 from musicscope.data.sources import stems
-from musicscope.data.sources.decoding import Decoded, Spec, decode, resample, window_starts
 from tests.support.source_archives import RATE, encoded, tone
 
 SPEC = Spec(seconds=0.5, sample_rate=RATE, windows=1, min_share=0.9)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from musicscope.config import RecordingLimits
-from musicscope.data.sources import folder, mtg_jamendo, musicbench, song_describer
+from musicscope.data.sources import folder, musicbench
 from musicscope.data.sources.build import prepare
-from musicscope.data.sources.jamendo_tags import read_tags
+from musicscope.data.sources.jamendo import read_tags, scan_mtg_jamendo, scan_song_describer
 from musicscope.data.sources.recordings import Recording, assign_splits, last_two, limit, unsafe
 from musicscope.data.taxonomy import FAMILIES
 from tests.support.source_archives import (
@@ -125,7 +125,7 @@ def test_musicbench_that_is_not_there_names_the_key(tmp_path):
 @pytest.mark.parametrize("layout", ["parquet", "csv"])
 def test_song_describer_layouts_agree(tmp_path, layout):
     {"parquet": make_describer_parquet, "csv": make_describer_csv}[layout](tmp_path)
-    scan = song_describer.scan(configured("song_describer", tmp_path), seed=0)
+    scan = scan_song_describer(configured("song_describer", tmp_path), seed=0)
     assert scan.audio.kind == {"parquet": "parquet", "csv": "folder"}[layout]
     first, second, third, fourth, fifth = scan.recordings
     # Two captions of one track are one recording; the valid one comes first.
@@ -147,13 +147,13 @@ def test_song_describer_with_tags_reports_agreement(tmp_path):
     ]
     table = tmp_path / "song_describer.mtg-jamendo.tsv"
     table.write_bytes((JAMENDO_HEADER + "".join(lines)).encode())
-    scan = song_describer.scan(configured("song_describer", tmp_path), seed=0)
+    scan = scan_song_describer(configured("song_describer", tmp_path), seed=0)
     assert [r.labels["guitar"] for r in scan.recordings] == [True, None, True, False, False]
     assert scan.facts["guitar_captions_against_tags"] == {
         "agree": 1, "only_first": 1, "only_second": 1, "unknown_in_either": 1,
     }  # fmt: skip
     moved = table.rename(tmp_path / "elsewhere.tsv")
-    again = song_describer.scan(configured("song_describer", tmp_path, tags=str(moved)), seed=0)
+    again = scan_song_describer(configured("song_describer", tmp_path, tags=str(moved)), seed=0)
     assert again.recordings == scan.recordings
 
 
@@ -162,14 +162,14 @@ def test_song_describer_bad_rows_and_columns(tmp_path):
     table = tmp_path / "song_describer.csv"
     text = table.read_text()
     table.write_text(text + 'x,,"c",,0,1,1,00/1.mp3,1\n9,99,"c",,0,1,1,../../9.mp3,1\n')
-    scan = song_describer.scan(configured("song_describer", tmp_path), seed=0)
+    scan = scan_song_describer(configured("song_describer", tmp_path), seed=0)
     assert [(p.name, p.reason) for p in scan.problems] == [
         ("song_describer.csv:8", "bad metadata row"), ("../../9.mp3", "unsafe path"),
     ]  # fmt: skip
     assert len(scan.recordings) == 5
     table.write_text(text.replace("artist_id", "artist", 1))
     with pytest.raises(ValueError, match=r"lacks the columns \['artist_id'\]"):
-        song_describer.scan(configured("song_describer", tmp_path), seed=0)
+        scan_song_describer(configured("song_describer", tmp_path), seed=0)
 
 
 # MTG-Jamendo
@@ -201,7 +201,7 @@ def test_jamendo_splits_labels_and_small_files(tmp_path, split, suffix):
         "mtg_jamendo", tmp_path / "jamendo", jamendo_split=split, audio_suffix=suffix,
         song_describer=str(tmp_path / "describer"),
     )  # fmt: skip
-    scan = mtg_jamendo.scan(config, seed=0)
+    scan = scan_mtg_jamendo(config, seed=0)
     assert [(r.split, r.labels["guitar"]) for r in scan.recordings] == [
         ("train", True), ("train", False), ("validation", True), ("validation", None),
         ("test", True), ("test", False),
@@ -211,7 +211,7 @@ def test_jamendo_splits_labels_and_small_files(tmp_path, split, suffix):
     assert scan.recordings[1].group == "jamendo-artist-2"
     assert scan.facts["song_describer_tracks"] == 1  # track 15, in test
     with pytest.raises(FileNotFoundError, match="split-4"):
-        mtg_jamendo.scan(configured("mtg_jamendo", tmp_path / "jamendo", jamendo_split=4), 0)
+        scan_mtg_jamendo(configured("mtg_jamendo", tmp_path / "jamendo", jamendo_split=4), 0)
 
 
 def test_jamendo_overlap_with_song_describer_is_refused_or_removed(tmp_path):
@@ -222,13 +222,13 @@ def test_jamendo_overlap_with_song_describer_is_refused_or_removed(tmp_path):
         file.write((jamendo_line(14, 104, "viola") + jamendo_line(500, 103, "piano")).encode())
     config = configured("mtg_jamendo", tmp_path / "jamendo", jamendo_split=2)
     with pytest.raises(ValueError, match=r"prepare_data\.recordings\.song_describer"):
-        mtg_jamendo.scan(config, seed=0)
+        scan_mtg_jamendo(config, seed=0)
 
     def compared(overlap: str):
         settings = replace(
             config.recordings, song_describer=str(tmp_path / "describer"), overlap=overlap
         )
-        return mtg_jamendo.scan(replace(config, recordings=settings), seed=0)
+        return scan_mtg_jamendo(replace(config, recordings=settings), seed=0)
 
     with pytest.raises(ValueError, match=r"2 tracks .*14/14\.mp3"):
         compared("refuse")

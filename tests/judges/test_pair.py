@@ -79,7 +79,7 @@ def test_predict_and_embed_hear_the_same_audio_once(judges, monkeypatch):
 
 def test_saved_judges_are_the_same_and_need_no_wheel(judges, tmp_path, monkeypatch):
     judges.save(tmp_path / "judge")
-    monkeypatch.setattr(assets, "fetch_wheel", None)
+    monkeypatch.setattr(assets, "fetch", None)
     loaded = judging.load_judges(tmp_path / "judge")
     assert loaded.families == FAMILIES
     audio = noise(2, seed=1)

@@ -149,7 +149,7 @@ def test_an_override_adds_a_model(tmp_path):
     assert params.download_model["musicgen-small"].revision == "4c8334b"
     hash(params)
     for wrong, message in (
-        (OVERRIDE.replace("auto", "mp3"), r"musicgen-small.system = 'mp3' .*one of auto"),
+        (OVERRIDE.replace("auto", "mp3"), r"musicgen-small.system = 'mp3' .*'auto'"),
         (OVERRIDE.replace("files: ['*'], ", ""), "musicgen-small.files is missing"),
         (OVERRIDE.replace("musicgen-small=", "nano-small="), "nano-small: this name is of a model"),
         (OVERRIDE.replace("{source: facebook/musicgen-small,", "{"), "small.source is missing"),

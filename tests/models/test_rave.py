@@ -21,8 +21,9 @@ from musicscope.ablation import audio as rave_ablation
 from musicscope.ablation import language as ablation
 from musicscope.activations import extraction_plans
 from musicscope.activations.store import ActivationStore
-from musicscope.core import audio as resampling
+from musicscope.core.audio import resample
 from musicscope.core.seeding import seed_for
+from musicscope.data.clips import ResampledClips
 from musicscope.models.hooks import on_frames
 from musicscope.models.interface import is_audio_model
 from musicscope.models.rave.archive_check import check_archive
@@ -505,16 +506,16 @@ class Clips:
 def test_resampling_keeps_time_and_level():
     t = np.arange(8000) / 16000
     tone = np.sin(2 * np.pi * 440 * t)
-    high = resampling.resample(tone, 16000, 44100)
+    high = resample(tone, 16000, 44100)
     assert high.shape == (22050,)
     expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)
     np.testing.assert_allclose(high[2000:-2000], expected[2000:-2000], atol=2e-3)
-    assert resampling.resample(tone, 16000, 16000).dtype == np.float32
+    assert resample(tone, 16000, 16000).dtype == np.float32
 
 
 def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    view = resampling.ResampledClips(Clips(), model.sample_rate)
+    view = ResampledClips(Clips(), model.sample_rate)
     layers = {"top1": "posterior_mean", "top2": "decoder.net.2", "top3": "latent"}
     plans = extraction_plans.plans(
         model, view, layers, dtype="float16", shard_mb=0.001, batch_clips=2,
@@ -523,7 +524,7 @@ def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monke
     assert [sorted(plan.layers) for plan in plans] == [["top1", "top3"], ["top2"]]
     folders = {slot: tmp_path / slot for slot in layers}
     stores = extraction_plans.extract(plans, lambda: (model, view), folders)
-    audio = resampling.resample(Clips().audio(range(5)), 1000, export.SR)
+    audio = resample(Clips().audio(range(5)), 1000, export.SR)
     assert audio.shape == (5, 689)
     found = model.capture(model.encode(audio), list(layers.values()))
     for slot, layer in layers.items():

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musicscope.activations import extraction_plans
-from musicscope.core.audio import at_rate
 from musicscope.core.io import atomic_dir
-from musicscope.data.clips import ClipStore, write_clips
+from musicscope.data.clips import ClipStore, at_rate, write_clips
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.registry import load_model

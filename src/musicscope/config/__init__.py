@@ -1,14 +1,16 @@
-"""params.yaml as typed, frozen dataclasses: every key, what it means and what it may hold.
+"""params.yaml as typed, frozen dataclasses: every key, its meaning and its allowed values.
 
 An unknown key, a wrong type or a value out of range is a ``ParamsError`` that names the key, the
-value and what is allowed.
+value and what is allowed. The docstrings below keys become descriptions in docs/params.schema.json.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from musicscope.config.analysis import (
     Ablate,
@@ -22,42 +24,61 @@ from musicscope.config.analysis import (
 from musicscope.config.concepts import FindConcept, Steer, TrainJudge
 from musicscope.config.data import DownloadModel, PrepareData, Pretrain, RecordingLimits
 from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
-from musicscope.config.schema import ParamsError, choice, load_typed, name, number, pattern
+from musicscope.config.schema import (
+    DEVICE,
+    ByName,
+    Distinct,
+    FolderName,
+    ParamsError,
+    Section,
+    load_typed,
+)
 
-__all__ = ["Params", "ParamsError", "PrepareData", "Pretrain", "RecordingLimits", "load_params"]
+__all__ = [
+    "BASES",
+    "Compute",
+    "Params",
+    "ParamsError",
+    "PrepareData",
+    "Pretrain",
+    "RecordingLimits",
+    "load_params",
+]
 
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+BASES = {"train_crosscoder": "train_usae", "steer_full": "steer"}
+"""Sections that hold only what differs from another section. In dvc.yaml a stage of such a section
+must list both."""
 
 
 @dataclass(frozen=True)
-class Compute:
-    """How to run, never what: no stage lists this section, so changing it reruns nothing."""
+class Compute(Section):
+    """Where and how stages run. No result depends on it, so changing it reruns no stage."""
 
-    device: str = pattern(DEVICE, "auto, cpu, cuda or cuda:<index>")
-    """Where models run; auto takes CUDA where there is one."""
-    threads: int = number(1, 1024)
+    device: Annotated[str, Field(pattern=DEVICE)]
+    """Device of the models: auto, cpu, cuda or cuda:<index>; auto takes CUDA if available."""
+    threads: Annotated[int, Field(ge=1, le=1024)]
     """Torch threads per stage."""
-    processes: int = number(1, 1024)
+    processes: Annotated[int, Field(ge=1, le=1024)]
     """Processes for work that splits by clip or by seed; with torchrun, ranks on this machine."""
-    engine: str = choice("processes", "torchrun", "ray")
-    """What spreads the work: processes of this machine, torchrun (one stage as several ranks, a GPU
-    each), or a Ray cluster (needs the extra `ray`)."""
+    engine: Literal["processes", "torchrun", "ray"]
+    """How work is spread: over processes of this machine, with torchrun (one stage as several
+    ranks, one GPU per rank), or over a Ray cluster (needs the extra `ray`)."""
 
 
 @dataclass(frozen=True)
-class Params:
-    """The whole of params.yaml; each stage has the section of its name."""
+class Params(Section):
+    """All of params.yaml: shared values, and one section per stage under the stage's name."""
 
-    seed: int = number(0, 2**62)
-    """The one seed; every generator derives its own from it by name."""
-    models: tuple[str, ...] = name()
+    seed: Annotated[int, Field(ge=0, le=2**62)]
+    """The one seed; every generator derives its own seed from it by name."""
+    models: Distinct[FolderName]
     """Folders in data/models to study."""
-    slots: tuple[str, ...] = name()
+    slots: Distinct[FolderName]
     """Layers to study in each model, by rank in the ablation."""
     prepare_data: PrepareData
     pretrain: Pretrain
-    download_model: dict[str, DownloadModel]
-    """Models to fetch, by the name of their folder in data/models."""
+    download_model: ByName[DownloadModel]
+    """Models to copy or download, by the name of their folder in data/models."""
     ablate: Ablate
     select_layers: SelectLayers
     extract_activations: ExtractActivations
@@ -95,7 +116,7 @@ def _check_inputs(params: Params) -> None:
 
 
 def _check_together(params: Params) -> None:
-    """What no single field shows."""
+    """Refuse values that do not agree with one another."""
     _check_inputs(params)
     if params.select_layers.kind not in params.ablate.kinds:
         raise ParamsError(
@@ -115,32 +136,30 @@ def _check_together(params: Params) -> None:
             raise ParamsError(
                 f"{section}.slot = {slot!r} is not among slots = {list(params.slots)}"
             )
-    for section in ("train_sae", "train_usae", "train_crosscoder"):
+    for section in ("train_sae", "train_usae", "train_crosscoder", "steer", "steer_full"):
         getattr(params, section).check(section)
     find, usae = params.find_concept, params.train_usae
     if find.universal and find.slot != usae.slot:
         raise ParamsError(
-            f"find_concept.slot = {find.slot!r}: with find_concept.universal allowed is only that "
-            f"of train_usae.slot = {usae.slot!r}"
+            f"find_concept.slot = {find.slot!r}: with find_concept.universal allowed is only "
+            f"train_usae.slot = {usae.slot!r}"
         )
     if len({concept.name for concept in find.concepts}) < len(find.concepts):
         raise ParamsError("find_concept.concepts has a name twice")
-    for section in ("steer", "steer_full"):
-        getattr(params, section).check(section)
     if (seconds := params.maximize_activation.seconds) > params.prepare_data.seconds:
         raise ParamsError(
             f"maximize_activation.seconds = {seconds} is out of range: allowed is at most "
             f"prepare_data.seconds = {params.prepare_data.seconds}, the length of a clip"
         )
     if clash := sorted(set(params.download_model) & set(params.pretrain.sizes)):
-        raise ParamsError(f"download_model.{clash[0]}: this name is of a model that is in Git")
+        raise ParamsError(f"download_model.{clash[0]}: this name is of a model in Git")
     if list(params.probe.k_sparse) != sorted(params.probe.k_sparse):
         raise ParamsError(f"probe.k_sparse = {list(params.probe.k_sparse)} must rise")
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check params.yaml; ParamsError names the key (``train_sae.k``) that is wrong."""
-    params = load_typed(path, Params)
+    params = load_typed(path, Params, BASES)
     try:
         _check_together(params)
     except ParamsError as error:

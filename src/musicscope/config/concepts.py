@@ -2,74 +2,83 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from musicscope.config.schema import ParamsError, choice, name, number, pattern
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-PAIR = re.compile(r"\w+-(on|off)(\+\w+-(on|off))+")
+from musicscope.config.schema import (
+    PAIR,
+    Distinct,
+    DistinctOrNone,
+    FolderName,
+    ParamsError,
+    Section,
+)
+
+Strength = Annotated[float, Field(gt=0, le=1000)]
 
 
 @dataclass(frozen=True)
-class Steer:
+class Steer(Section):
     """Concepts switched off and on in generated music. Lists are searched over, on validation
-    prompts. `steer` is what `dvc repro` does in minutes, `steer_full` what the committed numbers
-    took hours for."""
+    prompts. `steer` takes minutes; `steer_full` takes hours and gives the committed numbers."""
 
-    slot: str = name()
-    """The slot whose layer and SAE are edited; one of `slots`."""
-    concepts: tuple[str, ...] = name()
+    slot: FolderName
+    """Slot whose layer and SAE are edited; one of `slots`."""
+    concepts: Distinct[FolderName]
     """Instrument families, each to be switched off and on."""
-    pairs: tuple[str, ...] = pattern(PAIR, "<concept>-off+<concept>-on and the like", empty=True)
+    pairs: DistinctOrNone[Annotated[str, Field(pattern=PAIR)]]
     """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
-    scores: tuple[str, ...] = choice("share", "effect", "partial", "auroc")
-    """How train clips rank latents; see musicscope.steering.learning."""
-    target: str = choice("active", "mean")
-    """What latents are raised to: their mean where they fire, or over all frames."""
-    both_sides: str = choice("never", "when_off", "when_on", "always")
-    """When as many latents that speak against the concept are edited too, the other way round: to
-    switch it off, on, always."""
-    strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)
-    """Strengths of latents' edits: 1 reaches the target, above 1 goes past it."""
-    n_features: tuple[int, ...] = number(1, 65536)
+    scores: Distinct[Literal["share", "effect", "partial", "auroc"]]
+    """Scores that rank latents on train clips; see musicscope.steering.learning."""
+    target: Literal["active", "mean"]
+    """Value that latents are raised to: their mean where they fire, or over all frames."""
+    both_sides: Literal["never", "when_off", "when_on", "always"]
+    """When to edit as many latents that predict the concept's absence too, in the opposite
+    direction: never, to switch it off, to switch it on, or always."""
+    strengths: Distinct[Strength]
+    """Strengths of edits of latents: 1 reaches the target, above 1 goes past it."""
+    n_features: Distinct[Annotated[int, Field(ge=1, le=65536)]]
     """Numbers of latents."""
-    branches: tuple[str, ...] = choice("conditional", "both", "guidance")
+    branches: Distinct[Literal["conditional", "both", "guidance"]]
     """Rows of guided generation that are edited; see musicscope.steering.edit.Steering."""
-    loops: tuple[str, ...] = choice("open", "closed")
-    """closed: edit only while a probe on the latents hears something to change."""
-    direction_strengths: tuple[float, ...] = number(0.0, 1000.0, above=True)
-    """Strengths of the difference of means and of the probe direction, in lengths of the former."""
+    loops: Distinct[Literal["open", "closed"]]
+    """closed: edit only while a probe on the latents detects something to change."""
+    direction_strengths: Distinct[Strength]
+    """Strengths of the difference of means and of the probe direction, in lengths of the
+    difference of means."""
     words: bool
     """Also try latents and the difference of means on top of the edited prompt, with the first of
     `n_features` and of `branches`."""
-    gate_features: int = number(1, 4096)
-    """Latents that the closed loop's probe listens to."""
-    gate_seconds: float = number(0.0, 60.0, above=True)
-    """Time constant of what it hears."""
-    seconds: float = number(0.1, 30.0)
-    """Length of each piece; musicnn hears 3 s at a time."""
-    validation_prompts: int = number(2)
-    """Prompts of each concept and direction to choose settings on; of an audio model, clips."""
-    n_prompts: int = number(2)
-    """Prompts of each concept and direction, and of each pair, that numbers are reported on; of
-    an audio model as many clips, or all there are."""
-    batch: int = number(1)
+    gate_features: Annotated[int, Field(ge=1, le=4096)]
+    """Latents that the probe of the closed loop reads."""
+    gate_seconds: Annotated[float, Field(gt=0, le=60)]
+    """Time constant of that probe's moving average."""
+    seconds: Annotated[float, Field(ge=0.1, le=30)]
+    """Length of each generated clip; musicnn takes 3 s at a time."""
+    validation_prompts: Annotated[int, Field(ge=2)]
+    """Prompts per concept and direction to choose settings on; clips for an audio model."""
+    n_prompts: Annotated[int, Field(ge=2)]
+    """Prompts per concept and direction, and per pair, that numbers are reported on. For an audio
+    model as many clips, or all there are."""
+    batch: PositiveInt
     """Prompts generated together."""
-    guidance: float = number(1.0, 20.0, above=True)
+    guidance: Annotated[float, Field(gt=1, le=20)]
     """Scale of classifier-free guidance."""
-    quality_budget: float = number(0.0, above=True)
-    """Most that the unsteered model's cross-entropy may change by, nats a code, in the choice. An
-    audio model has none: its choice has the next budget alone."""
-    frechet_budget: float = number(0.0, above=True)
-    """Most Frechet distance from plain music, in multiples of what other noise alone gives (of an
-    audio model: or its codec, where that gives more)."""
-    examples: int = number(0)
-    """Pieces of each concept, direction and pair whose audio is kept."""
-    bootstrap: int = number(1)
-    """Bootstrap draws over prompts for each interval."""
+    quality_budget: PositiveFloat
+    """Largest change of the unsteered model's cross-entropy, in nats per code, that a chosen
+    setting may cause. Audio models have no cross-entropy: only `frechet_budget` binds them."""
+    frechet_budget: PositiveFloat
+    """Largest Frechet distance from unedited music of a chosen setting, in multiples of the
+    distance that other noise alone gives. For an audio model: or its codec, if that gives more."""
+    examples: NonNegativeInt
+    """Clips per concept, direction and pair whose audio is kept."""
+    bootstrap: PositiveInt
+    """Bootstrap draws over prompts per interval."""
 
     def check(self, section: str) -> None:
-        """ParamsError, which names the keys under `section`, for pairs of unknown concepts."""
+        """Raise ParamsError, which names keys under `section`, for pairs of unknown concepts."""
         for pair in self.pairs:
             named = [part.rsplit("-", 1)[0] for part in pair.split("+")]
             if len(set(named)) < len(named) or not set(named) <= set(self.concepts):
@@ -80,70 +89,70 @@ class Steer:
 
 
 @dataclass(frozen=True)
-class TrainJudge:
+class TrainJudge(Section):
     """The judges of generated audio."""
 
-    codec: str = name()
-    """Model in data/models through whose codec the judge learns to hear."""
-    clips: int = number(1)
-    """Rendered train clips with each of the two soundfonts."""
-    codec_clips: int = number(1)
-    """How many of each also come as codec reconstructions."""
-    epochs: int = number(1)
+    codec: FolderName
+    """Model in data/models whose codec makes reconstructions to train and test the judge on."""
+    clips: PositiveInt
+    """Rendered train clips per soundfont, of two."""
+    codec_clips: PositiveInt
+    """How many clips per soundfont are also used as codec reconstructions."""
+    epochs: PositiveInt
     """Passes over all of them."""
-    cross_font_epochs: int = number(1)
-    """Passes of the two controls that hear one soundfont, and are tested on the other."""
-    test_clips: int = number(1)
-    """Test clips with each soundfont."""
-    codec_test_clips: int = number(1)
-    """How many of each are also judged behind the codec."""
-    pairs: int = number(0)
+    cross_font_epochs: PositiveInt
+    """Passes of the two controls that train on one soundfont and are tested on the other."""
+    test_clips: PositiveInt
+    """Test clips per soundfont."""
+    codec_test_clips: PositiveInt
+    """How many of them are also judged as codec reconstructions."""
+    pairs: NonNegativeInt
     """Matched pairs, guitar against another instrument."""
-    bootstrap: int = number(1)
-    """Bootstrap draws over compositions for each interval."""
+    bootstrap: PositiveInt
+    """Bootstrap draws over compositions per interval."""
 
 
 @dataclass(frozen=True)
-class Concept:
+class Concept(Section):
     """A concept to find: recordings that have it and recordings that lack it."""
 
-    name: str = name()
-    """What to call it."""
+    name: FolderName
+    """Name of the concept in results."""
     positive: str
-    """A folder of recordings, or clips of data/clips: `clips:has_guitar`; several terms are joined
-    with `and`, such as `clips:has_guitar and not has_drums and kind=pair`. Terms on split, kind and
-    font are train, clip and not the held-out font unless given."""
+    """A folder of recordings, or a query on data/clips: `clips:has_guitar`. Several terms are
+    joined with `and`, such as `clips:has_guitar and not has_drums and kind=pair`. Terms on split,
+    kind and font are train, clip and not the held-out font unless given."""
     negative: str
     """The same, without the concept."""
 
 
 @dataclass(frozen=True)
-class FindConcept:
-    """Features that tell recordings with a concept from recordings without it."""
+class FindConcept(Section):
+    """Features that separate recordings with a concept from recordings without it."""
 
-    slot: str = name()
-    """The slot whose SAE is searched; one of `slots`."""
+    slot: FolderName
+    """Slot whose SAE is searched; one of `slots`."""
     universal: bool
     """Search the universal SAE too; its slot must be the same."""
-    concepts: tuple[Concept, ...]
-    """What to find. DVC watches data/clips only: name other folders under the stage's deps."""
-    q: float = number(0.0, 0.5, above=True)
-    """A feature counts as found where its p, corrected for all features, is at most this."""
-    permutations: int = number(19)
-    """Dealings of the labels; the smallest p is 1 / (permutations + 1)."""
-    stability_draws: int = number(1)
+    concepts: Distinct[Concept]
+    """Concepts to find. DVC watches data/clips only: add other folders to the stage's deps."""
+    q: Annotated[float, Field(gt=0, le=0.5)]
+    """A feature is reported as found if its p, corrected for all features, is at most this."""
+    permutations: Annotated[int, Field(ge=19)]
+    """Permutations of the labels; the smallest p is 1 / (permutations + 1)."""
+    stability_draws: PositiveInt
     """Bootstrap draws of recordings that the stability of the ranking is measured on."""
-    seconds: float = number(1.0, 120.0)
-    """Length of the windows of a recording that the model hears, shorter if recordings are."""
-    windows: int = number(1, 1000)
-    """Most windows a recording."""
-    few: int = number(4)
-    """Recordings a side in the draws that show what so few suffice for."""
-    few_draws: int = number(1)
-    """Number of these draws, and of those without any concept."""
-    features: int = number(0)
-    """Best features of each concept whose top moments are kept as audio."""
-    moments: int = number(1)
-    """Top moments of each."""
-    bootstrap: int = number(1)
+    seconds: Annotated[float, Field(ge=1, le=120)]
+    """Length of the windows of a recording that the model reads; shorter if recordings are."""
+    windows: Annotated[int, Field(ge=1, le=1000)]
+    """Most windows per recording."""
+    few: Annotated[int, Field(ge=4)]
+    """Recordings per side in draws that show what few recordings suffice for."""
+    few_draws: PositiveInt
+    """Number of these draws, and of draws without any concept."""
+    features: NonNegativeInt
+    """Best features per concept whose top moments are kept as audio."""
+    moments: PositiveInt
+    """Top moments per feature."""
+    bootstrap: PositiveInt
     """Bootstrap draws over compositions for the intervals on test clips."""

@@ -1,42 +1,44 @@
-"""Sections on clips and on the embedded models."""
+"""Sections on clips, downloads and the embedded models."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from musicscope.config.schema import ParamsError, choice, may_be_empty, number, pattern
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-ANY = re.compile(r".+")
+from musicscope.config.schema import Distinct, DistinctOrNone, ParamsError, Section, Text
+
+Share = Annotated[float, Field(gt=0, lt=0.5)]
 
 
 @dataclass(frozen=True)
-class ClipCounts:
+class ClipCounts(Section):
     """Clips to render per split; compositions never cross splits."""
 
-    train: int = number(1)
+    train: PositiveInt
     """Clips that SAEs and probes learn from."""
-    validation: int = number(1)
+    validation: PositiveInt
     """Clips for choosing layers, probe methods and C."""
-    test: int = number(1)
+    test: PositiveInt
     """Clips that only reported numbers are computed on."""
 
 
 @dataclass(frozen=True)
-class RecordingLimits:
+class RecordingLimits(Section):
     """Most recordings to take per split, drawn by seed; 0 takes all."""
 
-    train: int = number(0)
+    train: NonNegativeInt
     """Recordings that SAEs and probes learn from."""
-    validation: int = number(0)
+    validation: NonNegativeInt
     """Recordings for choosing layers, probe methods and C."""
-    test: int = number(0)
+    test: NonNegativeInt
     """Recordings that only reported numbers are computed on."""
 
 
 @dataclass(frozen=True)
-class Recordings:
-    """Data sets of recordings: read by every source but `embedded`."""
+class Recordings(Section):
+    """Data sets of recordings: read by every source except `embedded`."""
 
     folder: str
     """The data set as downloaded: its metadata, and its audio unless `audio` says otherwise."""
@@ -45,126 +47,126 @@ class Recordings:
     audio_suffix: str
     """Ending of the audio files, in place of the metadata's: `.low.mp3` for MTG-Jamendo's small
     files; empty takes the data set's own."""
-    sample_rate: int = number(4000, 192000)
-    """Hz of the clips; must be that of the models (MusicGen 32000, YuE 16000)."""
-    windows: int = number(1, 1000)
-    """Clips per recording: the middles of so many equal parts, fewer where they would overlap."""
-    min_share: float = number(0.1, 1.0)
-    """Shortest recording to take, as a share of `seconds`; zeros fill it up."""
-    validation_share: float = number(0.0, 0.5, above=True, below=True)
+    sample_rate: Annotated[int, Field(ge=4000, le=192000)]
+    """Hz of the clips; must be the rate of the models (MusicGen 32000, YuE 16000)."""
+    windows: Annotated[int, Field(ge=1, le=1000)]
+    """Clips per recording: the middles of as many equal parts, fewer where they would overlap."""
+    min_share: Annotated[float, Field(ge=0.1, le=1)]
+    """Shortest recording to take, as a share of `seconds`; the rest is filled with zeros."""
+    validation_share: Share
     """Share of the train groups that become validation, where the data set has none."""
-    test_share: float = number(0.0, 0.5, above=True, below=True)
+    test_share: Share
     """Share of all groups that become test, where the data set has none."""
     limits: RecordingLimits
-    min_tags: int = number(1)
+    min_tags: PositiveInt
     """Instrument tags a track needs before a missing tag counts as absence; else it is unknown."""
     tags: str
     """MTG-Jamendo's tag table to label Song Describer with as well; empty takes the one beside the
     captions, if there."""
-    jamendo_split: int = number(0, 4)
+    jamendo_split: Annotated[int, Field(ge=0, le=4)]
     """Which of MTG-Jamendo's five splits."""
     song_describer: str
-    """Folder of Song Describer's metadata, to keep its tracks and artists out of what learns from
-    MTG-Jamendo; needed for jamendo_split 1 to 4 (in split 0 they are all in test)."""
-    overlap: str = choice("refuse", "remove")
+    """Folder of Song Describer's metadata, to keep its tracks and artists out of training on
+    MTG-Jamendo. Needed for jamendo_split 1 to 4 (in split 0 they are all in test)."""
+    overlap: Literal["refuse", "remove"]
     """What to do with such tracks."""
-    stems: str = choice("none", "folder", "demucs")
-    """Use the music without its voice: stems made before, or Demucs (to be installed apart)."""
+    stems: Literal["none", "folder", "demucs"]
+    """Use the music without vocals: existing stems, or Demucs (installed separately)."""
     stems_folder: str
     """Folder of stems: <recording>.wav, or Demucs' own <stem of the file>/no_vocals.wav."""
 
 
 @dataclass(frozen=True)
-class PrepareData:
+class PrepareData(Section):
     """Clips and their labels."""
 
-    source: str = choice("embedded", "musicbench", "song_describer", "mtg_jamendo", "folder")
-    """Where clips come from; `embedded` renders the compositions that a wheel ships."""
-    seconds: float = number(0.5, 60.0)
+    source: Literal["embedded", "musicbench", "song_describer", "mtg_jamendo", "folder"]
+    """Where clips come from; `embedded` renders compositions from a Python wheel."""
+    seconds: Annotated[float, Field(ge=0.5, le=60)]
     """Length of each clip in seconds."""
     timgm6mb_clips: ClipCounts
-    """Clips with the soundfont TimGM6mb, the family that features are found on."""
-    fluidr3mono_test_clips: int = number(0)
+    fluidr3mono_test_clips: NonNegativeInt
     """Test clips with the held-out soundfont FluidR3Mono."""
-    pairs: int = number(0)
+    pairs: NonNegativeInt
     """Matched pairs with TimGM6mb: the same clip, only the target's program changes."""
-    fluidr3mono_pairs: int = number(0)
+    fluidr3mono_pairs: NonNegativeInt
     """Matched pairs with FluidR3Mono."""
     recordings: Recordings
 
 
 @dataclass(frozen=True)
-class Part:
-    """Files from elsewhere that belong into a model's folder, such as YuE's codec."""
+class Part(Section):
+    """Further files of a model, such as YuE's codec."""
 
     into: str
     """Folder below the model's, such as xcodec; empty is the model's own."""
-    source: str = pattern(ANY, "a hub id or a local folder")
+    source: Text
     """Hub id (owner/model) or local folder."""
     revision: str
     """Commit or tag of a hub id; empty says that the source is a local folder."""
-    files: tuple[str, ...] = pattern(ANY, "a file pattern")
+    files: Distinct[Text]
     """Patterns of the files to take; "*" takes all."""
 
 
 @dataclass(frozen=True)
-class DownloadModel:
-    """A model to bring to data/models/<its name here>."""
+class DownloadModel(Section):
+    """A model to copy to data/models/<its name here>."""
 
-    source: str = pattern(ANY, "a hub id or a local folder")
+    source: Text
     """Hub id (owner/model) or local folder; a folder's contents are not watched."""
     revision: str
     """Commit or tag of a hub id; empty says that the source is a local folder."""
-    system: str = choice("auto", "musicgen", "audiocraft", "rave", "yue")
-    """Family, where a hub page or folder holds files of two; auto asks what is there."""
-    files: tuple[str, ...] = pattern(ANY, "a file pattern")
-    """Patterns of the files to take; "*" takes what the family needs of a hub page, else all."""
-    parts: tuple[Part, ...] = may_be_empty()
-    """What comes from elsewhere."""
+    system: Literal["auto", "musicgen", "audiocraft", "rave", "yue"]
+    """Model family, where a source holds files of two families; auto detects it."""
+    files: Distinct[Text]
+    """Patterns of the files to take; "*" takes the files that the family needs from a hub id, and
+    all files of a folder."""
+    parts: DistinctOrNone[Part]
+    """Files from other sources."""
 
 
 @dataclass(frozen=True)
-class DecoderSize:
+class DecoderSize(Section):
     """Size of one nano decoder."""
 
-    width: int = number(8)
+    width: Annotated[int, Field(ge=8)]
     """Dimensions of the residual stream."""
-    layers: int = number(1)
+    layers: PositiveInt
     """Decoder layers."""
-    heads: int = number(1)
+    heads: PositiveInt
     """Attention heads; must divide the width."""
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Section):
     """Training of the embedded models. Frozen: their weights are in Git."""
 
-    clips: int = number(1)
+    clips: PositiveInt
     """Training clips to render, half with each soundfont."""
-    codec_clips: int = number(1)
+    codec_clips: PositiveInt
     """How many of them the codec learns from."""
-    codec_steps: int = number(1)
+    codec_steps: PositiveInt
     """Optimiser steps of the codec."""
-    codebooks: int = number(1, 16)
+    codebooks: Annotated[int, Field(ge=1, le=16)]
     """Residual codebooks of the codec."""
-    text_steps: int = number(1)
+    text_steps: PositiveInt
     """Optimiser steps of the text encoder."""
-    decoder_steps: int = number(1)
-    """Optimiser steps of each decoder; both see the same clips in the same order."""
-    guidance_scale: float = number(1.0, 20.0)
+    decoder_steps: PositiveInt
+    """Optimiser steps per decoder; both decoders see the same clips in the same sequence."""
+    guidance_scale: Annotated[float, Field(ge=1, le=20)]
     """Classifier-free guidance that the models are saved with and generate with by default."""
     nano_small: DecoderSize
     nano_medium: DecoderSize
-    judge_clips: int = number(64)
+    judge_clips: Annotated[int, Field(ge=64)]
     """Clips that the judge of generated audio learns from, each with its codec reconstruction."""
-    generations: int = number(2)
+    generations: Annotated[int, Field(ge=2)]
     """Generated clips per side (guitar, other families) in the evaluation."""
-    bootstrap: int = number(1)
-    """Bootstrap draws for each interval."""
+    bootstrap: PositiveInt
+    """Bootstrap draws per interval."""
 
     @property
     def sizes(self) -> dict[str, DecoderSize]:
-        """Of the models that it makes."""
+        """Decoder size per model."""
         return {"nano-small": self.nano_small, "nano-medium": self.nano_medium}
 
     def size(self, model: str) -> DecoderSize:

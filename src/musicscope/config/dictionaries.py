@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from musicscope.config.schema import ParamsError, choice, name, number
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from musicscope.config.schema import FolderName, ParamsError, Section
+
+Seeds = Annotated[int, Field(ge=1, le=64)]
 
 
 @dataclass(frozen=True)
-class Training:
-    """What every dictionary's training has."""
+class Training(Section):
+    """Settings that the training of every dictionary has."""
 
-    k: int = number(1, 65536)
+    k: Annotated[int, Field(ge=1, le=65536)]
     """Active latents per frame (on average for batchtopk)."""
-    expansion: int = number(1, 1024)
+    expansion: Annotated[int, Field(ge=1, le=1024)]
     """Latents per dimension of the (widest model's) activation."""
-    batch_size: int = number(1)
-    """Frames per step, each in every model."""
-    samples: int = number(1)
+    batch_size: PositiveInt
+    """Frames per step and model."""
+    samples: PositiveInt
     """Frames seen in training, over as many passes as that takes."""
-    learning_rate: float = number(0.0, 1.0, above=True)
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
     """Adam's step size at its peak; the schedule counts global steps."""
-    warmup_fraction: float = number(0.0, 1.0, below=True)
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)]
     """Share of the steps in which the learning rate rises from 0."""
-    decay_fraction: float = number(0.0, 1.0)
-    """Share of the steps, at the end, in which it falls to 0."""
-    aux_k_fraction: float = number(0.0, 1.0, above=True)
+    decay_fraction: Annotated[float, Field(ge=0, le=1)]
+    """Share of the steps, at the end, in which the learning rate falls to 0."""
+    aux_k_fraction: Annotated[float, Field(gt=0, le=1)]
     """Dead latents used by AuxK, as a share of the activations' (mean) width."""
-    aux_weight: float = number(0.0)
+    aux_weight: NonNegativeFloat
     """Weight of the AuxK loss (1/32 in Gao et al. 2024)."""
-    dead_after_samples: int = number(1)
+    dead_after_samples: PositiveInt
     """Frames without firing after which a latent counts as dead."""
-    seeds: int = number(1, 64)
-    """Dictionaries; seed 0 is used downstream, the others give spread and stability."""
+    seeds: Seeds
+    """Dictionaries to train; seed 0 is used downstream, the others give spread and stability."""
 
     def check(self, section: str) -> None:
-        """ParamsError, which names the keys under `section`, where no single one is wrong."""
+        """Raise ParamsError, which names keys under `section`, for values that do not agree."""
         if self.samples < self.batch_size:
             raise ParamsError(
                 f"{section}.samples = {self.samples} gives no step: allowed is at least "
@@ -50,11 +55,11 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainSae(Training):
-    """The sparse autoencoders, `seeds` for each model and slot."""
+    """The sparse autoencoders, `seeds` per model and slot."""
 
-    activation: str = choice("topk", "batchtopk")
+    activation: Literal["topk", "batchtopk"]
     """Sparsity rule: k per frame, or k per frame on average over the batch."""
-    ce_clips: int = number(1)
+    ce_clips: PositiveInt
     """Held-out clips for the recovered cross-entropy."""
 
     def latents(self, width: int) -> int:
@@ -72,19 +77,19 @@ class TrainSae(Training):
 class TrainCrosscoder(Training):
     """The crosscoders: one code computed from all models together."""
 
-    slot: str = name()
+    slot: FolderName
     """Layer taken from every model; one of `slots`."""
-    null_seeds: int = number(1, 64)
+    null_seeds: Seeds
     """Dictionaries trained on mispaired clips, the null."""
-    fire_threshold: float = number(0.0)
+    fire_threshold: NonNegativeFloat
     """A latent fires where its value exceeds this, in normalised units (0.1 in the USAE's code)."""
-    bootstrap: int = number(1)
-    """Bootstrap draws over compositions for each interval."""
+    bootstrap: PositiveInt
+    """Bootstrap draws over compositions per interval."""
 
 
 @dataclass(frozen=True)
 class TrainUsae(TrainCrosscoder):
     """The universal SAEs: one code for all models, computed from any one of them."""
 
-    rule: str = choice("paper", "all_decoders")
-    """Who learns from a step: encoder and decoder of the model drawn, or all decoders."""
+    rule: Literal["paper", "all_decoders"]
+    """What a step updates: encoder and decoder of the model drawn, or also all decoders."""

@@ -1,251 +1,200 @@
-"""A YAML file as a typed, frozen dataclass, with errors that name the key.
+"""Read a YAML file into frozen dataclasses, with errors that name the key.
 
-The file is read with OmegaConf and merged into the structured config made of the dataclass. What
-a field may hold stands in its metadata, so that one place says what the checks and the errors
-need. Every field is required.
+Sections are dataclasses below `Section`; pydantic checks a file against their annotations. Every
+field is required. Only files are checked: code may build or `replace` sections with any values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import math
-import re
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+Location = tuple[str | int, ...]
 
 
 class ParamsError(ValueError):
     """A value in params.yaml that cannot be used; the message names its full key."""
 
 
-class Sections(dict):
-    """Sections by a name that whoever writes the file chooses; not to be changed."""
+# --- types of fields --------------------------------------------------------------------------
+
+
+class Section:
+    """Base of all sections: no unknown key, no conversion of types, no infinity."""
+
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Sections(dict[str, T]):
+    """Sections under names that the file chooses; hashable, and not to be changed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
 
 
-def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
-    """A required number (or tuple of numbers) in [low, high]; `above`/`below` open that end."""
-
-    def ok(value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and low <= value <= high
-            and not ((above and value == low) or (below and value == high))
-        )
-
-    text = f"{'>' if above else '>='} {low}"
-    if high < math.inf:
-        text += f" and {'<' if below else '<='} {high}"
-    return dataclasses.field(metadata={"ok": ok, "text": text})
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):  # it would run, or count, twice
+        raise ValueError("has an entry twice")
+    return values
 
 
-def choice(*allowed: str) -> Any:
-    """A required string (or tuple of strings) out of `allowed`."""
-    text = "one of " + ", ".join(allowed)
-    return dataclasses.field(metadata={"ok": lambda value: value in allowed, "text": text})
+FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+SECTION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # DVC would read a dot as the end of the name
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+PAIR = r"^\w+-(on|off)(\+\w+-(on|off))+$"
+ALLOWED = {
+    FOLDER_NAME: "letters, digits, '_', '.', '-' only (it becomes a folder name)",
+    SECTION_NAME: "a name of letters, digits, '_', '-'",
+    DEVICE: "auto, cpu, cuda or cuda:<index>",
+    PAIR: "<concept>-off+<concept>-on and the like",
+}
+"""What each pattern means, for error messages."""
+
+FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
+Text = Annotated[str, Field(min_length=1)]
+_UNIQUE = {"uniqueItems": True}
+Distinct = Annotated[
+    tuple[T, ...], Field(min_length=1, json_schema_extra=_UNIQUE), AfterValidator(_distinct)
+]
+"""A list of at least one entry, without repeated entries."""
+DistinctOrNone = Annotated[
+    tuple[T, ...], Field(json_schema_extra=_UNIQUE), AfterValidator(_distinct)
+]
+"""A list without repeated entries, which may be empty."""
+ByName = Annotated[
+    dict[Annotated[str, Field(pattern=SECTION_NAME)], T],
+    Field(json_schema_extra={"additionalProperties": False}),
+    AfterValidator(Sections),
+]
+"""Sections under names that the file chooses."""
 
 
-def pattern(regex: re.Pattern[str], text: str, *, empty: bool = False) -> Any:
-    """A required string (or tuple of strings, with `empty` of none) that `regex` matches whole."""
-    ok = lambda value: regex.fullmatch(value) is not None  # noqa: E731
-    return dataclasses.field(metadata={"ok": ok, "text": text, "empty": empty})
+# --- errors -----------------------------------------------------------------------------------
+
+Known = dict[str, "Known"]
+"""Known keys; each with the keys below it, or with none."""
 
 
-def name() -> Any:
-    """A required string (or tuple of strings) that becomes a folder name."""
-    return pattern(SAFE_NAME, "letters, digits, '_', '.', '-' only (it becomes a folder name)")
+def _known(cls: type) -> Known:
+    known: Known = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        below = (t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
+        known[name] = next((_known(section) for section in below), {})
+    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
 
 
-def may_be_empty() -> Any:
-    """A required list that may have no entry."""
-    return dataclasses.field(metadata={"empty": True})
+def _leaves(known: Known, prefix: str = "") -> Iterator[str]:
+    for name, below in known.items():
+        yield from _leaves(below, f"{prefix}{name}.") if below else [prefix + name]
 
 
-TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+def _full(location: Location) -> str:
+    """Full key, such as ``find_concept.concepts[0].name``."""
+    parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in location if p != "[key]")
+    return "".join(parts).removeprefix(".") or "the top level"
 
 
-@functools.cache
-def _types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _nearest(location: Location, known: Known) -> str:
+    """Suggest a key in place of the unknown one at `location`: beside it, else anywhere."""
+    beside = known
+    for part in location[:-1]:
+        beside = beside.get(part, beside)  # type: ignore[call-overload]
+    if near := difflib.get_close_matches(str(location[-1]), beside, n=1, cutoff=0.5):
+        return f"did you mean {_full((*location[:-1], near[0]))}?"
+    if near := difflib.get_close_matches(_full(location), list(_leaves(known)), n=1):
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(beside)}"
 
 
-def _element(hint: Any) -> type:
-    """The scalar type of a field: `int` for both `int` and `tuple[int, ...]`."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+def _explain(error: ErrorDetails, known: Known) -> str:
+    """Say in one line which key is wrong, its value, and what is allowed."""
+    key, given, context = _full(error["loc"]), error["input"], error.get("ctx", {})
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown key {key} (value {given!r}); {_nearest(error['loc'], known)}"
+        case "missing":
+            return f"{key} is missing; docs/params.schema.json says what it may hold"
+        case "dataclass_type" | "dict_type":
+            return f"{key} = {given!r} is not a section of keys and values"
+        case "too_short" | "string_too_short":
+            return f"{key} is empty: at least one entry or letter is needed"
+        case "value_error":
+            return f"{key} = {given!r} {context['error']}"
+        case "string_pattern_mismatch":
+            return f"{key} = {given!r} is out of range: allowed is {ALLOWED[context['pattern']]}"
+        case kind:
+            problem = "has the wrong type" if kind.endswith("_type") else "is out of range"
+            return f"{key} = {given!r} {problem}: {error['msg'].replace('Input', 'it', 1)}"
 
 
-def _entries(hint: Any) -> type | None:
-    """The dataclass of a list of sections, ``tuple[Section, ...]``; None for any other field."""
-    of = _element(hint)
-    return of if of is not hint and dataclasses.is_dataclass(of) else None
+# --- reading ----------------------------------------------------------------------------------
 
 
-def _named(hint: Any) -> type | None:
-    """The dataclass of sections by name, ``dict[str, Section]``; None for any other field."""
-    return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+def _references(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+    """Places and texts of all strings that refer to another key."""
+    if isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _references(entry, (*location, key))
+    elif isinstance(value, str) and "${" in value:
+        yield location, value
 
 
-def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """All (full key, field, type) below `cls` that are not sections themselves."""
-    for field in dataclasses.fields(cls):
-        hint = _types(cls)[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, hint
+def _completed(raw: dict[str, Any], cls: type, bases: Mapping[str, str]) -> dict[str, Any]:
+    """Fill each section of `bases` up with the values of the section that it is based on."""
+    types, complete = typing.get_type_hints(cls), dict(raw)
+    for name, base in bases.items():
+        if isinstance(raw.get(name), dict) and isinstance(raw.get(base), dict):
+            keys = {field.name for field in dataclasses.fields(types[name])}
+            complete[name] = {k: v for k, v in raw[base].items() if k in keys} | raw[name]
+    return complete
 
 
-def _allowed(field: dataclasses.Field, hint: Any) -> str:
-    if named := _named(hint):
-        keys = ", ".join(f.name for f in dataclasses.fields(named))
-        return f"sections by name (letters, digits, '_', '-'), each with the keys {keys}"
-    if entries := _entries(hint):
-        keys = ", ".join(f.name for f in dataclasses.fields(entries))
-        return f"a list of sections with the keys {keys}"
-    kind = TYPE_NAMES[_element(hint)]
-    if typing.get_origin(hint) is tuple:
-        kind = f"a list, each entry {kind}"
-    return f"{kind}, {field.metadata['text']}" if "text" in field.metadata else kind
-
-
-def _check_shape(raw: Any, cls: type, path: str, root: type, prefix: str = "") -> None:
-    """Every key known, every key there, sections mappings and tuples lists."""
-    where = prefix.rstrip(".") or "the top level"
-    if not isinstance(raw, Mapping):
-        raise ParamsError(f"{path}: {where} = {raw!r} is not a section of keys and values")
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for key, value in raw.items():
-        full = f"{prefix}{key}"
-        if key not in known:
-            every = [leaf for leaf, _, _ in _leaves(root)]
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            near = [prefix + near[0]] if near else difflib.get_close_matches(full, every, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise ParamsError(f"{path}: unknown key {full} (value {value!r}); {hint}")
-        hint = _types(cls)[key]
-        if dataclasses.is_dataclass(hint):
-            _check_shape(value, hint, path, root, f"{full}.")
-            continue
-        allowed = _allowed(known[key], hint)
-        if named := _named(hint):
-            # A name with a dot could not be told from two keys where DVC names params.
-            if not isinstance(value, Mapping) or any(
-                not SAFE_NAME.fullmatch(str(k)) or "." in str(k) for k in value
-            ):
-                raise ParamsError(f"{path}: {full} = {value!r}: allowed is {allowed}")
-            for own, entry in value.items():
-                _check_shape(entry, named, path, root, f"{full}.{own}.")
-            continue
-        if isinstance(value, list) != (typing.get_origin(hint) is tuple):
-            raise ParamsError(
-                f"{path}: {full} = {value!r} has the wrong type: allowed is {allowed}"
-            )
-        if entries := _entries(hint):
-            for index, entry in enumerate(value):
-                _check_shape(entry, entries, path, root, f"{full}[{index}].")
-            continue
-        if any(
-            "${" in v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)
-        ):
-            raise ParamsError(
-                f"{path}: {full} = {value!r} refers to another key, whose changes DVC would not "
-                f"see; write the value itself: allowed is {allowed}"
-            )
-    for key, field in known.items():
-        if key not in raw:
-            hint = _types(cls)[key]
-            need = "a section" if dataclasses.is_dataclass(hint) else _allowed(field, hint)
-            raise ParamsError(f"{path}: {prefix}{key} is missing: allowed is {need}")
-
-
-def _build(raw: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> Any:
-    """Typed by OmegaConf: `raw` merged into the structured config of `cls`, lists as tuples."""
-    types = _types(cls)
-    sections = {key: hint for key, hint in types.items() if dataclasses.is_dataclass(hint)}
-    values = {
-        key: _build(raw[key], hint, path, f"{prefix}{key}.") for key, hint in sections.items()
-    }
-    for key, entries in ((key, _entries(hint)) for key, hint in types.items()):
-        if entries:
-            values[key] = tuple(
-                _build(entry, entries, path, f"{prefix}{key}[{index}].")
-                for index, entry in enumerate(raw[key])
-            )
-    for key, named in ((key, _named(hint)) for key, hint in types.items()):
-        if named:
-            values[key] = Sections(
-                (str(own), _build(entry, named, path, f"{prefix}{key}.{own}."))
-                for own, entry in raw[key].items()
-            )
-    node = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(node, False)  # a frozen dataclass gives a node that takes no values
-    for field in dataclasses.fields(cls):
-        key, hint = field.name, types[field.name]
-        if key in values:
-            continue
-        try:
-            node.merge_with({key: raw[key]})
-        except OmegaConfBaseException as error:
-            at = (error.full_key or key).removeprefix(key)  # the entry's index, if in a list
-            raise ParamsError(
-                f"{path}: {prefix}{key}{at} = {error.value if at else raw[key]!r} has the wrong "
-                f"type: allowed is {_allowed(field, hint)}"
-            ) from error
-        values[key] = tuple(node[key]) if typing.get_origin(hint) is tuple else node[key]
-    return cls(**values)
-
-
-def _check_ranges(typed: Any, path: str, prefix: str = "") -> None:
-    for key, field, hint in _leaves(type(typed)):
-        value = functools.reduce(getattr, key.split("."), typed)
-        full, allowed = f"{prefix}{key}", _allowed(field, hint)
-        is_tuple = isinstance(value, tuple)
-        if _named(hint):
-            for own, entry in value.items():
-                _check_ranges(entry, path, f"{full}.{own}.")
-            continue
-        if is_tuple and not value and not field.metadata.get("empty"):
-            raise ParamsError(f"{path}: {full} is empty: allowed is {allowed}, at least one")
-        if _entries(hint):
-            for index, entry in enumerate(value):
-                _check_ranges(entry, path, f"{full}[{index}].")
-            continue
-        ok = field.metadata.get("ok", lambda _: True)
-        for index, entry in enumerate(value if is_tuple else (value,)):
-            if not ok(entry):
-                at = f"{full}[{index}]" if is_tuple else full
-                raise ParamsError(f"{path}: {at} = {entry!r} is out of range: allowed is {allowed}")
-        if is_tuple and len(set(value)) < len(value):  # it would run, or count, twice
-            raise ParamsError(f"{path}: {full} = {list(value)} has an entry twice")
-
-
-def load_typed(path: str | Path, cls: type[T]) -> T:
+def load_typed(path: str | Path, cls: type[T], bases: Mapping[str, str] | None = None) -> T:
     """Read the YAML file at `path` into the frozen dataclass `cls`, lists as tuples.
 
-    Raises ParamsError, naming the file, the full key, the value and what is allowed, for an
-    unknown or missing key, a wrong type or a value out of range.
+    Args:
+        bases: sections that hold only what differs from another section, with the name of that.
+
+    Raises:
+        ParamsError: an unknown or missing key, a wrong type or a value out of range. The message
+            has one line per problem, with the file, the full key, the value and what is allowed.
     """
-    path = str(path)
     try:
-        loaded = OmegaConf.load(path)
+        raw = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
         raise ParamsError(f"{path} does not exist; run from the repository's root") from error
     except Exception as error:  # PyYAML and OmegaConf share no base class; the file is at fault
         raise ParamsError(f"{path} is not readable YAML: {error}") from error
-    raw = OmegaConf.to_container(loaded)
-    _check_shape(raw, cls, path, root=cls)
-    typed = _build(raw, cls, path)
-    _check_ranges(typed, path)
-    return typed
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: the top level is not a section of keys and values")
+    for location, text in _references(raw):
+        raise ParamsError(
+            f"{path}: {_full(location)} = {text!r} refers to another key, whose changes DVC would "
+            "not see; write the value itself"
+        )
+    bases = bases or {}
+    try:
+        # From JSON, pydantic takes a list for a tuple, and is strict with everything else.
+        text = json.dumps(_completed(raw, cls, bases), default=str)
+        return TypeAdapter(cls).validate_json(text)
+    except ValidationError as error:
+        # Inherited values are reported once, under the section that the file has them in.
+        problems = [
+            e for e in error.errors(include_url=False)
+            if not (e["loc"][0] in bases and e["loc"][1:2] and e["loc"][1] not in raw[e["loc"][0]])
+        ]  # fmt: skip
+        known = _known(cls)
+        lines = [f"{path}: {_explain(e, known)}" for e in problems]
+        raise ParamsError("\n".join(lines)) from None

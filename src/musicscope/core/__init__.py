@@ -1,1 +1,1 @@
-"""core"""
+"""Helpers without a domain: files, seeds, processes, statistics, audio arrays, plots."""

@@ -1,14 +1,16 @@
-"""Spread a stage's work, by `compute.engine`: processes of one machine, torchrun ranks, or Ray.
+"""Spread the work of a stage by `compute.engine`: processes of one machine, torchrun, or Ray.
 
-Ranks: the same program in several processes at once (torchrun, accelerate launch). The launcher
-says in the environment which process this is (RANK, WORLD_SIZE, LOCAL_RANK) and where they meet.
-All ranks see the same files: on several machines a shared file system.
+processes: `core.parallel.workers` of one process.
 
-Ray (the extra `ray`) works job by job; the jobs of a killed worker run again. RAY_ADDRESS names the
-cluster; without it one is started on this machine for as long as needed. All nodes see the same
-files, under the same path.
+torchrun: the same program runs in several processes at once, the ranks. The launcher (torchrun or
+accelerate launch) tells each rank its number and the meeting place through the environment: RANK,
+WORLD_SIZE, LOCAL_RANK.
 
-No engine changes what extraction writes: shard i depends on the configuration and on i only.
+ray (the extra `ray`): the jobs of one process run on a cluster, and those of a killed worker run
+again. RAY_ADDRESS names the cluster; without it, one is started on this machine for the stage.
+
+All machines must see the same files under the same paths. No engine changes results of extraction:
+shard i depends on the configuration and on i only.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,13 +30,22 @@ from torch import Tensor
 
 from musicscope.core import parallel
 
-PATIENCE = timedelta(days=14)
-"""How long a rank waits for the others: one may have an hour's more work, or wait for a lock."""
+RANK_TIMEOUT = timedelta(days=14)
+"""Longest wait of a rank for the others, which may have more work or wait for a lock."""
+TORCHRUN_RESTARTS = 3
+"""How often torchrun restarts all ranks after one died; they resume from their checkpoints."""
+RAY_RETRIES = 5
+"""How often a job runs again after its worker or node died. An error in the job is raised."""
+RAY_ENVIRONMENT = ("DVC_ROOT", "HF_HUB_OFFLINE")
+"""Variables that workers of Ray get from this process."""
+
+Workers = Callable[[int], contextlib.AbstractContextManager[parallel.Run]]
+"""Opens a `map` over a number of processes, as `parallel.workers` does."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `size` equal processes; methods that speak of "all" are to be called by all."""
+    """One of `size` equal processes. All ranks must call the methods that communicate."""
 
     rank: int = 0
     size: int = 1
@@ -43,15 +54,15 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """True for the one that writes what is there once, such as metrics."""
+        """Whether this rank writes results that exist once, such as metrics."""
         return self.rank == 0
 
     def mine(self, numbers: Iterable[int]) -> list[int]:
-        """The pieces of work that fall to this rank: by their own number, not by what is left."""
+        """Select this rank's jobs by their own number, so that finished jobs shift no others."""
         return [number for number in numbers if number % self.size == self.rank]
 
     def rows(self, batch: int) -> slice:
-        """This rank's rows of a global batch. ValueError unless it divides evenly."""
+        """Select this rank's rows of a global batch; ValueError if it does not divide evenly."""
         if batch % self.size:
             raise ValueError(
                 f"a batch of {batch} frames does not divide among {self.size} ranks; choose a "
@@ -61,7 +72,7 @@ class Ranks:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def any(self, value: bool) -> bool:
-        """Whether it is true on any of all ranks; none goes on before all have asked."""
+        """Say whether `value` is true on any rank, after all ranks have called."""
         if self.size == 1:
             return value
         found = torch.tensor([int(value)])
@@ -69,24 +80,24 @@ class Ranks:
         return bool(found)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all ranks have called."""
         self.any(False)
 
     def average_(self, *tensors: Tensor) -> None:
-        """Put the mean over all ranks in the place of each tensor."""
+        """Replace each tensor by its mean over all ranks."""
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor)
             tensor /= self.size
 
     def minimum_(self, tensor: Tensor) -> None:
-        """Put the least value over all ranks in the place of every entry."""
+        """Replace each entry by its minimum over all ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
 
     def squares(self, x: Tensor) -> Tensor:
-        """Sum of squares about the column means of the rows [n, d] of all ranks, over their number.
+        """Sum squares of all ranks' rows [n, d] about their column means, over the rank count.
 
-        So a loss that is divided by it averages over ranks to what one process finds.
+        A loss divided by it averages over ranks to the loss that one process computes.
         """
         mean = x.mean(0)
         self.average_(mean)
@@ -100,9 +111,9 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other ranks, and part at the end; ALONE where nothing launched several.
+    """Connect to the other ranks until the block ends; ALONE if no launcher started several.
 
-    CPU tensors go through gloo, those on a GPU through NCCL.
+    CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -112,99 +123,90 @@ def join() -> Iterator[Ranks]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps one store over restarts: without this, ranks find the dead ones' addresses.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT)
     try:
         yield Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         dist.destroy_process_group()
 
 
-# --- engine ------------------------------------------------------------------------------------
+class ComputeSettings(Protocol):
+    """The section `compute` of params.yaml."""
 
-RESTARTS = 3
-"""How often torchrun starts all ranks again after one died; they go on where they stopped."""
+    @property
+    def device(self) -> str: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def engine(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a stage needs to know to spread its work."""
+    """How the work of a stage is spread."""
 
     ranks: Ranks
-    """This process among those that run the same stage."""
-    workers: Callable[[int], Any]
-    """Opens a `map` over so many processes, as parallel.workers does."""
+    """This process among the processes that run the same stage."""
+    workers: Workers
+    """Opens a `map` over processes, or over a cluster."""
     processes: int
-    """For `workers`: one where the ranks are the processes already."""
+    """Processes for `workers`: one if the ranks are the processes."""
     device: str
+    """Device of the models in this process."""
 
 
 @contextlib.contextmanager
-def start(compute: Any) -> Iterator[Engine]:
-    """The engine of the section `compute` of params.yaml, from a stage's main.
+def start(compute: ComputeSettings) -> Iterator[Engine]:
+    """Start the engine of `compute`, at the beginning of a stage's main.
 
-    With torchrun this process becomes the launcher of `compute.processes` ranks, which come here
-    again; a stage that was started under torchrun or accelerate (RANK is set) is a rank at once,
-    whatever the section says.
+    For torchrun this process becomes the launcher of `compute.processes` ranks, each of which runs
+    main again. A stage that torchrun or accelerate launched (RANK is set) is a rank at once,
+    whatever `compute.engine` says.
     """
     launched = "RANK" in os.environ
     if compute.engine == "torchrun" and not launched:
-        _launch(compute.processes)
-    with join() as mine:
-        device = _device(compute.device, mine)
+        _become_torchrun(compute.processes)
+    with join() as ranks:
+        device = resolve_device(compute.device, ranks)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+        workers: Workers = parallel.workers
         if compute.engine == "ray" and not launched:
-            opened, processes = functools.partial(ray_workers, device=device), compute.processes
-        else:
-            opened, processes = parallel.workers, 1 if launched else compute.processes
-        yield Engine(mine, opened, processes, device)
+            workers = functools.partial(ray_workers, device=device)
+        yield Engine(ranks, workers, 1 if launched else compute.processes, device)
 
 
-def resolve_device(wanted: str) -> str:
-    """`wanted`, or for "auto" `cuda` where there is a GPU, else `cpu`."""
+def resolve_device(wanted: str, ranks: Ranks = ALONE) -> str:
+    """Resolve "auto" to cuda if available, else cpu; each of several ranks takes its own GPU."""
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and ranks.size > 1:
+        wanted = f"cuda:{ranks.local % torch.cuda.device_count()}"
     return wanted
 
 
-def _device(wanted: str, mine: Ranks) -> str:
-    """Resolve `auto`; among several ranks of a machine each takes a GPU of its own."""
-    wanted = resolve_device(wanted)
-    if wanted == "cuda" and mine.size > 1:
-        wanted = f"cuda:{mine.local % torch.cuda.device_count()}"
-    if wanted.startswith("cuda:"):
-        torch.cuda.set_device(wanted)
-    return wanted
+def _become_torchrun(processes: int) -> None:
+    """Replace this process by torchrun of the stage, with its arguments; does not return.
 
-
-def _launch(processes: int) -> None:
-    """Become `torchrun` of the module that runs, with its arguments; does not return.
-
-    Several machines: start torchrun on each by hand instead, with -m stages.<stage>.
+    On several machines, start torchrun on each by hand instead, with -m stages.<stage>.
     """
     spec = sys.modules["__main__"].__spec__
     if spec is None:
         raise RuntimeError("start the stage as a module: python -m stages.<stage>")
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", spec.name]
+    options = ["--standalone", f"--nproc-per-node={processes}"]
+    options += [f"--max-restarts={TORCHRUN_RESTARTS}", "-m", spec.name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
     os.execv(sys.executable, [*command, *sys.argv[1:]])
 
 
-# --- Ray ---------------------------------------------------------------------------------------
-
-RAY_RETRIES = 5
-"""Of a job whose worker or node died. An error in the job itself is raised, not tried again."""
-RAY_SHIPPED = ("DVC_ROOT", "HF_HUB_OFFLINE")
-
-
 @contextlib.contextmanager
-def ray_workers(
-    processes: int, device: str = "cpu"
-) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Give a `map` over the cluster; ``run(function, jobs)`` yields in the order of the jobs.
+def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
+    """Give a `map` over a Ray cluster; ``run(function, jobs)`` yields in the order of the jobs.
 
-    `processes` is the size of a cluster that is started here; a running one decides itself. As in
-    parallel.workers each worker computes with one thread, keeps what it has loaded, and function,
-    jobs and results are pickled. ImportError with the remedy where Ray is not installed.
+    `processes` is the size of a cluster that is started here; a running cluster decides itself. As
+    in parallel.workers each worker computes with one thread, keeps what it has loaded, and
+    function, jobs and results are pickled. ImportError with the remedy if Ray is not installed.
     """
     try:
         import ray
@@ -217,14 +219,17 @@ def ray_workers(
     fresh = not ray.is_initialized()
     if fresh:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+        variables = {name: os.environ[name] for name in RAY_ENVIRONMENT if name in os.environ}
+        variables["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
+        variables["OMP_NUM_THREADS"] = "1"
         local = {} if address else {"num_cpus": processes, "include_dashboard": False}
-        ray.init(address=address, runtime_env={"env_vars": _ray_environment()}, **local)
+        ray.init(address=address, runtime_env={"env_vars": variables}, **local)
     gpus = 1 if device.startswith("cuda") else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_ray_call)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_ray_job)
 
     def run(function: Callable, jobs: Iterable) -> Iterator[Any]:
-        shared, root = ray.put(function), os.getcwd()
-        yield from map(ray.get, [task.remote(root, shared, job) for job in jobs])
+        shared, folder = ray.put(function), os.getcwd()
+        yield from map(ray.get, [task.remote(folder, shared, job) for job in jobs])
 
     try:
         yield run
@@ -233,15 +238,8 @@ def ray_workers(
             ray.shutdown()
 
 
-def _ray_environment() -> dict[str, str]:
-    """What workers need to import and find the same things as this process."""
-    kept = {name: os.environ[name] for name in RAY_SHIPPED if name in os.environ}
-    path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def _ray_call(root: str, function: Callable, job: Any) -> Any:
-    """One job, in a worker."""
-    os.chdir(root)
+def _ray_job(folder: str, function: Callable, job: Any) -> Any:
+    """Run one job in a worker."""
+    os.chdir(folder)
     torch.set_num_threads(1)
     return function(job)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic JSON and folders, content hashes, restartable scratch."""
+"""Write files and folders atomically, hash contents, keep scratch of killed runs."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; it takes the place of `path` when the block ends.
+    """Give a temporary path in the same folder, which replaces `path` when the block ends.
 
-    A reader of `path` sees the old file or the new one, whole. After an error the temporary file is
-    removed and `path` stays what it was.
+    A reader of `path` sees the whole old file or the whole new one. After an error the temporary
+    file is removed and `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a broken file is named in the error."""
+    """Read JSON; ValueError names a broken file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -74,13 +74,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file, read in blocks."""
+    """Compute the hex digest of a file, read in blocks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def folder_sha256(folder: str | Path) -> str:
-    """Hash of all files below `folder` (names and contents), hidden ones left out."""
+    """Hash the names and contents of all files below `folder`, except hidden ones."""
     folder = Path(folder)
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
@@ -92,7 +92,7 @@ def folder_sha256(folder: str | Path) -> str:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Give a fresh sibling folder that replaces `path` when the block ends without an error."""
+    """Give a new sibling folder that replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -106,11 +106,10 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def partial_dir(key: Any) -> Path:
-    """Scratch that survives a killed run, named by a hash of the inputs `key` (JSON-able).
+    """Make a scratch folder named by a hash of the inputs `key` (JSON-able), kept after a kill.
 
-    Lives under ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in
-    temporary experiment directories), so a rerun with the same inputs goes on where it stopped
-    and a rerun with other inputs starts afresh.
+    It is below ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in temporary
+    experiment directories). A rerun with the same inputs resumes; other inputs start anew.
     """
     digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "partial" / digest
@@ -119,7 +118,7 @@ def partial_dir(key: Any) -> Path:
 
 
 def publish_dir(partial: Path, path: str | Path) -> None:
-    """Move a finished scratch folder to its place, replacing what was there."""
+    """Move a finished scratch folder to `path`, replacing a folder that is there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -128,10 +127,10 @@ def publish_dir(partial: Path, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def sole_user(scratch: Path) -> Iterator[None]:
-    """Wait while another process works in `scratch`, then keep others waiting.
+    """Wait until no other process works in `scratch`, and make others wait until the block ends.
 
-    A killed `dvc` leaves its stage running, and that one would move the folder away under the next.
-    The lock file lies beside the folder; the system gives it up when the process ends.
+    A killed `dvc` leaves its stage running, which would move the folder away under the next run.
+    The lock file lies beside the folder; the system releases the lock when the process ends.
     """
     with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
         try:

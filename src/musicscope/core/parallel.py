@@ -1,4 +1,4 @@
-"""The same work in several processes, each with one torch thread.
+"""Run the same function in several processes, each with one torch thread.
 
 Two torch threads slow each other down many times over as soon as anything else runs, and their
 split of a sum shows in the last bits; processes do neither, so results are the same for any number.
@@ -16,9 +16,12 @@ from multiprocessing import connection
 
 import torch
 
+Run = Callable[[Callable, Iterable], Iterator]
+"""``run(function, jobs)`` yields function(job) in the order of the jobs."""
+
 
 @contextlib.contextmanager
-def workers(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+def workers(processes: int) -> Iterator[Run]:
     """Give a `map` over that many processes, which stay (with what they have loaded) to the end.
 
     ``run(function, jobs)`` yields function(job) in the order of the jobs. With more than one
@@ -42,7 +45,7 @@ def workers(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]
 
 
 def _start() -> None:
-    """One thread, and an end when the parent is killed: waiting workers would stay for ever."""
+    """Compute with one thread, and exit when the parent is killed: workers would wait for ever."""
     parent = multiprocessing.parent_process()
 
     def follow_parent() -> None:

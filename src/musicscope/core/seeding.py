@@ -1,4 +1,4 @@
-"""Seeds of named generators, derived from the one seed in params.yaml."""
+"""Seeds of named generators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def seed_for(seed: int, *names: object) -> int:
-    """A 63-bit seed for the generator called `names`, derived from the one seed in params.yaml.
+    """Derive the 63-bit seed of the generator called `names` from the one seed in params.yaml.
 
     Named streams do not shift one another: adding a generator changes no other's numbers.
     """

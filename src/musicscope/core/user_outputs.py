@@ -1,7 +1,7 @@
-"""Outputs that a user names: nothing that is there is ever replaced, changed or removed.
+"""Write outputs that a user names: existing files are never replaced, changed or removed.
 
-Commands write through this module alone. `core.io.atomic_dir` and `core.io.publish_dir` remove the
-folder that they replace, and serve the outputs of stages only.
+Commands write only through this module. `core.io.atomic_dir` and `core.io.publish_dir` remove the
+folder that they replace, and are for outputs of stages.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Place = str | os.PathLike[str]
 
 
 class OutputError(ValueError):
-    """An output that cannot be written without harm; the text says what to do, in one line."""
+    """An output that cannot be written without harm; the message, one line, says what to do."""
 
 
 def shown(path: Place) -> str:
-    """Show a path in a message of one line."""
+    """Format a path for a message of one line."""
     text = os.fspath(path)
     return text if text.isprintable() else repr(text)
 
 
 def real_path(path: Place, option: str) -> Path:
-    """Follow links; OutputError for an empty path and for a link to nothing."""
+    """Follow links; OutputError for an empty path and for a broken link."""
     text = os.fspath(path)
     if not text or "\0" in text:
         raise OutputError(f"{option} {text!r} is no path: name one")
@@ -43,15 +43,15 @@ def real_path(path: Place, option: str) -> Path:
 
 
 def spelled(given: Place, real: Path) -> Path:
-    """A path as it was given, or `real` where that passes through folders that may not be there."""
+    """Give a path as the user wrote it, or `real` if it contains .. and folders may be absent."""
     return real if ".." in Path(given).parts else Path(given)
 
 
-# --- what an output must keep away from -------------------------------------------------------
+# --- places that an output must avoid ---------------------------------------------------------
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Compare by file where both are there: links, mounts and letter case do not matter."""
+    """Compare existing paths by file: links, mounts and letter case do not matter."""
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -65,10 +65,10 @@ def _within(path: Path, folder: Path) -> bool:
 def check_apart(
     out: Place, inputs: Mapping[str, Place], option: str = "--out", contains: bool = True
 ) -> None:
-    """Refuse an output that is an input or lies in one; with `contains` also one that holds one.
+    """Refuse an output that is an input or inside one, or with `contains` one that holds an input.
 
     Args:
-        inputs: what is read, by what it is called.
+        inputs: paths that are read, by their name for messages.
 
     Raises:
         OutputError: names the output, the input and what to do.
@@ -91,7 +91,7 @@ def check_apart(
 
 
 def _stage_outputs() -> list[str]:
-    """Patterns of what the stages of ./dvc.yaml make, relative to it; none without one."""
+    """Patterns of the outputs of stages in ./dvc.yaml, relative to it; none without the file."""
     try:
         tree = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))
         stages = [stage.get("do", stage) for stage in tree["stages"].values()]
@@ -108,7 +108,7 @@ def _stage_outputs() -> list[str]:
 
 
 def check_no_stage(out: Path, option: str = "--out") -> None:
-    """Refuse an output that is, or lies in, what a stage of ./dvc.yaml makes: DVC removes that.
+    """Refuse an output that is, or is inside, an output of a stage in ./dvc.yaml: DVC removes it.
 
     Raises:
         OutputError: names the output and what to do.
@@ -127,7 +127,7 @@ def check_no_stage(out: Path, option: str = "--out") -> None:
 
 @contextlib.contextmanager
 def one_line_errors(option: str, path: Place) -> Iterator[None]:
-    """Turn an error of the system into one line that names the output."""
+    """Turn an OSError into an OutputError of one line that names the output."""
     try:
         yield
     except OSError as error:
@@ -139,7 +139,7 @@ def one_line_errors(option: str, path: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_parents(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; those made here are removed, if empty, after an error."""
+    """Make the folders above `path`; after an error, remove new ones that are empty."""
     made = [p for p in path.parents if not os.path.lexists(p)]
     above = next((p for p in path.parents if os.path.lexists(p)), path)
     if not above.is_dir():
@@ -154,7 +154,7 @@ def made_parents(path: Path) -> Iterator[None]:
         raise
 
 
-# --- results ----------------------------------------------------------------------------------
+# --- a new folder -----------------------------------------------------------------------------
 
 SCRATCH = ".musicscope-"
 """Prefix of the temporary folders in which results are completed."""
@@ -167,22 +167,19 @@ def numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}-{number}")
 
 
-# --- a new folder -----------------------------------------------------------------------------
-
-
 class NewFolder:
     """A claimed folder: write into `scratch`, then `publish`."""
 
     def __init__(self, target: Path, given: Path, scratch: Path, made: bool, option: str) -> None:
         self.scratch = scratch
-        """Empty folder for the result, on the same disk."""
+        """Empty folder on the same disk; write the result here."""
         self.published: Path | None = None
         self._target, self._given, self._made, self._option = target, given, made, option
 
     def publish(self) -> Path:
-        """Move what is in `scratch` to the claimed folder and say where it is.
+        """Move the contents of `scratch` to the claimed folder and give its path.
 
-        If files appeared there since, they stay, and the result goes to a numbered folder.
+        Files that appeared there since stay; the result then goes to a numbered folder.
 
         Raises:
             OutputError: the system refuses.
@@ -193,7 +190,7 @@ class NewFolder:
 
     def _moved(self) -> Path:
         if self._made:
-            # A folder takes the place of an empty folder only, of nothing else that is there.
+            # os.rename replaces an empty folder, and nothing else.
             with contextlib.suppress(OSError):
                 os.rename(self.scratch, self._target)
                 return self._given
@@ -223,12 +220,12 @@ def new_folder(
     given: Place | None, default: Place | None = None, inputs: Mapping[str, Place] | None = None,
     option: str = "--out", stages: bool = True,
 ) -> Iterator[NewFolder]:  # fmt: skip
-    """Claim a folder that is new, or empty, before the work; after an error nothing is left.
+    """Claim a new or empty folder before the work; after an error it is removed again.
 
     Args:
-        given: what the user named; None takes `default`, with a number if that name is taken.
-        inputs: what is read, by what it is called; the folder may not be, hold or lie in it.
-        stages: refuse what a stage of ./dvc.yaml makes.
+        given: path from the user; None takes `default`, with a number if that name is taken.
+        inputs: paths that are read, by name; the folder may not be, hold or be inside one.
+        stages: refuse outputs of stages in ./dvc.yaml.
 
     Raises:
         OutputError: the folder has contents, is a file, is an input, or cannot be made.
@@ -269,7 +266,7 @@ def _first_free(target: Path) -> Path:
 
 
 def _make_first_free(target: Path, name: Path) -> tuple[Path, Path]:
-    """Make the first folder of the numbered names that is not there; it, and as it is called."""
+    """Make the first free folder of the numbered names; give its real path and its name."""
     for folder, called in zip(numbered(target), numbered(name), strict=False):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -278,10 +275,10 @@ def _make_first_free(target: Path, name: Path) -> tuple[Path, Path]:
 
 
 def _make_or_take_empty(target: Path, name: Path, option: str) -> bool:
-    """Make `target` (True), or see that it is an empty folder (False).
+    """Make `target` (True), or accept it as an existing empty folder (False).
 
     Raises:
-        OutputError: it is a file, or has contents, which are named.
+        OutputError: it is a file, or has contents.
     """
     try:
         target.mkdir()
@@ -312,13 +309,13 @@ def _remove_if_empty(folder: Path) -> None:
 def folder_to_add_to(
     given: Place, inputs: Mapping[str, Place] | None = None, option: str = "--out"
 ) -> Iterator[Path]:
-    """Make sure, before the work, that files can be added to a folder, which may hold others.
+    """Check, before the work, that files can be added to a folder, which may hold other files.
 
-    The folder may hold an input but not be one or lie in one. After an error a folder that was
+    The folder may hold an input but not be one or be inside one. After an error a folder that was
     made here is removed if it is empty.
 
     Raises:
-        OutputError: the folder is a file, is an input, is of a stage, or cannot be written.
+        OutputError: the folder is a file, an input, an output of a stage, or not writable.
     """
     target = real_path(given, option)
     if target.exists() and not target.is_dir():
@@ -334,11 +331,11 @@ def folder_to_add_to(
 
 
 def add_files(folder: Place, contents: Callable[[str], Mapping[str, bytes]]) -> dict[str, Path]:
-    """Write several files under names that are free; equal ones that are there serve as they are.
+    """Write several files under free names; existing files of equal content are kept.
 
     Args:
-        contents: names to bytes, given "" first and then "-2", "-3" and so on to put into each
-            name, until no name is of a file with other content.
+        contents: gives bytes by name for a suffix of all names. It is called with "", "-2", "-3"
+            and so on, until no name belongs to a file with other content.
 
     Raises:
         OutputError: the system refuses.
@@ -357,19 +354,19 @@ def add_files(folder: Place, contents: Callable[[str], Mapping[str, bytes]]) -> 
 
 
 def _free(path: Path, content: bytes) -> bool:
-    """Whether nothing is at `path`, or a file of these bytes."""
+    """Say whether `path` is free, or a file of these bytes."""
     if not os.path.lexists(path):
         return True
     try:
         return (
             path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
         )
-    except OSError:  # what cannot be read stays
+    except OSError:  # a file that cannot be read stays
         return False
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a whole file to a name that must be free; FileExistsError if it is not."""
+    """Write a whole file to a free name; FileExistsError if it is taken."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=path.parent) as scratch:
         temporary = Path(scratch) / "file"
         temporary.write_bytes(content)
@@ -377,7 +374,7 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def link_or_copy(source: Path, place: Path) -> None:
-    """Give a file a second name; a copy where the disk has no links. FileExistsError if taken."""
+    """Give a file a second name, or copy it if the disk has no links; FileExistsError if taken."""
     try:
         os.link(source, place)
     except FileExistsError:

@@ -1,1 +1,1 @@
-"""data"""
+"""Clips and their labels, splits, and the sources that they are made from."""

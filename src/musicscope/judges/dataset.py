@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from musicscope.core.audio import resample
 from musicscope.data.clips import ClipStore
-from musicscope.data.sources.decoding import resample
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.embedded.midi_set.corpus import make_clip
 from musicscope.embedded.midi_set.embedded import FONTS, load_splits, load_synths

@@ -210,7 +210,7 @@ def silent(predictions: np.ndarray) -> np.ndarray:
 
 
 def load_musicnn(source: str | Path) -> Musicnn:
-    """Read MTT_musicnn from its wheel (``assets.fetch_wheel``) or a folder it was unpacked in.
+    """Read MTT_musicnn from its wheel (``wheel_assets.fetch``) or a folder it was unpacked in.
 
     Raises:
         FileNotFoundError: the checkpoint is not there.
@@ -227,7 +227,7 @@ def load_musicnn(source: str | Path) -> Musicnn:
     except (FileNotFoundError, KeyError, zipfile.BadZipFile) as error:
         raise FileNotFoundError(
             f"{source} is not the musicnn 0.1.0 wheel or its folder ({error}); get it with "
-            "musicscope.data.wheel_assets.fetch_wheel"
+            "musicscope.data.wheel_assets.fetch"
         ) from error
     weights = {}
     for name, value in read_checkpoint(index, data).items():

@@ -7,9 +7,8 @@ from typing import Any
 
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
-from musicscope.core.audio import at_rate
 from musicscope.core.io import folder_sha256
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import ClipStore, at_rate
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments_only
 from musicscope.maximisation import report as maximization_report

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from musicscope.core.audio import at_rate
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import ClipStore, at_rate
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Audio files one after another out of tars, zips, folders and parquets, nothing unpacked.
+"""Stream audio files out of tars, zips, folders and parquets without unpacking.
 
-A tar is read once from front to back and a file at a time, whatever its size; no name in an
-archive is ever used as a path on disk.
+A tar is read once from front to back, one file at a time; no name in an archive is ever used as a
+path on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from musicscope.data.sources.recordings import Audio, Problem, Recording, last_two, unsafe
+from musicscope.data.decoding import Problem
+from musicscope.data.sources.recordings import Audio, Recording, last_two, unsafe
 
 MAX_BYTES = 1 << 30
 """Larger files in archives are skipped: one file at a time is held in memory."""
@@ -27,15 +28,15 @@ BATCH_ROWS = 8
 
 
 class ArchiveError(ValueError):
-    """An archive that cannot be read on: unlike a bad file in it, nothing after it can be had."""
+    """An archive that cannot be read further; a single bad file in it is a Problem instead."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file that is wanted, or a reason why something was left out."""
+    """One requested file, or the reason why a file is skipped."""
 
     done: int
-    """How far the stream has come, in the unit of `extent`."""
+    """Progress of the stream, in the unit of `extent`."""
     recording: Recording | None = None
     read: Callable[[], bytes | Path | None] | None = None
     """Gives the encoded audio, or its path; valid until the next item is asked for."""
@@ -43,7 +44,7 @@ class Item:
 
 
 def extent(audio: Audio, recordings: Sequence[Recording]) -> tuple[int, str]:
-    """Total and unit of a stream's progress."""
+    """Compute the total of a stream's progress, and its unit."""
     if audio.kind in ("tar", "zip"):
         return audio.bytes, "B"
     if audio.kind == "parquet":
@@ -54,13 +55,14 @@ def extent(audio: Audio, recordings: Sequence[Recording]) -> tuple[int, str]:
 def stream(
     audio: Audio, recordings: Sequence[Recording], listed: frozenset[str], whole: bool
 ) -> Iterator[Item]:
-    """Every wanted recording in the order of the archive, and a problem for each other entry.
+    """Yield each requested recording in the sequence of the archive, and a problem per other entry.
 
-    Recordings that the stream does not hold come last, as problems. With `whole` False it ends
-    when all are found. Entries that the metadata lists (`listed`) but nobody wants pass silently.
+    Requested recordings that are absent come last, as problems. With `whole` False the stream ends
+    once all are read. Entries that the metadata lists (`listed`) but that are not requested are
+    passed over.
 
     Raises:
-        ArchiveError: an archive that is cut short or is none.
+        ArchiveError: a file that is cut short, or no archive.
     """
     left = {r.key: r for r in recordings}
     reader = {"tar": _tar, "zip": _zip, "folder": _folder, "parquet": _parquet}[audio.kind]
@@ -79,14 +81,14 @@ def _entry(
     name: str, size: int, done: int, left: dict[str, Recording], listed: set[str],
     read: Callable[[], bytes],
 ) -> Item | None:  # fmt: skip
-    """The item of one archive entry, taken out of `left`; None for what nobody wants."""
+    """Make the item of one archive entry and take it out of `left`; None if not requested."""
     key = last_two(name)
     if unsafe(name):
         return Item(done, problem=Problem(name, "unsafe path"))
     if key not in listed:
         return Item(done, problem=Problem(name, "not in the metadata"))
     if key not in left:
-        return None  # unwanted, or a second copy of what was read already
+        return None  # not requested, or a second copy
     if size > MAX_BYTES:
         return Item(done, problem=Problem(left.pop(key).name, "too large", f"{size} bytes"))
     return Item(done, left.pop(key), read)
@@ -115,7 +117,7 @@ def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) ->
 
 @contextlib.contextmanager
 def _archive_errors(path: Path) -> Iterator[None]:
-    """Turn what tarfile, its decompressors and pyarrow raise into ArchiveError."""
+    """Turn errors of tarfile, its decompressors and pyarrow into ArchiveError."""
     try:
         yield
     except (

@@ -1,14 +1,16 @@
-"""Recordings to a clip store: read, decode, cut and write, going on where a killed run stopped."""
+"""Build a clip store from recordings, resuming a killed run, and measure it."""
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
 import itertools
 import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,45 +18,58 @@ import numpy as np
 from tqdm import tqdm
 
 from musicscope.config import PrepareData
-from musicscope.core.io import partial_dir, publish_dir
-from musicscope.core.parallel import workers
-from musicscope.data.clips import forget_progress, write_clips, written
-from musicscope.data.sources import SOURCES, stems
+from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
+from musicscope.core.io import partial_dir, publish_dir, read_json, write_json, write_text
+from musicscope.core.parallel import Run, workers
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import auroc
+from musicscope.data.clips import ClipStore, forget_progress, known_labels, write_clips, written
+from musicscope.data.decoding import Decoded, Problem, Separator, Spec, decode_job, plain
+from musicscope.data.sources import jamendo, musicbench, stems
 from musicscope.data.sources.archives import Item, extent, stream
-from musicscope.data.sources.decoding import Decoded, Separator, Spec, decode_job
+from musicscope.data.sources.folder import scan as scan_folder
 from musicscope.data.sources.recordings import (
     SPLITS,
-    Problem,
     Recording,
     Scan,
     assign_splits,
+    describe_inputs,
     limit,
-    plain,
 )
-from musicscope.data.sources.report import REPORT, write_report
 from musicscope.data.taxonomy import FAMILIES
 
 VERSION = 1
 """Part of the scratch folder's name: raise it when the same input gives other clips."""
 FONT = "recording"
 """In the column `font`, which names the soundfont of rendered clips."""
+REPORT = "recordings.json"
+NAMED = 20
+"""Names per reason in the metrics; skipped.csv has all."""
+CUE_CLIPS = 1000
+"""Clips that the trivial cues are measured on, drawn by seed."""
+SOURCES: dict[str, Callable[[PrepareData, int], Scan]] = {
+    "musicbench": musicbench.scan,
+    "song_describer": jamendo.scan_song_describer,
+    "mtg_jamendo": jamendo.scan_mtg_jamendo,
+    "folder": scan_folder,
+}
 
 
 @dataclass
 class Progress:
-    """How far a run has come, and what it has met on the way: all whole numbers and strings."""
+    """State of a run that a killed run resumes from: whole numbers and strings."""
 
     items: int = 0
-    """Items of the stream that are done."""
+    """Finished items of the stream."""
     clips: int = 0
-    """Clips written of the item after them."""
+    """Clips written of the next item."""
     problems: list[list[str]] = field(default_factory=list)
     rates: dict[str, int] = field(default_factory=dict)
     padded: int = 0
     limited: int = 0
 
     def count(self, decoded: Decoded, problems: Iterable[Problem]) -> None:
-        """Add what one item brought."""
+        """Add the counts of one item."""
         self.problems += [p.texts() for p in problems]
         if decoded.rate:
             self.rates[str(decoded.rate)] = self.rates.get(str(decoded.rate), 0) + 1
@@ -63,7 +78,7 @@ class Progress:
 
 
 def prepare(config: PrepareData, seed: int) -> Scan:
-    """The data set's recordings with their splits, limited, and with stems for audio if wanted."""
+    """Scan the data set, assign splits, apply limits, and use stems as audio if configured."""
     settings = config.recordings
     scan = SOURCES[config.source](config, seed)
     if not scan.recordings:
@@ -79,7 +94,7 @@ def prepare(config: PrepareData, seed: int) -> Scan:
 
 
 def describe(scan: Scan, config: PrepareData) -> str:
-    """What a run will read and write, to be printed before it starts."""
+    """Describe the data that a run reads and writes, to be printed before it starts."""
     spec = spec_of(config)
     files, most = len(scan.recordings), len(scan.recordings) * spec.windows
     read = f"{scan.audio.bytes / 1e9:.1f} GB in {len(scan.audio.paths)} archives"
@@ -91,13 +106,13 @@ def describe(scan: Scan, config: PrepareData) -> str:
 
 
 def spec_of(config: PrepareData) -> Spec:
-    """The clips that `config` asks for."""
+    """Length, rate and number of clips per recording in `config`."""
     settings = config.recordings
     return Spec(config.seconds, settings.sample_rate, settings.windows, settings.min_share)
 
 
 def _fingerprint(scan: Scan) -> list[list[object]]:
-    """Name, size and time of every input: a changed file starts afresh."""
+    """Name, size and time of every input: after a change of a file a run does not resume."""
     files = [*scan.inputs]
     if scan.audio.kind == "folder":
         found = (next((p / r.key for p in scan.audio.paths if (p / r.key).is_file()), None)
@@ -122,7 +137,7 @@ def _row(source: str, r: Recording, start: float, number: int, windows: int) -> 
 
 
 def _read(item: Item) -> bytes | Path | Problem | None:
-    """The payload of one item, or why it has none; an archive that ends is an error."""
+    """Read one item, or say why it cannot be read; an archive that is cut short is an error."""
     if item.problem is not None:
         return item.problem
     try:
@@ -133,10 +148,10 @@ def _read(item: Item) -> bytes | Path | Problem | None:
 
 def decoded_clips(
     items: Iterable[Item], progress: Progress, spec: Spec, source: str,
-    run: Callable[[Callable, Iterable], Iterable], decode: Callable, batch: int,
+    run: Run, decode: Callable[[tuple[bytes | Path | None, Spec]], Decoded], batch: int,
     bar: Callable[[int], object],
 ) -> Iterator[tuple[np.ndarray, dict[str, object]]]:  # fmt: skip
-    """(audio, row) of every clip from where `progress` stands, which moves along."""
+    """Yield (audio, row) of every clip from `progress` on, and advance it."""
     first, ahead = progress.items, progress.clips
     todo = ((i, item) for i, item in enumerate(items) if i >= first)
     while chunk := [(i, item, _read(item)) for i, item in itertools.islice(todo, batch)]:
@@ -163,14 +178,14 @@ def write_recordings(
     out: str | Path, config: PrepareData, seed: int, processes: int = 1,
     separate: Separator | None = None,
 ) -> None:  # fmt: skip
-    """Make the clip store `out` from the data set that `config` names.
+    """Make the clip store `out` from the data set of `config`.
 
-    A killed run goes on at its last whole shard (an archive is read over, not decoded again) and
-    gives the same bytes, with any number of `processes`. `separate` takes the voice out of each
+    A killed run resumes at its last whole shard (an archive is read again, not decoded again) and
+    gives the same bytes, with any number of `processes`. `separate` removes the vocals of each
     clip, in this process.
 
     Raises:
-        FileNotFoundError, ValueError: the data set is not there, or not as its layout says.
+        FileNotFoundError, ValueError: the data set is absent, or its layout is another.
     """
     settings, spec = config.recordings, spec_of(config)
     scan = prepare(config, seed)
@@ -196,7 +211,7 @@ def write_recordings(
                 items, progress, spec, config.source, run, decode, 4 * processes,
                 lambda done: bar.update(done - bar.n),
             )  # fmt: skip
-            # What was left out is counted to the end of the stream before the table is written.
+            # Skipped items are counted to the end of the stream before the table is written.
             frame = write_clips(
                 folder, clips, spec.sample_rate, spec.samples, lambda: asdict(progress)
             )
@@ -212,8 +227,71 @@ def write_recordings(
 
 
 def _first_problems(problems: list[list[str]]) -> str:
-    """A few reasons to end an error with."""
+    """Summarise problems for the end of an error message."""
     if not problems:
         return ""
     counts = ", ".join(f"{r} {n}" for r, n in Counter(p[1] for p in problems).most_common(5))
     return f"; left out: {counts}; first: {' '.join(problems[0])}"
+
+
+def write_report(
+    folder: Path, scan: Scan, problems: Sequence[Sequence[str]], counts: Mapping[str, object]
+) -> None:
+    """Write skipped.csv with every [name, reason, detail], and recordings.json for `measure`."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("name", "reason", "detail"))
+    table.writerows(problems)
+    write_text(folder / "skipped.csv", text.getvalue())
+    named: dict[str, list[str]] = {}
+    for name, reason, _ in problems:
+        named.setdefault(reason, []).append(name)
+    audio = {p.name: {"bytes": p.stat().st_size} for p in scan.audio.paths if p.is_file()}
+    report = {
+        "facts": dict(scan.facts),
+        "inputs": describe_inputs(scan.inputs) | audio,
+        "skipped": {r: {"count": len(n), "names": n[:NAMED]} for r, n in named.items()},
+        "counts": dict(counts),
+    }
+    write_json(folder / REPORT, report)
+
+
+def measure(store: ClipStore, seed: int) -> dict[str, object]:
+    """Compute the stage's metrics for recordings: counts, labels and their rule, skipped items.
+
+    `skipped` counts all skipped items, `skipped_by_reason` names the first NAMED per reason.
+    """
+    rows, report = store.rows, read_json(store.folder / REPORT)
+    counts = rows.groupby(["kind", "font", "split"]).size()
+    labels, shares = {}, {}
+    for family in FAMILIES:
+        known, has = known_labels(rows, family)
+        split = rows["split"].to_numpy()[known]
+        labels[family] = {
+            "with": int(has.sum()), "without": int((~has).sum()), "unknown": len(rows) - len(has),
+            **{f"with_{s}": int(has[split == s].sum()) for s in SPLITS},
+        }  # fmt: skip
+        shares[family] = float(has.mean()) if len(has) else float("nan")
+    at, guitar = known_labels(rows, "guitar")
+    rng = np.random.default_rng(seed_for(seed, "recordings", "cues"))
+    picked = np.sort(rng.permutation(len(at))[:CUE_CLIPS])
+    return {
+        "clips": {"-".join(key): int(n) for key, n in counts.items()},
+        "groups": {s: int(n) for s, n in rows.groupby("split")["group"].nunique().items()},
+        "labels": labels,
+        "share_with": shares,
+        "trivial_cue_auroc": {"clips": _cue_aurocs(store, at[picked], guitar[picked])},
+        "skipped": sum(entry["count"] for entry in report["skipped"].values()),
+        "skipped_by_reason": report["skipped"],
+        "inputs": report["inputs"],
+        **report["counts"],
+        **report["facts"],
+    }
+
+
+def _cue_aurocs(store: ClipStore, at: np.ndarray, guitar: np.ndarray) -> dict[str, float]:
+    """Compute each trivial cue's AUROC for guitar against known absence."""
+    if not 0 < guitar.sum() < len(guitar):
+        return dict.fromkeys(TRIVIAL_CUES, float("nan"))
+    cues = np.concatenate([trivial_cues(store.audio([r]), store.sample_rate) for r in at])
+    return {name: auroc(cues[:, i], guitar) for i, name in enumerate(TRIVIAL_CUES)}

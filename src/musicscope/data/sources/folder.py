@@ -1,4 +1,4 @@
-"""A user's own folder of recordings, with labels.csv beside them if there are labels."""
+"""A user's own folder of recordings, with labels in an optional labels.csv."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
+from musicscope.data.decoding import SUFFIXES, Problem
 from musicscope.data.sources import labels
-from musicscope.data.sources.decoding import SUFFIXES
 from musicscope.data.sources.recordings import (
     SPLITS,
     Audio,
-    Problem,
     Recording,
     Scan,
     make_id,
@@ -28,13 +27,13 @@ WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false":
 
 
 def read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem], list[str]]:
-    """Rows of labels.csv by path, rows left out, and columns that mean nothing here.
+    """Read labels.csv: rows by path, skipped rows, and unused columns.
 
-    Columns: path, and of caption, group, split, artist and one per family those wanted.
+    Columns: path, and optionally caption, group, split, artist and one per family.
 
     Raises:
-        ValueError: no path column, a cell that is no label or split, a path twice, or a column
-            that looks like a misspelt one.
+        ValueError: no path column, a value that is no label or split, a path twice, or a column
+            name that looks misspelt.
     """
     rows: dict[str, dict[str, str]] = {}
     problems: list[Problem] = []
@@ -74,7 +73,7 @@ def read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem], li
 
 
 def list_audio(root: Path) -> tuple[list[str], list[Problem]]:
-    """Relative paths of the audio files, sorted, and what else lies there."""
+    """List relative paths of the audio files, sorted, and other files as problems."""
     names, others = [], []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -92,8 +91,10 @@ def list_audio(root: Path) -> tuple[list[str], list[Problem]]:
 
 
 def scan(config: PrepareData, seed: int) -> Scan:
-    """All audio below the folder. A recording's group is what the table says (group, else
-    artist), else the folder it is in, else itself."""
+    """List all audio below the folder.
+
+    A recording's group is its group, else its artist in the table, else its folder, else itself.
+    """
     settings = config.recordings
     root = Path(settings.audio or settings.folder)
     if not root.is_dir():
@@ -113,17 +114,17 @@ def scan(config: PrepareData, seed: int) -> Scan:
     for name in names:
         row = rows.get(name, {})
         caption = row.get("caption", "")
-        found = labels.merge([labels.from_caption(caption)] if caption else [])
+        known = labels.merge([labels.from_caption(caption)] if caption else [])
         for family in FAMILIES:
-            if (told := WORDS[row.get(family, "").lower()]) is not None:
-                found[family] = told
+            if (label := WORDS[row.get(family, "").lower()]) is not None:
+                known[family] = label
         counts["files_in_table"] += name in rows
         parent = str(PurePosixPath(name).parent)
         group = row.get("group") or row.get("artist") or (parent if parent != "." else name)
         recordings.append(
             Recording(
                 name=name, key=name, id=make_id("folder", name, taken), group=f"folder-{group}",
-                split=row.get("split", ""), labels=found, captions=(caption,),
+                split=row.get("split", ""), labels=known, captions=(caption,),
                 artist=row.get("artist", ""),
             )
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Which instrument families a recording has: from its caption, or from its instrument tags.
+"""Label recordings with instrument families, from captions or from instrument tags.
 
-Four answers, so that silence is not taken for absence: `present`, `negated` (the text says that
-it is not there), `unlisted` (other instruments are named, this one is not) and `unknown`.
+Four answers, so that silence does not count as absence: `present`, `negated` (the text denies the
+family), `unlisted` (other instruments are named, this one is not) and `unknown`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ _OTHER, _COLLECTIVE = _words(OTHER), _words(COLLECTIVE)
 
 
 def from_caption(caption: str) -> dict[str, str]:
-    """Family -> answer by CAPTION_RULE, from one caption in English."""
+    """Answer per family by CAPTION_RULE, from one caption in English."""
     text = caption.lower().replace("\u2019", "'")
     for pattern, replacement in PHRASES:
         text = pattern.sub(replacement, text)
@@ -179,9 +179,9 @@ UNCLEAR_TAGS: Mapping[str, frozenset[str]] = {
 
 
 def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
-    """Family -> answer by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix.
+    """Answer per family by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix.
 
-    No tag says mallets or choir (`voice` may be one singer): they stay unknown.
+    No tag means mallets or choir (`voice` may be one singer): they stay unknown.
     """
     answers = {}
     for family in FAMILIES:
@@ -195,29 +195,27 @@ def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
 
 
 def combine(answers: Iterable[str]) -> bool | None:
-    """One label from several answers: any `present` wins over silence; against an outright
-    negation it is unknown (None)."""
-    found = set(answers)
-    if {PRESENT, NEGATED} <= found or found <= {UNKNOWN}:
+    """Combine answers into one label: `present` wins over silence; with `negated` too, None."""
+    given = set(answers)
+    if {PRESENT, NEGATED} <= given or given <= {UNKNOWN}:
         return None
-    return PRESENT in found
+    return PRESENT in given
 
 
 def merge_answers(sources: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """One answer a family from several captions, as `combine` weighs them."""
-    sources = list(sources)
-    told = {None: UNKNOWN, True: PRESENT, False: UNLISTED}
-    return {family: told[combine(s[family] for s in sources)] for family in FAMILIES}
+    """Answer per family from several captions, by `combine`."""
+    answers = {None: UNKNOWN, True: PRESENT, False: UNLISTED}
+    return {family: answers[label] for family, label in merge(sources).items()}
 
 
 def merge(sources: Iterable[Mapping[str, str]]) -> dict[str, bool | None]:
-    """Labels of all families, `combine`d over the texts or tags that speak of one recording."""
+    """Label per family, by `combine` over the captions and tags of one recording."""
     sources = list(sources)
     return {family: combine(s[family] for s in sources) for family in FAMILIES}
 
 
 def agreement(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """How two ways to one family's label agree, in recordings."""
+    """Count recordings in which two sources of one family's label agree."""
     count: Counter[str] = Counter()
     for first, second in pairs:
         if UNKNOWN in (first, second):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
+from musicscope.data.decoding import Problem
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
-    Problem,
     Recording,
     Scan,
     find_audio,
@@ -34,32 +34,32 @@ ID_LENGTH = 11
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """train, test_a and test_b (old name: testA) -> file.
+    """Find the files of train, test_a and test_b (old name: testA).
 
     Raises:
         FileNotFoundError: no train file, naming the folder.
     """
-    found = {}
+    files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := SPLIT_FILE.fullmatch(path.name):
-            found[match[1].lower().replace("testa", "test_a").replace("testb", "test_b")] = path
-    if "train" not in found:
+            files[match[1].lower().replace("testa", "test_a").replace("testb", "test_b")] = path
+    if "train" not in files:
         raise FileNotFoundError(
             f"{folder} holds no MusicBench_train.json; set prepare_data.recordings.folder to a "
             "download of amaai-lab/MusicBench (three .json files and MusicBench.tar.gz)"
         )
-    return found
+    return files
 
 
 def read_rows(path: Path, problems: list[Problem]) -> Iterator[dict]:
-    """Rows of one JSON-lines file; lines that are no row are added to `problems`."""
+    """Read rows of one JSON-lines file; other lines are added to `problems`."""
     with path.open(encoding="utf-8") as file:
         for count, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             if count == 1 and line.lstrip().startswith("["):
                 raise ValueError(
-                    f"{path} is one JSON array; MusicBench's files are JSON lines: one row a line"
+                    f"{path} is one JSON array; MusicBench's files are JSON lines: one row per line"
                 )
             where = f"{path.name}:{count}"
             try:
@@ -77,12 +77,12 @@ def read_rows(path: Path, problems: list[Problem]) -> Iterator[dict]:
 
 
 def base_id(location: str) -> str:
-    """The source clip: copies of one clip share the first eleven characters."""
+    """Name the source clip: copies of one clip share the first eleven characters."""
     return PurePosixPath(location).name[:ID_LENGTH]
 
 
 def _key_name(key: object) -> str:
-    """["F#", "minor"] as `F sharp minor`."""
+    """Write ["F#", "minor"] as `F sharp minor`."""
     if not isinstance(key, list) or len(key) != 2 or not all(isinstance(k, str) for k in key):
         return ""
     root = key[0][:1] + key[0][1:].replace("#", " sharp").replace("b", " flat")

@@ -1,4 +1,4 @@
-"""What every data set of recordings is turned into before its audio is read, and its splits."""
+"""The metadata of a data set of recordings in one form for all sources, and its splits."""
 
 from __future__ import annotations
 
@@ -12,43 +12,31 @@ from pathlib import Path, PurePosixPath
 from musicscope.config import RecordingLimits
 from musicscope.core.io import sha256
 from musicscope.core.seeding import seed_for
+from musicscope.data.decoding import Problem, plain
 
 SPLITS = ("train", "validation", "test")
 HASHED_BYTES = 500_000_000
-"""Larger inputs are named with their size only."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that was left out: what, why, and the particulars."""
-
-    name: str
-    reason: str
-    detail: str = ""
-
-    def texts(self) -> list[str]:
-        """[name, reason, detail], as tables and JSON hold them."""
-        return [plain(self.name), self.reason, plain(self.detail)]
+"""Larger inputs are described by their size only."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One audio file and what the data set says of it."""
+    """One audio file and its metadata."""
 
     name: str
-    """Where it is in the data set; unique, and what metrics call it."""
+    """Path in the data set; unique, and its name in metrics."""
     key: str
-    """What its audio is found by: the last two parts of its path, or its track id."""
+    """Key of its audio: the last two parts of its path, or its track id."""
     id: str
     """Stem of its clips' ids; unique."""
     group: str
     """Recordings of one group (source clip, artist) never cross splits."""
     split: str
-    """train, validation, test; empty: to be drawn."""
+    """train, validation or test; empty: to be drawn."""
     labels: Mapping[str, bool | None]
-    """Family -> has it; None: unknown."""
+    """Label per family; None: unknown."""
     captions: tuple[str, ...] = ()
-    """The first is the one that models are given."""
+    """Models are conditioned on the first."""
     tempo_bpm: float = float("nan")
     music_key: str = ""
     artist: str = ""
@@ -56,7 +44,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Audio:
-    """Where the audio is: `kind` tar, zip, folder or parquet; folders are tried in order."""
+    """Place of the audio: `kind` is tar, zip, folder or parquet; folders are tried in sequence."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -69,7 +57,7 @@ class Audio:
 
 @dataclass(frozen=True)
 class Scan:
-    """A data set as its metadata gives it."""
+    """The metadata of a data set."""
 
     recordings: tuple[Recording, ...]
     audio: Audio
@@ -79,16 +67,11 @@ class Scan:
     inputs: tuple[Path, ...] = ()
     """Metadata files that were read."""
     listed: frozenset[str] = frozenset()
-    """Keys of all recordings that the metadata lists, wanted or not."""
-
-
-def plain(text: str) -> str:
-    """Text that can be written: bytes that are no UTF-8 as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Keys of all recordings in the metadata, requested or not."""
 
 
 def unsafe(name: str) -> bool:
-    """Whether a name from metadata or an archive could lead out of its folder, or is no text."""
+    """Say whether a name in metadata or an archive could lead out of its folder, or is no text."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return (
         not parts
@@ -101,12 +84,12 @@ def unsafe(name: str) -> bool:
 
 
 def last_two(name: str) -> str:
-    """The last two parts of a path: what archives and metadata agree on."""
+    """Keep the last two parts of a path, which archives and metadata have in common."""
     return "/".join(PurePosixPath(name).parts[-2:])
 
 
 def make_id(source: str, name: str, taken: set[str]) -> str:
-    """A clip id stem that is a safe file name; `taken` makes it unique and is added to."""
+    """Make a clip id stem that is a safe file name, unlike those in `taken`, and add it there."""
     stem = f"{source}-" + re.sub(r"[^\w.-]+", "_", str(PurePosixPath(name).with_suffix("")))
     if stem in taken:
         stem += "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -115,7 +98,7 @@ def make_id(source: str, name: str, taken: set[str]) -> str:
 
 
 def find_file(folder: Path, *patterns: str) -> Path | None:
-    """The first file in `folder` that matches a pattern, patterns in order, names sorted."""
+    """Find the first file in `folder` that matches a pattern: first pattern, then first name."""
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
@@ -124,13 +107,13 @@ def find_file(folder: Path, *patterns: str) -> Path | None:
 
 
 def find_audio(folder: str, audio: str, *inside: str) -> Audio:
-    """Archives (`*.tar*`, `*.tgz`, `*.zip`) or folders with the audio.
+    """Find the archives (`*.tar*`, `*.tgz`, `*.zip`) or folders with the audio.
 
     `audio` is a folder, an archive, or empty: then archives in `folder` itself, else its
     subfolders `inside`, else itself.
 
     Raises:
-        FileNotFoundError: nothing there; the message names the params key.
+        FileNotFoundError: no such file or folder; the message names the params key.
     """
     root = Path(audio or folder)
     if not root.exists():
@@ -149,18 +132,17 @@ def find_audio(folder: str, audio: str, *inside: str) -> Audio:
 
 
 def describe_inputs(paths: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """File name -> size, and sha256 unless it is large: which copy of a data set was read."""
-    found: dict[str, dict[str, object]] = {}
+    """Size per file name, and sha256 unless the file is large: the copy of the data set."""
+    described: dict[str, dict[str, object]] = {}
     for path in paths:
         size = path.stat().st_size
-        found[path.name] = {"bytes": size}
-        if size <= HASHED_BYTES:
-            found[path.name]["sha256"] = sha256(path)
-    return found
+        digest = {"sha256": sha256(path)} if size <= HASHED_BYTES else {}
+        described[path.name] = {"bytes": size, **digest}
+    return described
 
 
 def _drawn(groups: Iterable[str], share: float, seed: int, purpose: str) -> set[str]:
-    """`share` of the groups, at least one, by the order of their hashes."""
+    """Draw `share` of the groups, at least one, in the sequence of their hashes."""
     ranked = sorted(set(groups), key=lambda g: (seed_for(seed, "split", purpose, g), g))
     return set(ranked[: max(1, round(share * len(ranked)))])
 
@@ -168,10 +150,10 @@ def _drawn(groups: Iterable[str], share: float, seed: int, purpose: str) -> set[
 def assign_splits(
     recordings: Sequence[Recording], seed: int, validation_share: float, test_share: float
 ) -> list[Recording]:
-    """Give every group one split: the data set's own where it has it, else one drawn by seed.
+    """Give every group one split: the data set's own if it has one, else one drawn by seed.
 
-    A data set without test gives `test_share` of its undecided groups to it; one without
-    validation gives `validation_share` of what is left or called train.
+    Without a test split, `test_share` of the groups without a split become test. Without a
+    validation split, `validation_share` of the rest and of train become validation.
 
     Raises:
         ValueError: a group in two splits, or a split that stays empty.
@@ -203,7 +185,7 @@ def assign_splits(
 
 
 def limit(recordings: Sequence[Recording], limits: RecordingLimits, seed: int) -> list[Recording]:
-    """At most so many recordings per split, the same for any order of the metadata."""
+    """Keep at most `limits` recordings per split, the same for any sequence of the metadata."""
     chosen: set[str] = set()
     for split in SPLITS:
         of_split = [r for r in recordings if r.split == split]
@@ -213,7 +195,7 @@ def limit(recordings: Sequence[Recording], limits: RecordingLimits, seed: int) -
 
 
 def number(value: object) -> float:
-    """A finite, positive number, or NaN."""
+    """Convert to a finite, positive number, or NaN."""
     try:
         result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The music without its voice: stems that were made before, or Demucs."""
+"""Music without vocals: existing stems, or Demucs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from musicscope.data.sources.decoding import SUFFIXES, Separator, resample
+from musicscope.core.audio import resample
+from musicscope.data.decoding import SUFFIXES, Separator
 from musicscope.data.sources.recordings import Audio, Recording, Scan, unsafe
 
 DEMUCS_MODEL = "htdemucs"
 
 
 def from_folder(scan: Scan, folder: str) -> Scan:
-    """The data set with each recording's audio replaced by its stem in `folder`.
+    """Replace each recording's audio by its stem in `folder`.
 
-    Looked for as <name>.<suffix>, <stem>.<suffix> and <stem>/no_vocals.<suffix> (what
-    ``demucs --two-stems=vocals`` writes), where name is the recording's and stem its last part
-    without suffix. A recording without a stem is counted as missing, never mixed in as it is.
+    File names: <name>.<suffix>, <stem>.<suffix> and <stem>/no_vocals.<suffix> (the output of
+    ``demucs --two-stems=vocals``), where stem is the last part of the recording's name without
+    suffix. A recording without a stem counts as missing; its mix is never used.
     """
     root = Path(folder)
     if not folder or not root.is_dir():
@@ -39,9 +40,9 @@ def from_folder(scan: Scan, folder: str) -> Scan:
 
 
 def demucs_separator() -> Separator:
-    """Demucs' four-stem model; the sum of all but the voice is kept.
+    """Load Demucs' four-stem model; the separator sums all stems except vocals.
 
-    Random shifts are off, so that the same audio gives the same stem.
+    Random shifts are off, so that equal audio gives equal stems.
 
     Raises:
         RuntimeError: demucs is not installed.

@@ -1,4 +1,4 @@
-"""From one encoded audio file to clips: mono, one rate, one length, or the reason why not."""
+"""Decode an encoded audio file into mono clips of one rate and length, or say why not."""
 
 from __future__ import annotations
 
@@ -15,18 +15,36 @@ import soundfile
 from musicscope.core.audio import resample
 
 Separator = Callable[[np.ndarray, int], np.ndarray]
-"""(audio float32 [channels, samples], Hz) -> the same without its voice, [channels, samples]."""
+"""(audio float32 [channels, samples], Hz) -> audio without vocals, [channels, samples]."""
 
 SILENCE_DB = -60.0
 """RMS in dB of full scale below which a window counts as silent."""
 RATES = (4_000, 384_000)
-"""Hz that a header may state; anything else is a broken file."""
+"""Range of Hz in a header; other values mean a broken file."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
+
+
+def plain(text: str) -> str:
+    """Escape bytes that are no UTF-8, so that the text can be written."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that was left out: its name, the reason, and details."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+    def texts(self) -> list[str]:
+        """[name, reason, detail], as tables and JSON hold them."""
+        return [plain(self.name), self.reason, plain(self.detail)]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What clips to cut."""
+    """Length, rate and number of clips to cut from a file."""
 
     seconds: float
     sample_rate: int
@@ -35,28 +53,28 @@ class Spec:
 
     @property
     def samples(self) -> int:
-        """Samples a clip."""
+        """Samples per clip."""
         return round(self.seconds * self.sample_rate)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of one file."""
+    """Clips of one file, and problems."""
 
     clips: tuple[tuple[float, np.ndarray], ...] = ()
     """(start in seconds, float32 [samples] in [-1, 1])."""
     problems: tuple[tuple[str, str], ...] = ()
-    """(reason, particulars): of the file, or of a window."""
+    """(reason, detail): of the file, or of a window."""
     rate: int = 0
     """Hz of the file."""
     padded: bool = False
-    """Shorter than a clip, filled up with zeros."""
+    """Whether the file is shorter than a clip and was padded with zeros."""
     limited: int = 0
-    """Windows above full scale, turned down to it."""
+    """Windows above full scale, scaled down to it."""
 
 
 def window_starts(length: float, seconds: float, windows: int) -> list[float]:
-    """Starts of up to `windows` clips, each in the middle of one of as many equal parts.
+    """Place up to `windows` clips, each in the middle of one of as many equal parts.
 
     One window is the middle of the recording; fewer are cut where they would overlap.
     """
@@ -82,7 +100,7 @@ def _cut_wav(payload: bytes | Path, size: int) -> str:
 
 
 def decode(payload: bytes | Path | None, spec: Spec, separate: Separator | None = None) -> Decoded:
-    """Cut the clips that `spec` wants out of one encoded file; never raises for what is in it."""
+    """Cut the clips of `spec` out of one encoded file; no content of the file raises an error."""
     if payload is None:
         return Decoded(problems=(("no audio", "the data set gives none"),))
     size = len(payload) if isinstance(payload, bytes) else os.stat(payload).st_size
@@ -136,5 +154,5 @@ def _cut(file: soundfile.SoundFile, spec: Spec, separate: Separator | None) -> D
 
 
 def decode_job(job: tuple[bytes | Path | None, Spec], separate: Separator | None = None) -> Decoded:
-    """`decode` of one (payload, spec): what travels to another process."""
+    """Decode one (payload, spec), as jobs for other processes hold them."""
     return decode(*job, separate=separate)

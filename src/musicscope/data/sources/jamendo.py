@@ -1,0 +1,309 @@
+"""Tracks of Jamendo: MTG-Jamendo and Song Describer, whose audio is the test part of its split 0.
+
+MTG-Jamendo (MTG/mtg-jamendo-dataset) has tag tables by artist-disjoint splits and whole tracks.
+Song Describer has captions of two minutes per track: renumics' parquet with the audio inside, or
+Zenodo's CSV, mp3s and tag table.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from musicscope.config import PrepareData
+from musicscope.data.decoding import Problem
+from musicscope.data.sources import labels
+from musicscope.data.sources.recordings import (
+    SPLITS,
+    Audio,
+    Recording,
+    Scan,
+    find_audio,
+    find_file,
+    last_two,
+    make_id,
+    unsafe,
+)
+
+TAG_HEADER = ["TRACK_ID", "ARTIST_ID", "ALBUM_ID", "PATH", "DURATION", "TAGS"]
+TAG_CATEGORY = "instrument---"
+CAPTION_COLUMNS = ["caption_id", "track_id", "caption", "is_valid_subset", "artist_id", "path"]
+SUFFIX = ".mp3"
+DESCRIBER_SUFFIX = ".2min.mp3"
+"""Zenodo's files are 00/<id>.2min.mp3, its CSV says 00/<id>.mp3."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """One row of a tag table."""
+
+    track: int
+    artist: int
+    path: str
+    tags: frozenset[str]
+    """Instrument tags without their prefix."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption; a track may have several."""
+
+    text: str
+    track: int
+    artist: int
+    valid: bool
+    path: str
+
+
+def _trailing_number(text: str) -> int:
+    """Parse `track_0000001` as 1."""
+    return int(text.rsplit("_", 1)[-1])
+
+
+def read_tags(path: Path) -> tuple[list[Track], list[Problem]]:
+    """Read a tag table with one tab column per tag and CRLF line ends; bad rows are problems.
+
+    Raises:
+        ValueError: the header differs.
+    """
+    tracks, problems = [], []
+    # Split by hand: the header names six columns, rows have one more for each further tag.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[0].rstrip("\r").split("\t") != TAG_HEADER:
+        raise ValueError(f"{path}: the first line is {lines[0][:80]!r}, expected {TAG_HEADER}")
+    for number, line in enumerate(lines[1:], start=2):
+        columns = line.rstrip("\r").split("\t")
+        if columns == [""]:
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            track, artist = (_trailing_number(c) for c in columns[:2])
+            file = columns[3]
+        except (IndexError, ValueError):
+            problems.append(Problem(where, "bad metadata row", line[:80]))
+            continue
+        if unsafe(file):
+            problems.append(Problem(file, "unsafe path", where))
+            continue
+        tags = frozenset(
+            t.removeprefix(TAG_CATEGORY) for t in columns[5:] if t.startswith(TAG_CATEGORY)
+        )
+        tracks.append(Track(track, artist, file, tags))
+    return tracks, problems
+
+
+def parquet_files(folder: Path) -> tuple[Path, ...]:
+    """Shards of renumics/song-describer-dataset, sorted; empty without them."""
+    for inside in ("data", "."):
+        if found := sorted((folder / inside).glob("train-*.parquet")):
+            return tuple(found)
+    return ()
+
+
+def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Path, ...]]:
+    """Read captions of either layout: captions, bad rows, and the files read.
+
+    Raises:
+        FileNotFoundError: neither layout is there.
+        ValueError: a column is missing.
+    """
+    shards = parquet_files(folder)
+    table = find_file(folder, "song_describer.csv")
+    rows: list[tuple[str, dict]] = []
+    if shards:
+        for path in shards:
+            names = pq.read_schema(path).names
+            _check_columns(path, names)
+            # The column called path holds the audio itself: gigabytes.
+            few = [c for c in CAPTION_COLUMNS if c != "path"]
+            for i, row in enumerate(pq.read_table(path, columns=few).to_pylist()):
+                rows.append((f"{path.name}:{i}", {**row, "path": ""}))
+    elif table:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            _check_columns(table, reader.fieldnames or [])
+            rows = [(f"{table.name}:{reader.line_num}", row) for row in reader]
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds no data/train-*.parquet (renumics/song-describer-dataset) and no "
+            "song_describer.csv (Zenodo 10072001)"
+        )
+    good, problems = [], []
+    for where, row in rows:
+        try:
+            track, artist = int(row["track_id"]), int(row["artist_id"])
+        except (TypeError, ValueError):
+            problems.append(Problem(where, "bad metadata row", "track_id or artist_id"))
+            continue
+        if not isinstance(row["caption"], str) or not isinstance(row["path"], str):
+            problems.append(Problem(where, "bad metadata row", "caption or path"))
+        elif table and not shards and unsafe(row["path"]):
+            problems.append(Problem(row["path"], "unsafe path", where))
+        else:
+            valid = str(row["is_valid_subset"]).strip().lower() == "true"
+            good.append(Caption(row["caption"], track, artist, valid, row["path"]))
+    return good, problems, shards or (table,)
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    if missing := [c for c in CAPTION_COLUMNS if c not in names]:
+        raise ValueError(f"{path} lacks the columns {missing}; it has {list(names)}")
+
+
+def read_track_tags(config: PrepareData) -> tuple[dict[int, frozenset[str]], tuple[Path, ...]]:
+    """Map track id to MTG-Jamendo's instrument tags, and name the table, if there is one."""
+    settings = config.recordings
+    path = Path(settings.tags) if settings.tags else None
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"prepare_data.recordings.tags: {path} does not exist")
+    path = path or find_file(Path(settings.folder), "song_describer.mtg-jamendo.tsv")
+    if path is None:
+        return {}, ()
+    tracks, _ = read_tags(path)
+    return {t.track: t.tags for t in tracks}, (path,)
+
+
+def scan_song_describer(config: PrepareData, seed: int) -> Scan:
+    """Read Song Describer: a recording per track, a group per artist; splits are drawn."""
+    settings = config.recordings
+    folder = Path(settings.folder)
+    rows, problems, files = read_captions(folder)
+    tags, tag_files = read_track_tags(config)
+    by_track: dict[int, list[Caption]] = {}
+    for row in rows:
+        by_track.setdefault(row.track, []).append(row)
+    embedded = bool(parquet_files(folder))
+    recordings, pairs = [], []
+    for track, captions in by_track.items():
+        captions.sort(key=lambda row: not row.valid)  # stable: the valid captions first
+        answers = [labels.from_caption(r.text) for r in captions]
+        if track in tags:
+            tagged = labels.from_tags(tags[track], settings.min_tags)
+            pairs.append((labels.merge_answers(answers)["guitar"], tagged["guitar"]))
+            answers.append(tagged)
+        path = captions[0].path.removesuffix(".mp3") + (settings.audio_suffix or DESCRIBER_SUFFIX)
+        recordings.append(
+            Recording(
+                name=f"track_{track}" if embedded else path,
+                key=str(track) if embedded else last_two(path),
+                id=f"songdescriber-{track}", group=f"jamendo-artist-{captions[0].artist}", split="",
+                labels=labels.merge(answers), captions=tuple(r.text for r in captions),
+                artist=str(captions[0].artist),
+            )
+        )  # fmt: skip
+    counts = Counter(captions=len(rows), tracks=len(by_track), tracks_with_tags=len(pairs))
+    facts = {
+        "rows": dict(counts),
+        "label_rule": "all captions of a track, and its instrument tags where a tag table is "
+        "given; either is enough. " + labels.CAPTION_RULE + " Tags: " + labels.TAG_RULE,
+        "guitar_captions_against_tags": labels.agreement(pairs),
+        "mtg_jamendo": "the audio is the test part of MTG-Jamendo's split 0: test nothing on these "
+        "that has learnt from it, nor the reverse",
+    }
+    if embedded:
+        audio = Audio("parquet", files)
+    else:
+        audio = find_audio(settings.folder, settings.audio, "audio")
+    listed = frozenset(r.key for r in recordings)
+    return Scan(tuple(recordings), audio, tuple(problems), facts, (*files, *tag_files), listed)
+
+
+def split_file(folder: Path, split: int, part: str) -> Path:
+    """Find the instrument table of one split, in a clone of the repository or its data folder."""
+    name = f"splits/split-{split}/autotagging_instrument-{part}.tsv"
+    found = find_file(folder, f"data/{name}", name)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder}/data/{name} does not exist; set prepare_data.recordings.folder to a clone "
+            "of MTG/mtg-jamendo-dataset"
+        )
+    return found
+
+
+def remove_overlap(
+    recordings: list[Recording], tracks: dict[str, Track], config: PrepareData
+) -> tuple[list[Recording], list[Problem], dict[str, object]]:
+    """Keep Song Describer's tracks and artists out of train and validation.
+
+    Its audio is the test part of split 0, which therefore needs no list.
+
+    Raises:
+        ValueError: tracks in common under `overlap: refuse`, or no list for another split.
+    """
+    settings = config.recordings
+    if not settings.song_describer:
+        if settings.jamendo_split:
+            raise ValueError(
+                f"prepare_data.recordings.jamendo_split = {settings.jamendo_split}: Song "
+                "Describer's tracks are test in split 0 only; set "
+                "prepare_data.recordings.song_describer to the folder of its metadata so that "
+                "they can be kept out of train, or use split 0"
+            )
+        return recordings, [], {"song_describer": "not compared: its tracks are test in split 0"}
+    rows, _, _ = read_captions(Path(settings.song_describer))
+    theirs = {r.track for r in rows}
+    artists = {r.artist for r in rows}
+    shared = [r for r in recordings if tracks[r.key].track in theirs]
+    leaks = [
+        r for r in recordings
+        if r.split != "test"
+        and (tracks[r.key].track in theirs or tracks[r.key].artist in artists)
+    ]  # fmt: skip
+    if leaks and settings.overlap == "refuse":
+        raise ValueError(
+            f"{len(leaks)} tracks of train and validation (first: {leaks[0].name}) are, or share "
+            "an artist with, tracks of Song Describer; set prepare_data.recordings.overlap to "
+            "remove, or jamendo_split to 0"
+        )
+    names = {r.name for r in leaks}
+    problems = [Problem(r.name, "overlap with Song Describer", r.split) for r in leaks]
+    facts = {"song_describer_tracks": len(shared), "song_describer_removed": len(leaks)}
+    return [r for r in recordings if r.name not in names], problems, facts
+
+
+def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
+    """Read MTG-Jamendo's three tables of one split; a group per artist."""
+    settings = config.recordings
+    problems: list[Problem] = []
+    recordings: list[Recording] = []
+    tracks: dict[str, Track] = {}
+    taken: set[str] = set()
+    files = []
+    counts: Counter[str] = Counter()
+    for split in SPLITS:
+        path = split_file(Path(settings.folder), settings.jamendo_split, split)
+        files.append(path)
+        rows, bad = read_tags(path)
+        problems += bad
+        for row in rows:
+            file = row.path.removesuffix(SUFFIX) + (settings.audio_suffix or SUFFIX)
+            key = last_two(file)
+            if key in tracks:
+                problems.append(Problem(row.path, "bad metadata row", f"twice in {path.name}"))
+                continue
+            tracks[key] = row
+            counts[f"rows_{split}"] += 1
+            counts["rows_with_few_tags"] += len(row.tags) < settings.min_tags
+            recordings.append(
+                Recording(
+                    name=file, key=key, id=make_id("jamendo", row.path, taken),
+                    group=f"jamendo-artist-{row.artist}", split=split,
+                    labels=labels.merge([labels.from_tags(row.tags, settings.min_tags)]),
+                    captions=(", ".join(sorted(row.tags)),), artist=str(row.artist),
+                )
+            )  # fmt: skip
+    recordings, overlap, compared = remove_overlap(recordings, tracks, config)
+    facts = {
+        "rows": dict(sorted(counts.items())),
+        "split": settings.jamendo_split,
+        "label_rule": labels.TAG_RULE,
+        **compared,
+    }
+    audio = find_audio(settings.folder, settings.audio, "audio", "data/audio")
+    return Scan(
+        tuple(recordings), audio, (*problems, *overlap), facts, tuple(files), frozenset(tracks)
+    )
