@@ -1,23 +1,22 @@
-"""Rows of the table against brute force, p-values under nulls, and the line from end to end."""
+"""Rows of the table against brute force, p-values under nulls, and the whole comparison."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_array
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import mannwhitneyu
 
+from musicscope.config.analysis import MatchFeatures
 from musicscope.core import stats
 from musicscope.core.io import read_json, sha256, write_json
 from musicscope.dictionaries.codes import Codes, pool_clips
 from musicscope.features import association as concepts
-from musicscope.features import report as match_report
-from musicscope.features import run as match_run
+from musicscope.features import report
 from musicscope.features import table as feature_table
+from musicscope.features.run import Inputs, ModelSAEs, compare, describe_features
 from tests.support.planted import BOTH, CLOCK, DEAD, GUITAR, OWN, SHARED, WIDTH, plant
 
 
@@ -94,22 +93,6 @@ def test_top_clips_give_the_exact_frame():
     for _, part in top.groupby("feature"):
         assert part["rank"].tolist() == list(range(1, len(part) + 1))
         assert part["value"].is_monotonic_decreasing
-
-
-def test_rank_z_is_mann_and_whitneys_with_ties():
-    rng = np.random.default_rng(3)
-    scores = np.maximum(rng.standard_normal((60, 4)), 0.0)  # half are ties at 0
-    scores[:, 3] = 1.0
-    labels = rng.random((60, 2)) < 0.3
-    z = concepts.rank_z(concepts.standard_ranks(scores), labels)
-    for c in range(2):
-        for f in range(3):
-            result = mannwhitneyu(
-                scores[labels[:, c], f], scores[~labels[:, c], f], alternative="greater",
-                method="asymptotic", use_continuity=False,
-            )  # fmt: skip
-            assert norm.sf(z[c, f]) == pytest.approx(result.pvalue, rel=1e-4)
-    assert not z[:, 3].any()
 
 
 def aligned(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed=0, permutations=99):
@@ -219,34 +202,36 @@ def test_rare_concepts_are_left_out_and_counted():
         concepts.usable_concepts(rows, halves, ["a", "b"], 4)
 
 
-SETTINGS = match_run.Settings(
-    slot="top1", threshold=0.5, fire_threshold=0.1, null_draws=2, permutations=99, bootstrap=50,
-    min_clips=4, top_clips=3, seed=0,
+SECTION = MatchFeatures(
+    slot="top1", threshold=0.5, null_draws=2, permutations=99, bootstrap=50, min_clips=4,
+    top_clips=3,
 )  # fmt: skip
 
 
-def whole_line(planted, settings=SETTINGS):
-    subjects = [
-        match_run.Subject(name, store, saes)
+def inputs(planted, **changes):
+    models = [
+        ModelSAEs(name, store, saes)
         for name, store, saes in zip("ab", planted.stores, planted.saes, strict=True)
     ]
-    match_run.check(subjects, planted.usae, planted.rows, "top1")
-    at = match_run.clip_positions(planted.rows)
-    found = match_run.compare(subjects, planted.usae, planted.rows, at, settings)
-    features, top, skipped = match_run.describe_features(
-        found, subjects, planted.usae, planted.rows, at, 50.0, settings
-    )
-    return found, features, top, match_report.metrics(found, features, skipped, at, settings)
+    values = {"models": models, "usae": planted.usae, "rows": planted.rows, "slot": "top1"}
+    return Inputs(**values | changes)
+
+
+def compare_planted(planted, workers=1):
+    of = inputs(planted)
+    comparison = compare(of, SECTION, 0, workers)
+    features, top, skipped = describe_features(of, comparison, SECTION, 0.1, 50.0, 0)
+    return comparison, features, top, report.metrics(comparison, features, skipped, SECTION)
 
 
 @pytest.fixture(scope="module")
-def line():
+def compared():
     planted = plant(reproducible_own=OWN - 1)
-    return planted, *whole_line(planted)
+    return planted, *compare_planted(planted)
 
 
-def test_planted_sets_partners_and_counterparts_are_found(line):
-    planted, found, features, _, metrics = line
+def test_planted_sets_partners_and_counterparts_are_found(compared):
+    planted, found, features, _, metrics = compared
     table = features.set_index(["kind", "model", "feature"])
     for m, name in enumerate("ab"):
         latent, rows = planted.latent[m], table.loc["sae", name]
@@ -284,11 +269,11 @@ def test_planted_sets_partners_and_counterparts_are_found(line):
     assert between["null_musical_a"] == 0
 
 
-def test_metrics_and_the_keys_of_the_summary(line, tmp_path):
-    *_, metrics = line
+def test_metrics_and_the_keys_of_the_summary(compared, tmp_path):
+    *_, metrics = compared
     write_json(tmp_path / "m.json", metrics)  # numpy numbers and all
     stored = read_json(tmp_path / "m.json")
-    keys = match_report.summary_keys(stored)
+    keys = report.summary_keys(stored)
     assert keys["match.common"] == SHARED
     assert keys["match.common_low"] == keys["match.common_high"] == SHARED
     assert keys["match.null_common"] == 0
@@ -305,8 +290,8 @@ def test_metrics_and_the_keys_of_the_summary(line, tmp_path):
     assert stored["clips"] == {"validation": 48, "test": 48, "heldout_font": 48}
 
 
-def test_the_guitar_latent_is_credited_with_the_guitar(line):
-    planted, _, features, _, metrics = line
+def test_the_guitar_latent_is_credited_with_the_guitar(compared):
+    planted, _, features, _, metrics = compared
     for name, latent in zip("ab", planted.latent, strict=True):
         for kind, feature in (("sae", latent[GUITAR]), ("usae", GUITAR)):
             row = features[
@@ -321,8 +306,8 @@ def test_the_guitar_latent_is_credited_with_the_guitar(line):
     assert (features["concept_p"] <= 0.05).sum() <= 8  # four are planted
 
 
-def test_tables_survive_the_disk_and_have_their_columns(line, tmp_path):
-    planted, _, features, top, _ = line
+def test_tables_survive_the_disk_and_have_their_columns(compared, tmp_path):
+    planted, _, features, top, _ = compared
     feature_table.write(tmp_path / "features", features, top)
     first = {p.name: sha256(p) for p in (tmp_path / "features").iterdir()}
     assert set(first) == {"features.parquet", "top_clips.parquet"}
@@ -348,15 +333,15 @@ def test_tables_survive_the_disk_and_have_their_columns(line, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_same_numbers_and_same_bytes_with_any_number_of_threads(line, tmp_path):
-    planted, found, features, top, metrics = line
-    again = whole_line(planted, replace(SETTINGS, workers=2))
+def test_same_numbers_and_same_bytes_with_any_number_of_threads(compared, tmp_path):
+    planted, found, features, top, metrics = compared
+    again = compare_planted(planted, workers=2)
     pd.testing.assert_frame_equal(again[1], features)
     pd.testing.assert_frame_equal(again[2], top)
     hashes = []
     for i, (of, table, best) in enumerate(((found, features, top), again[:3])):
         folder = tmp_path / str(i)
-        match_report.write_plots(str(folder), of, 0.5)
+        report.write_comparison(str(folder), of, 0.5)
         feature_table.write(folder / "features", table, best)
         write_json(folder / "metrics.json", (metrics, again[3])[i])
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -371,19 +356,14 @@ def test_same_numbers_and_same_bytes_with_any_number_of_threads(line, tmp_path):
 
 def test_what_does_not_belong_together_is_an_error():
     planted = plant()
-    subjects = [
-        match_run.Subject(n, s, saes)
-        for n, s, saes in zip("ab", planted.stores, planted.saes, strict=True)
-    ]
-    check = match_run.check
-    with pytest.raises(ValueError, match="at least two"):
-        check(subjects[:1], planted.usae, planted.rows, "top1")
-    with pytest.raises(ValueError, match="of a, b at top1, params ask for a usae of a, b at top2"):
-        check(subjects, planted.usae, planted.rows, "top2")
-    with pytest.raises(ValueError, match="train_usae"):
-        check(subjects[::-1], planted.usae, planted.rows, "top1")
-    with pytest.raises(ValueError, match="other clips"):
-        check(subjects, planted.usae, planted.rows.iloc[::-1], "top1")
-    lone = [match_run.Subject(s.name, s.store, s.saes[:1]) for s in subjects]
-    with pytest.raises(ValueError, match="train_sae.seeds"):
-        check(lone, planted.usae, planted.rows, "top1")
+    models = inputs(planted).models
+    lone = [ModelSAEs(m.name, m.store, m.saes[:1]) for m in models]
+    for changes, message in (
+        ({"models": models[:1]}, "at least two"),
+        ({"slot": "top2"}, "of a, b at top1, params ask for a usae of a, b at top2"),
+        ({"models": models[::-1]}, "train_usae"),
+        ({"rows": planted.rows.iloc[::-1]}, "other clips"),
+        ({"models": lone}, r"train_sae\.seeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inputs(planted, **changes)

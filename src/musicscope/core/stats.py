@@ -6,6 +6,7 @@ was drawn. A statistic is a function of such weights, which makes all resamples 
 call and makes differences between two probes *paired* (same weights, both scores)::
 
     low, high = bootstrap_groups(values, groups, n=1000, seed=1)                  # of the mean
+    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1)             # an `Estimate`
     low, high = bootstrap_groups(auroc_of(scores, labels), groups, n=1000, seed=1)
     gap = lambda w: auroc_of(a, labels)(w) - auroc_of(b, labels)(w)
     low, high = bootstrap_groups(gap, groups, n=1000, seed=1)
@@ -13,12 +14,48 @@ call and makes differences between two probes *paired* (same weights, both score
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Weights [resamples, items] -> one value a resample [resamples, ...]; NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+    """Limits of the interval; NaN if it cannot be computed"""
+    n: int
+    """Independent units that the interval resamples"""
+    unit: str = "composition"
+    """What one of them is"""
+
+    @classmethod
+    def from_resamples(
+        cls, value: float, resampled: np.ndarray, n: int, unit: str = "composition"
+    ) -> Estimate:
+        """Take the 95 % percentile interval of `resampled` [resamples]."""
+        return cls(value, *percentile_interval(resampled), n, unit)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Estimate:
+        """Read what `as_dict` gave."""
+        return cls(**entry)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the five fields by name, for JSON."""
+        return asdict(self)
+
+    def named(self, value: str, low: str, high: str) -> dict[str, float]:
+        """Give value and limits under the given keys, as the metrics files have them."""
+        return {value: self.value, low: self.low, high: self.high}
 
 
 def resample_weights(groups: Sequence | np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -60,6 +97,19 @@ def bootstrap_groups(
     """
     function = statistic if callable(statistic) else mean_of(np.asarray(statistic))
     return percentile_interval(function(resample_weights(groups, n, seed)), level)
+
+
+def estimate(
+    statistic: Statistic,
+    groups: Sequence | np.ndarray,
+    n: int = 1000,
+    seed: int = 0,
+    unit: str = "composition",
+) -> Estimate:
+    """Evaluate a statistic on the items as they are, with its interval over groups [items]."""
+    value = statistic(np.ones((1, len(groups))))[0]
+    interval = bootstrap_groups(statistic, groups, n, seed)
+    return Estimate(float(value), *interval, len(np.unique(groups)), unit)
 
 
 def mean_of(values: np.ndarray) -> Statistic:
@@ -185,11 +235,6 @@ def pair_wins(
     return wins, groups[with_]
 
 
-def paired_accuracy(scores: np.ndarray, labels: np.ndarray, pairs: Sequence[str]) -> float:
-    """Share of matched pairs whose positive clip scores higher (ties count half)."""
-    return float(pair_wins(scores, labels, pairs, pairs)[0].mean())
-
-
 def permute_labels(labels: np.ndarray, groups: Sequence | np.ndarray, seed: int) -> np.ndarray:
     """Labels [items, ...] with the groups' blocks of labels dealt to the groups in random order.
 
@@ -208,15 +253,81 @@ def permute_labels(labels: np.ndarray, groups: Sequence | np.ndarray, seed: int)
     return permuted
 
 
-def sign_flip_p(values: np.ndarray, groups: Sequence | np.ndarray, n: int, seed: int) -> float:
-    """One-sided p-value that the mean of `values` [items] is above 0: signs flipped by group.
+SLACK = 1e-4
+"""Subtracted from an observed z before it is compared with permutations: float32 sums in another
+order differ by less. It can only raise p."""
 
-    Exchangeable under a null symmetric about 0; the observed sign pattern counts as one draw, so
-    p is never 0 (Phipson & Smyth 2010).
+
+def standard_ranks(scores: np.ndarray) -> np.ndarray:
+    """Standardise the mid-ranks of each column [n, F]: mean 0, variance 1, float32.
+
+    A constant column is 0. The sum over n1 of n rows, divided by sqrt(n1 (n - n1) / n), is the
+    tie-corrected z of Mann and Whitney: mean 0 and variance 1 under random labels.
     """
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(member, weights=np.asarray(values, dtype=np.float64))
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(names)))
-    # A hair of slack: the same sum in another order may differ in its last bit.
-    at_least = (signs @ sums >= sums.sum() - 1e-12 * np.abs(sums).sum()).sum()
-    return float((1 + at_least) / (1 + n))
+    from scipy.stats import rankdata
+
+    ranks = rankdata(scores, axis=0) - (len(scores) + 1) / 2
+    deviation = ranks.std(0, ddof=1)
+    return np.divide(ranks, deviation, np.zeros_like(ranks), where=deviation > 0).astype(np.float32)
+
+
+def rank_z(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute z [m, F] of Mann and Whitney from `standard_ranks` [n, F] and labels [n, m]."""
+    n1 = labels.sum(0, dtype=np.float64)
+    spread = np.sqrt(n1 * (len(labels) - n1) / len(labels))
+    return (labels.T.astype(np.float32) @ ranks) / spread[:, None].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PermutationNull:
+    """Distribution of z under permuted labels; see `permutation_null`."""
+
+    maxima: np.ndarray
+    """[permutations] largest z of the whole family of tests"""
+    exceeded: np.ndarray | None = None
+    """[F] permutations whose z reaches the observed one, per test"""
+
+    def p(self) -> np.ndarray:
+        """p [F] per test, not corrected; only with an observed z."""
+        assert self.exceeded is not None
+        return (1 + self.exceeded) / (1 + len(self.maxima))
+
+    def corrected_p(self, z: np.ndarray) -> np.ndarray:
+        """p of each observed z, less `SLACK`, corrected for the family (Westfall & Young 1993)."""
+        n = len(self.maxima)
+        return (1 + n - np.searchsorted(np.sort(self.maxima), z)) / (1 + n)
+
+    def __or__(self, other: PermutationNull) -> PermutationNull:
+        """Join two families that were permuted in the same draws."""
+        return PermutationNull(np.maximum(self.maxima, other.maxima))
+
+
+def permutation_null(
+    ranks: Sequence[np.ndarray],
+    permuted: Callable[[int], np.ndarray],
+    n: int,
+    block: int,
+    observed: np.ndarray | None = None,
+) -> PermutationNull:
+    """Compute the largest z over all columns of all `ranks` and all labels, per permutation.
+
+    Args:
+        ranks: `standard_ranks` [items, F] of each dictionary and pooling.
+        permuted: number of the permutation -> its labels, bool [items, m].
+        n: permutations; the smallest p is 1 / (n + 1).
+        block: permutations multiplied at once.
+        observed: z [F], less `SLACK`, of one array of ranks and one label; counts `exceeded`.
+    """
+    maxima = np.empty(n)
+    exceeded = None if observed is None else np.zeros(len(observed))
+    for start in range(0, n, block):
+        draws = range(start, min(n, start + block))
+        labels = np.concatenate([permuted(i) for i in draws], 1)
+        highest = []
+        for array in ranks:
+            z = rank_z(array, labels)
+            highest.append(z.max(1))
+            if observed is not None:
+                exceeded += (z >= observed).sum(0)
+        maxima[start : draws.stop] = np.max(highest, 0).reshape(len(draws), -1).max(1)
+    return PermutationNull(maxima, exceeded)

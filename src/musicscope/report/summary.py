@@ -19,7 +19,7 @@ from musicscope.core import plots
 from musicscope.core.io import read_json
 from musicscope.dictionaries import usae_metrics
 from musicscope.features import report as match_report
-from musicscope.finder import plots as concept_plots
+from musicscope.finder import evaluation as finder_evaluation
 from musicscope.judges import training as judge_training
 from musicscope.maximisation import report as maximization_report
 from musicscope.steering import report as steering_report
@@ -153,7 +153,7 @@ def concept_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
     found = judge_training.judge_summary(_read(metrics / "train_judge.json", "train_judge"))
     for model in models:
         path = metrics / "find_concept" / f"{model}.json"
-        found |= concept_plots.find_summary(model, _read(path, f"find_concept@{model}"))
+        found |= finder_evaluation.summary_keys(model, _read(path, f"find_concept@{model}"))
         runs = {"steer": _read(metrics / "steer" / f"{model}.json", f"steer@{model}")}
         if (path := metrics / "steer_full" / f"{model}.json").is_file():
             runs = {"steer": read_json(path), "steer_quick": runs["steer"]}
