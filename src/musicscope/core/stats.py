@@ -278,56 +278,41 @@ def rank_z(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (labels.T.astype(np.float32) @ ranks) / spread[:, None].astype(np.float32)
 
 
-@dataclass(frozen=True)
-class PermutationNull:
-    """Distribution of z under permuted labels; see `permutation_null`."""
-
-    maxima: np.ndarray
-    """[permutations] largest z of the whole family of tests"""
-    exceeded: np.ndarray | None = None
-    """[F] permutations whose z reaches the observed one, per test"""
-
-    def p(self) -> np.ndarray:
-        """p [F] per test, not corrected; only with an observed z."""
-        assert self.exceeded is not None
-        return (1 + self.exceeded) / (1 + len(self.maxima))
-
-    def corrected_p(self, z: np.ndarray) -> np.ndarray:
-        """p of each observed z, less `SLACK`, corrected for the family (Westfall & Young 1993)."""
-        n = len(self.maxima)
-        return (1 + n - np.searchsorted(np.sort(self.maxima), z)) / (1 + n)
-
-    def __or__(self, other: PermutationNull) -> PermutationNull:
-        """Join two families that were permuted in the same draws."""
-        return PermutationNull(np.maximum(self.maxima, other.maxima))
-
-
 def permutation_null(
     ranks: Sequence[np.ndarray],
     permuted: Callable[[int], np.ndarray],
     n: int,
     block: int,
     observed: np.ndarray | None = None,
-) -> PermutationNull:
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute the largest z over all columns of all `ranks` and all labels, per permutation.
 
     Args:
         ranks: `standard_ranks` [items, F] of each dictionary and pooling.
         permuted: number of the permutation -> its labels, bool [items, m].
-        n: permutations; the smallest p is 1 / (n + 1).
         block: permutations multiplied at once.
-        observed: z [F], less `SLACK`, of one array of ranks and one label; counts `exceeded`.
+        observed: z [F], less `SLACK`, for one array of ranks and m = 1.
+
+    Returns:
+        Maxima [n], and how many permutations reach `observed` [F].
     """
-    maxima = np.empty(n)
-    exceeded = None if observed is None else np.zeros(len(observed))
+    maxima, exceeded = np.empty(n), np.zeros(0 if observed is None else len(observed))
     for start in range(0, n, block):
         draws = range(start, min(n, start + block))
-        labels = np.concatenate([permuted(i) for i in draws], 1)
-        highest = []
+        labels, highest = np.concatenate([permuted(i) for i in draws], 1), []
         for array in ranks:
             z = rank_z(array, labels)
             highest.append(z.max(1))
             if observed is not None:
                 exceeded += (z >= observed).sum(0)
         maxima[start : draws.stop] = np.max(highest, 0).reshape(len(draws), -1).max(1)
-    return PermutationNull(maxima, exceeded)
+    return maxima, exceeded
+
+
+def corrected_p(z: np.ndarray, maxima: np.ndarray) -> np.ndarray:
+    """Compute p of each z, less `SLACK`, corrected for all tests (Westfall & Young 1993).
+
+    `maxima` [n] as from `permutation_null`; the smallest p is 1 / (n + 1).
+    """
+    n = len(maxima)
+    return (1 + n - np.searchsorted(np.sort(maxima), z)) / (1 + n)

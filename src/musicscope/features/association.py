@@ -27,7 +27,7 @@ import pandas as pd
 
 from musicscope.core import stats
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import PermutationNull, permutation_null, rank_z, standard_ranks
+from musicscope.core.stats import corrected_p, permutation_null, rank_z, standard_ranks
 from musicscope.data.splits import label_blocks, smaller_class
 from musicscope.features.logistic import Standardiser
 
@@ -111,7 +111,9 @@ def rank_by_auroc(
     ranks = standard_ranks(x)
     z = rank_z(ranks, labels[:, None])[0] - stats.SLACK
     permuted = _permutations(labels, groups, permutations, seed_for(seed, "permutations"))
-    null = permutation_null([ranks], lambda i: permuted[:, [i]], permutations, RANK_BLOCK, z)
+    maxima, exceeded = permutation_null(
+        [ranks], lambda i: permuted[:, [i]], permutations, RANK_BLOCK, z
+    )
     sides = [x[labels], x[~labels]]
     freedom = [len(side) - 1 for side in sides]
     variance = sum(f * s.var(0, ddof=1) for f, s in zip(freedom, sides, strict=True)) / sum(freedom)
@@ -125,7 +127,8 @@ def rank_by_auroc(
     table = pd.DataFrame(
         {
             "feature": tested, "effect_size": effect, "auroc": stats.auroc_columns(x, labels),
-            "p": null.p(), "q": null.corrected_p(z), "stability": stability,
+            "p": (1 + exceeded) / (1 + permutations), "q": corrected_p(z, maxima),
+            "stability": stability,
             "mean_with": sides[0].mean(0), "mean_without": sides[1].mean(0),
             "fires": (x > 0).mean(0),
         }
@@ -226,7 +229,7 @@ def align(
         ).reshape(len(sets["validation"]) * len(concepts), -1)
         best[name], positive[name] = z.argmax(0), z.max(0) > 0
         test[name] = {key: np.full(z.shape[1], np.nan) for key in ("z", "auroc", "heldout_auroc")}
-    null = PermutationNull(np.full(permutations, -np.inf))
+    maxima = np.full(permutations, -np.inf)
     for rows, columns in label_blocks(labelled["test"]):
         ranks = {
             name: {pooling: standard_ranks(x[rows]) for pooling, x in sets["test"].items()}
@@ -239,7 +242,8 @@ def align(
             return stats.permute_labels(block, groups[rows], stream)
 
         arrays = [r for pools in ranks.values() for r in pools.values()]
-        null |= permutation_null(arrays, permuted, permutations, ALIGN_BLOCK)
+        block_maxima, _ = permutation_null(arrays, permuted, permutations, ALIGN_BLOCK)
+        maxima = np.maximum(maxima, block_maxima)
         for name, sets in dictionaries.items():
             poolings = list(sets["validation"])
             for pick in np.unique(best[name][positive[name]]):
@@ -263,7 +267,7 @@ def align(
             np.where(chosen, np.array(concepts)[best[name] % len(concepts)], ""),
             np.where(chosen, poolings[best[name] // len(concepts)], ""),
             **test[name],
-            p=np.where(chosen, null.corrected_p(z - stats.SLACK), np.nan),
+            p=np.where(chosen, corrected_p(z - stats.SLACK, maxima), np.nan),
         )
     return result
 

@@ -96,17 +96,12 @@ def choose_sparse(
     """Choose the k-sparse probes of one concept, by k; labels bool [clips] of all clips."""
     train, validation = sets["train"], sets["validation"]
     orders = {name: rank_by_difference(x[train], labels[train])[0] for name, x in pools.items()}
-    return {
-        size: choose(
-            {name: x[:, np.sort(orders[name][:size])] for name, x in pools.items()},
-            labels[train, None],
-            labels[validation, None],
-            train,
-            validation,
-            section.c_grid,
-        )
-        for size in section.k_sparse
-    }
+    result = {}
+    for k in section.k_sparse:
+        chosen = {name: x[:, np.sort(orders[name][:k])] for name, x in pools.items()}
+        targets = (labels[train, None], labels[validation, None])
+        result[k] = choose(chosen, *targets, train, validation, section.c_grid)
+    return result
 
 
 class Evaluator:
@@ -115,9 +110,8 @@ class Evaluator:
     def __init__(self, rows: pd.DataFrame, sets: dict[str, np.ndarray], n: int, seed: int) -> None:
         self.sets, self.groups = sets, rows["group"].to_numpy(str)
         self.pairs = rows["pair_id"].to_numpy(str)
-        self.names = [s for s in CLASS_SETS if len(sets[s])]
         self.n, self.seed = n, seed_for(seed, "probe", "bootstrap")
-        self.weights = {s: self._weights(self.groups[sets[s]]) for s in self.names}
+        self.weights = {s: self._weights(self.groups[sets[s]]) for s in CLASS_SETS if len(sets[s])}
 
     def _weights(self, groups: np.ndarray) -> np.ndarray:
         """Weights [1 + n, items]: all ones (the clips as they are), then the resamples."""
@@ -136,27 +130,22 @@ class Evaluator:
 
         Scores [clips], or [clips, seeds] for the mean of the statistics over seeds.
         """
-        columns = scores if scores.ndim == 2 else scores[:, None]
-        result = {}
-        for name in self.names:
-            at, weights = self.sets[name], self.weights[name]
+        columns, result = scores.reshape(len(scores), -1), {}
+        for name, weights in self.weights.items():
+            at = self.sets[name]
             counts = [stats.counts_of(column, labels[at])(weights) for column in columns[at].T]
-            result[name] = {}
-            for key, value in (
-                ("auroc", stats.auroc_from),
-                ("average_precision", stats.average_precision_from),
-            ):
-                result[name] |= self._entry(np.mean([value(*c) for c in counts], 0), key, name)
+            area = np.mean([stats.auroc_from(*c) for c in counts], 0)
+            precision = np.mean([stats.average_precision_from(*c) for c in counts], 0)
+            result[name] = self._entry(area, "auroc", name)
+            result[name] |= self._entry(precision, "average_precision", name)
         return result
 
     def difference(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
         """Compute {set: AUROC of scores a minus AUROC of scores b}, paired by resample."""
         result = {}
-        for name in self.names:
+        for name, weights in self.weights.items():
             at = self.sets[name]
-            first, second = (
-                stats.auroc_of(scores[at], labels[at])(self.weights[name]) for scores in (a, b)
-            )
+            first, second = (stats.auroc_of(of[at], labels[at])(weights) for of in (a, b))
             result[name] = self._entry(first - second, "difference", name)
         return result
 
@@ -165,9 +154,8 @@ class Evaluator:
         result = {}
         for name in PAIR_SETS:
             if len(at := self.sets[name]):
-                wins, groups = stats.pair_wins(
-                    scores[at], labels[at], self.pairs[at], self.groups[at]
-                )
+                pairs, groups = self.pairs[at], self.groups[at]
+                wins, groups = stats.pair_wins(scores[at], labels[at], pairs, groups)
                 values = stats.mean_of(wins)(self._weights(groups))
                 result[name] = self._entry(values, "accuracy", name)
         return result
@@ -237,14 +225,9 @@ def _probe_labelled(
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
         targets = [labels[train], *(shuffles if name == "sae" else [])]
-        fits[name] = choose(
-            pools,
-            np.concatenate(targets, 1),
-            np.tile(labels[validation], (1, len(targets))),
-            train,
-            validation,
-            section.c_grid,
-        )
+        repeated = np.tile(labels[validation], (1, len(targets)))
+        targets = np.concatenate(targets, 1)
+        fits[name] = choose(pools, targets, repeated, train, validation, section.c_grid)
 
     def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Entry:
         result: Entry = evaluate.classes(fit.scores[:, j], has)

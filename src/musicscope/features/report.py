@@ -208,10 +208,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
 
 
 def metrics(
-    comparison: Comparison,
-    features: pd.DataFrame,
-    skipped: dict[str, int],
-    section: MatchFeatures,
+    comparison: Comparison, features: pd.DataFrame, skipped: dict[str, int], section: MatchFeatures
 ) -> dict[str, Any]:
     """Make metrics/match_features.json; shares are of all latents of a dictionary, dead ones too.
 

@@ -31,12 +31,14 @@ from musicscope.finder.queries import concept_sets, is_query
 from musicscope.finder.recordings import Plan, differing_cues, plan_recordings
 from musicscope.finder.scores import (
     MOMENTS,
-    clip_moments,
     dictionary,
+    excerpt,
     pool_all,
     recording_moments,
     score_recordings,
+    top_moments,
 )
+from musicscope.judges.musicnn import level
 from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
 
@@ -210,23 +212,24 @@ def find_all(
         if is_query(c.positive)
     }
     tables, moments, metrics = [], [], {name: {} for name in subject.features}
-
-    def keep(concept: str, selected: list[tuple], excerpts: Mapping[str, Any], rate: int) -> None:
-        moments.extend((concept, *row[:-1], f"{concept}-{row[-1]}") for row in selected)
-        write_excerpts(out, {f"{concept}-{file}": audio for file, audio in excerpts.items()}, rate)
-
+    used = np.unique(np.concatenate([of.used for of in sets.values()])) if sets else None
+    hop = clips.samples / clips.sample_rate / int(store.frames[0])
     for name, features in subject.features.items() if sets else ():
-        used = np.unique(np.concatenate([of.used for of in sets.values()]))
-        of = dictionary(features, subject.name)
-        pools = pool_all(store, of, used, subject.workers, subject.device)
-        for concept, clip_sets in sets.items():
+        encoder = dictionary(features, subject.name)
+        pools = pool_all(store, encoder, used, subject.workers, subject.device)
+        times = pools.frame * hop
+        for concept, of in sets.items():
             table, metrics[name][concept] = examine(
-                pools.mean, groups, clip_sets, section, seed, subject.name, name, concept
+                pools.mean, groups, of, section, seed, subject.name, name, concept
             )
             tables.append(table.assign(dictionary=name, concept=concept))
-            best, frames = table["feature"].head(section.features), int(store.frames[0])
-            selected = clip_moments(name, clips, pools, frames, clip_sets, best, section.moments)
-            keep(concept, *selected, clips.sample_rate)
+            best, with_ = table["feature"].head(section.features), of.train[of.labels]
+            for feature, rank, i in top_moments(pools.highest, with_, best, section.moments):
+                seconds, value = (float(of[i, feature]) for of in (times, pools.highest))
+                file, clip = f"{concept}-{name}-{feature}-{rank}.wav", rows["id"].iloc[i]
+                audio = excerpt(level(clips.audio([i]))[0][0], seconds, clips.sample_rate)
+                write_excerpts(out, {file: audio}, clips.sample_rate)
+                moments.append((concept, name, feature, rank, clip, seconds, value, file))
     folders = [c for c in section.concepts if c.name not in sets]
     model = load_model(f"data/models/{subject.name}", subject.device) if folders else None
     for c in folders:
@@ -245,8 +248,10 @@ def find_all(
                 "cues": dict(report.cues),
             }  # fmt: skip
             tables.append(table.assign(dictionary=name, concept=c.name))
-        selected = report.moments.itertuples(index=False, name=None)
-        keep(c.name, list(selected), report.excerpts, report.rate)
+        files = {f"{c.name}-{file}": audio for file, audio in report.excerpts.items()}
+        write_excerpts(out, files, report.rate)
+        for *moment, file in report.moments.itertuples(index=False, name=None):
+            moments.append((c.name, *moment, f"{c.name}-{file}"))
     pd.concat(tables, ignore_index=True).to_parquet(out / "features.parquet", index=False)
     frame = pd.DataFrame(moments, columns=["concept", *MOMENTS])
     frame.to_parquet(out / "moments.parquet", index=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,21 +12,11 @@ import torch
 from tqdm import tqdm
 
 from musicscope.activations.store import ActivationStore
-from musicscope.data.clips import ClipStore
 from musicscope.data.sources.recordings import Problem
-from musicscope.dictionaries.codes import (
-    ClipPools,
-    Codes,
-    Encode,
-    encode_clips,
-    pool_clips,
-    to_csr,
-)
+from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
-from musicscope.finder.queries import Sets
 from musicscope.finder.recordings import SIDES, Plan, Recording, read_windows, window_cues
-from musicscope.judges.musicnn import level
 from musicscope.models.interface import MusicModel
 
 EXCERPT = 3.0
@@ -144,78 +134,45 @@ def pool_all(
     return ClipPools(*arrays)
 
 
-Read = Callable[[int, int], tuple[str, float, np.ndarray, float]]
-"""(row, feature) -> recording, seconds in it, and audio around with the second of the moment."""
-
-
 def top_moments(
-    name: str, highest: np.ndarray, features: pd.Series, n: int, read: Read, rate: int
-) -> tuple[list[tuple], dict[str, np.ndarray]]:
-    """Select the `n` recordings in which each feature is highest, one moment per recording.
+    highest: np.ndarray, rows: np.ndarray, features: pd.Series, n: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (feature, rank, row): the `n` of `rows` in which each feature of [all, F] is highest.
 
-    `highest` [recordings, F] is of recordings with the concept. Returns rows of `MOMENTS`, for the
-    dictionary `name`, and the excerpts by file name.
+    Rows in which it never fires are left out.
     """
-    rows, excerpts = [], {}
     for feature in features:
-        for rank, i in enumerate(np.argsort(-highest[:, feature], kind="stable")[:n], 1):
-            if highest[i, feature] <= 0:
-                break
-            recording, seconds, audio, within = read(i, feature)
-            file = f"{name}-{feature}-{rank}.wav"
-            start = max(0.0, min(within - EXCERPT / 2, len(audio) / rate - EXCERPT))
-            excerpts[file] = audio[round(start * rate) :][: round(EXCERPT * rate)]
-            value = float(highest[i, feature])
-            rows.append((name, feature, rank, recording, seconds, value, file))
-    return rows, excerpts
+        values = highest[rows, feature]
+        for rank, i in enumerate(np.argsort(-values, kind="stable")[:n], 1):
+            if values[i] > 0:
+                yield feature, rank, rows[i]
+
+
+def excerpt(audio: np.ndarray, seconds: float, rate: int) -> np.ndarray:
+    """Cut `EXCERPT` seconds around a moment out of audio [samples]."""
+    start = max(0.0, min(seconds - EXCERPT / 2, len(audio) / rate - EXCERPT))
+    return audio[round(start * rate) :][: round(EXCERPT * rate)]
 
 
 def recording_moments(
-    scored: ScoredRecordings,
-    tables: Mapping[str, pd.DataFrame],
-    plan: Plan,
-    rate: int,
-    features: int,
-    n: int,
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Select top moments of the best `features` of each table; see `top_moments`."""
-    with_ = np.flatnonzero(scored.labels)
-    rows, excerpts = [], {}
+    scored: ScoredRecordings, tables: Mapping[str, pd.DataFrame], plan: Plan, rate: int,
+    features: int, n: int,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # fmt: skip
+    """Select top moments in recordings with the concept, of the best `features` of each table.
+
+    Returns rows of `MOMENTS`, and excerpts by file name.
+    """
+    rows, excerpts, with_ = [], {}, np.flatnonzero(scored.labels)
     for name, table in tables.items():
         scores = scored.scores[name]
-
-        def read(i: int, feature: int, scores: Scores = scores) -> tuple:
-            recording, window = scored.recordings[with_[i]], scores.window[with_[i], feature]
-            within = float(scores.seconds[with_[i], feature])
+        best = table["feature"].head(features)
+        for feature, rank, i in top_moments(scores.highest, with_, best, n):
+            recording, window = scored.recordings[i], scores.window[i, feature]
+            within = float(scores.seconds[i, feature])
             audio, starts, _ = read_windows(recording, plan, rate)
             # A recording shorter than the window is repeated in it.
             seconds = starts[window] + within % min(plan.seconds, recording.seconds)
-            return str(recording.path), seconds, audio[window], within
-
-        more, audio = top_moments(
-            name, scores.highest[with_], table["feature"].head(features), n, read, rate
-        )
-        rows += more
-        excerpts |= audio
+            value, file = float(scores.highest[i, feature]), f"{name}-{feature}-{rank}.wav"
+            excerpts[file] = excerpt(audio[window], within, rate)
+            rows.append((name, feature, rank, str(recording.path), seconds, value, file))
     return pd.DataFrame(rows, columns=list(MOMENTS)), excerpts
-
-
-def clip_moments(
-    name: str,
-    clips: ClipStore,
-    pools: ClipPools,
-    frames: int,
-    sets: Sets,
-    features: pd.Series,
-    n: int,
-) -> tuple[list[tuple], dict[str, np.ndarray]]:
-    """Select top moments in train clips with the concept, of `frames` frames each."""
-    with_ = sets.train[sets.labels]
-    hop = clips.samples / clips.sample_rate / frames
-
-    def read(i: int, feature: int) -> tuple:
-        seconds = float(pools.frame[with_[i], feature] * hop)
-        audio = level(clips.audio([with_[i]]))[0][0]
-        return str(clips.rows["id"].iloc[with_[i]]), seconds, audio, seconds
-
-    return top_moments(name, pools.highest[with_], features, n, read, clips.sample_rate)
