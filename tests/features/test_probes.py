@@ -240,8 +240,8 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
                 np.testing.assert_array_equal(sae_runs.mask(store, name), same)
 
 
-def test_unknown_labels_are_no_negatives():
-    """A concept's numbers are those of a table without the clips where it is unknown."""
+def test_clips_without_a_label_are_no_negatives():
+    """A concept's numbers are those of a table without the clips without a label for it."""
     rng = np.random.default_rng(4)
     rows = clip_table(rng, heldout=0, pairs=0).assign(font="recording")
     pools = {"sae": planted(rng, rows), "dense": planted(rng, rows, latents=12)}

@@ -1,4 +1,4 @@
-"""Intervals and rank statistics over groups: bootstrap, AUROC, average precision, nulls.
+"""Statistics over groups: bootstrap intervals, AUROC, average precision, permutation tests.
 
 Clips of one composition are not independent, so every interval here resamples whole groups
 (compositions), never rows. A resample is a row of integer weights: how often each item's group
@@ -6,8 +6,8 @@ was drawn. A statistic is a function of such weights, which makes all resamples 
 call and makes differences between two probes *paired* (same weights, both scores)::
 
     low, high = bootstrap_groups(values, groups, n=1000, seed=1)                  # of the mean
-    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1)             # an `Estimate`
     low, high = bootstrap_groups(auroc_of(scores, labels), groups, n=1000, seed=1)
+    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1)             # an `Estimate`
     gap = lambda w: auroc_of(a, labels)(w) - auroc_of(b, labels)(w)
     low, high = bootstrap_groups(gap, groups, n=1000, seed=1)
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Weights [resamples, items] -> one value a resample [resamples, ...]; NaN where undefined."""
+"""Weights [resamples, items] -> one value per resample [resamples, ...]; NaN where undefined."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def auroc_columns(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def pair_wins(
     scores: np.ndarray, labels: np.ndarray, pairs: Sequence[str], groups: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per matched pair: 1 if the positive clip scores higher, 0.5 on a tie, else 0; and its group.
+    """Compare the clips of matched pairs: 1 if the positive scores higher, 0.5 on a tie, else 0.
 
     `pairs` [items] names the pair of each item; each pair must hold one positive and one negative.
     Returns wins [pairs] and groups [pairs], in order of first appearance.
@@ -229,24 +229,23 @@ def pair_wins(
     lone = [pair for pair, both in members.items() if len(both) != 2]
     if lone:
         raise ValueError(f"pair {lone[0]!r} has one clip; expected one with and one without")
-    scores, groups = np.asarray(scores), np.asarray(groups)
     with_, without = (np.array([both[side] for both in members.values()]) for side in (True, False))
-    wins = 0.5 * (1 + np.sign(scores[with_] - scores[without]))
-    return wins, groups[with_]
+    gap = np.asarray(scores)[with_] - np.asarray(scores)[without]
+    return 0.5 * (1 + np.sign(gap)), np.asarray(groups)[with_]
 
 
 def permute_labels(labels: np.ndarray, groups: Sequence | np.ndarray, seed: int) -> np.ndarray:
-    """Labels [items, ...] with the groups' blocks of labels dealt to the groups in random order.
+    """Permute labels [items, ...] between groups, each group's block of labels in one piece.
 
-    The null of a group-wise experiment: the number of positives and the run of labels inside a
-    block stay, the tie between a clip and its label goes. Blocks of unequal size are laid end to
-    end (whole rows move, so several concepts keep their co-occurrence).
+    The null of a group-wise experiment: the number of positives and the order of labels inside a
+    block stay, the link between a clip and its label goes. Blocks of unequal size are laid end to
+    end. Whole rows move, so several concepts keep their co-occurrence.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     rng = np.random.default_rng(seed)
     names = np.unique(groups)
     rows = [np.flatnonzero(groups == name) for name in names]
-    # Rotating each block by a random amount breaks the tie also where one group meets its own.
+    # Rotating each block by a random amount breaks the link even where a group gets its own block.
     source = [np.roll(rows[g], rng.integers(len(rows[g]))) for g in rng.permutation(len(names))]
     permuted = np.empty_like(labels)
     permuted[np.concatenate(rows)] = labels[np.concatenate(source)]

@@ -8,7 +8,7 @@ within a few points of MusicGen's activations on music theory (SynTheory, arXiv 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def codec_statistics(latents: torch.Tensor) -> np.ndarray:
     return torch.cat([latents.mean(1), latents.amax(1)], 1).numpy()
 
 
-def cached(key: dict[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
+def cached(key: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
     """Compute an array, or read it from an earlier run with the same `key` (`io.partial_dir`).
 
     For features of the clips alone, which every model and slot shares. `key` must name everything

@@ -93,8 +93,8 @@ class Match:
 
 def _sums(x: csr_array) -> tuple[np.ndarray, np.ndarray]:
     """Sum and sum of squares of every column, in float64."""
-    data = x.data.astype(np.float64)
-    return tuple(np.bincount(x.indices, d, x.shape[1]) for d in (data, data * data))
+    data, columns = x.data.astype(np.float64), x.shape[1]
+    return np.bincount(x.indices, data, columns), np.bincount(x.indices, data * data, columns)
 
 
 def _pearson(

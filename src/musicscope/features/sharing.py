@@ -52,11 +52,11 @@ def tuple_scores(
 
     Row 0 is of re-paired clips (NaN without draws), row 1 of the data.
     """
-    lowest = np.inf
+    scores = []
     for (a, _), match in matches.items():
         r = np.concatenate([match.repaired[None], match.score[None], match.resampled])
-        lowest = np.minimum(lowest, r[:, tuples[:, models.index(a)]])
-    return lowest
+        scores.append(r[:, tuples[:, models.index(a)]])
+    return np.min(scores, 0)
 
 
 def name_sets(

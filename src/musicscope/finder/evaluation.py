@@ -173,15 +173,13 @@ def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:
     for series, (name, concepts) in enumerate(metrics.items()):
         labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
         offset = width * (series - (len(metrics) - 1) / 2)
-        looks = {"colour": plots.COLOURS[series], "offset": offset, "width": width, "name": name}
-        intervals = (
-            [concepts[c]["test"][k] for c in labels]
-            for k in ("best_auroc", "best_ci_low", "best_ci_high")
-        )
-        plots.interval_bars(axes[0], labels, *intervals, **looks)
-        few = [concepts[c]["few"]["any_discovery"] for c in labels]
+        tests = [concepts[c]["test"] for c in labels]
+        best = ([t[k] for t in tests] for k in ("best_auroc", "best_ci_low", "best_ci_high"))
+        few = ([concepts[c]["few"]["any_discovery"] for c in labels], None, None)
         null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
-        plots.interval_bars(axes[1], labels, few, **looks)
+        for axis, (values, low, high) in zip(axes, (best, few), strict=True):
+            colour = plots.COLOURS[series]
+            plots.interval_bars(axis, labels, values, low, high, colour, offset, width, name)
         axes[1].scatter(np.arange(len(labels)) + offset, null, color="black", marker="x", zorder=3)
     axes[0].axhline(0.5, color="#555555", lw=1, ls="--")
     axes[0].set(title=f"{model}: best feature on test clips", ylabel="AUROC (95 %)", ylim=(0.3, 1))

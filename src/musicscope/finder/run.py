@@ -9,7 +9,7 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pandas as pd
 import soundfile
 
 from musicscope.activations.store import ActivationStore
-from musicscope.config.concepts import FindConcept
+from musicscope.config.concepts import Concept, FindConcept
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources.recordings import Problem
@@ -190,6 +190,22 @@ class Subject:
     workers: int = 1
 
 
+def _find_in_folders(
+    subject: Subject, concepts: Sequence[Concept], section: FindConcept, seed: int
+) -> Iterator[tuple[Concept, ConceptReport]]:
+    """Apply `find_concept` to concepts given by folders; the model is loaded if there are any."""
+    if not concepts:
+        return
+    model = load_model(f"data/models/{subject.name}", subject.device)
+    for c in concepts:
+        yield c, find_concept(
+            model, subject.features, c.positive, c.negative, subject.store.config["layer"],
+            seconds=section.seconds, windows=section.windows, permutations=section.permutations,
+            draws=section.stability_draws, q=section.q, audible=section.features,
+            moments=section.moments, seed=seed,
+        )  # fmt: skip
+
+
 def find_all(
     subject: Subject, section: FindConcept, seed: int, out: Path
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, Any]]]:
@@ -212,7 +228,7 @@ def find_all(
         if is_query(c.positive)
     }
     tables, moments, metrics = [], [], {name: {} for name in subject.features}
-    used = np.unique(np.concatenate([of.used for of in sets.values()])) if sets else None
+    used = np.unique(np.concatenate([np.zeros(0, int), *(of.used for of in sets.values())]))
     hop = clips.samples / clips.sample_rate / int(store.frames[0])
     for name, features in subject.features.items() if sets else ():
         encoder = dictionary(features, subject.name)
@@ -231,14 +247,7 @@ def find_all(
                 write_excerpts(out, {file: audio}, clips.sample_rate)
                 moments.append((concept, name, feature, rank, clip, seconds, value, file))
     folders = [c for c in section.concepts if c.name not in sets]
-    model = load_model(f"data/models/{subject.name}", subject.device) if folders else None
-    for c in folders:
-        report = find_concept(
-            model, subject.features, c.positive, c.negative, store.config["layer"],
-            seconds=section.seconds, windows=section.windows, permutations=section.permutations,
-            draws=section.stability_draws, q=section.q, audible=section.features,
-            moments=section.moments, seed=seed,
-        )  # fmt: skip
+    for c, report in _find_in_folders(subject, folders, section, seed):
         print(f"{c.name}: {report.text()}")
         for name, table in report.tables.items():
             metrics[name][c.name] = {
