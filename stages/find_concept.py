@@ -1,8 +1,8 @@
 """Features that carry a concept: data/find_concept, metrics/ and plots/find_concept/<model>.
 
-The concepts of params.find_concept, each from recordings with and without it: clips of data/clips,
-read through data/activations, or folders, which the model hears. Searches the SAE of a slot
-(data/sae) and the universal SAE (data/usae).
+Each concept of params.find_concept is given by recordings with and without it: clips of data/clips,
+whose activations are in data/activations, or folders, which are run through the model. Searches the
+SAE of a slot (data/sae) and the universal SAE (data/usae).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
-from musicscope.finder import plots as concept_plots
-from musicscope.finder import run as concept_run
+from musicscope.finder.evaluation import plot_concepts
+from musicscope.finder.run import Subject, find_all
 
 
 def main() -> None:
@@ -42,15 +42,15 @@ def main() -> None:
     if section.universal:
         features["usae"] = UniversalSAE.load("data/usae/seed-0", device)
 
-    subject = concept_run.Subject(name, clips, store, features, device, params.compute.processes)
+    subject = Subject(name, clips, store, features, device, params.compute.processes)
     with atomic_dir(f"data/find_concept/{name}") as out:
-        tables, metrics = concept_run.find_all(subject, section, params.seed, out)
+        tables, metrics = find_all(subject, section, params.seed, out)
         write_json(f"metrics/find_concept/{name}.json", metrics)
     stem = f"plots/find_concept/{name}"
     top = pd.concat([t.head(20) for t in tables], ignore_index=True)
     top = top.replace([np.inf, -np.inf], np.nan)
     write_text(f"{stem}.csv", top.to_csv(index=False, float_format="%.6g"))
-    plots.save_figure(concept_plots.find_figure(name, metrics), f"{stem}.png")
+    plots.save_figure(plot_concepts(name, metrics), f"{stem}.png")
 
 
 if __name__ == "__main__":

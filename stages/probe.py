@@ -14,15 +14,16 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
-from musicscope.core import io as artifacts
 from musicscope.core.distributed import resolve_device
-from musicscope.core.io import folder_sha256
+from musicscope.core.io import folder_sha256, write_json
 from musicscope.data.clips import ClipStore
+from musicscope.data.splits import clip_sets
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import pool_store
-from musicscope.features import probe_report, probes
+from musicscope.features import report
 from musicscope.features.baselines import baseline_pools
+from musicscope.features.probes import run_probes
 from musicscope.models.registry import load_model
 
 
@@ -33,34 +34,26 @@ def main() -> None:
     arguments = parser.parse_args()
     model, slot = arguments.model, arguments.slot
     params = load_params()
-    section, workers, device = (
-        params.probe,
-        params.compute.processes,
-        resolve_device(params.compute.device),
-    )
+    section, workers = params.probe, params.compute.processes
+    device = resolve_device(params.compute.device)
     torch.set_num_threads(1)  # the work is parallel over batches and concepts instead
 
     clips = ClipStore.open("data/clips")
     store = ActivationStore.open(f"data/activations/{model}/{slot}")
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
-    used = np.sort(np.concatenate(list(probes.clip_sets(clips.rows).values())))
+    used = np.sort(np.concatenate(list(clip_sets(clips.rows).values())))
     rows = clips.rows.iloc[used].reset_index(drop=True)
     sae = TopKSAE.load(f"data/sae/{model}/{slot}/seed-0", device)
     pools = pool_store(store, used, sae, workers, device)
     music = load_model(f"data/models/{model}", device)
     pools |= baseline_pools(clips, folder_sha256("data/clips"), music, used, workers)
 
-    result = probes.run_probes(
-        rows, pools, FAMILIES, section.k_sparse, section.c_grid, section.min_positive,
-        section.null_seeds, section.bootstrap, params.seed, workers,
-    )  # fmt: skip
-    features = probe_report.feature_table(
-        rows, pools["sae"], result, section.bootstrap, params.seed
-    )
-    table, stem = probe_report.probe_table(result), f"plots/probe/{model}-{slot}"
-    artifacts.write_json(f"metrics/probe/{model}-{slot}.json", result)
-    probe_report.write(stem, f"{model} {slot}", table, features)
+    result = run_probes(rows, pools, FAMILIES, section, params.seed, workers)
+    latents = report.latent_table(rows, pools["sae"], result, section.bootstrap, params.seed)
+    write_json(f"metrics/probe/{model}-{slot}.json", result)
+    stem = f"plots/probe/{model}-{slot}"
+    report.write_probes(stem, f"{model} {slot}", report.probe_table(result), latents)
 
 
 if __name__ == "__main__":

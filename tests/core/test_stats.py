@@ -1,9 +1,10 @@
-"""Rank statistics against sklearn and counting; bootstrap intervals against planted truth."""
+"""Rank statistics against sklearn and counting; intervals and permutations against the truth."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from musicscope.core import stats
@@ -106,7 +107,6 @@ def test_pairs():
     wins, of = stats.pair_wins(scores, labels, pairs, groups)
     assert wins.tolist() == [1.0, 0.0, 0.5]
     assert of.tolist() == ["x", "y", "z"]
-    assert stats.paired_accuracy(scores, labels, pairs) == 0.5
     with pytest.raises(ValueError, match="'c' has one clip"):
         stats.pair_wins(scores[:5], labels[:5], pairs[:5], groups[:5])
     with pytest.raises(ValueError, match="two clips"):
@@ -127,9 +127,51 @@ def test_permuted_labels_keep_counts_and_rows_and_lose_the_tie():
     assert abs(np.mean(agreement)) < 0.03
 
 
-def test_sign_flip():
-    groups = np.repeat(np.arange(30), 3)
-    rng = np.random.default_rng(5)
-    assert stats.sign_flip_p(np.ones(90), groups, 500, 0) == pytest.approx(1 / 501)
-    null = [stats.sign_flip_p(rng.normal(size=30)[groups], groups, 200, s) for s in range(200)]
-    assert 0.01 <= np.mean(np.array(null) <= 0.05) <= 0.1
+def test_rank_z_is_mann_and_whitneys_with_ties():
+    rng = np.random.default_rng(3)
+    scores = np.maximum(rng.standard_normal((60, 4)), 0.0)  # half are ties at 0
+    scores[:, 3] = 1.0
+    labels = rng.random((60, 2)) < 0.3
+    z = stats.rank_z(stats.standard_ranks(scores), labels)
+    for c in range(2):
+        for f in range(3):
+            result = mannwhitneyu(
+                scores[labels[:, c], f], scores[~labels[:, c], f], alternative="greater",
+                method="asymptotic", use_continuity=False,
+            )  # fmt: skip
+            assert norm.sf(z[c, f]) == pytest.approx(result.pvalue, rel=1e-4)
+    assert not z[:, 3].any()
+
+
+def test_permutation_null_equals_counting_in_any_blocks():
+    """Maxima over arrays and labels per permutation; p values are shares of permutations."""
+    rng = np.random.default_rng(6)
+    ranks = [stats.standard_ranks(rng.random((20, F))) for F in (3, 5)]
+    labels = [rng.random((20, 2)) < 0.4 for _ in range(7)]
+    expected = [max(stats.rank_z(r, of).max() for r in ranks) for of in labels]
+    for block in (1, 3, 7):
+        maxima, _ = stats.permutation_null(ranks, labels.__getitem__, 7, block)
+        np.testing.assert_allclose(maxima, expected, rtol=1e-6)
+    z = np.array([np.max(expected) + 1, np.median(expected), -9.0])
+    assert stats.corrected_p(z, maxima).tolist() == [1 / 8, 5 / 8, 1.0]
+    one = [of[:, :1] for of in labels]
+    observed = stats.rank_z(ranks[0], one[0])[0] - stats.SLACK
+    maxima, exceeded = stats.permutation_null(ranks[:1], one.__getitem__, 7, 2, observed)
+    counted = sum(stats.rank_z(ranks[0], of)[0] >= observed for of in one)
+    assert exceeded.tolist() == counted.tolist()
+    assert ((1 + exceeded) / 8 <= stats.corrected_p(observed, maxima)).all()
+
+
+def test_estimate_is_the_statistic_with_its_group_interval():
+    rng = np.random.default_rng(7)
+    scores, labels, groups = rng.normal(size=40), rng.random(40) < 0.5, np.repeat(np.arange(8), 5)
+    statistic = stats.auroc_of(scores, labels)
+    estimate = stats.estimate(statistic, groups, 200, 1)
+    assert estimate.value == stats.auroc(scores, labels)
+    assert (estimate.low, estimate.high) == stats.bootstrap_groups(statistic, groups, 200, 1)
+    assert (estimate.n, estimate.unit) == (8, "composition")
+    assert stats.Estimate.from_dict(estimate.as_dict()) == estimate
+    resampled = np.array([np.nan, 1.0, 1.0])  # an undefined resample is left out
+    assert stats.Estimate.from_resamples(2.0, resampled, 3, "clip").named("x", "l", "h") == {
+        "x": 2.0, "l": 1.0, "h": 1.0,
+    }  # fmt: skip

@@ -27,7 +27,7 @@ from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import OutputError, add_files, new_folder
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.finder.recordings import Plan
-from musicscope.finder.search import ConceptReport
+from musicscope.finder.run import ConceptReport
 from musicscope.models.audiocraft import convert as audiocraft_convert
 from musicscope.steering.pieces import Piece
 from tools.import_closure import ROOT

@@ -11,16 +11,24 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from musicscope.activations import token_cache as codes
+from musicscope.config.analysis import Probe
 from musicscope.core import plots, stats
+from musicscope.data.splits import clip_sets, select_concepts
 from musicscope.dictionaries import pooling
 from musicscope.dictionaries import runs as sae_runs
-from musicscope.features import baselines, probe_report, probes
+from musicscope.features import baselines, probes, report
+from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
 from musicscope.models.registry import load_model
 
-SETTINGS = dict(
-    k=[1, 2, 4], c_grid=[1e-3, 1e-1], min_positive=10, null_seeds=4, n_bootstrap=200, seed=3
-)
+
+def probe_section(**changes):
+    values = {"k_sparse": (1, 2, 4), "c_grid": (1e-3, 1e-1), "min_positive": 10}
+    return Probe(**values | {"null_seeds": 4, "bootstrap": 200} | changes)
+
+
+SECTION = probe_section()
+SEED = 3
 
 
 def clip_table(rng, train=200, validation=80, test=120, heldout=60, pairs=20):
@@ -69,7 +77,7 @@ def case():
         "trivial": {"statistics": noise[:, :3]},
     }
     concepts = ("guitar", "reed", "choir")
-    return rows, representations, probes.run_probes(rows, representations, concepts, **SETTINGS)
+    return rows, representations, probes.run_probes(rows, representations, concepts, SECTION, SEED)
 
 
 def test_finds_the_planted_concepts_and_nothing_in_noise(case):
@@ -100,23 +108,23 @@ def test_shuffled_labels_leave_chance(case):
         assert 0.35 < concept["shuffled"]["test"]["auroc"] < 0.65
     rng = np.random.default_rng(5)
     rows = clip_table(rng)
-    settings = SETTINGS | {"null_seeds": 30, "k": [1], "n_bootstrap": 10}
+    section = probe_section(null_seeds=30, k_sparse=(1,), bootstrap=10)
     pools = planted(rng, rows)
-    many = probes.run_probes(rows, {"sae": pools, "dense": pools}, ["guitar"], **settings)
+    many = probes.run_probes(rows, {"sae": pools, "dense": pools}, ["guitar"], section, SEED)
     assert many["concepts"]["guitar"]["shuffled"]["test"]["auroc"] == pytest.approx(0.5, abs=0.06)
 
 
 def test_one_latent_is_enough_and_is_the_planted_one(case):
     rows, representations, result = case
     for concept, latent in (("guitar", 7), ("reed", 11)):
-        train = probes.clip_sets(rows)["train"]
+        train = clip_sets(rows)["train"]
         has = rows[f"has_{concept}"].to_numpy(bool)[train]
-        order, difference = probes.rank_features(representations["sae"]["mean"][train], has)
+        order, difference = rank_by_difference(representations["sae"]["mean"][train], has)
         assert order[0] == latent
         assert 0 not in order  # the dead latent is never chosen
         assert difference[latent] > 0
         alone = result["concepts"][concept]["k_sparse"]["001"]
-        at = probes.clip_sets(rows)["test"]
+        at = clip_sets(rows)["test"]
         expected = stats.auroc(
             representations["sae"]["mean"][at, latent], rows[f"has_{concept}"].to_numpy(bool)[at]
         )
@@ -126,7 +134,7 @@ def test_one_latent_is_enough_and_is_the_planted_one(case):
 def test_test_labels_and_features_change_no_choice(case):
     """Whatever the test clips say, pooling, C, weights and validation scores stay."""
     rows, representations, before = case
-    sets = probes.clip_sets(rows)
+    sets = clip_sets(rows)
     learnt = np.concatenate([sets["train"], sets["validation"]])
     other = np.setdiff1d(np.arange(len(rows)), learnt)
     rng = np.random.default_rng(9)
@@ -137,7 +145,7 @@ def test_test_labels_and_features_change_no_choice(case):
         name: {p: x.copy() for p, x in pools.items()} for name, pools in representations.items()
     }
     features["dense"]["mean"][other] += 100
-    after = probes.run_probes(changed, features, ["guitar", "reed", "choir"], **SETTINGS)
+    after = probes.run_probes(changed, features, ["guitar", "reed", "choir"], SECTION, SEED)
     for name in ("sae", "dense", "trivial"):
         for key in ("pooling", "c", "validation_auroc"):
             one, two = (r["concepts"]["guitar"][name][key] for r in (before, after))
@@ -164,7 +172,7 @@ def test_validation_labels_do_choose():
 def test_result_is_json_without_lists_and_repeats(case):
     rows, representations, result = case
     concepts = ("guitar", "reed", "choir")
-    again = probes.run_probes(rows, representations, concepts, **SETTINGS, workers=2)
+    again = probes.run_probes(rows, representations, concepts, SECTION, SEED, workers=2)
     assert again == result
 
     def no_list(value):
@@ -178,7 +186,7 @@ def test_result_is_json_without_lists_and_repeats(case):
 
 def test_report_holds_every_number_and_is_the_same_twice(case, tmp_path):
     rows, representations, result = case
-    table = probe_report.probe_table(result)
+    table = report.probe_table(result)
     guitar = table[table["concept"] == "guitar"].set_index(["representation", "set"])
     assert guitar.index.is_unique
     entry = result["concepts"]["guitar"]
@@ -189,19 +197,19 @@ def test_report_holds_every_number_and_is_the_same_twice(case, tmp_path):
     )
     assert guitar.loc[("sae", "pairs_timgm6mb"), "accuracy"] > 0.9
     assert guitar.loc[("sae_minus_dense", "test"), "difference"] > 0.2
-    features = probe_report.feature_table(rows, representations["sae"], result, 50, 1, top=5)
+    features = report.latent_table(rows, representations["sae"], result, 50, 1, top=5)
     assert features["latent"][0] == 7
     assert len(features) == 5
     assert features["test_auroc"][0] > 0.95 > features["test_auroc"][1]
     for name in ("a", "b"):
-        figure = probe_report.plot_probes(table.assign(), "model slot")
+        figure = report.plot_probes(table.assign(), "model slot")
         plots.save_figure(figure, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_sets_follow_font_kind_and_split_and_refuse_leaks():
     rows = clip_table(np.random.default_rng(0))
-    sets = probes.clip_sets(rows)
+    sets = clip_sets(rows)
     assert [len(sets[s]) for s in ("train", "validation", "test", "heldout_font")] == [
         200, 80, 120, 60,
     ]  # fmt: skip
@@ -209,7 +217,7 @@ def test_sets_follow_font_kind_and_split_and_refuse_leaks():
     assert len(np.unique(np.concatenate(list(sets.values())))) == len(rows)
     rows.loc[sets["test"][0], "group"] = "train3"
     with pytest.raises(ValueError, match="'train3' is both in test"):
-        probes.clip_sets(rows)
+        clip_sets(rows)
 
 
 def test_selection_on_the_embedded_set_is_by_soundfont():
@@ -217,7 +225,7 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
     table = Path(__file__).parents[2] / "data/clips/clips.parquet"
     planned = clip_table(np.random.default_rng(0))
     for rows in [planned, *([pd.read_parquet(table)] if table.is_file() else [])]:
-        sets, store = probes.clip_sets(rows), SimpleNamespace(rows=rows)
+        sets, store = clip_sets(rows), SimpleNamespace(rows=rows)
         for name, split, font, kind in (
             ("train", "train", "timgm6mb", "clip"),
             ("validation", "validation", "timgm6mb", "clip"),
@@ -232,8 +240,8 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
                 np.testing.assert_array_equal(sae_runs.mask(store, name), same)
 
 
-def test_unknown_labels_are_no_negatives():
-    """A concept's numbers are those of a table without the clips where it is unknown."""
+def test_clips_without_a_label_are_no_negatives():
+    """A concept's numbers are those of a table without the clips without a label for it."""
     rng = np.random.default_rng(4)
     rows = clip_table(rng, heldout=0, pairs=0).assign(font="recording")
     pools = {"sae": planted(rng, rows), "dense": planted(rng, rows, latents=12)}
@@ -244,24 +252,24 @@ def test_unknown_labels_are_no_negatives():
     rows.loc[gone[:, 0], "has_guitar"] = pd.NA
     rows.loc[gone[:, 1], "has_reed"] = pd.NA
     rows.loc[np.arange(len(rows)) % 40 > 0, "has_choir"] = pd.NA
-    found = probes.run_probes(rows, pools, ("guitar", "reed", "choir"), **SETTINGS)
+    found = probes.run_probes(rows, pools, ("guitar", "reed", "choir"), SECTION, SEED)
     assert set(found["concepts"]) == {"guitar", "reed"}
     assert found["skipped"] == {"choir": 1}
     assert found["clips"]["heldout_font"] == found["clips"]["pairs_timgm6mb"] == 0
     for j, concept in enumerate(("guitar", "reed")):
         left = rows[~gone[:, j]].reset_index(drop=True)
         rest = {r: {p: x[~gone[:, j]] for p, x in of.items()} for r, of in pools.items()}
-        alone = probes.run_probes(left, rest, (concept,), **SETTINGS)
+        alone = probes.run_probes(left, rest, (concept,), SECTION, SEED)
         one, two = (flat(r["concepts"][concept]) for r in (found, alone))
         assert one == {key: pytest.approx(value, abs=1e-6) for key, value in two.items()}
         assert found["concepts"][concept]["sae"]["test"]["auroc"] > 0.95
-        clips = {s: len(at) for s, at in probes.clip_sets(left).items()}
+        clips = {s: len(at) for s, at in clip_sets(left).items()}
         assert found["unknown"][concept] == {
             s: n - clips[s] for s, n in found["clips"].items() if n > clips[s]
         }
-    table = probe_report.probe_table(found)
+    table = report.probe_table(found)
     assert set(table["set"]) == {"test"}
-    features = probe_report.feature_table(rows, pools["sae"], found, 50, 0)
+    features = report.latent_table(rows, pools["sae"], found, 50, 0)
     assert features["latent"][0] == 7
     assert features["test_auroc"][0] > 0.95
     assert "heldout_font_auroc" not in features
@@ -276,7 +284,7 @@ def flat(tree, prefix=""):
 def test_guitar_without_a_class_is_an_error():
     rows = clip_table(np.random.default_rng(0)).assign(has_guitar=True)
     with pytest.raises(ValueError, match=r"timgm6mb_clips.* prepare_data\.recordings\.limits"):
-        probes.select_concepts(rows, probes.clip_sets(rows), ["guitar"], 10)
+        select_concepts(rows, clip_sets(rows), ["guitar"], 10)
 
 
 @pytest.mark.parametrize("columns", [6, 150])

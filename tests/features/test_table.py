@@ -1,23 +1,19 @@
-"""Rows of the table against brute force, p-values under nulls, and the line from end to end."""
+"""Rows of the table against brute force, and the whole comparison on planted models."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_array
-from scipy.stats import mannwhitneyu, norm
 
-from musicscope.core import stats
+from musicscope.config.analysis import MatchFeatures
 from musicscope.core.io import read_json, sha256, write_json
 from musicscope.dictionaries.codes import Codes, pool_clips
-from musicscope.features import association as concepts
-from musicscope.features import report as match_report
-from musicscope.features import run as match_run
+from musicscope.features import report
 from musicscope.features import table as feature_table
+from musicscope.features.run import Inputs, ModelSAEs, compare, describe_features
 from tests.support.planted import BOTH, CLOCK, DEAD, GUITAR, OWN, SHARED, WIDTH, plant
 
 
@@ -96,157 +92,36 @@ def test_top_clips_give_the_exact_frame():
         assert part["value"].is_monotonic_decreasing
 
 
-def test_rank_z_is_mann_and_whitneys_with_ties():
-    rng = np.random.default_rng(3)
-    scores = np.maximum(rng.standard_normal((60, 4)), 0.0)  # half are ties at 0
-    scores[:, 3] = 1.0
-    labels = rng.random((60, 2)) < 0.3
-    z = concepts.rank_z(concepts.standard_ranks(scores), labels)
-    for c in range(2):
-        for f in range(3):
-            result = mannwhitneyu(
-                scores[labels[:, c], f], scores[~labels[:, c], f], alternative="greater",
-                method="asymptotic", use_continuity=False,
-            )  # fmt: skip
-            assert norm.sf(z[c, f]) == pytest.approx(result.pvalue, rel=1e-4)
-    assert not z[:, 3].any()
-
-
-def aligned(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed=0, permutations=99):
-    """Alignment where validation is the same as test, one pooling."""
-    C = labels.shape[1]
-    return concepts.align(
-        {"x": {"validation": {"mean": scores}, "test": {"mean": scores}}},
-        {"validation": labels, "test": labels}, groups, [f"c{i}" for i in range(C)],
-        permutations, seed,
-    )["x"]  # fmt: skip
-
-
-def test_a_planted_concept_is_found_with_the_smallest_p():
-    rng = np.random.default_rng(0)
-    labels, scores = rng.random((120, 5)) < 0.4, rng.uniform(0, 1, (120, 30))
-    scores[:, 7] += 0.8 * labels[:, 2]
-    scores[:, 9] = 0.0
-    groups = np.repeat(np.arange(12), 10)
-    found = aligned(scores, labels, groups)
-    assert found.concept[7] == "c2"
-    assert found.auroc[7] == pytest.approx(stats.auroc(scores[:, 7], labels[:, 2]))
-    assert found.p[7] == 1 / 100
-    others = np.delete(np.arange(30), [7, 9])
-    assert (found.p[others] > 0.05).all()
-    assert (found.concept[9], found.pooling[9]) == ("", "")
-    assert np.isnan(found.p[9])
-    assert np.isnan(found.auroc[9])
-    assert np.isnan(found.heldout_auroc).all()
-
-
-def test_corrected_p_holds_its_level_over_all_latents_and_concepts():
-    """Without any effect, few of 60 families of 5 x 30 tests have a single p <= .05."""
-    hits = 0
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        labels, scores = rng.random((80, 5)) < 0.4, rng.standard_normal((80, 30))
-        hits += bool((aligned(scores, labels, np.repeat(np.arange(10), 8), seed).p <= 0.05).any())
-    assert hits <= 8  # binomial(60, .05) is above 8 with probability .002
-
-
-def test_compositions_are_the_unit_and_not_clips():
-    """A label that belongs to whole compositions, and scores that do too, by chance alone: Mann and
-    Whitney over clips calls many significant, the permutation of compositions none."""
-    rng = np.random.default_rng(1)
-    groups = np.repeat(np.arange(8), 20)
-    labels = (np.arange(8) % 2 == 0)[groups][:, None]
-    scores = rng.standard_normal((8, 40))[groups] + 0.1 * rng.standard_normal((160, 40))
-    naive = [mannwhitneyu(s[labels[:, 0]], s[~labels[:, 0]]).pvalue * 40 for s in scores.T]
-    assert (np.array(naive) < 0.05).sum() > 10
-    found = aligned(scores, labels, groups)
-    assert not (found.p <= 0.05).any()
-
-
-def test_concept_and_pooling_are_chosen_on_validation():
-    rng = np.random.default_rng(0)
-    labels = {k: rng.random((90, 2)) < 0.5 for k in ("validation", "test", "heldout_font")}
-    noise = {k: {p: rng.uniform(0, 1, (90, 3)) for p in ("mean", "max")} for k in labels}
-    noise["validation"]["max"][:, 0] += labels["validation"][:, 1]
-    noise["test"]["mean"][:, 0] += labels["test"][:, 0]  # better on test, but not to be looked at
-    found = concepts.align({"x": noise}, labels, np.repeat(np.arange(9), 10), ["u", "v"], 99, 0)
-    found = found["x"]
-    assert (found.concept[0], found.pooling[0]) == ("v", "max")
-    for values, name in ((found.auroc, "test"), (found.heldout_auroc, "heldout_font")):
-        expected = stats.auroc(noise[name]["max"][:, 0], labels[name][:, 1])
-        assert values[0] == pytest.approx(expected)
-    assert found.p[0] > 0.05
-
-
-def test_unknown_labels_are_left_out_concept_by_concept():
-    """A concept's z, AUROC and choice are those on its known clips alone."""
-    rng = np.random.default_rng(3)
-    labels, scores = rng.random((120, 3)) < 0.4, rng.uniform(0, 1, (120, 12))
-    scores[:, 5] += 0.8 * labels[:, 1]
-    known = np.ones((120, 3), bool)
-    known[:, 1] = rng.random(120) < 0.7
-    scores[~known[:, 1] & labels[:, 1], 5] = -9.0  # would spoil it if these were looked at
-    sets, groups = ("validation", "test", "heldout_font"), np.repeat(np.arange(12), 10)
-    names = ["u", "v", "w"]
-
-    def align(labels, known):
-        return concepts.align(
-            {"x": {s: {"mean": scores} for s in sets}}, dict.fromkeys(sets, labels), groups, names,
-            99, 0, dict.fromkeys(sets, known),
-        )["x"]  # fmt: skip
-
-    found = align(labels, known)
-    assert (found.concept[5], found.p[5]) == ("v", 1 / 100)
-    at = known[:, 1]
-    expected = stats.auroc(scores[at, 5], labels[at, 1])
-    assert found.auroc[5] == found.heldout_auroc[5] == pytest.approx(expected)
-    other = align(labels & known, known)  # what is said of unknown clips changes nothing
-    for name in ("concept", "auroc", "heldout_auroc", "p"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(other, name))
-    rows = pd.DataFrame(labels, columns=[f"has_{c}" for c in names]).astype("boolean")
-    rows.loc[~at, "has_v"] = pd.NA
-    sizes = [int(min(labels[k, j].sum(), (~labels[k, j]).sum())) for j, k in enumerate(known.T)]
-    every = [np.arange(120)] * 2
-    assert concepts.usable_concepts(rows, every, names, sizes[1]) == (names, {})
-    assert concepts.usable_concepts(rows, every, names, sizes[1] + 1)[1] == {"v": sizes[1]}
-
-
-def test_rare_concepts_are_left_out_and_counted():
-    rows = pd.DataFrame({"has_a": [True] * 5 + [False] * 5, "has_b": [True] + [False] * 9})
-    halves = [np.arange(0, 10, 2), np.arange(1, 10, 2)]
-    assert concepts.usable_concepts(rows, halves, ["a", "b"], 2) == (["a"], {"b": 0})
-    with pytest.raises(ValueError, match="min_clips"):
-        concepts.usable_concepts(rows, halves, ["a", "b"], 4)
-
-
-SETTINGS = match_run.Settings(
-    slot="top1", threshold=0.5, fire_threshold=0.1, null_draws=2, permutations=99, bootstrap=50,
-    min_clips=4, top_clips=3, seed=0,
+SECTION = MatchFeatures(
+    slot="top1", threshold=0.5, null_draws=2, permutations=99, bootstrap=50, min_clips=4,
+    top_clips=3,
 )  # fmt: skip
 
 
-def whole_line(planted, settings=SETTINGS):
-    subjects = [
-        match_run.Subject(name, store, saes)
+def inputs(planted, **changes):
+    models = [
+        ModelSAEs(name, store, saes)
         for name, store, saes in zip("ab", planted.stores, planted.saes, strict=True)
     ]
-    match_run.check(subjects, planted.usae, planted.rows, "top1")
-    at = match_run.clip_positions(planted.rows)
-    found = match_run.compare(subjects, planted.usae, planted.rows, at, settings)
-    features, top, skipped = match_run.describe_features(
-        found, subjects, planted.usae, planted.rows, at, 50.0, settings
-    )
-    return found, features, top, match_report.metrics(found, features, skipped, at, settings)
+    values = {"models": models, "usae": planted.usae, "rows": planted.rows, "slot": "top1"}
+    return Inputs(**values | changes)
+
+
+def compare_planted(planted, workers=1):
+    of = inputs(planted)
+    comparison = compare(of, SECTION, 0, workers)
+    features, top, skipped = describe_features(of, comparison, SECTION, 0.1, 50.0, 0)
+    return comparison, features, top, report.metrics(comparison, features, skipped, SECTION)
 
 
 @pytest.fixture(scope="module")
-def line():
+def compared():
     planted = plant(reproducible_own=OWN - 1)
-    return planted, *whole_line(planted)
+    return planted, *compare_planted(planted)
 
 
-def test_planted_sets_partners_and_counterparts_are_found(line):
-    planted, found, features, _, metrics = line
+def test_planted_sets_partners_and_counterparts_are_found(compared):
+    planted, found, features, _, metrics = compared
     table = features.set_index(["kind", "model", "feature"])
     for m, name in enumerate("ab"):
         latent, rows = planted.latent[m], table.loc["sae", name]
@@ -284,11 +159,11 @@ def test_planted_sets_partners_and_counterparts_are_found(line):
     assert between["null_musical_a"] == 0
 
 
-def test_metrics_and_the_keys_of_the_summary(line, tmp_path):
-    *_, metrics = line
+def test_metrics_and_the_keys_of_the_summary(compared, tmp_path):
+    *_, metrics = compared
     write_json(tmp_path / "m.json", metrics)  # numpy numbers and all
     stored = read_json(tmp_path / "m.json")
-    keys = match_report.summary_keys(stored)
+    keys = report.summary_keys(stored)
     assert keys["match.common"] == SHARED
     assert keys["match.common_low"] == keys["match.common_high"] == SHARED
     assert keys["match.null_common"] == 0
@@ -305,8 +180,8 @@ def test_metrics_and_the_keys_of_the_summary(line, tmp_path):
     assert stored["clips"] == {"validation": 48, "test": 48, "heldout_font": 48}
 
 
-def test_the_guitar_latent_is_credited_with_the_guitar(line):
-    planted, _, features, _, metrics = line
+def test_the_guitar_latent_is_credited_with_the_guitar(compared):
+    planted, _, features, _, metrics = compared
     for name, latent in zip("ab", planted.latent, strict=True):
         for kind, feature in (("sae", latent[GUITAR]), ("usae", GUITAR)):
             row = features[
@@ -321,8 +196,8 @@ def test_the_guitar_latent_is_credited_with_the_guitar(line):
     assert (features["concept_p"] <= 0.05).sum() <= 8  # four are planted
 
 
-def test_tables_survive_the_disk_and_have_their_columns(line, tmp_path):
-    planted, _, features, top, _ = line
+def test_tables_survive_the_disk_and_have_their_columns(compared, tmp_path):
+    planted, _, features, top, _ = compared
     feature_table.write(tmp_path / "features", features, top)
     first = {p.name: sha256(p) for p in (tmp_path / "features").iterdir()}
     assert set(first) == {"features.parquet", "top_clips.parquet"}
@@ -348,15 +223,15 @@ def test_tables_survive_the_disk_and_have_their_columns(line, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_same_numbers_and_same_bytes_with_any_number_of_threads(line, tmp_path):
-    planted, found, features, top, metrics = line
-    again = whole_line(planted, replace(SETTINGS, workers=2))
+def test_same_numbers_and_same_bytes_with_any_number_of_threads(compared, tmp_path):
+    planted, found, features, top, metrics = compared
+    again = compare_planted(planted, workers=2)
     pd.testing.assert_frame_equal(again[1], features)
     pd.testing.assert_frame_equal(again[2], top)
     hashes = []
     for i, (of, table, best) in enumerate(((found, features, top), again[:3])):
         folder = tmp_path / str(i)
-        match_report.write_plots(str(folder), of, 0.5)
+        report.write_comparison(str(folder), of, 0.5)
         feature_table.write(folder / "features", table, best)
         write_json(folder / "metrics.json", (metrics, again[3])[i])
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -371,19 +246,14 @@ def test_same_numbers_and_same_bytes_with_any_number_of_threads(line, tmp_path):
 
 def test_what_does_not_belong_together_is_an_error():
     planted = plant()
-    subjects = [
-        match_run.Subject(n, s, saes)
-        for n, s, saes in zip("ab", planted.stores, planted.saes, strict=True)
-    ]
-    check = match_run.check
-    with pytest.raises(ValueError, match="at least two"):
-        check(subjects[:1], planted.usae, planted.rows, "top1")
-    with pytest.raises(ValueError, match="of a, b at top1, params ask for a usae of a, b at top2"):
-        check(subjects, planted.usae, planted.rows, "top2")
-    with pytest.raises(ValueError, match="train_usae"):
-        check(subjects[::-1], planted.usae, planted.rows, "top1")
-    with pytest.raises(ValueError, match="other clips"):
-        check(subjects, planted.usae, planted.rows.iloc[::-1], "top1")
-    lone = [match_run.Subject(s.name, s.store, s.saes[:1]) for s in subjects]
-    with pytest.raises(ValueError, match="train_sae.seeds"):
-        check(lone, planted.usae, planted.rows, "top1")
+    models = inputs(planted).models
+    lone = [ModelSAEs(m.name, m.store, m.saes[:1]) for m in models]
+    for changes, message in (
+        ({"models": models[:1]}, "at least two"),
+        ({"slot": "top2"}, "of a, b at top1, params ask for a usae of a, b at top2"),
+        ({"models": models[::-1]}, "train_usae"),
+        ({"rows": planted.rows.iloc[::-1]}, "other clips"),
+        ({"models": lone}, r"train_sae\.seeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inputs(planted, **changes)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
 import yaml
-from scipy.stats import mannwhitneyu
 
 from musicscope.commands import cli
 from musicscope.config import ParamsError, load_params
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
-from musicscope.finder import plots as concept_plots
-from musicscope.finder import queries as concept_clips
-from musicscope.finder import recordings as reading
-from musicscope.finder import search as concept_finder
-from musicscope.finder import statistics as concept_stats
-from tests.support.planted import clip_rows
+from musicscope.finder.evaluation import examine, summary_keys
+from musicscope.finder.queries import concept_sets, select_query
+from musicscope.finder.recordings import plan_recordings, read_windows
+from musicscope.finder.run import find_concept
+from tests.support.planted import clip_rows, find_concept_section
 from tools.import_closure import ROOT
 
 RATE, HOP, BANDS = 16_000, 320, 40
@@ -86,7 +82,7 @@ def folder(path, seed, concept, n=10, seconds=(4.0, 7.0), gain=1.0, formats=FORM
 def find(with_, without, **options):
     options = {"seconds": 2.0, "windows": 2, "permutations": 499, "draws": 20, **options}
     features = options.pop("features", dictionary())
-    return concept_finder.find_concept(BandModel(), features, with_, without, "bands", **options)
+    return find_concept(BandModel(), features, with_, without, "bands", **options)
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -170,23 +166,23 @@ def test_length_of_recordings_is_no_finding(tmp_path):
     assert len(report.discoveries()) == 0
     assert "nothing to find" in report.text()
     # The same lengths with something to find.
-    plan, _ = reading.plan_recordings((long, short), 10.0, 8)
-    shapes = {reading.read_windows(r, plan, RATE)[0].shape for r in plan.recordings}
+    plan, _ = plan_recordings((long, short), 10.0, 8)
+    shapes = {read_windows(r, plan, RATE)[0].shape for r in plan.recordings}
     assert shapes == {(1, round(plan.seconds * RATE))}
 
 
-def test_windows_are_shared_alike_and_spread(tmp_path):
+def test_windows_are_equal_in_number_and_spread(tmp_path):
     a = folder(tmp_path / "a", 9, False, n=4, seconds=(9.0, 9.1), formats=[("wav", 8000)])
     b = folder(tmp_path / "b", 10, False, n=4, seconds=(6.2, 6.3), formats=[("wav", 8000)])
-    plan, problems = reading.plan_recordings((a, b), 2.0, 8)
+    plan, problems = plan_recordings((a, b), 2.0, 8)
     assert (plan.windows, plan.seconds, problems) == (3, 2.0, [])
-    audio, starts, _ = reading.read_windows(plan.recordings[0], plan, RATE)
+    audio, starts, _ = read_windows(plan.recordings[0], plan, RATE)
     assert audio.shape == (3, 2 * RATE)
     np.testing.assert_allclose(starts, [0.5, 3.5, 6.5], atol=0.1)
     np.testing.assert_allclose([np.sqrt((w**2).mean()) for w in audio], 0.1, rtol=0.1)
 
 
-def test_a_difference_beside_the_concept_is_told(tmp_path):
+def test_cues_that_differ_between_folders_are_reported(tmp_path):
     rng = np.random.default_rng(0)
     for name, top in (("dull", 1), ("bright", 30)):
         (tmp_path / name).mkdir()
@@ -199,7 +195,7 @@ def test_a_difference_beside_the_concept_is_told(tmp_path):
     assert "also differ in centroid" in report.text()
 
 
-def test_too_little_is_said_not_hidden(tmp_path, found):
+def test_too_few_recordings_are_reported(tmp_path, found):
     three = folder(tmp_path / "three", 3, True, n=3)
     other = folder(tmp_path / "other", 4, False, n=3)
     report = find(three, other)
@@ -251,77 +247,6 @@ def test_the_command_prints_and_saves(found, tmp_path, monkeypatch, capsys):
         cli.main(words)
 
 
-# --- statistics -------------------------------------------------------------------------------
-
-
-def test_p_and_q_are_those_of_all_permutations():
-    rng = np.random.default_rng(0)
-    x = rng.random((8, 6)) + np.array([0.5, 0, 0, 0, 0, 0]) * (np.arange(8) < 4)[:, None]
-    labels = np.arange(8) < 4
-    table = concept_stats.rank_features(x, labels, 20_000, 5, 3).set_index("feature")
-
-    def statistic(truth):
-        return np.array([mannwhitneyu(x[truth, j], x[~truth, j]).statistic for j in range(6)])
-
-    dealt = [np.isin(np.arange(8), c) for c in itertools.combinations(range(8), 4)]
-    null = np.stack([statistic(truth) for truth in dealt])
-    seen = statistic(labels)
-    for j in range(6):
-        row = table.loc[j]
-        assert row["auroc"] == pytest.approx(seen[j] / 16)
-        assert row["p"] == pytest.approx((null[:, j] >= seen[j]).mean(), abs=0.02)
-        assert row["q"] == pytest.approx((null.max(1) >= seen[j]).mean(), abs=0.02)
-
-
-def test_nothing_is_found_where_nothing_is():
-    """q promises at most 5 % of draws with any discovery; 60 draws of 300 skewed features."""
-    hits = 0
-    for draw in range(60):
-        rng = np.random.default_rng(draw)
-        shared = rng.exponential(size=(20, 1))
-        x = rng.exponential(size=(20, 300)) ** 2 * (rng.random((20, 300)) < 0.5) * shared
-        hits += (
-            concept_stats.rank_features(x, np.arange(20) < 10, 199, 1, draw)["q"] <= 0.05
-        ).any()
-    assert hits <= 8  # binomial(60, .05) exceeds it once in a thousand
-
-
-def test_many_planted_features_are_found_from_ten():
-    rng = np.random.default_rng(1)
-    labels = np.arange(20) < 10
-    x = rng.exponential(size=(20, 500))
-    x[:, :5] += 6 * labels[:, None]
-    table = concept_stats.rank_features(x, labels, 999, 20, 0)
-    assert set(table.index[table["q"] <= 0.05]) == set(range(5))
-    assert set(table["feature"].head(5)) == set(range(5))
-    assert (table["effect_size"].head(5) > 2).all()
-    assert (table["stability"].head(5) > 0.9).all()
-    assert table["stability"].iloc[100:].max() == 0
-
-
-def test_excerpts_of_one_piece_are_dealt_together():
-    """Ten excerpts a piece, and features that know pieces: as single clips they would count."""
-    rng = np.random.default_rng(2)
-    groups = np.repeat(np.arange(8), 10)
-    labels = groups < 4
-    x = rng.random((8, 40))[groups] + 0.05 * rng.random((80, 40))
-    assert (concept_stats.rank_features(x, labels, 199, 1, 0)["q"] <= 0.05).any()
-    grouped = concept_stats.rank_features(x, labels, 199, 1, 0, groups)
-    assert not (grouped["q"] <= 0.05).any()
-
-
-def test_rare_and_constant_features_are_not_tested():
-    x = np.random.default_rng(3).random((20, 4))
-    x[:, 1] = 0
-    x[2:, 2] = 0
-    x[:, 3] = 0.5
-    assert concept_stats.rank_features(x, np.arange(20) < 10, 19, 1, 0)["feature"].tolist() == [0]
-    none = concept_stats.rank_features(x[:, 1:], np.arange(20) < 10, 19, 1, 0)
-    assert len(none) == 0
-    with pytest.raises(ValueError, match="1 recordings with"):
-        concept_stats.rank_features(x, np.arange(20) < 1, 19, 1, 0)
-
-
 # --- clips ------------------------------------------------------------------------------------
 
 
@@ -331,17 +256,17 @@ def test_queries_select_what_they_say():
     rows.loc[::5, "has_bass"] = pd.NA
     main = rows["font"] == "timgm6mb"
     test = main & (rows["split"] == "test")
-    query = concept_clips.select_query(rows, "clips:has_guitar and not has_drums", "test")
+    query = select_query(rows, "clips:has_guitar and not has_drums", "test")
     wanted = test & rows["has_guitar"] & ~rows["has_drums"]
     assert query.tolist() == np.flatnonzero(wanted).tolist()
-    both = [concept_clips.select_query(rows, f"clips:{no}has_bass", "test") for no in ("", "not ")]
+    both = [select_query(rows, f"clips:{no}has_bass", "test") for no in ("", "not ")]
     assert sum(map(len, both)) == int((test & rows["has_bass"].notna()).sum())
-    held = concept_clips.select_query(rows, "clips:has_guitar and font=fluidr3mono", "test")
+    held = select_query(rows, "clips:has_guitar and font=fluidr3mono", "test")
     assert (rows["font"].iloc[held] == "fluidr3mono").all()
     assert len(held)
     for bad in ("clips:has_gitar", "clips:guitar", "clips:has_guitar and colour=red"):
         with pytest.raises(ValueError, match=r"no term|no column"):
-            concept_clips.select_query(rows, bad, "test")
+            select_query(rows, bad, "test")
 
 
 def test_clips_are_found_on_train_and_confirmed_on_test():
@@ -353,9 +278,9 @@ def test_clips_are_found_on_train_and_confirmed_on_test():
     rng = np.random.default_rng(0)
     means = rng.exponential(size=(len(rows), 60))
     means[:, 7] += 3 * rows["has_guitar"].to_numpy()
-    sets = concept_clips.concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
-    options = concept_clips.Options(0.05, 199, 10, 10, 10, 50, 0)
-    table, found = concept_clips.examine(means, rows["group"].to_numpy(str), sets, options, "m")
+    sets = concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
+    section = find_concept_section()
+    table, found = examine(means, rows["group"].to_numpy(str), sets, section, 0, "m")
     assert table["feature"].iloc[0] == 7
     assert found["discoveries"] == 1
     assert found["test"]["best_auroc"] > 0.9
@@ -365,12 +290,12 @@ def test_clips_are_found_on_train_and_confirmed_on_test():
     assert found["few"]["agree"] > 0.8
     assert found["null"]["any_discovery"] <= 0.3
     assert found["null"]["discoveries"] == 0
-    keys = concept_plots.find_summary("m", {"sae": {"guitar": found}})
+    keys = summary_keys("m", {"sae": {"guitar": found}})
     assert keys["find_concept.m.sae.guitar.discoveries"] == 1
     assert keys["find_concept.m.sae.guitar.null_discoveries"] == 0
     assert all(not isinstance(value, dict) for value in keys.values())
     with pytest.raises(ValueError, match="share"):
-        concept_clips.concept_sets(rows, "clips:has_guitar", "clips:has_guitar")
+        concept_sets(rows, "clips:has_guitar", "clips:has_guitar")
     assert "guitar" in FAMILIES
 
 

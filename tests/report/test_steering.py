@@ -11,7 +11,8 @@ import pytest
 import soundfile
 
 from musicscope.core.io import read_json, write_json
-from musicscope.finder import queries as concept_clips
+from musicscope.finder.evaluation import examine
+from musicscope.finder.queries import concept_sets
 from musicscope.finder.scores import MOMENTS
 from musicscope.judges import training as judge_training
 from musicscope.report import build as report
@@ -36,7 +37,7 @@ from tests.report.test_report import (
     write_metrics,
 )
 from tests.steering.test_evaluation import SECTION, bench  # noqa: F401 (a fixture)
-from tests.support.planted import clip_rows
+from tests.support.planted import clip_rows, find_concept_section
 
 
 def inside(parts) -> list:
@@ -285,9 +286,11 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     rng = np.random.default_rng(0)
     means = rng.exponential(size=(len(rows), 30))
     means[:, 7] += 3 * rows["has_guitar"].to_numpy()
-    sets = concept_clips.concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
-    options = concept_clips.Options(0.05, 99, 5, 5, 5, 20, 0)
-    table, numbers = concept_clips.examine(means, rows["group"].to_numpy(str), sets, options, "m")
+    sets = concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
+    section = find_concept_section(
+        permutations=99, stability_draws=5, few=5, few_draws=5, bootstrap=20
+    )
+    table, numbers = examine(means, rows["group"].to_numpy(str), sets, section, 0, "m")
     write_json(tmp_path / "metrics/find_concept/tiny.json", {"sae": {"guitar": numbers}})
     folder = tmp_path / "data/find_concept/tiny"
     folder.mkdir(parents=True)

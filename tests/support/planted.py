@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from musicscope.config.concepts import FindConcept
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
@@ -54,6 +55,16 @@ def clip_rows(groups: int = 6, per_group: int = 8, seed: int = 0) -> pd.DataFram
                      "pair_id": "", "font": font, **has}
                 )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def find_concept_section(**changes: object) -> FindConcept:
+    """Section find_concept of params.yaml, small, without concepts."""
+    values = {
+        "slot": "top1", "universal": False, "concepts": (), "q": 0.05, "permutations": 199,
+        "stability_draws": 10, "seconds": 10.0, "windows": 4, "few": 10, "few_draws": 10,
+        "features": 4, "moments": 3, "bootstrap": 50,
+    }  # fmt: skip
+    return FindConcept(**values | changes)
 
 
 def orders(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

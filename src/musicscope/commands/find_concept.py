@@ -1,62 +1,70 @@
-"""From a folder of recordings with a concept and one without it to features of a model.
+"""Find the features of a concept from a folder of recordings with it and one without it.
 
     musicscope find-concept --model nano-small --with guitars --without others
 
-Reads whatever libsndfile reads. Writes features.csv, moments.csv, report.json and the moments' WAV
-files into a new folder: --out, which must not be there or be empty, or data/found/<name of DIR>,
-with a number if that name is taken. What the statistics mean is in `concept_stats`.
+Reads all formats that libsndfile reads. Writes features.csv, moments.csv, report.json and excerpts
+as WAV files into --out, a new or empty folder. The default is data/found/<name of the --with
+folder>, with a number if that exists. See `musicscope.features.association` for the statistics.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import soundfile
 
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.finder.recordings import list_files
-from musicscope.finder.search import ConceptReport, find_concept
+from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
 
-FOUND = "data/found"
-"""Holds a folder for each search that is given no --out."""
+DEFAULT_OUT = "data/found"
+"""Holds one folder per search without --out."""
 USAE = "data/usae/seed-0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``musicscope find-concept``."""
+    """Add the arguments of ``musicscope find-concept``."""
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
     add("--with", required=True, dest="with_dir", metavar="DIR", help="recordings with the concept")
-    add("--without", required=True, dest="without_dir", metavar="DIR", help="without it")
-    add("--features", choices=("sae", "usae", "both"), default="sae", help="which dictionary")
-    add("--slot", default="top1", help="slot whose SAE is searched")
+    add(
+        "--without",
+        required=True,
+        dest="without_dir",
+        metavar="DIR",
+        help="recordings without the concept",
+    )
+    add(
+        "--features",
+        choices=("sae", "usae", "both"),
+        default="sae",
+        help="dictionary to search: the model's SAE, the universal SAE, or both",
+    )
+    add("--slot", default="top1", help="slot of the SAE")
     add(
         "--out",
         metavar="DIR",
-        help="new or empty folder for tables and excerpts; data/found/<name of DIR>, with a number "
-        "if that is taken",
+        help="new or empty folder for tables and excerpts (default: "
+        "data/found/<name of the --with folder>)",
     )
-    add("--seconds", type=float, default=10.0, help="length of the windows that are heard")
-    add("--windows", type=int, default=4, help="most windows a recording")
-    add("--q", type=float, default=0.05, help="limit of the corrected p")
-    add("--permutations", type=int, default=2000, help="for p")
-    add("--seed", type=int, default=0, help="of permutations and draws")
+    add("--seconds", type=float, default=10.0, help="longest window, in seconds")
+    add("--windows", type=int, default=4, help="most windows per recording")
+    add("--q", type=float, default=0.05, help="limit of the corrected p for a discovery")
+    add("--permutations", type=int, default=2000, help="permutations of the labels, for p")
+    add("--seed", type=int, default=0, help="seed of permutations and resamples")
     add("--device", default="cpu", help="cpu or cuda")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Find, print and save. ValueError and FileNotFoundError say what is wrong with the input."""
+    """Find, print and save; ValueError or FileNotFoundError if an input cannot be used."""
     for folder in (args.with_dir, args.without_dir):
         list_files(folder)
     name = Path(args.model).name
-    default = Path(FOUND) / (Path(args.with_dir).resolve().name or "recordings")
+    default = Path(DEFAULT_OUT) / (Path(args.with_dir).resolve().name or "recordings")
     inputs = {
         "the folder of --with": args.with_dir,
         "the folder of --without": args.without_dir,
@@ -72,7 +80,7 @@ def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
     from musicscope.models.registry import load_model
 
     folder = Path("data/sae") / name / args.slot / "seed-0"
-    features: dict[str, Any] = {}
+    features: dict[str, TopKSAE | UniversalSAE] = {}
     if args.features in ("sae", "both"):
         features["sae"] = TopKSAE.load(folder, args.device)
     if args.features in ("usae", "both"):
@@ -82,23 +90,22 @@ def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
     layer = read_json(folder / "config.json")["trainer"].get("layer")
     if not isinstance(layer, str):
         raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
+    model = load_model(args.model, args.device)
     report = find_concept(
-        load_model(args.model, args.device), features, args.with_dir, args.without_dir, layer,
-        seconds=args.seconds, windows=args.windows, permutations=args.permutations, q=args.q,
-        seed=args.seed,
+        model, features, args.with_dir, args.without_dir, layer, seconds=args.seconds,
+        windows=args.windows, permutations=args.permutations, q=args.q, seed=args.seed,
     )  # fmt: skip
-    print(report.text())  # first: a full disk does not take it away
+    print(report.text())  # before writing: a full disk must not lose it
     save_report(report, out.scratch)
     print(f"tables and {len(report.excerpts)} excerpts are in {out.publish()}")
 
 
 def save_report(report: ConceptReport, folder: Path) -> None:
-    """Write features.csv, moments.csv, report.json and the moments' WAV files into a new folder."""
+    """Write features.csv, moments.csv, report.json and the excerpts into a new folder."""
     tables = [t.assign(dictionary=name) for name, t in report.tables.items()]
     pd.concat(tables).to_csv(folder / "features.csv", index=False, float_format="%.6g")
     report.moments.to_csv(folder / "moments.csv", index=False, float_format="%.6g")
-    for name, audio in report.excerpts.items():
-        soundfile.write(folder / name, np.clip(audio, -1, 1), report.rate, subtype="PCM_16")
+    write_excerpts(folder, report.excerpts, report.rate)
     about = {
         "recordings": dict(report.recordings),
         "problems": [p.texts() for p in report.problems],

@@ -1,4 +1,4 @@
-"""Intervals and rank statistics over groups: bootstrap, AUROC, average precision, nulls.
+"""Statistics over groups: bootstrap intervals, AUROC, average precision, permutation tests.
 
 Clips of one composition are not independent, so every interval here resamples whole groups
 (compositions), never rows. A resample is a row of integer weights: how often each item's group
@@ -7,18 +7,55 @@ call and makes differences between two probes *paired* (same weights, both score
 
     low, high = bootstrap_groups(values, groups, n=1000, seed=1)                  # of the mean
     low, high = bootstrap_groups(auroc_of(scores, labels), groups, n=1000, seed=1)
+    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1)             # an `Estimate`
     gap = lambda w: auroc_of(a, labels)(w) - auroc_of(b, labels)(w)
     low, high = bootstrap_groups(gap, groups, n=1000, seed=1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Weights [resamples, items] -> one value a resample [resamples, ...]; NaN where undefined."""
+"""Weights [resamples, items] -> one value per resample [resamples, ...]; NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+    """Limits of the interval; NaN if it cannot be computed"""
+    n: int
+    """Independent units that the interval resamples"""
+    unit: str = "composition"
+    """What one of them is"""
+
+    @classmethod
+    def from_resamples(
+        cls, value: float, resampled: np.ndarray, n: int, unit: str = "composition"
+    ) -> Estimate:
+        """Take the 95 % percentile interval of `resampled` [resamples]."""
+        return cls(value, *percentile_interval(resampled), n, unit)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Estimate:
+        """Read what `as_dict` gave."""
+        return cls(**entry)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the five fields by name, for JSON."""
+        return asdict(self)
+
+    def named(self, value: str, low: str, high: str) -> dict[str, float]:
+        """Give value and limits under the given keys, as the metrics files have them."""
+        return {value: self.value, low: self.low, high: self.high}
 
 
 def resample_weights(groups: Sequence | np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -60,6 +97,19 @@ def bootstrap_groups(
     """
     function = statistic if callable(statistic) else mean_of(np.asarray(statistic))
     return percentile_interval(function(resample_weights(groups, n, seed)), level)
+
+
+def estimate(
+    statistic: Statistic,
+    groups: Sequence | np.ndarray,
+    n: int = 1000,
+    seed: int = 0,
+    unit: str = "composition",
+) -> Estimate:
+    """Evaluate a statistic on the items as they are, with its interval over groups [items]."""
+    value = statistic(np.ones((1, len(groups))))[0]
+    interval = bootstrap_groups(statistic, groups, n, seed)
+    return Estimate(float(value), *interval, len(np.unique(groups)), unit)
 
 
 def mean_of(values: np.ndarray) -> Statistic:
@@ -166,7 +216,7 @@ def auroc_columns(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def pair_wins(
     scores: np.ndarray, labels: np.ndarray, pairs: Sequence[str], groups: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per matched pair: 1 if the positive clip scores higher, 0.5 on a tie, else 0; and its group.
+    """Compare the clips of matched pairs: 1 if the positive scores higher, 0.5 on a tie, else 0.
 
     `pairs` [items] names the pair of each item; each pair must hold one positive and one negative.
     Returns wins [pairs] and groups [pairs], in order of first appearance.
@@ -179,44 +229,89 @@ def pair_wins(
     lone = [pair for pair, both in members.items() if len(both) != 2]
     if lone:
         raise ValueError(f"pair {lone[0]!r} has one clip; expected one with and one without")
-    scores, groups = np.asarray(scores), np.asarray(groups)
     with_, without = (np.array([both[side] for both in members.values()]) for side in (True, False))
-    wins = 0.5 * (1 + np.sign(scores[with_] - scores[without]))
-    return wins, groups[with_]
-
-
-def paired_accuracy(scores: np.ndarray, labels: np.ndarray, pairs: Sequence[str]) -> float:
-    """Share of matched pairs whose positive clip scores higher (ties count half)."""
-    return float(pair_wins(scores, labels, pairs, pairs)[0].mean())
+    gap = np.asarray(scores)[with_] - np.asarray(scores)[without]
+    return 0.5 * (1 + np.sign(gap)), np.asarray(groups)[with_]
 
 
 def permute_labels(labels: np.ndarray, groups: Sequence | np.ndarray, seed: int) -> np.ndarray:
-    """Labels [items, ...] with the groups' blocks of labels dealt to the groups in random order.
+    """Permute labels [items, ...] between groups, each group's block of labels in one piece.
 
-    The null of a group-wise experiment: the number of positives and the run of labels inside a
-    block stay, the tie between a clip and its label goes. Blocks of unequal size are laid end to
-    end (whole rows move, so several concepts keep their co-occurrence).
+    The null of a group-wise experiment: the number of positives and the order of labels inside a
+    block stay, the link between a clip and its label goes. Blocks of unequal size are laid end to
+    end. Whole rows move, so several concepts keep their co-occurrence.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     rng = np.random.default_rng(seed)
     names = np.unique(groups)
     rows = [np.flatnonzero(groups == name) for name in names]
-    # Rotating each block by a random amount breaks the tie also where one group meets its own.
+    # Rotating each block by a random amount breaks the link even where a group gets its own block.
     source = [np.roll(rows[g], rng.integers(len(rows[g]))) for g in rng.permutation(len(names))]
     permuted = np.empty_like(labels)
     permuted[np.concatenate(rows)] = labels[np.concatenate(source)]
     return permuted
 
 
-def sign_flip_p(values: np.ndarray, groups: Sequence | np.ndarray, n: int, seed: int) -> float:
-    """One-sided p-value that the mean of `values` [items] is above 0: signs flipped by group.
+SLACK = 1e-4
+"""Subtracted from an observed z before it is compared with permutations: float32 sums in another
+order differ by less. It can only raise p."""
 
-    Exchangeable under a null symmetric about 0; the observed sign pattern counts as one draw, so
-    p is never 0 (Phipson & Smyth 2010).
+
+def standard_ranks(scores: np.ndarray) -> np.ndarray:
+    """Standardise the mid-ranks of each column [n, F]: mean 0, variance 1, float32.
+
+    A constant column is 0. The sum over n1 of n rows, divided by sqrt(n1 (n - n1) / n), is the
+    tie-corrected z of Mann and Whitney: mean 0 and variance 1 under random labels.
     """
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(member, weights=np.asarray(values, dtype=np.float64))
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(names)))
-    # A hair of slack: the same sum in another order may differ in its last bit.
-    at_least = (signs @ sums >= sums.sum() - 1e-12 * np.abs(sums).sum()).sum()
-    return float((1 + at_least) / (1 + n))
+    from scipy.stats import rankdata
+
+    ranks = rankdata(scores, axis=0) - (len(scores) + 1) / 2
+    deviation = ranks.std(0, ddof=1)
+    return np.divide(ranks, deviation, np.zeros_like(ranks), where=deviation > 0).astype(np.float32)
+
+
+def rank_z(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute z [m, F] of Mann and Whitney from `standard_ranks` [n, F] and labels [n, m]."""
+    n1 = labels.sum(0, dtype=np.float64)
+    spread = np.sqrt(n1 * (len(labels) - n1) / len(labels))
+    return (labels.T.astype(np.float32) @ ranks) / spread[:, None].astype(np.float32)
+
+
+def permutation_null(
+    ranks: Sequence[np.ndarray],
+    permuted: Callable[[int], np.ndarray],
+    n: int,
+    block: int,
+    observed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the largest z over all columns of all `ranks` and all labels, per permutation.
+
+    Args:
+        ranks: `standard_ranks` [items, F] of each dictionary and pooling.
+        permuted: number of the permutation -> its labels, bool [items, m].
+        block: permutations multiplied at once.
+        observed: z [F], less `SLACK`, for one array of ranks and m = 1.
+
+    Returns:
+        Maxima [n], and how many permutations reach `observed` [F].
+    """
+    maxima, exceeded = np.empty(n), np.zeros(0 if observed is None else len(observed))
+    for start in range(0, n, block):
+        draws = range(start, min(n, start + block))
+        labels, highest = np.concatenate([permuted(i) for i in draws], 1), []
+        for array in ranks:
+            z = rank_z(array, labels)
+            highest.append(z.max(1))
+            if observed is not None:
+                exceeded += (z >= observed).sum(0)
+        maxima[start : draws.stop] = np.max(highest, 0).reshape(len(draws), -1).max(1)
+    return maxima, exceeded
+
+
+def corrected_p(z: np.ndarray, maxima: np.ndarray) -> np.ndarray:
+    """Compute p of each z, less `SLACK`, corrected for all tests (Westfall & Young 1993).
+
+    `maxima` [n] as from `permutation_null`; the smallest p is 1 / (n + 1).
+    """
+    n = len(maxima)
+    return (1 + n - np.searchsorted(np.sort(maxima), z)) / (1 + n)

@@ -1,7 +1,7 @@
-"""Which clips a concept is learnt on and scored on, and what is known about them.
+"""Which clips a concept is learnt and tested on, and their labels.
 
-A label may be unknown, in data sets of recordings. Such a clip says nothing about that concept: it
-is neither a positive nor a negative, in no set of clips.
+In data sets of recordings, a clip may have no label for a concept. It is then neither a positive
+nor a negative of that concept.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PAIR_SETS = {f"pairs_{font}": font for font in (TRAIN_FONT, HELDOUT_FONT)}
 def clip_sets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Positions in a clip table of train, validation, test, heldout_font and the pair sets.
 
-    Probes learn from, and are chosen on, the training soundfont (or recordings) only. Compositions
-    of the test sets must not occur in train or validation. The last three sets may be empty.
+    Train and validation are of the training soundfont (or recordings) only. The last three sets may
+    be empty. ValueError if a composition of the test sets is also in train or validation.
     """
     sets = {split: main_clips(rows, split) for split in ("train", "validation", "test")}
     test, held_out = rows["split"] == "test", rows["font"] == HELD_OUT_FONT
@@ -39,35 +39,35 @@ def clip_sets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def label_matrix(rows: pd.DataFrame, concepts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and whether they are known, bool [clips, concepts] each. An unknown label is False."""
-    has, known = np.zeros((2, len(rows), len(concepts)), bool)
+    """Labels, and which clips have one, bool [clips, concepts] each. A missing label is False."""
+    has, labelled = np.zeros((2, len(rows), len(concepts)), bool)
     for j, concept in enumerate(concepts):
         at, values = known_labels(rows, concept)
-        has[at, j], known[at, j] = values, True
-    return has, known
+        has[at, j], labelled[at, j] = values, True
+    return has, labelled
 
 
-def known_blocks(known: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers, columns) of `known` [clips, concepts]: concepts known on just these clips.
+def label_blocks(labelled: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(row numbers, columns) of `labelled` [clips, concepts]: concepts labelled on the same clips.
 
-    Each column is in one block; all are in one where every label is known.
+    Each column is in one block; all are in one where every clip has every label.
     """
-    patterns, of = np.unique(known, axis=1, return_inverse=True)
+    patterns, of = np.unique(labelled, axis=1, return_inverse=True)
     return [
         (np.flatnonzero(pattern), np.flatnonzero(of.ravel() == i))
         for i, pattern in enumerate(patterns.T)
     ]
 
 
-def known_sets(
+def labelled_sets(
     rows: pd.DataFrame, sets: dict[str, np.ndarray], concept: str
 ) -> dict[str, np.ndarray]:
-    """`sets` without the clips of which it is unknown whether they have the concept."""
+    """`sets` without the clips that have no label for the concept."""
     return {name: known_labels(rows, concept, at)[0] for name, at in sets.items()}
 
 
 def smaller_class(rows: pd.DataFrame, concept: str, at: np.ndarray) -> int:
-    """Clips of the rarer class among those of `at` whose label is known."""
+    """Number of clips of the rarer class among the labelled ones of `at`."""
     _, has = known_labels(rows, concept, at)
     return int(min(has.sum(), (~has).sum()))
 
@@ -75,14 +75,18 @@ def smaller_class(rows: pd.DataFrame, concept: str, at: np.ndarray) -> int:
 def select_concepts(
     rows: pd.DataFrame, sets: dict[str, np.ndarray], concepts: Sequence[str], least: int
 ) -> tuple[list[str], dict[str, int]]:
-    """Concepts with at least `least` clips of either class in train and in test; and the others
-    with their smallest class. Guitar stays whenever it can be fitted and scored at all."""
+    """Select concepts with at least `least` clips of either class in train and in test.
+
+    Returns them, and the size of the smallest class of each other concept. `MAIN` stays whenever
+    it can be fitted and scored at all.
+    """
     chosen, skipped = [], {}
     for concept in concepts:
-        sizes = {s: smaller_class(rows, concept, sets[s]) for s in ("train", "validation", "test")}
-        enough = min(sizes["train"], sizes["test"])
-        needed = 1 if concept == MAIN else least
-        if enough >= needed and sizes["validation"] >= 1:
+        train, validation, test = (
+            smaller_class(rows, concept, sets[s]) for s in ("train", "validation", "test")
+        )
+        smallest = min(train, test)
+        if smallest >= (1 if concept == MAIN else least) and validation >= 1:
             chosen.append(concept)
         elif concept == MAIN:
             raise ValueError(
@@ -91,5 +95,5 @@ def select_concepts(
                 "(recordings)"
             )
         else:
-            skipped[concept] = enough
+            skipped[concept] = smallest
     return chosen, skipped

@@ -1,4 +1,4 @@
-"""Which features do two models share? One-to-one matching of sparse dictionaries, with its nulls.
+"""Match sparse dictionaries one to one, with nulls: which features do two models share?
 
 SAE against SAE of another model: Pearson correlation of two latents' activations over paired
 frames. The one-to-one pairs are *chosen* on validation clips (Hungarian assignment over all
@@ -6,9 +6,9 @@ latents of both, maximising the sum) and *scored* on test clips of other composi
 pair's correlation is not inflated by having been searched for. Null: the same procedure with the
 clips of one model re-paired to clips of other compositions (frame t stays frame t, so what is
 common to all clips, such as their beginnings, stays in the null). A true pair whose correlation
-survives re-pairing follows the place in the clip, which every clip shares, and not the music: such
-matches are counted apart from the musical ones. Ceiling: the same procedure between two SAEs of
-one model that differ in their seed.
+survives re-pairing follows the position in the clip and not the music: such matches are counted
+apart from the musical ones. Ceiling: the same procedure between two SAEs of one model that differ
+in their seed.
 
 SAE against USAE of one model: cosine of decoder rows, matched as in arXiv 2502.03714, 4.4. Null:
 random dictionaries with the mean and covariance of the USAE decoder's rows.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.core.stats import Estimate, resample_weights
 from musicscope.dictionaries.codes import Codes
 from musicscope.dictionaries.evaluation import random_like
+from musicscope.dictionaries.usae import UniversalSAE
 
 CHUNK = 16384  # frames multiplied at once
 
@@ -42,13 +42,15 @@ class Match:
     score: np.ndarray
     """[F1] correlation on test, or cosine; NaN without a partner"""
     null: list[np.ndarray]
-    """One array a draw: the scores of the null's pairs, from high to low"""
+    """One array per draw: the scores of the null's pairs, from high to low"""
     repaired: np.ndarray
     """[F1] score of the *same* pair with clips re-paired, mean over draws; NaN without draws"""
     null_repaired: list[np.ndarray]
-    """One array a draw, in the order of `null`: the null's pairs under yet another re-pairing"""
+    """One array per draw, in the order of `null`: the null's pairs under a further re-pairing"""
     resampled: np.ndarray
     """[resamples, F1] score in each bootstrap over compositions; no rows for cosines"""
+    compositions: int = 0
+    """Number of test compositions that were resampled"""
 
     def inverse(self, latents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`partner`, `score` and `repaired` of the second dictionary's `latents` latents."""
@@ -59,57 +61,63 @@ class Match:
         return partner, score, repaired
 
     def musical(self, threshold: float) -> np.ndarray:
-        """[F1] matched, and not by the place in the clip: `repaired` at most the threshold."""
+        """[F1] matched, but at most the threshold once clips are re-paired."""
         return (self.score > threshold) & ~(self.repaired > threshold)
 
     def share(self, threshold: float, latents: int | None = None) -> dict[str, float]:
-        """Matched pairs as a share of all latents of the first dictionary, or of `latents`.
+        """Compute matched pairs as a share of all latents of the first dictionary, or of `latents`.
 
-        {"matched"}; "null_matched", the mean over draws; where clips were re-paired "musical" and
-        "null_musical", the part of either that re-pairing ends; "matched_low", "matched_high" and
-        "musical_low", "musical_high", 95 % intervals, where there are resamples. Dead latents count
-        as not matched.
+        {"matched"} and, where clips were re-paired, {"musical"}, the part that re-pairing ends;
+        "null_<name>", the mean over draws; "<name>_low" and "<name>_high", 95 % intervals, where
+        there are resamples. Dead latents count as not matched.
         """
         F = latents or len(self.partner)
-        found: dict[str, float] = {"matched": (self.score > threshold).sum() / F}
-        if self.null:
-            counts = [(draw > threshold).sum() / F for draw in self.null]
-            found["null_matched"] = float(np.mean(counts))
-        kept = {"matched": np.ones(len(self.partner), bool)}
+        parts = {"matched": np.ones(len(self.partner), bool)}
+        null = {"matched": [n > threshold for n in self.null]}
         if self.null_repaired:
-            found["musical"] = self.musical(threshold).sum() / F
-            both = zip(self.null, self.null_repaired, strict=True)
-            counts = [((n > threshold) & ~(r > threshold)).sum() / F for n, r in both]
-            found["null_musical"] = float(np.mean(counts))
-            kept["musical"] = ~(self.repaired > threshold)
-        if len(self.resampled):
-            for name, where in kept.items():
-                counts = (self.resampled[:, where] > threshold).sum(1) / F
-                found[f"{name}_low"], found[f"{name}_high"] = percentile_interval(counts)
-        return found
+            parts["musical"] = ~(self.repaired > threshold)
+            both = zip(null["matched"], self.null_repaired, strict=True)
+            null["musical"] = [n & ~(r > threshold) for n, r in both]
+        shares: dict[str, float] = {}
+        for name, part in parts.items():
+            value = ((self.score > threshold) & part).sum() / F
+            shares[name] = value
+            if null[name]:
+                shares[f"null_{name}"] = float(np.mean([draw.sum() / F for draw in null[name]]))
+            if len(self.resampled):
+                resampled = (self.resampled[:, part] > threshold).sum(1) / F
+                estimate = Estimate.from_resamples(value, resampled, self.compositions)
+                shares |= estimate.named(name, f"{name}_low", f"{name}_high")
+        return shares
 
 
 def _sums(x: csr_array) -> tuple[np.ndarray, np.ndarray]:
     """Sum and sum of squares of every column, in float64."""
-    data = x.data.astype(np.float64)
-    return tuple(np.bincount(x.indices, d, x.shape[1]) for d in (data, data * data))
+    data, columns = x.data.astype(np.float64), x.shape[1]
+    return np.bincount(x.indices, data, columns), np.bincount(x.indices, data * data, columns)
 
 
-def _pearson(n: Any, sx: Any, sy: Any, sxx: Any, syy: Any, sxy: Any) -> np.ndarray:
+def _pearson(
+    n: int | np.ndarray,
+    sx: np.ndarray,
+    sy: np.ndarray,
+    sxx: np.ndarray,
+    syy: np.ndarray,
+    sxy: np.ndarray,
+) -> np.ndarray:
     """Pearson's r from sums over n frames; 0 where either side is constant."""
     vx, vy = sxx - sx * sx / n, syy - sy * sy / n
     # A constant column leaves rounding error behind, not an exact 0.
-    known = (vx > 1e-10 * sxx) & (vy > 1e-10 * syy)
-    bottom = np.sqrt(np.where(known, vx, 1.0)) * np.sqrt(np.where(known, vy, 1.0))
-    return np.where(known, np.clip((sxy - sx * sy / n) / bottom, -1, 1), 0.0)
+    varies = (vx > 1e-10 * sxx) & (vy > 1e-10 * syy)
+    bottom = np.sqrt(np.where(varies, vx, 1.0)) * np.sqrt(np.where(varies, vy, 1.0))
+    return np.where(varies, np.clip((sxy - sx * sy / n) / bottom, -1, 1), 0.0)
 
 
 def correlation(x: csr_array, y: csr_array) -> np.ndarray:
-    """Pearson correlation of every column of x [N, F1] with every column of y [N, F2], float32.
+    """Correlate every column of x [N, F1] with every column of y [N, F2] (Pearson), float32.
 
     Rows are the same frames. Co-activation sums are CSR^T CSR products of `CHUNK` frames, added in
-    float64: about N k^2 multiplications instead of N F1 F2. A latent that never fires, or always
-    with one value, has correlation 0.
+    float64: about N k^2 multiplications instead of N F1 F2. A constant latent has correlation 0.
     """
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"codes of {x.shape[0]} and of {y.shape[0]} frames are not paired")
@@ -123,10 +131,9 @@ def correlation(x: csr_array, y: csr_array) -> np.ndarray:
 
 
 def assign(scores: np.ndarray) -> np.ndarray:
-    """Column [F1] of each row under the one-to-one assignment with the largest sum, -1 for none.
+    """Assign columns to rows one to one with the largest sum of scores: column [F1], -1 for none.
 
-    A pair that scores 0 or less only fills the assignment up (a latent that never fires, say), and
-    is no pair.
+    Pairs that score 0 or less, such as latents that never fire, are left out.
     """
     rows, columns = linear_sum_assignment(scores, maximize=True)
     real = scores[rows, columns] > 0
@@ -138,11 +145,10 @@ def assign(scores: np.ndarray) -> np.ndarray:
 def pair_correlations(
     x: csr_array, y: csr_array, partner: np.ndarray, member: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Correlation of each latent with its partner under each row of weights, [W, F1].
+    """Correlate each latent with its partner under each row of weights, [W, F1].
 
-    `member` [N] is the group of each frame, `weights` [W, groups] how often a group counts. From
-    sums per group and pair, so a thousand resamples cost no second look at the frames. NaN where
-    there is no partner.
+    `member` [N] is the group of each frame, `weights` [W, groups] how often a group counts. Uses
+    sums per group and pair, so that frames are read once for all resamples. NaN without a partner.
     """
     rows, N = np.flatnonzero(partner >= 0), x.shape[0]
     a, b = x[:, rows].astype(np.float64), y[:, partner[rows]].astype(np.float64)
@@ -155,15 +161,15 @@ def pair_correlations(
 
 
 def correlations_of(x: csr_array, y: csr_array, partner: np.ndarray) -> np.ndarray:
-    """[F1] correlation of each latent with its partner over all frames; NaN without a partner."""
+    """Correlate each latent with its partner over all frames, [F1]; NaN without a partner."""
     return pair_correlations(x, y, partner, np.zeros(x.shape[0], np.int64), np.ones((1, 1)))[0]
 
 
 def repaired_clips(groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
-    """For every clip [clips] the position of a clip of another group; each is used once.
+    """Give every clip [clips] the position of a clip of another group; each is used once.
 
-    Clips are laid out group after group, in random order, and shifted round by at least the size
-    of the largest group.
+    Clips are ordered by group, groups at random, and shifted cyclically by at least the size of the
+    largest group.
     """
     groups, rng = np.asarray(groups), np.random.default_rng(seed)
     names, sizes = np.unique(groups, return_counts=True)
@@ -181,7 +187,7 @@ def repaired_clips(groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
 
 
 def _repaired(first: Codes, second: Codes, order: np.ndarray) -> tuple[csr_array, csr_array]:
-    """Frame t of clip i beside frame t of clip order[i]; the longer of the two clips is cut."""
+    """Pair frame t of clip i with frame t of clip order[i]; the longer clip is cut."""
     length = np.minimum(first.frames, second.frames[order])
     within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
     rows = []
@@ -199,10 +205,10 @@ def match_activations(
     n_bootstrap: int,
     seed: int,
 ) -> Match:
-    """Pairs chosen by correlation on validation frames, scored by it on test frames.
+    """Choose pairs by correlation on validation frames and score them on test frames.
 
     `first`, `second`: codes of the same clips by set, "validation" and "test"; `groups`: the
-    composition of each clip by set. Intervals: test compositions resampled, pairs kept.
+    composition of each clip by set. Intervals resample test compositions and keep the pairs.
     """
     for name in ("validation", "test"):
         if not np.array_equal(first[name].frames, second[name].frames):
@@ -225,14 +231,14 @@ def match_activations(
     for draw in range(null_draws):
         chosen = assign(correlation(*other_clips("validation", draw)))
         a, b = other_clips("test", draw)
-        repaired[draw], found = correlations_of(a, b, partner), correlations_of(a, b, chosen)
+        repaired[draw], score = correlations_of(a, b, partner), correlations_of(a, b, chosen)
         again = correlations_of(*other_clips("test", null_draws + draw), chosen)
         has = np.flatnonzero(chosen >= 0)
-        order = has[np.argsort(-found[has], kind="stable")]
-        null.append(found[order])
+        order = has[np.argsort(-score[has], kind="stable")]
+        null.append(score[order])
         null_repaired.append(again[order])
     survived = repaired.mean(0) if null_draws else np.full(len(partner), np.nan)
-    return Match(partner, r[0], null, survived, null_repaired, r[1:])
+    return Match(partner, r[0], null, survived, null_repaired, r[1:], len(names))
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -241,7 +247,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def match_decoders(first: np.ndarray, second: np.ndarray, null_draws: int, seed: int) -> Match:
-    """Pairs of rows of two decoders [F1, d], [F2, d] by cosine; a zero row has cosine 0.
+    """Match rows of two decoders [F1, d], [F2, d] by cosine; a zero row has cosine 0.
 
     With F2 < F1 at most F2 / F1 of the first can be matched.
     """
@@ -262,13 +268,12 @@ def match_decoders(first: np.ndarray, second: np.ndarray, null_draws: int, seed:
     return Match(partner, score, null, np.full(len(a), np.nan), [], np.empty((0, len(a))))
 
 
-def raw_decoder(usae: Any, i: int) -> np.ndarray:
-    """Decoder rows [F, d_i] of model i in activation units, float64: what 1 of a latent adds.
+def raw_decoder(usae: UniversalSAE, i: int) -> np.ndarray:
+    """Compute decoder rows [F, d_i] of model i in activation units, float64.
 
-    A cosine with an SAE's decoder needs both in the same space; the rows that `usae.decoder(i)`
-    gives are in normalised units.
+    `usae.decoder(i)` is in normalised units, which a cosine with an SAE's decoder must not use.
     """
-    device, large = usae.decoder(i).device, 1000.0  # large: the mean's digits must not count
+    device, large = usae.decoder(i).device, 1000.0  # large: rounding of the mean must not count
     latents = torch.arange(usae.n_latents, device=device)[:, None]
     values = torch.full(latents.shape, large, device=device)
     added = usae.decode(i, values, latents) - usae.decode(i, 0 * values, latents)

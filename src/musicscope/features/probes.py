@@ -3,9 +3,9 @@
 For every concept and representation: an L2 logistic probe on pooled features, standardised on
 train, with pooling and C chosen by validation AUROC alone; k-sparse probes on SAE codes (the k
 latents with the largest |difference of class means| of standardised pooled codes: SAE-Probes,
-arXiv 2502.16681; SAEBench); and a null whose training labels are dealt to other compositions.
-Reported on test clips of unheard compositions, on the held-out soundfont, and on matched pairs,
-with bootstrap intervals over compositions.
+arXiv 2502.16681; SAEBench); and a null whose training labels are permuted between compositions.
+Reported on test clips of unseen compositions, on the held-out soundfont, and on matched pairs, with
+bootstrap intervals over compositions.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from musicscope.config.analysis import Probe
 from musicscope.core import stats
 from musicscope.core.seeding import seed_for
+from musicscope.core.stats import Estimate
 from musicscope.data.splits import (
     CLASS_SETS,
     MAIN,
     PAIR_SETS,
     clip_sets,
-    known_blocks,
+    label_blocks,
     label_matrix,
     select_concepts,
 )
 from musicscope.dictionaries.pooling import Pools
+from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
+
+Entry = dict[str, Any]
+"""Part of metrics/probe: numbers and text, nested by name."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The probe that validation chose, one a column of labels."""
+    """Probes chosen on validation, one per column of labels."""
 
     scores: np.ndarray
     """Logits of every clip, float64 [clips, m]."""
@@ -53,12 +59,13 @@ def choose(
     validation: np.ndarray,
     c_grid: Sequence[float],
 ) -> Chosen:
-    """Fit every pooling x C on train and keep, for each column, the best on validation.
+    """Fit every pooling x C on train and keep, for each column of labels, the best on validation.
+
+    Ties go to the earlier pooling and the smaller C. Labels of other clips are not used.
 
     Args:
-        pools: features of all clips. `train` and `validation` are positions in them.
+        pools: features of all clips; `train` and `validation` are positions in them.
         train_labels: bool [train, m]; `validation_labels`: bool [validation, m].
-    Ties go to the earlier pooling and the smaller C. No other clip's label is seen.
     """
     grid = np.sort(np.asarray(c_grid, dtype=np.float64))
     m = train_labels.shape[1]
@@ -83,94 +90,74 @@ def choose(
     return Chosen(scores, pooling, c, best)
 
 
-def rank_features(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns by falling |difference of class means| in units of their standard deviation, and
-    the signed differences [columns] (0 for a constant column). Give training rows only."""
-    standardise = Standardiser.fit(features)
-    z = standardise(features)
-    difference = np.zeros(features.shape[1])
-    difference[standardise.columns] = z[labels].mean(0) - z[~labels].mean(0)
-    order = np.argsort(-np.abs(difference), kind="stable")
-    return order[: len(standardise.columns)], difference
-
-
 def choose_sparse(
-    pools: Pools, labels: np.ndarray, sets: dict[str, np.ndarray], k: Sequence[int], c_grid
+    pools: Pools, labels: np.ndarray, sets: dict[str, np.ndarray], section: Probe
 ) -> dict[int, Chosen]:
-    """k-sparse probes of one concept: labels bool [clips] of all clips, k -> `Chosen`."""
+    """Choose the k-sparse probes of one concept, by k; labels bool [clips] of all clips."""
     train, validation = sets["train"], sets["validation"]
-    orders = {name: rank_features(x[train], labels[train])[0] for name, x in pools.items()}
-    return {
-        size: choose(
-            {name: x[:, np.sort(orders[name][:size])] for name, x in pools.items()},
-            labels[train, None],
-            labels[validation, None],
-            train,
-            validation,
-            c_grid,
-        )
-        for size in k
-    }
-
-
-def _entry(values: np.ndarray, name: str) -> dict[str, float]:
-    """A statistic and its interval, from its values with weights 1 and in the resamples."""
-    low, high = stats.percentile_interval(values[1:])
-    prefix = "" if name in ("auroc", "accuracy", "difference") else f"{name}_"
-    return {name: float(values[0]), f"{prefix}ci_low": low, f"{prefix}ci_high": high}
+    orders = {name: rank_by_difference(x[train], labels[train])[0] for name, x in pools.items()}
+    result = {}
+    for k in section.k_sparse:
+        chosen = {name: x[:, np.sort(orders[name][:k])] for name, x in pools.items()}
+        targets = (labels[train, None], labels[validation, None])
+        result[k] = choose(chosen, *targets, train, validation, section.c_grid)
+    return result
 
 
 class Evaluator:
-    """Scores against test labels, with the same resamples of compositions for every probe."""
+    """Evaluates scores on test labels, with the same resamples of compositions for every probe."""
 
     def __init__(self, rows: pd.DataFrame, sets: dict[str, np.ndarray], n: int, seed: int) -> None:
         self.sets, self.groups = sets, rows["group"].to_numpy(str)
         self.pairs = rows["pair_id"].to_numpy(str)
-        self.names = [s for s in CLASS_SETS if len(sets[s])]
         self.n, self.seed = n, seed_for(seed, "probe", "bootstrap")
-        self.weights = {s: self._weights(self.groups[sets[s]]) for s in self.names}
+        self.weights = {s: self._weights(self.groups[sets[s]]) for s in CLASS_SETS if len(sets[s])}
 
     def _weights(self, groups: np.ndarray) -> np.ndarray:
         """Weights [1 + n, items]: all ones (the clips as they are), then the resamples."""
         resamples = stats.resample_weights(groups, self.n, self.seed)
         return np.concatenate([np.ones((1, len(groups))), resamples])
 
-    def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
-        """{set: AUROC and average precision with intervals}; scores [clips] or a list of seeds,
-        scores [clips, seeds], whose statistics are averaged."""
-        columns = scores if scores.ndim == 2 else scores[:, None]
-        result = {}
-        for name in self.names:
-            at, weights = self.sets[name], self.weights[name]
-            counts = [stats.counts_of(column, labels[at])(weights) for column in columns[at].T]
-            result[name] = {}
-            for key, value in (
-                ("auroc", stats.auroc_from),
-                ("average_precision", stats.average_precision_from),
-            ):
-                result[name] |= _entry(np.mean([value(*c) for c in counts], axis=0), key)
-        return result
+    def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Entry:
+        """A statistic with its interval, from its values [1 + n] under `_weights`."""
+        units = len(np.unique(self.groups[self.sets[clip_set]]))
+        prefix = "average_precision_" if name == "average_precision" else ""
+        number = Estimate.from_resamples(values[0], values[1:], units)
+        return number.named(name, f"{prefix}ci_low", f"{prefix}ci_high")
 
-    def difference(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> dict[str, dict]:
-        """{set: AUROC of scores a minus that of scores b}, paired: same resamples for both."""
-        result = {}
-        for name in self.names:
+    def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+        """Compute {set: AUROC and average precision with intervals}.
+
+        Scores [clips], or [clips, seeds] for the mean of the statistics over seeds.
+        """
+        columns, result = scores.reshape(len(scores), -1), {}
+        for name, weights in self.weights.items():
             at = self.sets[name]
-            first, second = (
-                stats.auroc_of(scores[at], labels[at])(self.weights[name]) for scores in (a, b)
-            )
-            result[name] = _entry(first - second, "difference")
+            counts = [stats.counts_of(column, labels[at])(weights) for column in columns[at].T]
+            area = np.mean([stats.auroc_from(*c) for c in counts], 0)
+            precision = np.mean([stats.average_precision_from(*c) for c in counts], 0)
+            result[name] = self._entry(area, "auroc", name)
+            result[name] |= self._entry(precision, "average_precision", name)
         return result
 
-    def pair_accuracy(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
-        """{pair set: share of pairs whose clip with the concept scores higher}."""
+    def difference(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+        """Compute {set: AUROC of scores a minus AUROC of scores b}, paired by resample."""
+        result = {}
+        for name, weights in self.weights.items():
+            at = self.sets[name]
+            first, second = (stats.auroc_of(of[at], labels[at])(weights) for of in (a, b))
+            result[name] = self._entry(first - second, "difference", name)
+        return result
+
+    def pair_accuracy(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+        """Compute {pair set: share of pairs whose clip with the concept scores higher}."""
         result = {}
         for name in PAIR_SETS:
             if len(at := self.sets[name]):
-                wins, groups = stats.pair_wins(
-                    scores[at], labels[at], self.pairs[at], self.groups[at]
-                )
-                result[name] = _entry(stats.mean_of(wins)(self._weights(groups)), "accuracy")
+                pairs, groups = self.pairs[at], self.groups[at]
+                wins, groups = stats.pair_wins(scores[at], labels[at], pairs, groups)
+                values = stats.mean_of(wins)(self._weights(groups))
+                result[name] = self._entry(values, "accuracy", name)
         return result
 
 
@@ -178,35 +165,35 @@ def run_probes(
     rows: pd.DataFrame,
     representations: dict[str, Pools],
     concepts: Sequence[str],
-    k: Sequence[int],
-    c_grid: Sequence[float],
-    min_positive: int,
-    null_seeds: int,
-    n_bootstrap: int,
+    section: Probe,
     seed: int,
     workers: int = 1,
-) -> dict[str, Any]:
-    """The whole table: {"clips", "skipped", "concepts": {concept: {representation: numbers}}}.
+) -> Entry:
+    """Probe every concept: {"clips", "skipped", "concepts": {concept: {representation: numbers}}}.
 
-    `representations` must hold "sae" and "dense"; their rows are those of `rows`. A concept's
-    entry also has "shuffled" (SAE probes of `null_seeds` label shuffles, averaged), "k_sparse"
-    and, for each other representation, "sae_minus_<representation>". `workers` threads share the
-    concepts; the numbers do not depend on how many. A concept's numbers are of the clips whose
-    label is known; where some are not, "unknown" has {concept: {set: clips left out}}.
+    A concept's entry also has "shuffled" (SAE probes on permuted labels, mean over null_seeds),
+    "k_sparse" and, for each other representation, "sae_minus_<representation>". Its numbers are of
+    the labelled clips; where some have no label, "unknown" has {concept: {set: clips left out}}.
+
+    Args:
+        rows: clip table.
+        representations: pools of these clips by name; "sae" and "dense" are required.
+        workers: threads that share the concepts; the numbers do not depend on it.
     """
     sets = clip_sets(rows)
-    concepts, skipped = select_concepts(rows, sets, concepts, min_positive)
-    has, known = label_matrix(rows, concepts)
+    concepts, skipped = select_concepts(rows, sets, concepts, section.min_positive)
+    has, labelled = label_matrix(rows, concepts)
     tables, unknown = {}, {}
-    for _, columns in known_blocks(known):
+    for _, columns in label_blocks(labelled):
         names = [concepts[j] for j in columns]
-        told = {name: at[known[at, columns[0]]] for name, at in sets.items()}
-        evaluate = Evaluator(rows, told, n_bootstrap, seed)
-        tables |= _probe_known(
-            evaluate, representations, names, has[:, columns], k, c_grid, null_seeds, seed, workers
+        usable = {name: at[labelled[at, columns[0]]] for name, at in sets.items()}
+        evaluate = Evaluator(rows, usable, section.bootstrap, seed)
+        tables |= _probe_labelled(
+            evaluate, representations, names, has[:, columns], section, seed, workers
         )
-        if left := {s: len(at) - len(told[s]) for s, at in sets.items() if len(at) > len(told[s])}:
-            unknown |= dict.fromkeys(names, left)
+        left_out = {s: len(at) - len(usable[s]) for s, at in sets.items()}
+        if any(left_out.values()):
+            unknown |= dict.fromkeys(names, {s: n for s, n in left_out.items() if n})
     result = {
         "clips": {name: len(at) for name, at in sets.items()},
         "skipped": skipped,
@@ -217,49 +204,42 @@ def run_probes(
     )
 
 
-def _probe_known(
+def _probe_labelled(
     evaluate: Evaluator,
     representations: dict[str, Pools],
     concepts: Sequence[str],
     labels: np.ndarray,
-    k: Sequence[int],
-    c_grid: Sequence[float],
-    null_seeds: int,
+    section: Probe,
     seed: int,
     workers: int,
-) -> dict[str, Any]:
-    """{concept: entry} of concepts whose labels [clips, concepts] are known in all the sets."""
+) -> dict[str, Entry]:
+    """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for."""
     sets = evaluate.sets
     train, validation = sets["train"], sets["validation"]
     groups = evaluate.groups[train]
     shuffles = [
         stats.permute_labels(labels[train], groups, seed_for(seed, "probe", "null", i))
-        for i in range(null_seeds)
+        for i in range(section.null_seeds)
     ]
     m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
         targets = [labels[train], *(shuffles if name == "sae" else [])]
-        fits[name] = choose(
-            pools,
-            np.concatenate(targets, 1),
-            np.tile(labels[validation], (1, len(targets))),
-            train,
-            validation,
-            c_grid,
-        )
+        repeated = np.tile(labels[validation], (1, len(targets)))
+        targets = np.concatenate(targets, 1)
+        fits[name] = choose(pools, targets, repeated, train, validation, section.c_grid)
 
-    def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> dict[str, Any]:
-        result: dict[str, Any] = evaluate.classes(fit.scores[:, j], has)
+    def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Entry:
+        result: Entry = evaluate.classes(fit.scores[:, j], has)
         result |= {"pooling": fit.pooling[j], "c": fit.c[j]}
         result["validation_auroc"] = fit.validation[j]
         return result | (evaluate.pair_accuracy(fit.scores[:, j], has) if concept == MAIN else {})
 
-    def table(j: int) -> dict[str, Any]:
+    def table(j: int) -> Entry:
         has, concept = labels[:, j], concepts[j]
-        entry: dict[str, Any] = {name: numbers(f, j, has, concept) for name, f in fits.items()}
+        entry: Entry = {name: numbers(f, j, has, concept) for name, f in fits.items()}
         entry["shuffled"] = evaluate.classes(fits["sae"].scores[:, m + j :: m], has)
-        sparse = choose_sparse(representations["sae"], has, sets, k, c_grid)
+        sparse = choose_sparse(representations["sae"], has, sets, section)
         entry["k_sparse"] = {f"{n:03d}": numbers(f, 0, has, concept) for n, f in sparse.items()}
         for name in [name for name in fits if name != "sae"]:
             scores = (fits[other].scores[:, j] for other in ("sae", name))

@@ -1,4 +1,4 @@
-"""Numbers and charts of the comparison: metrics/match_features.json, plots/match_features/."""
+"""Numbers, tables and charts of the probes (stage probe) and of the comparison (match_features)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,170 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from musicscope.core import plots
+from musicscope.config.analysis import MatchFeatures
+from musicscope.core import plots, stats
 from musicscope.core.io import write_text
-from musicscope.core.stats import percentile_interval
-from musicscope.features import sharing as feature_sets
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import Estimate
+from musicscope.data.splits import (
+    CLASS_SETS,
+    HELDOUT_FONT,
+    MAIN,
+    PAIR_SETS,
+    TRAIN_FONT,
+    clip_sets,
+    label_matrix,
+    labelled_sets,
+)
+from musicscope.dictionaries.pooling import Pools
+from musicscope.features.association import rank_by_difference
 from musicscope.features.matching import Match, correlations_of
-from musicscope.features.run import FONT, Comparison, Settings
+from musicscope.features.run import FONT, Comparison
+from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
+LABELS = {
+    "sae": "SAE",
+    "dense": "activations",
+    "logmel": "log-mel",
+    "codec": "codec",
+    "trivial": "trivial",
+    "shuffled": "shuffled",
+}
+SET_LABELS = {
+    "test": f"unheard compositions, {TRAIN_FONT}",
+    "heldout_font": f"unheard compositions, {HELDOUT_FONT} (held out)",
+}
 LEVEL = 0.05
-EDGES = np.linspace(-0.2, 1.0, 49)  # histogram of correlations; lower ones count in the first bin
+EDGES = np.linspace(-0.2, 1.0, 49)
+"""Histogram of correlations; lower ones count in the first bin."""
+
+
+def probe_table(result: dict[str, Any]) -> pd.DataFrame:
+    """Make one row per (concept, representation, set) of `probes.run_probes`.
+
+    ``sae_k016`` is a k-sparse probe; ``sae_minus_dense`` has paired differences of AUROC; pair sets
+    have `accuracy` instead of AUROC.
+    """
+    records = []
+    for concept, entry in result["concepts"].items():
+        probes = {name: numbers for name, numbers in entry.items() if name != "k_sparse"}
+        probes |= {f"sae_k{size}": numbers for size, numbers in entry["k_sparse"].items()}
+        positives = probes.pop("positives")
+        for name, numbers in probes.items():
+            chosen = {key: numbers.get(key) for key in ("pooling", "c", "validation_auroc")}
+            for clip_set in (*CLASS_SETS, *PAIR_SETS):
+                if clip_set in numbers:
+                    key = {"concept": concept, "representation": name, "set": clip_set}
+                    sizes = {"positives": positives[clip_set]}
+                    records.append(key | numbers[clip_set] | chosen | sizes)
+    columns = ["concept", "representation", "set", "auroc", "ci_low", "ci_high"]
+    columns += ["average_precision", "average_precision_ci_low", "average_precision_ci_high"]
+    columns += ["accuracy", "difference", "pooling", "c", "validation_auroc", "positives"]
+    return pd.DataFrame(records).reindex(columns=columns)
+
+
+def latent_table(
+    rows: pd.DataFrame,
+    pools: Pools,
+    result: dict[str, Any],
+    n_bootstrap: int,
+    seed: int,
+    concept: str = MAIN,
+    top: int = 20,
+) -> pd.DataFrame:
+    """List the latents that separate a concept best on train, with the AUROC of each alone.
+
+    Ranked as for the k-sparse probes, in the pooling that the SAE probe of `result` (from
+    `probes.run_probes`) chose; `difference` is in standard deviations of the pooled code
+    (negative: fires less with the concept); AUROC is of the raw pooled code times that sign.
+    """
+    has = label_matrix(rows, [concept])[0][:, 0]
+    pooling = result["concepts"][concept]["sae"]["pooling"]
+    sets, seed = labelled_sets(rows, clip_sets(rows), concept), seed_for(seed, "probe", "bootstrap")
+    groups, codes, train = rows["group"].to_numpy(str), pools[pooling], sets["train"]
+    order, difference = rank_by_difference(codes[train], has[train])
+    records = []
+    for rank, latent in enumerate(order[:top], start=1):
+        record: dict[str, Any] = {"rank": rank, "latent": int(latent), "pooling": pooling}
+        record["difference"] = difference[latent]
+        record["clips_active"] = (codes[train, latent] > 0).mean()
+        scores = codes[:, latent].astype(np.float64) * np.sign(difference[latent])
+        for name in ("train", "validation", *CLASS_SETS):
+            if len(at := sets[name]):
+                record[f"{name}_auroc"] = stats.auroc(scores[at], has[at])
+        at = sets["test"]
+        statistic = stats.auroc_of(scores[at], has[at])
+        test = stats.estimate(statistic, groups[at], n_bootstrap, seed)
+        records.append(record | test.named("test_auroc", "test_ci_low", "test_ci_high"))
+    return pd.DataFrame(records)
+
+
+def plot_probes(table: pd.DataFrame, title: str, concept: str = MAIN) -> Figure:
+    """Plot AUROC of one concept: bars by representation and test set, and k-sparse curves."""
+    table = table[table["concept"] == concept].set_index(["set", "representation"])
+    sparse = [name for name in table.loc["test"].index if name.startswith("sae_k")]
+    middle = "sae_k016" if "sae_k016" in sparse else sparse[-1]
+    names = ["sae", middle, *list(LABELS)[1:]]
+    labels = [
+        LABELS.get(name, f"SAE k={int(name[5:])}" if name == middle else name) for name in names
+    ]
+    figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.4), width_ratios=[1.7, 1], sharey=True)
+    sets = [name for name in CLASS_SETS if name in table.index.get_level_values(0)]
+    k = [int(name[5:]) for name in sparse]
+    for series, clip_set in enumerate(sets):
+        part = table.loc[clip_set]
+        bars, curve = (
+            [part.loc[n][c] for c in ("auroc", "ci_low", "ci_high")] for n in (names, sparse)
+        )
+        label = SET_LABELS[clip_set] if len(sets) > 1 else "unheard compositions"
+        offset = 0.42 * (series - (len(sets) - 1) / 2)
+        colour = plots.COLOURS[series]
+        plots.interval_bars(
+            axes[0], labels, *bars, colour=colour, offset=offset, width=0.4, name=label
+        )
+        plots.interval_curve(axes[1], k, *curve, name=label, series=series)
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xticks(k, [str(size) for size in k])
+    axes[1].minorticks_off()
+    axes[0].set(title=f"{title}: {concept}", ylabel="AUROC (95 % over compositions)")
+    drawn = table[table.index.get_level_values(1).isin([*names, *sparse])]
+    axes[0].set_ylim(min(0.3, drawn["ci_low"].min() - 0.02), 1.05)
+    axes[1].set(title="k-sparse probes on SAE codes", xlabel="latents used (k)")
+    for axis in axes:
+        axis.axhline(0.5, color="#555555", lw=1, ls="--")
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=2)
+    return figure
+
+
+def write_probes(stem: str, title: str, table: pd.DataFrame, latents: pd.DataFrame) -> None:
+    """Write `stem`.csv (all concepts), `stem`-features.csv and `stem`.png (the main concept)."""
+    for name, frame in ((f"{stem}.csv", table), (f"{stem}-features.csv", latents)):
+        write_text(name, frame.to_csv(index=False, float_format="%.6g"))
+    plots.save_figure(plot_probes(table, title), f"{stem}.png")
 
 
 def _quality(match: Match, threshold: float) -> dict[str, float]:
-    """Share of the first's latents, mean score over the pairs, and the same of the null."""
-    found = match.share(threshold) | {"mean": np.nanmean(match.score)}
+    """Shares of the first dictionary's latents, mean score over the pairs, and their nulls."""
+    entry = match.share(threshold) | {"mean": np.nanmean(match.score)}
     if match.null:
-        found["null_mean"] = np.mean([draw.mean() if len(draw) else 0.0 for draw in match.null])
-    return found
+        entry["null_mean"] = np.mean([draw.mean() if len(draw) else 0.0 for draw in match.null])
+    return entry
 
 
-def between_models(found: Comparison, a: str, b: str, threshold: float) -> dict[str, Any]:
-    """SAE against SAE: matched pairs as a share of the latents of `a` and of those of `b`.
+def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> dict[str, Any]:
+    """Compare SAE with SAE: matched pairs as a share of the latents of `a` and of `b`.
 
     heldout_font_matched_*: the same pairs scored on the test compositions in the held-out
     soundfont.
     """
-    match, (first, second) = found.matches[a, b], (found.codes[m, "sae"] for m in (a, b))
+    match = comparison.matches[a, b]
+    first, second = (comparison.codes[m, "sae"] for m in (a, b))
     entry: dict[str, Any] = {"pairs": (match.partner >= 0).sum()}
     entry["matched_pairs"] = (match.score > threshold).sum()
     entry["musical_pairs"] = match.musical(threshold).sum()
     entry |= {k: v for k, v in _quality(match, threshold).items() if k in ("mean", "null_mean")}
-    sizes = {name: len(found.sets[name]) for name in (a, b)}
+    sizes = {name: len(comparison.sets[name]) for name in (a, b)}
     for name, F in sizes.items():
         for key, value in match.share(threshold, F).items():
             word = "matched" if "matched" in key else "musical"
@@ -51,71 +184,68 @@ def between_models(found: Comparison, a: str, b: str, threshold: float) -> dict[
     return entry
 
 
-def set_sizes(found: Comparison, threshold: float) -> dict[str, Any]:
-    """Latents in each set by model, common tuples with their interval, and the null's tuples.
+def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
+    """Count the latents in each set by model, the common tuples with their interval, and a null.
 
-    The null of `common` is the number of pairs that fit the same definition when both the choice
-    and the score are made on re-paired clips; it is given for two models.
+    The null of `common`, for two models, is the number of pairs that fit the same definition when
+    both choice and score are made on re-paired clips.
     """
-    models = list(found.sets)
-    tuples = feature_sets.common_tuples(found.matches, models)
-    scores = feature_sets.tuple_scores(found.matches, models, tuples) > threshold
+    matches, models = comparison.matches, list(comparison.sets)
+    tuples = common_tuples(matches, models)
+    scores = tuple_scores(matches, models, tuples) > threshold
     counts = scores[1:, ~scores[0]].sum(1)
-    low, high = percentile_interval(counts[1:])
-    sizes: dict[str, Any] = {"common": counts[0], "common_low": low, "common_high": high}
+    match = matches[models[0], models[1]]
+    common = Estimate.from_resamples(counts[0], counts[1:], match.compositions)
+    sizes: dict[str, Any] = common.named("common", "common_low", "common_high")
     sizes["positional"] = (scores[0] & scores[1]).sum()
     if len(models) == 2:
-        null = found.matches[models[0], models[1]].share(threshold, 1)
-        sizes["null_common"] = null["null_musical"]
-    for model, names in found.sets.items():
-        for name in feature_sets.NAMES:
+        sizes["null_common"] = match.share(threshold, 1)["null_musical"]
+    for model, names in comparison.sets.items():
+        for name in NAMES:
             if name != "partial" or len(models) > 2:
                 sizes[f"{name}_{model}"] = (names == name).sum()
     return sizes
 
 
 def metrics(
-    found: Comparison,
-    features: pd.DataFrame,
-    skipped: dict[str, int],
-    at: dict[str, np.ndarray],
-    settings: Settings,
+    comparison: Comparison, features: pd.DataFrame, skipped: dict[str, int], section: MatchFeatures
 ) -> dict[str, Any]:
-    """metrics/match_features.json; shares are of all latents of the dictionary, dead ones too.
+    """Make metrics/match_features.json; shares are of all latents of a dictionary, dead ones too.
 
-    sae_sae.<a>_<b> and its null; seeds.<model>: seed 1 for another model's SAE, the ceiling;
+    sae_sae.<a>_<b> and its null; seeds.<model>: seed 1 instead of another model's SAE, the ceiling;
     sae_usae.<model>: by decoder cosine, with the lowest and highest share over SAE seeds; sets;
     concepts: latents with a concept at corrected p <= .05, by dictionary.
     """
-    t = settings.threshold
+    t = section.threshold
     usae = {}
-    for model, matches in found.decoders.items():
+    for model, matches in comparison.decoders.items():
         shares = [match.share(t)["matched"] for match in matches]
         spread = {"matched_seeds_lowest": min(shares), "matched_seeds_highest": max(shares)}
         usae[model] = _quality(matches[0], t) | spread
     aligned: dict[str, Any] = {"skipped": skipped}
     for (kind, model), part in features.groupby(["kind", "model"], sort=False):
-        known = part["concept_p"] <= LEVEL
+        significant = part["concept_p"] <= LEVEL
         aligned[f"{kind}_{model}"] = {
             "latents": len(part),
             "tested": part["concept_p"].notna().sum(),
-            "aligned": known.sum(),
-            "by_concept": part["concept"][known].value_counts().sort_index().to_dict(),
+            "aligned": significant.sum(),
+            "by_concept": part["concept"][significant].value_counts().sort_index().to_dict(),
         }
+    codes = next(iter(comparison.codes.values()))
     return {
-        "slot": settings.slot,
+        "slot": section.slot,
         "threshold": t,
-        "clips": {name: len(rows) for name, rows in at.items()},
-        "sae_sae": {f"{a}_{b}": between_models(found, a, b, t) for a, b in found.matches},
-        "seeds": {model: _quality(match, t) for model, match in found.seeds.items()},
+        "clips": {name: len(of.frames) for name, of in codes.items()},
+        "sae_sae": {f"{a}_{b}": between_models(comparison, a, b, t) for a, b in comparison.matches},
+        "seeds": {model: _quality(match, t) for model, match in comparison.seeds.items()},
         "sae_usae": usae,
-        "sets": set_sizes(found, t),
+        "sets": set_sizes(comparison, t),
         "concepts": aligned,
     }
 
 
 def summary_keys(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The headline numbers, {"match.<name>": number}, from metrics/match_features.json.
+    """Select the headline numbers {"match.<name>": number} of metrics/match_features.json.
 
     match.sae_usae_matched_<model> and null_matched_<model>: shares of the SAE's latents;
     match.common (with _low, _high and null_common), positional and own_<model>: numbers of
@@ -137,20 +267,20 @@ def summary_keys(metrics: dict[str, Any]) -> dict[str, Any]:
     return {f"match.{key}": value for key, value in keys.items()}
 
 
-def correlation_table(found: Comparison) -> pd.DataFrame:
-    """Histogram of test correlations of the pairs: one row a (comparison, bin [low, high)).
+def correlation_table(comparison: Comparison) -> pd.DataFrame:
+    """Count test correlations of the pairs: one row per (comparison, bin [low, high)).
 
     `comparison`: <a>_<b> between models, seeds_<model> between two seeds; `share` of its pairs,
     `null_share` of the null's.
     """
 
     def shares(scores: np.ndarray) -> np.ndarray:
-        known = np.clip(scores[np.isfinite(scores)], EDGES[0], EDGES[-1])
-        return np.histogram(known, EDGES)[0] / max(1, len(known))
+        finite = np.clip(scores[np.isfinite(scores)], EDGES[0], EDGES[-1])
+        return np.histogram(finite, EDGES)[0] / max(1, len(finite))
 
     rows = []
-    named = {f"{a}_{b}": match for (a, b), match in found.matches.items()}
-    named |= {f"seeds_{model}": match for model, match in found.seeds.items()}
+    named = {f"{a}_{b}": match for (a, b), match in comparison.matches.items()}
+    named |= {f"seeds_{model}": match for model, match in comparison.seeds.items()}
     for name, match in named.items():
         null = shares(np.concatenate(match.null))
         columns = (EDGES[:-1], EDGES[1:], shares(match.score), null)
@@ -158,13 +288,13 @@ def correlation_table(found: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["comparison", "low", "high", "share", "null_share"])
 
 
-def cosine_table(found: Comparison) -> pd.DataFrame:
-    """Cosines of SAE and USAE pairs from high to low: model, rank, cosine, null_cosine.
+def cosine_table(comparison: Comparison) -> pd.DataFrame:
+    """List cosines of SAE and USAE pairs from high to low: model, rank, cosine, null_cosine.
 
     `null_cosine` is the mean over draws at that rank; empty where one list is shorter.
     """
     parts = []
-    for model, (match, *_) in found.decoders.items():
+    for model, (match, *_) in comparison.decoders.items():
         curves = [np.sort(match.score[np.isfinite(match.score)])[::-1], *match.null]
         length = max(map(len, curves))
         padded = [np.pad(c, (0, length - len(c)), constant_values=np.nan) for c in curves]
@@ -173,13 +303,13 @@ def cosine_table(found: Comparison) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _threshold_line(axis: Axes, threshold: float, vertical: bool) -> None:
+def _draw_threshold(axis: Axes, threshold: float, vertical: bool) -> None:
     draw = axis.axvline if vertical else axis.axhline
     draw(threshold, color="#555555", lw=1, ls="--")
 
 
 def plot_correlations(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], t: float) -> Figure:
-    """One panel a pair of models: the pairs, their null, and the pairs between seeds."""
+    """Plot one panel per pair of models: the pairs, their null, and the pairs between seeds."""
     figure, axes = plots.new_figure(1, len(pairs), size=(7.0 * len(pairs), 4.2))
     for axis, (a, b) in zip(axes[0], pairs, strict=True):
         lines = [(f"{a}_{b}", "share", f"{a} and {b}"), (f"{a}_{b}", "null_share", "null")]
@@ -190,7 +320,7 @@ def plot_correlations(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], t: 
             axis.stairs(
                 part[column].astype(float), EDGES, color=colour, ls=style, lw=1.8, label=label
             )
-        _threshold_line(axis, t, vertical=True)
+        _draw_threshold(axis, t, vertical=True)
         axis.set(xlabel="correlation on test", ylabel="share of pairs", yscale="log")
         axis.set_title("SAE latents paired on validation")
         axis.legend()
@@ -198,14 +328,14 @@ def plot_correlations(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], t: 
 
 
 def plot_cosines(table: pd.DataFrame, t: float) -> Figure:
-    """Cosines of SAE and USAE pairs from high to low, a solid line a model, its null dashed."""
+    """Plot cosines of SAE and USAE pairs from high to low, solid per model, its null dashed."""
     figure, ((axis,),) = plots.new_figure(1, 1, size=(7.0, 4.2))
     for series, (model, part) in enumerate(table.groupby("model", sort=False)):
         colour = plots.COLOURS[series % len(plots.COLOURS)]
         rank = part["rank"] / len(part)
         axis.plot(rank, part["cosine"], color=colour, lw=1.8, label=model)
         axis.plot(rank, part["null_cosine"], color=colour, lw=1.4, ls="--", label=f"{model}, null")
-    _threshold_line(axis, t, vertical=False)
+    _draw_threshold(axis, t, vertical=False)
     axis.set(xlabel="pairs, from the most similar, as a share", ylabel="cosine of decoder rows")
     axis.set_title("SAE and universal SAE of one model")
     axis.grid(color="#dddddd", lw=0.7)
@@ -213,11 +343,11 @@ def plot_cosines(table: pd.DataFrame, t: float) -> Figure:
     return figure
 
 
-def write_plots(folder: str, found: Comparison, threshold: float) -> None:
-    """`folder`/correlations.{csv,png} and cosines.{csv,png}."""
-    correlations, cosines = correlation_table(found), cosine_table(found)
+def write_comparison(folder: str, comparison: Comparison, threshold: float) -> None:
+    """Write `folder`/correlations.{csv,png} and cosines.{csv,png}."""
+    correlations, cosines = correlation_table(comparison), cosine_table(comparison)
     for name, frame in (("correlations", correlations), ("cosines", cosines)):
         write_text(f"{folder}/{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    figure = plot_correlations(correlations, list(found.matches), threshold)
+    figure = plot_correlations(correlations, list(comparison.matches), threshold)
     plots.save_figure(figure, f"{folder}/correlations.png")
     plots.save_figure(plot_cosines(cosines, threshold), f"{folder}/cosines.png")

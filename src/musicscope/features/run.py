@@ -1,58 +1,93 @@
-"""The whole comparison of M models' dictionaries, from stores and weights to pairs and a table."""
+"""Compare the dictionaries of M models: from stores and weights to pairs and the feature table."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from musicscope.activations.store import ActivationStore
+from musicscope.config.analysis import MatchFeatures
 from musicscope.core.seeding import seed_for
 from musicscope.data.splits import clip_sets, label_matrix
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.dictionaries.codes import Codes, encode_clips, pool_clips
+from musicscope.dictionaries.codes import Codes, Encode, encode_clips, pool_clips
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.features import association as feature_concepts
-from musicscope.features import matching
-from musicscope.features import sharing as feature_sets
-from musicscope.features import table as feature_table
+from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.features import matching, table
+from musicscope.features.association import align, usable_concepts
 from musicscope.features.matching import Match
+from musicscope.features.sharing import name_sets
 
 CHOOSE, REPORT, FONT = "validation", "test", "heldout_font"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One model: where its activations are, and the SAEs on them."""
+class ModelSAEs:
+    """One model: its activations and the SAEs trained on them."""
 
     name: str
-    store: Any
-    """An ActivationStore whose clips are the rows of the clip table"""
-    saes: list[TopKSAE]
-    """By seed: 0 is the one compared, 1 says what is reproduced, all are held against the USAE"""
+    store: ActivationStore
+    saes: Sequence[TopKSAE]
+    """By seed: 0 is compared, 1 shows which latents are reproduced, all are matched to the USAE"""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Section match_features of params.yaml, train_usae.fire_threshold, and how to run."""
+class Inputs:
+    """Models, universal SAE and clips of a comparison; ValueError if they do not fit together."""
 
+    models: Sequence[ModelSAEs]
+    usae: UniversalSAE
+    rows: pd.DataFrame
+    """Clip table of all stores"""
     slot: str
-    threshold: float
-    fire_threshold: float
-    null_draws: int
-    permutations: int
-    bootstrap: int
-    min_clips: int
-    top_clips: int
-    seed: int
-    workers: int = 1
-    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        names, usae, slot = self.names, self.usae, self.slot
+        if len(names) < 2:
+            raise ValueError(
+                "match_features compares models: name at least two in params.yaml: models"
+            )
+        if usae.kind != "usae" or tuple(usae.names) != names or usae.slot != slot:
+            raise ValueError(
+                f"data/usae/seed-0 is a {usae.kind} of {', '.join(usae.names)} at {usae.slot}, "
+                f"params ask for a usae of {', '.join(names)} at {slot}: run dvc repro train_usae"
+            )
+        for m, width in zip(self.models, usae.widths, strict=True):
+            if list(m.store.ids) != self.rows["id"].tolist():
+                raise ValueError(f"{m.store.folder} holds other clips than data/clips: dvc repro")
+            if len(m.saes) < 2:
+                raise ValueError(
+                    f"{m.name} has one SAE; a second one shows which latents are reproduced: set "
+                    "train_sae.seeds to at least 2"
+                )
+            if len(widths := {m.store.width, width, *(sae.width for sae in m.saes)}) > 1:
+                raise ValueError(
+                    f"{m.name}: activations, SAEs and USAE are {sorted(widths)} wide: run dvc repro"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Models, in the order of params.yaml."""
+        return tuple(m.name for m in self.models)
+
+    @cached_property
+    def clips(self) -> dict[str, np.ndarray]:
+        """Positions in the clip table of validation, test and, if it has any, heldout_font."""
+        sets = {name: clip_sets(self.rows)[name] for name in (CHOOSE, REPORT, FONT)}
+        for name in (CHOOSE, REPORT):
+            if not len(sets[name]):
+                raise ValueError(
+                    f"no clips in {name}: raise prepare_data.timgm6mb_clips.{name} (rendered "
+                    "clips) or prepare_data.recordings.limits (recordings)"
+                )
+        return {name: at for name, at in sets.items() if len(at)}
 
 
 @dataclass(frozen=True)
@@ -73,167 +108,132 @@ class Comparison:
     """Name of the set of each SAE latent"""
 
 
-def check(subjects: Sequence[Subject], usae: Any, rows: pd.DataFrame, slot: str) -> None:
-    """ValueError for whatever would make this a comparison of unrelated things."""
-    names = tuple(s.name for s in subjects)
-    if len(names) < 2:
-        raise ValueError("match_features compares models: name at least two in params.yaml: models")
-    if usae.kind != "usae" or tuple(usae.names) != names or usae.slot != slot:
-        raise ValueError(
-            f"data/usae/seed-0 is a {usae.kind} of {', '.join(usae.names)} at {usae.slot}, params "
-            f"ask for a usae of {', '.join(names)} at {slot}: run dvc repro train_usae"
-        )
-    for s, width in zip(subjects, usae.widths, strict=True):
-        if list(s.store.ids) != rows["id"].tolist():
-            raise ValueError(f"{s.store.folder} holds other clips than data/clips: run dvc repro")
-        if len(s.saes) < 2:
-            raise ValueError(
-                f"{s.name} has one SAE, but a second one tells what is reproduced: set "
-                "train_sae.seeds to at least 2"
-            )
-        if len(widths := {s.store.width, width, *(sae.width for sae in s.saes)}) > 1:
-            raise ValueError(
-                f"{s.name}: activations, SAEs and USAE are {sorted(widths)} wide: run dvc repro"
-            )
-
-
-def clip_positions(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Positions in the clip table of validation, test and, where it has any, heldout_font."""
-    sets = {name: at for name, at in clip_sets(rows).items() if name in (CHOOSE, REPORT, FONT)}
-    for name in (CHOOSE, REPORT):
-        if not len(sets[name]):
-            raise ValueError(
-                f"no clips in {name}: raise prepare_data.timgm6mb_clips.{name} (rendered clips) or "
-                "prepare_data.recordings.limits (recordings)"
-            )
-    return {name: at for name, at in sets.items() if len(at)}
-
-
-def encode_all(
-    subjects: Sequence[Subject], usae: Any, at: dict[str, np.ndarray], settings: Settings
-) -> dict[tuple[str, str], dict[str, Codes]]:
-    """Codes of every dictionary on every set of clips; their size is printed before."""
-    frames = sum(int(subjects[0].store.frames[rows].sum()) for rows in at.values())
-    size = frames * 8 * sum(usae.k + sum(sae.k for sae in s.saes[:2]) for s in subjects)
+def encode_all(inputs: Inputs, workers: int, device: str) -> dict[tuple[str, str], dict]:
+    """Compute `Comparison.codes`; prints their size to stderr before."""
+    usae, clips = inputs.usae, inputs.clips
+    frames = sum(int(inputs.models[0].store.frames[rows].sum()) for rows in clips.values())
+    size = frames * 8 * sum(usae.k + sum(sae.k for sae in m.saes[:2]) for m in inputs.models)
     print(f"{frames} frames, codes in memory: {size / 1e6:.0f} MB", file=sys.stderr)
-    jobs: list[tuple[Subject, str, Any, int]] = []
-    for i, s in enumerate(subjects):
-        jobs += [(s, "sae", s.saes[0].encode, s.saes[0].n_latents)]
-        jobs += [(s, "sae-1", s.saes[1].encode, s.saes[1].n_latents)]
-        jobs += [(s, "usae", partial(usae.encode, i), usae.n_latents)]
+    jobs: list[tuple[ModelSAEs, str, Encode, int]] = []
+    for i, m in enumerate(inputs.models):
+        jobs += [(m, "sae", m.saes[0].encode, m.saes[0].n_latents)]
+        jobs += [(m, "sae-1", m.saes[1].encode, m.saes[1].n_latents)]
+        jobs += [(m, "usae", partial(usae.encode, i), usae.n_latents)]
     return {
-        (s.name, kind): {
-            name: encode_clips(s.store, rows, encode, F, settings.workers, settings.device)
-            for name, rows in at.items()
+        (m.name, kind): {
+            name: encode_clips(m.store, rows, encode, F, workers, device)
+            for name, rows in clips.items()
             if kind != "sae-1" or name != FONT
         }
-        for s, kind, encode, F in tqdm(jobs, desc="encode", unit="dictionary", file=sys.stderr)
+        for m, kind, encode, F in tqdm(jobs, desc="encode", unit="dictionary", file=sys.stderr)
     }
 
 
 def compare(
-    subjects: Sequence[Subject],
-    usae: Any,
-    rows: pd.DataFrame,
-    at: dict[str, np.ndarray],
-    settings: Settings,
+    inputs: Inputs, section: MatchFeatures, seed: int, workers: int = 1, device: str = "cpu"
 ) -> Comparison:
-    """Every match with its null and ceiling, and the sets. `at` as from `clip_positions`."""
-    names = [s.name for s in subjects]
-    codes = encode_all(subjects, usae, at, settings)
-    groups = {name: rows["group"].to_numpy(str)[where] for name, where in at.items()}
+    """Match all dictionaries, with nulls and ceilings, and name the sets of latents."""
+    names = inputs.names
+    codes = encode_all(inputs, workers, device)
+    groups = {k: inputs.rows["group"].to_numpy(str)[rows] for k, rows in inputs.clips.items()}
     pairs = list(combinations(names, 2))
-    runs = len(pairs) + len(names) + sum(len(s.saes) for s in subjects)
-    draws = (settings.null_draws, settings.bootstrap)
+    runs = len(pairs) + len(names) + sum(len(m.saes) for m in inputs.models)
     matches, highest, seeds, decoders = {}, {}, {}, {}
     with tqdm(total=runs, desc="match", unit="pair", file=sys.stderr) as bar:
-        for a, b in pairs:
-            first, second = codes[a, "sae"], codes[b, "sae"]
-            matches[a, b] = matching.match_activations(first, second, groups, *draws, settings.seed)
-            r = matching.correlation(first[REPORT].matrix, second[REPORT].matrix)
-            highest[a, b], highest[b, a] = (r.argmax(1), r.max(1)), (r.argmax(0), r.max(0))
+
+        def match(first: tuple[str, str], second: tuple[str, str]) -> Match:
             bar.update()
-        for name in names:
-            seeds[name] = matching.match_activations(
-                codes[name, "sae"], codes[name, "sae-1"], groups, *draws, settings.seed
+            return matching.match_activations(
+                codes[first], codes[second], groups, section.null_draws, section.bootstrap, seed
             )
-            bar.update()
-        for i, s in enumerate(subjects):
-            other = matching.raw_decoder(usae, i)
-            decoders[s.name] = []
-            for seed, sae in enumerate(s.saes):
-                own, stream = sae.W_dec.cpu().numpy(), seed_for(settings.seed, s.name)
-                nulls = 0 if seed else settings.null_draws
-                decoders[s.name].append(matching.match_decoders(own, other, nulls, stream))
+
+        for a, b in pairs:
+            matches[a, b] = match((a, "sae"), (b, "sae"))
+            r = matching.correlation(*(codes[m, "sae"][REPORT].matrix for m in (a, b)))
+            highest[a, b], highest[b, a] = (r.argmax(1), r.max(1)), (r.argmax(0), r.max(0))
+        for name in names:
+            seeds[name] = match((name, "sae"), (name, "sae-1"))
+        for i, m in enumerate(inputs.models):
+            shared = matching.raw_decoder(inputs.usae, i)
+            decoders[m.name] = []
+            for number, sae in enumerate(m.saes):
+                rows, nulls = sae.W_dec.cpu().numpy(), 0 if number else section.null_draws
+                decoders[m.name].append(
+                    matching.match_decoders(rows, shared, nulls, seed_for(seed, m.name))
+                )
                 bar.update()
     active = {
         name: np.logical_and(*(codes[name, "sae"][k].fired > 0 for k in (CHOOSE, REPORT)))
         for name in names
     }
-    sets = feature_sets.name_sets(
+    sets = name_sets(
         matches,
         {pair: correlation for pair, (_, correlation) in highest.items()},
-        {name: match.score > settings.threshold for name, match in seeds.items()},
+        {name: match.score > section.threshold for name, match in seeds.items()},
         active,
-        settings.threshold,
+        section.threshold,
     )
     return Comparison(codes, matches, highest, seeds, decoders, sets)
 
 
 def describe_features(
-    found: Comparison,
-    subjects: Sequence[Subject],
-    usae: Any,
-    rows: pd.DataFrame,
-    at: dict[str, np.ndarray],
+    inputs: Inputs,
+    comparison: Comparison,
+    section: MatchFeatures,
+    fire_threshold: float,
     frame_rate: float,
-    settings: Settings,
+    seed: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
-    """features.parquet and top_clips.parquet (feature_table.py), and the concepts left out, each
-    with the size of its smallest class. `frame_rate`: frames a second."""
-    names = [s.name for s in subjects]
-    kinds = [(kind, s) for kind in ("sae", "usae") for s in subjects]
-    concepts, skipped = feature_concepts.usable_concepts(
-        rows, [at[CHOOSE], at[REPORT]], FAMILIES, settings.min_clips
+    """Make features.parquet and top_clips.parquet (see `table`), and name the concepts left out.
+
+    These come with the size of their smallest class. `frame_rate`: frames per second.
+    """
+    rows, clips, codes = inputs.rows, inputs.clips, comparison.codes
+    dictionaries = [(kind, i, m) for kind in ("sae", "usae") for i, m in enumerate(inputs.models)]
+    concepts, skipped = usable_concepts(
+        rows, [clips[CHOOSE], clips[REPORT]], FAMILIES, section.min_clips
     )
-    has, known = label_matrix(rows, concepts)
-    ids, groups = (rows[column].to_numpy(str)[at[REPORT]] for column in ("id", "group"))
+    has, labelled = label_matrix(rows, concepts)
+    ids, groups = (rows[column].to_numpy(str)[clips[REPORT]] for column in ("id", "group"))
     pools = {
-        (kind, s.name): {k: pool_clips(codes) for k, codes in found.codes[s.name, kind].items()}
-        for kind, s in kinds
+        (kind, m.name): {k: pool_clips(of) for k, of in codes[m.name, kind].items()}
+        for kind, _, m in dictionaries
     }
-    aligned = feature_concepts.align(
+    aligned = align(
         {
             key: {k: {"mean": p.mean, "max": p.highest} for k, p in of.items()}
             for key, of in pools.items()
         },
-        {name: has[where] for name, where in at.items()},
+        {name: has[at] for name, at in clips.items()},
         groups,
         concepts,
-        settings.permutations,
-        settings.seed,
-        {name: known[where] for name, where in at.items()},
+        section.permutations,
+        seed,
+        {name: labelled[at] for name, at in clips.items()},
     )
-    shared = feature_table.shared_firing(
-        [found.codes[name, "usae"][REPORT] for name in names], settings.fire_threshold
+    shared = table.shared_firing(
+        [codes[name, "usae"][REPORT] for name in inputs.names], fire_threshold
     )
     parts, tops = [], []
-    for kind, s in kinds:
-        i, key, codes = names.index(s.name), (kind, s.name), found.codes[s.name, kind][REPORT]
-        rows_d = s.saes[0].W_dec.cpu().numpy() if kind == "sae" else matching.raw_decoder(usae, i)
-        power = feature_table.energy(codes, rows_d, float(np.square(s.store.std).sum()))
-        top = feature_table.top_clips(pools[key][REPORT], ids, frame_rate, settings.top_clips)
-        columns = feature_table.describe(codes, power, aligned[key], top)
-        match = found.decoders[s.name][0]
+    for kind, i, m in dictionaries:
+        decoder = (
+            m.saes[0].W_dec.cpu().numpy() if kind == "sae" else matching.raw_decoder(inputs.usae, i)
+        )
+        tested = codes[m.name, kind][REPORT]
+        power = table.energy(tested, decoder, float(np.square(m.store.std).sum()))
+        top = table.top_clips(pools[kind, m.name][REPORT], ids, frame_rate, section.top_clips)
+        columns = table.describe(tested, power, aligned[kind, m.name], top)
+        match, latents = comparison.decoders[m.name][0], tested.n_latents
         if kind == "sae":
-            columns |= {"set": found.sets[s.name], "seed_correlation": found.seeds[s.name].score}
-            columns |= feature_table.partners(s.name, codes.n_latents, found.matches, found.highest)
+            columns |= {"set": comparison.sets[m.name]}
+            columns |= {"seed_correlation": comparison.seeds[m.name].score}
+            columns |= table.partners(m.name, latents, comparison.matches, comparison.highest)
             partner, cosine = match.partner, match.score
         else:
-            columns |= {"firing_entropy": shared["firing_entropy"], "cofires": shared["cofires"]}
+            columns |= {k: shared[k] for k in ("firing_entropy", "cofires")}
             columns |= {k: shared[k][i] for k in ("fires", "cofire_proportion")}
-            partner, cosine, _ = match.inverse(codes.n_latents)
+            partner, cosine, _ = match.inverse(latents)
         columns |= {"counterpart": partner, "counterpart_cosine": cosine}
-        parts.append((kind, s.name, columns))
-        tops.append(top.assign(kind=kind, model=s.name))
-    return feature_table.table(parts), pd.concat(tops, ignore_index=True), skipped
+        parts.append((kind, m.name, columns))
+        tops.append(top.assign(kind=kind, model=m.name))
+    return table.table(parts), pd.concat(tops, ignore_index=True), skipped

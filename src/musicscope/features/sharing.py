@@ -1,23 +1,23 @@
 """Common, own, unmatched: named sets over the SAE latents of M models.
 
-Pairs and correlations are those of `matching.match_activations`: chosen on validation, scored on
-test. The threshold is the one of the matched shares; it is set beforehand in params.yaml.
+Pairs and correlations are from `matching.match_activations`: chosen on validation, scored on test.
+The threshold is match_features.threshold, set in params.yaml beforehand.
 
-silent       fires on no validation frame or on no test frame: nothing can be said.
+silent       fires on no validation frame or on no test frame: cannot be compared.
 common       one latent of each model, every two of them paired with one another, and every such
              pair's test correlation above the threshold.
 positional   the same, but every pair's correlation also stays above the threshold when clips are
-             re-paired to other compositions: these latents follow the place in the clip, not the
-             music. They are no longer in `common`.
+             re-paired to other compositions: these latents follow the position in the clip, not
+             the music. They are not in `common`.
 partial      (M > 2 only) matched in some other model but in no such tuple.
 own_<model>  matched in no other model; *no* latent of any other model correlates above the
              threshold on test, paired or not; and reproduced: matched one to one, by the same
-             rule, in a second SAE of its own model. Without the last condition every accident of
-             training would count as a model's own feature.
+             rule, in a second SAE of its own model. Otherwise every accident of training would
+             count as a model's own feature.
 unmatched    the rest: not reproduced, or similar to a latent that is paired with another.
 
-An own latent is one that the *SAEs* of the other models do not have; whether those models have the
-direction all the same, only their activations could tell.
+An own latent is missing from the *SAEs* of the other models. Their activations may still have its
+direction.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ NAMES = ("common", "positional", "partial", "own", "unmatched", "silent")
 
 
 def common_tuples(matches: dict[tuple[str, str], Match], models: Sequence[str]) -> np.ndarray:
-    """[tuples, M] latents, one a model, every two of which are paired (whatever their score)."""
+    """List tuples [tuples, M] of one latent per model, all paired with one another at any score."""
     first, *others = models
     columns = [np.arange(len(matches[first, others[0]].partner))]
     columns += [matches[first, other].partner for other in others]
-    found = np.stack(columns, 1)
-    whole = (found >= 0).all(1)
+    tuples = np.stack(columns, 1)
+    whole = (tuples >= 0).all(1)
     for j, a in enumerate(others, start=1):
         for k, b in enumerate(others[j:], start=j + 1):
-            whole &= matches[a, b].partner[found[:, j]] == found[:, k]
-    return found[whole]
+            whole &= matches[a, b].partner[tuples[:, j]] == tuples[:, k]
+    return tuples[whole]
 
 
 def tuple_scores(
     matches: dict[tuple[str, str], Match], models: Sequence[str], tuples: np.ndarray
 ) -> np.ndarray:
-    """[2 + resamples, tuples] lowest pairwise correlation within each tuple.
+    """Compute the lowest pairwise correlation within each tuple, [2 + resamples, tuples].
 
-    Row 0 is that of re-paired clips (NaN where there were none), row 1 the data's.
+    Row 0 is of re-paired clips (NaN without draws), row 1 of the data.
     """
-    lowest = np.inf
+    scores = []
     for (a, _), match in matches.items():
         r = np.concatenate([match.repaired[None], match.score[None], match.resampled])
-        lowest = np.minimum(lowest, r[:, tuples[:, models.index(a)]])
-    return lowest
+        scores.append(r[:, tuples[:, models.index(a)]])
+    return np.min(scores, 0)
 
 
 def name_sets(
@@ -66,10 +66,10 @@ def name_sets(
     active: dict[str, np.ndarray],
     threshold: float,
 ) -> dict[str, np.ndarray]:
-    """{model: the set of each SAE latent [F], one of `NAMES`}; definitions at the top of the file.
+    """Name the set of each SAE latent: {model: [F] of `NAMES`}; see the module for definitions.
 
     `matches` [a, b] for models in order; `highest` [a, b] [F_a]: the highest test correlation of
-    each latent of a with any of b, for both orders; `reproduced`, `active`: bool [F] a model.
+    each latent of a with any of b, for both orders; `reproduced`, `active`: bool [F] per model.
     """
     models = list(active)
     tuples = common_tuples(matches, models)

@@ -1,17 +1,17 @@
-"""One row a feature: data/features/features.parquet and top_clips.parquet.
+"""The feature table: data/features/features.parquet and top_clips.parquet.
 
-features.parquet, one row a latent of each model's SAE (seed 0) and, once a model, of the USAE:
+features.parquet, one row per latent of each model's SAE (seed 0) and, once per model, of the USAE:
 
 kind, model, feature   "sae" or "usae"; the model's name; the latent's number
-energy             |E[z] d|^2 over the summed variance of the activations, on test frames: what the
-                   latent's mean adds to the stream, in one unit for every kind and model
+energy             |E[z] d|^2 over the summed variance of the activations, on test frames: the
+                   latent's mean contribution, in one unit for every kind and model
 firing_rate        share of test frames on which the latent is active (z > 0)
 fires, firing_entropy, cofires, cofire_proportion   USAE: test frames with z above
                    train_usae.fire_threshold; the entropy of the fires over the models in units of
                    log M (1: all models alike, 0: one alone); frames on which it fires for all
-                   models, and those over `fires` (arXiv 2502.03714, 3.1). NaN for a latent that
+                   models, and these over `fires` (arXiv 2502.03714, 3.1). NaN for a latent that
                    never fires, and for SAEs (whole numbers: -1)
-set                SAE: common, positional, partial, own, unmatched or silent (feature_sets.py); ""
+set                SAE: common, positional, partial, own, unmatched or silent (sharing.py); ""
                    for the USAE
 partner_model, partner, partner_correlation, partner_repaired   SAE: its one-to-one partner in
                    another model's SAE (of several models the one with the highest correlation),
@@ -21,7 +21,7 @@ best_model, best, best_correlation   SAE: the latent with the highest test corre
 seed_correlation   SAE: test correlation with its partner in the SAE of seed 1 of the same model
 counterpart, counterpart_cosine   its partner in the other dictionary of the same model: a USAE
                    latent for "sae", an SAE latent for "usae", by decoder cosine
-concept, concept_pooling, concept_auroc, concept_heldout_auroc, concept_p   feature_concepts.py
+concept, concept_pooling, concept_auroc, concept_heldout_auroc, concept_p   association.py
 top_clip, top_frame, top_seconds, top_value   the test clip, and the exact frame in it, on which the
                    latent is highest; "" and -1 if it never fires
 
@@ -57,7 +57,7 @@ WHOLE = ("feature", "fires", "cofires", "partner", "best", "counterpart", "top_f
 
 
 def energy(codes: Codes, decoder: np.ndarray, variance: float) -> np.ndarray:
-    """[F] squared norm of E[z] d over `variance`, the summed variance of the activations.
+    """Compute |E[z] d|^2 over `variance`, the summed variance of the activations, [F].
 
     `decoder` [F, d] and `variance` in activation units (arXiv 2502.03714, eq. 9, per model).
     """
@@ -65,7 +65,7 @@ def energy(codes: Codes, decoder: np.ndarray, variance: float) -> np.ndarray:
 
 
 def shared_firing(codes: Sequence[Codes], threshold: float) -> dict[str, np.ndarray]:
-    """How a shared code fires for M models on paired frames: one `Codes` a model.
+    """Count how a shared code fires for M models on paired frames, given one `Codes` per model.
 
     {"fires" [M, F], "firing_entropy" [F], "cofires" [F], "cofire_proportion" [M, F]}; a latent
     fires where its value is above `threshold`.
@@ -90,9 +90,10 @@ def shared_firing(codes: Sequence[Codes], threshold: float) -> dict[str, np.ndar
 
 
 def top_clips(pools: ClipPools, ids: Sequence[str], rate: float, n: int) -> pd.DataFrame:
-    """The `n` clips on which each latent peaks highest: feature, rank, clip, frame, seconds, value.
+    """List the `n` clips of the highest peaks of each latent: `TOP_COLUMNS` from feature on.
 
-    `rate`: frames a second. Equal peaks: the earlier clip first. Clips without a fire are left out.
+    `rate`: frames per second. Equal peaks: the earlier clip first. Clips in which the latent does
+    not fire are left out.
     """
     order = np.argsort(-pools.highest, axis=0, kind="stable")[:n]
     value = np.take_along_axis(pools.highest, order, 0).T
@@ -111,7 +112,7 @@ def top_clips(pools: ClipPools, ids: Sequence[str], rate: float, n: int) -> pd.D
 
 
 def describe(codes: Codes, power: np.ndarray, alignment: Alignment, top: pd.DataFrame) -> dict:
-    """The columns that every dictionary has, {column: [F]}."""
+    """Make the columns that every dictionary has, {column: [F]}."""
     first = top[top["rank"] == 1].set_index("feature").reindex(np.arange(codes.n_latents))
     return {
         "feature": np.arange(codes.n_latents),
@@ -132,7 +133,7 @@ def partners(
     matches: dict[tuple[str, str], Match],
     highest: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """partner_* and best_* columns of one model's SAE, over all other models.
+    """Make the partner_* and best_* columns of one model's SAE, over all other models.
 
     `matches` [a, b] for models in order; `highest` [model, other]: latent [F] and correlation [F].
     """
@@ -146,17 +147,17 @@ def partners(
             score.append(np.where(oriented[0] >= 0, oriented[1], -np.inf))
             repaired.append(oriented[2])
     pick, at = np.argmax(score, axis=0), np.arange(latents)
-    partner, found = np.stack(paired)[pick, at], np.stack(score)[pick, at]
+    partner, correlation = np.stack(paired)[pick, at], np.stack(score)[pick, at]
     others = [other for a, other in highest if a == model]
     best = np.stack([highest[model, other][1] for other in others])
     top = best.argmax(0)
-    # Correlations of at most 0 with everything: nothing is near, a name would mislead.
+    # With correlations of at most 0 only, no latent is similar.
     near = best[top, at] > 0
     latent = np.stack([highest[model, other][0] for other in others])[top, at]
     return {
         "partner_model": np.where(partner >= 0, np.array(names, dtype=object)[pick], ""),
         "partner": partner,
-        "partner_correlation": np.where(partner >= 0, found, np.nan),
+        "partner_correlation": np.where(partner >= 0, correlation, np.nan),
         "partner_repaired": np.stack(repaired)[pick, at],
         "best_model": np.where(near, np.array(others, dtype=object)[top], ""),
         "best": np.where(near, latent, -1),
@@ -165,7 +166,7 @@ def partners(
 
 
 def table(parts: Sequence[tuple[str, str, dict[str, np.ndarray]]]) -> pd.DataFrame:
-    """(kind, model, columns) of each dictionary to one table of `COLUMNS`."""
+    """Join (kind, model, columns) of each dictionary into one table of `COLUMNS`."""
     frames = [
         pd.DataFrame(columns).assign(kind=kind, model=model) for kind, model, columns in parts
     ]
@@ -181,7 +182,7 @@ def table(parts: Sequence[tuple[str, str, dict[str, np.ndarray]]]) -> pd.DataFra
 
 
 def write(folder: str | Path, features: pd.DataFrame, top: pd.DataFrame) -> None:
-    """Both tables in a folder that appears whole or not at all."""
+    """Write both tables into a folder, atomically."""
     if repeated := features.duplicated(["kind", "model", "feature"]).sum():
         raise ValueError(f"{repeated} features have more than one row")
     with atomic_dir(folder) as temporary:

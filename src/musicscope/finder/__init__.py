@@ -1,1 +1,1 @@
-"""From recordings with and without a concept to the features responsible."""
+"""Find the features of a concept from recordings with and without it."""

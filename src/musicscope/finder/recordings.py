@@ -1,9 +1,9 @@
-"""Folders of recordings as windows that a model hears: of one length and one loudness.
+"""Folders of recordings as windows of one length and one loudness, ready for a model.
 
-All recordings of both folders give windows of one length, and as many as a quarter of the shorter
-folder's recordings would still allow: a folder of long recordings gets no steadier means, and no
-other places in the model's sequence, than one of short ones. Every window is brought to one level.
-Files that cannot be read are named with the reason; none of them stops the others.
+All recordings of both folders give windows of one length, and at most as many as three quarters of
+the recordings of either folder can fill. Otherwise the means of longer recordings would be
+steadier, and their frames later in the model's sequence. Every window is brought to one level.
+Files that cannot be read are reported with the reason; the others are used.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 import soundfile
 
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
-from musicscope.core.stats import auroc_columns
+from musicscope.core.stats import auroc_columns, rank_z, standard_ranks
 from musicscope.data.decoding import Problem, Spec, decode
-from musicscope.features.association import rank_z, standard_ranks
 from musicscope.judges.musicnn import level, repeat_to
 
 SIDES = ("with", "without")
 LEAST_SECONDS = 0.5
-"""A recording shorter than this is left out, by name."""
+"""A shorter recording is left out and reported."""
 SHORTEST = 25
 """Percentile of a folder's lengths that windows are fitted to; shorter recordings are repeated."""
-TELLING_Z = 3.0
+CUE_Z = 3.0
+"""A cue is reported if the folders differ in it by more."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Plan:
     seconds: float
     """Length of every window."""
     windows: int
-    """Most windows a recording."""
+    """Most windows per recording."""
 
 
 def list_files(folder: str | Path) -> list[Path]:
-    """All files below a folder but hidden ones, sorted by name.
+    """List all files below a folder, except hidden ones, sorted by name.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
@@ -70,7 +70,7 @@ def list_files(folder: str | Path) -> list[Path]:
 
 
 def _length(path: Path) -> float | Problem:
-    """Seconds by the header, or why the file is of no use."""
+    """Seconds by the header, or why the file cannot be used."""
     try:
         info = soundfile.info(str(path))
         seconds = info.frames / info.samplerate
@@ -78,7 +78,7 @@ def _length(path: Path) -> float | Problem:
         seconds = float("nan")
     if seconds >= LEAST_SECONDS:
         return seconds
-    # `decode` says what is wrong with it, in the same words as everywhere.
+    # `decode` names the problem in the same words as everywhere.
     problems = decode(path, Spec(LEAST_SECONDS, 16_000, 1, 0.0)).problems
     reason, detail = problems[0] if problems else ("too short", f"{seconds:.2f} s")
     return Problem(str(path), reason, detail)
@@ -87,30 +87,33 @@ def _length(path: Path) -> float | Problem:
 def plan_recordings(
     folders: Sequence[str | Path], seconds: float, windows: int
 ) -> tuple[Plan, list[Problem]]:
-    """Look at the headers of both folders (with, without the concept) and fix the windows."""
-    found, problems = [], []
+    """Read the headers of both folders (with, without the concept) and fix the windows.
+
+    `seconds` and `windows` are upper limits.
+    """
+    usable, problems = [], []
     for side, folder in zip(SIDES, folders, strict=True):
         for path in list_files(folder):
             length = _length(path)
             if isinstance(length, Problem):
                 problems.append(length)
             else:
-                found.append(Recording(path, side, length))
-    lengths = [np.array([r.seconds for r in found if r.side == side]) for side in SIDES]
+                usable.append(Recording(path, side, length))
+    lengths = [np.array([r.seconds for r in usable if r.side == side]) for side in SIDES]
     if all(len(of) for of in lengths):
         shortest = min(np.percentile(of, SHORTEST, method="lower") for of in lengths)
         seconds = float(min(seconds, shortest))
         fits = [np.percentile(of // seconds, SHORTEST, method="lower") for of in lengths]
         windows = int(max(1, min(windows, *fits)))
-    return Plan(tuple(found), seconds, windows), problems
+    return Plan(tuple(usable), seconds, windows), problems
 
 
 def read_windows(
     recording: Recording, plan: Plan, rate: int
 ) -> tuple[np.ndarray, list[float], list[Problem]]:
-    """Windows [w, samples] at one level and `rate` Hz, mono; where they start, in seconds.
+    """Read windows [w, samples] at one level and `rate` Hz, mono, and their starts in seconds.
 
-    w is 0 if nothing of the file is of use; the problems say why.
+    w is 0 if nothing of the file can be used; the problems say why.
     """
     seconds = min(plan.seconds, recording.seconds)
     decoded = decode(recording.path, Spec(seconds, rate, plan.windows, 0.0))
@@ -127,19 +130,20 @@ def read_windows(
 
 
 def window_cues(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Mean trivial cues of a recording's windows [w, samples]: float64 [7]."""
+    """Compute the mean trivial cues of a recording's windows [w, samples]: float64 [7]."""
     return trivial_cues(audio, rate).mean(0)
 
 
-def telling_cues(cues: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Cues [recordings, 7] by which the folders differ more than chance, and their AUROC.
+def differing_cues(cues: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Select the cues of [recordings, 7] in which the folders differ beyond chance, with AUROC.
 
-    Not the level, which was made equal. Features found may carry these instead of the concept.
+    Features found may follow these instead of the concept. The level is left out: it was made
+    equal.
     """
     z = rank_z(standard_ranks(cues), labels[:, None])[0]
     auroc = auroc_columns(cues, labels)
     return {
         name: float(auroc[i])
         for i, name in enumerate(TRIVIAL_CUES)
-        if name != "rms" and abs(z[i]) > TELLING_Z
+        if name != "rms" and abs(z[i]) > CUE_Z
     }

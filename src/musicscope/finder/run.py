@@ -1,15 +1,16 @@
-"""All concepts of a model, from clips or folders: tables, numbers and excerpts on disk.
+"""Find the features of concepts, in two folders of recordings or in the clips of params.yaml.
 
-data/find_concept/<model>: features.parquet (dictionary, concept and the columns of
-`concept_stats.COLUMNS`; of clips also test_auroc and heldout_font_auroc; all tested features, best
-first), moments.parquet (concept and `concept_listening.MOMENTS`; recording is a clip's id or a
-file) and the moments' WAV files, named in its column file.
+`find_concept` is the library's and the command's entry, `find_all` the stage's. The latter writes
+data/find_concept/<model>: features.parquet (dictionary, concept and `association.COLUMNS`; for
+clips also test_auroc and heldout_font_auroc; all tested features, best first), moments.parquet
+(concept and `scores.MOMENTS`; recording is a clip's id or a file) and the WAV files in its column
+file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,163 @@ import pandas as pd
 import soundfile
 
 from musicscope.activations.store import ActivationStore
+from musicscope.config.concepts import Concept, FindConcept
+from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.codes import ClipPools, encode_clips, pool_clips
-from musicscope.finder.queries import Options, Sets, concept_sets, examine, is_query
-from musicscope.finder.scores import EXCERPT, MOMENTS, dictionary
-from musicscope.finder.search import find_concept
+from musicscope.data.sources.recordings import Problem
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.features.association import rank_by_auroc, smallest_p
+from musicscope.finder.evaluation import examine
+from musicscope.finder.queries import concept_sets, is_query
+from musicscope.finder.recordings import Plan, differing_cues, plan_recordings
+from musicscope.finder.scores import (
+    MOMENTS,
+    dictionary,
+    excerpt,
+    pool_all,
+    recording_moments,
+    score_recordings,
+    top_moments,
+)
 from musicscope.judges.musicnn import level
+from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
+
+
+@dataclass(frozen=True)
+class ConceptReport:
+    """Features found in recordings, and what limits the finding."""
+
+    tables: Mapping[str, pd.DataFrame]
+    """By dictionary: all tested features, best first (`association.COLUMNS`)"""
+    moments: pd.DataFrame
+    """Where the best features are highest in recordings with the concept (`scores.MOMENTS`)"""
+    recordings: Mapping[str, int]
+    """Number of usable ones, "with" and "without" """
+    problems: tuple[Problem, ...]
+    """Files, or windows of files, that were left out, and why"""
+    plan: Plan
+    cues: Mapping[str, float]
+    """AUROC of trivial cues in which the folders differ too"""
+    q: float
+    smallest_p: float
+    excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """File name -> audio of a moment, mono, at `rate`"""
+    rate: int = 0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Table of the first dictionary."""
+        return next(iter(self.tables.values()))
+
+    def discoveries(self, name: str | None = None) -> pd.DataFrame:
+        """Select rows with q at most the limit, of the first dictionary unless named."""
+        table = self.table if name is None else self.tables[name]
+        return table[table["q"] <= self.q]
+
+    def text(self, rows: int = 10) -> str:
+        """Format everything that a user should read, with the best `rows` features."""
+        plan, n = self.plan, self.recordings
+        lines = [
+            f"{n['with']} recordings with and {n['without']} without the concept, "
+            f"up to {plan.windows} windows of {plan.seconds:.3g} s each"
+        ]
+        lines += [f"left out: {p.name}: {p.reason} {p.detail}".rstrip() for p in self.problems]
+        for name, value in self.cues.items():
+            lines.append(
+                f"warning: the folders also differ in {name.replace('_', ' ')} (AUROC {value:.2f});"
+                " features may follow that instead of the concept"
+            )
+        if self.smallest_p > self.q:
+            lines.append(
+                f"warning: with so few recordings no p is below {self.smallest_p:.2g}: nothing "
+                f"can be found at q = {self.q:g}; add recordings"
+            )
+        for name, table in self.tables.items():
+            if discoveries := len(self.discoveries(name)):
+                lines.append(
+                    f"{name}: {discoveries} of {len(table)} features found at q = {self.q:g}"
+                )
+            else:
+                best = f"; the best has q = {table['q'].min():.2g}" if len(table) else ""
+                lines.append(
+                    f"{name}: nothing to find: none of {len(table)} features separates the folders "
+                    f"better than chance (q = {self.q:g}){best}"
+                )
+            if len(table):
+                lines.append(table.head(rows).to_string(index=False, float_format="%.3g"))
+        return "\n".join(lines)
+
+
+def find_concept(
+    model: MusicModel,
+    features: TopKSAE | UniversalSAE | Mapping[str, TopKSAE | UniversalSAE],
+    with_dir: str | Path,
+    without_dir: str | Path,
+    layer: str,
+    *,
+    seconds: float = 10.0,
+    windows: int = 4,
+    permutations: int = 2000,
+    draws: int = 200,
+    q: float = 0.05,
+    audible: int = 4,
+    moments: int = 3,
+    seed: int = 0,
+) -> ConceptReport:
+    """Find features of `layer` that are higher in one folder of recordings than in another.
+
+    Args:
+        features: an SAE, a universal SAE that includes the model, or several by name.
+        seconds, windows: upper limits of the windows read from each recording.
+        permutations: of the labels, for p; draws: of recordings, for the stability.
+        q: limit of the corrected p for a discovery.
+        audible: best features with excerpts; moments: excerpts per feature.
+
+    Raises:
+        FileNotFoundError: a folder does not exist or is empty.
+        ValueError: fewer than two usable recordings in a folder; the message names the others.
+    """
+    if not isinstance(features, Mapping):
+        features = {"usae" if isinstance(features, UniversalSAE) else "sae": features}
+    dictionaries = {name: dictionary(of, model.name) for name, of in features.items()}
+    plan, problems = plan_recordings((with_dir, without_dir), seconds, windows)
+    scored, more = score_recordings(model, layer, dictionaries, plan)
+    problems += more
+    labels = scored.labels
+    usable = {"with": int(labels.sum()), "without": int((~labels).sum())}
+    if min(usable.values()) < 2:
+        left = "; ".join(f"{p.name}: {p.reason}" for p in problems[:8]) or "no other files"
+        raise ValueError(
+            f"{usable['with']} usable recordings in {with_dir}, {usable['without']} in "
+            f"{without_dir}: at least two of each are needed, ten to find anything ({left})"
+        )
+    tables = {
+        name: rank_by_auroc(
+            of.mean, labels, permutations, draws, seed_for(seed, "find_concept", name)
+        )
+        for name, of in scored.scores.items()
+    }
+    table, excerpts = recording_moments(scored, tables, plan, model.sample_rate, audible, moments)
+    return ConceptReport(
+        tables,
+        table,
+        usable,
+        tuple(problems),
+        plan,
+        differing_cues(scored.cues, labels),
+        q,
+        smallest_p(labels),
+        excerpts,
+        model.sample_rate,
+    )
+
+
+def write_excerpts(folder: Path, excerpts: Mapping[str, np.ndarray], rate: int) -> None:
+    """Write excerpts {file name: audio [samples]} as 16-bit WAV files."""
+    for name, audio in excerpts.items():
+        soundfile.write(folder / name, np.clip(audio, -1, 1), rate, subtype="PCM_16")
 
 
 @dataclass(frozen=True)
@@ -34,97 +185,69 @@ class Subject:
     name: str
     clips: ClipStore
     store: ActivationStore
-    features: Mapping[str, Any]
-    """By name: TopKSAE, UniversalSAE"""
+    features: Mapping[str, TopKSAE | UniversalSAE]
     device: str = "cpu"
     workers: int = 1
 
 
-def _pools(subject: Subject, of: Any, used: np.ndarray) -> ClipPools:
-    """Pools of all clips of the store; those not used are 0 and take no time."""
-    encoder = dictionary(of, subject.name)
-    codes = encode_clips(
-        subject.store, used, encoder.encode, encoder.n_latents, subject.workers, subject.device
-    )
-    own, n = pool_clips(codes), len(subject.store)
-    whole = []
-    for array in (own.mean, own.highest, own.frame):
-        full = np.zeros((n, array.shape[1]), array.dtype)
-        full[used] = array
-        whole.append(full)
-    return ClipPools(*whole)
-
-
-def _moments(
-    subject: Subject, pools: ClipPools, sets: Sets, table: pd.DataFrame, features: int, n: int
-) -> tuple[list[tuple], dict[int, np.ndarray]]:
-    """Rows of `MOMENTS` without dictionary and file, and the audio of each."""
-    clips, rows, audio = subject.clips, [], {}
-    hop = clips.samples / clips.sample_rate / int(subject.store.frames[0])
-    with_ = sets.train[sets.labels]
-    for feature in table["feature"].head(features):
-        highest = pools.highest[with_, feature]
-        for rank, clip in enumerate(with_[np.argsort(-highest, kind="stable")[:n]], 1):
-            if pools.highest[clip, feature] <= 0:
-                break
-            seconds = float(pools.frame[clip, feature] * hop)
-            latest = clips.samples / clips.sample_rate - EXCERPT
-            first = round(max(0.0, min(seconds - EXCERPT / 2, latest)) * clips.sample_rate)
-            sound = level(clips.audio([clip]))[0][0]
-            audio[len(rows)] = sound[first : first + round(EXCERPT * clips.sample_rate)]
-            value = float(pools.highest[clip, feature])
-            rows.append((feature, rank, str(clips.rows["id"].iloc[clip]), seconds, value))
-    return rows, audio
+def _find_in_folders(
+    subject: Subject, concepts: Sequence[Concept], section: FindConcept, seed: int
+) -> Iterator[tuple[Concept, ConceptReport]]:
+    """Apply `find_concept` to concepts given by folders; the model is loaded if there are any."""
+    if not concepts:
+        return
+    model = load_model(f"data/models/{subject.name}", subject.device)
+    for c in concepts:
+        yield c, find_concept(
+            model, subject.features, c.positive, c.negative, subject.store.config["layer"],
+            seconds=section.seconds, windows=section.windows, permutations=section.permutations,
+            draws=section.stability_draws, q=section.q, audible=section.features,
+            moments=section.moments, seed=seed,
+        )  # fmt: skip
 
 
 def find_all(
-    subject: Subject, section: Any, seed: int, out: Path
+    subject: Subject, section: FindConcept, seed: int, out: Path
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, Any]]]:
-    """Find every concept of params.find_concept and write `out`; tables and {dictionary: {concept:
-    numbers}}. A concept is of clips (both sides) or of folders (both)."""
-    rows = subject.clips.rows
+    """Find every concept of params.find_concept and write the folder `out`.
+
+    Returns tables and {dictionary: {concept: numbers}}. ValueError if one side of a concept is a
+    query and the other a folder.
+    """
+    rows, clips, store = subject.clips.rows, subject.clips, subject.store
     groups = rows["group"].to_numpy(str)
-    options = Options(
-        section.q, section.permutations, section.stability_draws, section.few, section.few_draws,
-        section.bootstrap, seed,
-    )  # fmt: skip
-    sets = {
-        c.name: concept_sets(rows, c.positive, c.negative)
-        for c in section.concepts
-        if is_query(c.positive) and is_query(c.negative)
-    }
     for c in section.concepts:
         if is_query(c.positive) != is_query(c.negative):
             raise ValueError(
                 f"find_concept.concepts: {c.name} compares clips with a folder; give two queries "
                 "that begin with clips: or two folders"
             )
+    sets = {
+        c.name: concept_sets(rows, c.positive, c.negative)
+        for c in section.concepts
+        if is_query(c.positive)
+    }
     tables, moments, metrics = [], [], {name: {} for name in subject.features}
-    parts = [of.train for of in sets.values()]
-    parts += [at for of in sets.values() for at, _ in of.tests.values()]
-    used = np.unique(np.concatenate(parts)) if parts else np.zeros(0, int)
-    for name, features in subject.features.items():
-        pools = _pools(subject, features, used) if len(used) else None
+    used = np.unique(np.concatenate([np.zeros(0, int), *(of.used for of in sets.values())]))
+    hop = clips.samples / clips.sample_rate / int(store.frames[0])
+    for name, features in subject.features.items() if sets else ():
+        encoder = dictionary(features, subject.name)
+        pools = pool_all(store, encoder, used, subject.workers, subject.device)
+        times = pools.frame * hop
         for concept, of in sets.items():
-            table, found = examine(pools.mean, groups, of, options, subject.name, name, concept)
-            metrics[name][concept] = found
+            table, metrics[name][concept] = examine(
+                pools.mean, groups, of, section, seed, subject.name, name, concept
+            )
             tables.append(table.assign(dictionary=name, concept=concept))
-            own, audio = _moments(subject, pools, of, table, section.features, section.moments)
-            for i, (feature, rank, *rest) in enumerate(own):
-                file = f"{concept}-{name}-{feature}-{rank}.wav"
-                _write(out / file, audio[i], subject.clips.sample_rate)
-                moments.append((concept, name, feature, rank, *rest, file))
-    model = None
-    for c in section.concepts:
-        if c.name in sets:
-            continue
-        model = model or load_model(f"data/models/{subject.name}", subject.device)
-        report = find_concept(
-            model, subject.features, c.positive, c.negative, subject.store.config["layer"],
-            seconds=section.seconds, windows=section.windows, permutations=section.permutations,
-            draws=section.stability_draws, q=section.q, audible=section.features,
-            moments=section.moments, seed=seed,
-        )  # fmt: skip
+            best, with_ = table["feature"].head(section.features), of.train[of.labels]
+            for feature, rank, i in top_moments(pools.highest, with_, best, section.moments):
+                seconds, value = (float(of[i, feature]) for of in (times, pools.highest))
+                file, clip = f"{concept}-{name}-{feature}-{rank}.wav", rows["id"].iloc[i]
+                audio = excerpt(level(clips.audio([i]))[0][0], seconds, clips.sample_rate)
+                write_excerpts(out, {file: audio}, clips.sample_rate)
+                moments.append((concept, name, feature, rank, clip, seconds, value, file))
+    folders = [c for c in section.concepts if c.name not in sets]
+    for c, report in _find_in_folders(subject, folders, section, seed):
         print(f"{c.name}: {report.text()}")
         for name, table in report.tables.items():
             metrics[name][c.name] = {
@@ -134,15 +257,11 @@ def find_all(
                 "cues": dict(report.cues),
             }  # fmt: skip
             tables.append(table.assign(dictionary=name, concept=c.name))
-        for moment in report.moments.itertuples(index=False):
-            file = f"{c.name}-{moment.file}"
-            _write(out / file, report.excerpts[moment.file], report.rate)
-            moments.append((c.name, *moment[:-1], file))
+        files = {f"{c.name}-{file}": audio for file, audio in report.excerpts.items()}
+        write_excerpts(out, files, report.rate)
+        for *moment, file in report.moments.itertuples(index=False, name=None):
+            moments.append((c.name, *moment, f"{c.name}-{file}"))
     pd.concat(tables, ignore_index=True).to_parquet(out / "features.parquet", index=False)
     frame = pd.DataFrame(moments, columns=["concept", *MOMENTS])
     frame.to_parquet(out / "moments.parquet", index=False)
     return tables, metrics
-
-
-def _write(path: Path, audio: np.ndarray, rate: int) -> None:
-    soundfile.write(path, np.clip(audio, -1, 1), rate, subtype="PCM_16")

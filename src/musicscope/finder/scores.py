@@ -1,40 +1,41 @@
-"""What the features of a model do in folders of recordings: one number a recording, and moments."""
+"""Scores of features: one number per recording or clip, and the moments of the highest values."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from musicscope.activations.store import ActivationStore
 from musicscope.data.decoding import Problem
-from musicscope.dictionaries.codes import Codes, pool_clips, to_csr
+from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
-from musicscope.finder import recordings as reading
-from musicscope.finder.recordings import Plan, Recording
+from musicscope.finder.recordings import SIDES, Plan, Recording, read_windows, window_cues
+from musicscope.models.interface import MusicModel
 
 EXCERPT = 3.0
-"""Seconds of a top moment."""
+"""Seconds of the excerpt around a moment."""
 BATCH = 8
 MOMENTS = ("dictionary", "feature", "rank", "recording", "seconds", "value", "file")
+"""Columns of a table of moments; rank counts from 1, seconds from the start of the recording."""
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """Features of one layer of one model, by what encodes its activations."""
+    """Features of one layer of one model."""
 
-    encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    encode: Encode
     n_latents: int
 
 
 def dictionary(features: TopKSAE | UniversalSAE, model: str) -> Dictionary:
-    """An SAE, or a model's side of a universal SAE. ValueError if it is of other models."""
+    """Take an SAE, or one model's side of a universal SAE; ValueError if it lacks the model."""
     if isinstance(features, UniversalSAE):
         if features.kind != "usae" or model not in features.names:
             raise ValueError(
@@ -47,7 +48,7 @@ def dictionary(features: TopKSAE | UniversalSAE, model: str) -> Dictionary:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the features of one dictionary do in n recordings."""
+    """Values of the features of one dictionary in n recordings."""
 
     mean: np.ndarray
     """[n, F] mean over the windows of a recording"""
@@ -56,11 +57,11 @@ class Scores:
     window: np.ndarray
     """[n, F] the window in which it is highest"""
     seconds: np.ndarray
-    """[n, F] where in that window; -1 where it never fires"""
+    """[n, F] position in that window; -1 where the feature never fires"""
 
 
 @dataclass(frozen=True)
-class Heard:
+class ScoredRecordings:
     """All usable recordings of both folders."""
 
     recordings: tuple[Recording, ...]
@@ -73,10 +74,10 @@ class Heard:
 
 @torch.no_grad()
 def score_windows(
-    model: Any, layer: str, dictionaries: Mapping[str, Dictionary], audio: np.ndarray
+    model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], audio: np.ndarray
 ) -> dict[str, Scores]:
-    """One recording's windows [w, samples] to `Scores` of n = 1, for every dictionary."""
-    pools: dict[str, list] = {name: [] for name in dictionaries}
+    """Score one recording's windows [w, samples]: `Scores` of n = 1 for every dictionary."""
+    pools: dict[str, list[ClipPools]] = {name: [] for name in dictionaries}
     for start in range(0, len(audio), BATCH):
         part = audio[start : start + BATCH]
         frames = model.capture(model.encode(part, [None] * len(part)), [layer])[layer].float()
@@ -84,7 +85,7 @@ def score_windows(
             matrix = to_csr(*of.encode(frames.flatten(0, 1)), of.n_latents)
             pools[name].append(pool_clips(Codes(matrix, np.full(len(part), frames.shape[1]))))
     hop = audio.shape[1] / model.sample_rate / frames.shape[1]
-    found = {}
+    scores = {}
     for name, parts in pools.items():
         mean, highest, frame = (
             np.concatenate([getattr(p, k) for p in parts]) for k in ("mean", "highest", "frame")
@@ -92,60 +93,86 @@ def score_windows(
         window = highest.argmax(0)
         at = (window, np.arange(highest.shape[1]))
         seconds = np.where(frame[at] < 0, -1.0, frame[at] * hop)
-        found[name] = Scores(mean.mean(0)[None], highest[at][None], window[None], seconds[None])
-    return found
+        scores[name] = Scores(mean.mean(0)[None], highest[at][None], window[None], seconds[None])
+    return scores
 
 
-def hear(
-    model: Any, layer: str, dictionaries: Mapping[str, Dictionary], plan: Plan
-) -> tuple[Heard, list[Problem]]:
-    """All recordings of a plan, one at a time: memory does not grow with their length."""
-    kept, cues, problems = [], [], []
+def score_recordings(
+    model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], plan: Plan
+) -> tuple[ScoredRecordings, list[Problem]]:
+    """Score all recordings of a plan, one at a time: memory does not grow with their number."""
+    usable, cues, problems = [], [], []
     scores: dict[str, list[Scores]] = {name: [] for name in dictionaries}
     bar = tqdm(plan.recordings, desc="listening", unit="recording", file=sys.stderr, mininterval=1)
     for recording in bar:
-        audio, _, wrong = reading.read_windows(recording, plan, model.sample_rate)
+        audio, _, wrong = read_windows(recording, plan, model.sample_rate)
         problems += wrong
         if not len(audio):
             continue
-        kept.append(recording)
-        cues.append(reading.window_cues(audio, model.sample_rate))
-        for name, own in score_windows(model, layer, dictionaries, audio).items():
-            scores[name].append(own)
+        usable.append(recording)
+        cues.append(window_cues(audio, model.sample_rate))
+        for name, of in score_windows(model, layer, dictionaries, audio).items():
+            scores[name].append(of)
     stacked = {
-        name: Scores(
-            *(np.concatenate([getattr(s, k) for s in own]) for k in Scores.__annotations__)
-        )
-        for name, own in scores.items()
-        if own
+        name: Scores(*(np.concatenate([getattr(s, f.name) for s in of]) for f in fields(Scores)))
+        for name, of in scores.items()
+        if of
     }
-    labels = np.array([r.side == reading.SIDES[0] for r in kept], bool)
-    return Heard(tuple(kept), labels, stacked, np.array(cues)), problems
+    labels = np.array([r.side == SIDES[0] for r in usable], bool)
+    return ScoredRecordings(tuple(usable), labels, stacked, np.array(cues)), problems
+
+
+def pool_all(
+    store: ActivationStore, of: Dictionary, used: np.ndarray, workers: int, device: str
+) -> ClipPools:
+    """Pool the codes of the clips `used` of a store; rows of the other clips are 0."""
+    pools = pool_clips(encode_clips(store, used, of.encode, of.n_latents, workers, device))
+    arrays = []
+    for array in (pools.mean, pools.highest, pools.frame):
+        arrays.append(np.zeros((len(store), array.shape[1]), array.dtype))
+        arrays[-1][used] = array
+    return ClipPools(*arrays)
 
 
 def top_moments(
-    heard: Heard, tables: Mapping[str, pd.DataFrame], plan: Plan, rate: int, features: int, n: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The `n` recordings with the concept in which each of the best features is highest, one
-    moment a recording; rows of `MOMENTS`, and their audio by file name."""
-    rows, audio = [], {}
-    with_ = np.flatnonzero(heard.labels)
+    highest: np.ndarray, rows: np.ndarray, features: pd.Series, n: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (feature, rank, row): the `n` of `rows` in which each feature of [all, F] is highest.
+
+    Rows in which it never fires are left out.
+    """
+    for feature in features:
+        values = highest[rows, feature]
+        for rank, i in enumerate(np.argsort(-values, kind="stable")[:n], 1):
+            if values[i] > 0:
+                yield feature, rank, rows[i]
+
+
+def excerpt(audio: np.ndarray, seconds: float, rate: int) -> np.ndarray:
+    """Cut `EXCERPT` seconds around a moment out of audio [samples]."""
+    start = max(0.0, min(seconds - EXCERPT / 2, len(audio) / rate - EXCERPT))
+    return audio[round(start * rate) :][: round(EXCERPT * rate)]
+
+
+def recording_moments(
+    scored: ScoredRecordings, tables: Mapping[str, pd.DataFrame], plan: Plan, rate: int,
+    features: int, n: int,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # fmt: skip
+    """Select top moments in recordings with the concept, of the best `features` of each table.
+
+    Returns rows of `MOMENTS`, and excerpts by file name.
+    """
+    rows, excerpts, with_ = [], {}, np.flatnonzero(scored.labels)
     for name, table in tables.items():
-        scores = heard.scores[name]
-        for feature in table["feature"].head(features):
-            highest = scores.highest[with_, feature]
-            for rank, i in enumerate(with_[np.argsort(-highest, kind="stable")[:n]], 1):
-                if scores.highest[i, feature] <= 0:
-                    break
-                recording, window = heard.recordings[i], scores.window[i, feature]
-                within = float(scores.seconds[i, feature])
-                sound, starts, _ = reading.read_windows(recording, plan, rate)
-                file = f"{name}-{feature}-{rank}.wav"
-                first = round(max(0.0, min(within - EXCERPT / 2, plan.seconds - EXCERPT)) * rate)
-                audio[file] = sound[window, first : first + round(EXCERPT * rate)]
-                rows.append(
-                    (name, feature, rank, str(recording.path),
-                     starts[window] + within % min(plan.seconds, recording.seconds),
-                     float(scores.highest[i, feature]), file)
-                )  # fmt: skip
-    return pd.DataFrame(rows, columns=list(MOMENTS)), audio
+        scores = scored.scores[name]
+        best = table["feature"].head(features)
+        for feature, rank, i in top_moments(scores.highest, with_, best, n):
+            recording, window = scored.recordings[i], scores.window[i, feature]
+            within = float(scores.seconds[i, feature])
+            audio, starts, _ = read_windows(recording, plan, rate)
+            # A recording shorter than the window is repeated in it.
+            seconds = starts[window] + within % min(plan.seconds, recording.seconds)
+            value, file = float(scores.highest[i, feature]), f"{name}-{feature}-{rank}.wav"
+            excerpts[file] = excerpt(audio[window], within, rate)
+            rows.append((name, feature, rank, str(recording.path), seconds, value, file))
+    return pd.DataFrame(rows, columns=list(MOMENTS)), excerpts

@@ -26,8 +26,8 @@ from musicscope.data.clips import known_labels, main_clips
 from musicscope.dictionaries.codes import Codes, encode_clips, pool_clips
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import by_batch
+from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
-from musicscope.features.probes import rank_features
 from musicscope.steering.edit import Gate
 from musicscope.steering.recipes import SCORES, Recipe
 
@@ -168,7 +168,7 @@ def learn_gate(
     at `MOMENTS` moments of each clip. Its threshold is the best on validation clips.
     """
     at, labels, train = clips.labelled(concept)
-    order, _ = rank_features(clips.means[at[train]], labels[train])
+    order, _ = rank_by_difference(clips.means[at[train]], labels[train])
     features = np.sort(order[:n_features])
     values = clips.codes.matrix[:, features].toarray().astype(np.float64)
     ends = np.cumsum(clips.codes.frames)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from musicscope.commands.studio.logic import SLOT, open_model, sae_of
-from musicscope.finder.search import ConceptReport, find_concept
+from musicscope.finder.run import ConceptReport, find_concept
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
 from musicscope.steering.pieces import Tick
 
@@ -31,7 +31,7 @@ class Found:
     model: str
     slot: str
     table: pd.DataFrame
-    """`concept_stats.COLUMNS`, best first"""
+    """`association.COLUMNS`, best first"""
     peaks: Mapping[int, float]
     """Feature -> mean of its highest values in recordings with the concept"""
     text: str
@@ -68,7 +68,7 @@ def find(
     model: str, with_: Sequence[str] | None, without: Sequence[str] | None, tick: Tick,
     seconds: float = 10.0, device: str = "cpu", slot: str = SLOT,
 ) -> Found:  # fmt: skip
-    """Features that tell two lists of recordings apart; see `concept_finder.find_concept`."""
+    """Features that tell two lists of recordings apart; see `finder.run.find_concept`."""
     layer, sae = sae_of(model, slot, device)
     with TemporaryDirectory(prefix="musicscope-") as root:
         sides = [Path(root) / "with", Path(root) / "without"]

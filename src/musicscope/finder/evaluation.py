@@ -1,0 +1,189 @@
+"""Evaluate the finder on clips: do test labels agree, do ten recordings suffice, is it fooled?
+
+Features are found on train clips. Test clips of other compositions then show whether these features
+agree with the labels. Draws of a few recordings show what a user's folder of ten can give. Draws of
+clips that all lack the concept show how often the finder reports a feature where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from musicscope.config.concepts import FindConcept
+from musicscope.core import plots, stats
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import Estimate
+from musicscope.features.association import rank_by_auroc
+from musicscope.finder.queries import Sets
+
+TOP = 10
+SUMMARY = {
+    "discoveries": "discoveries",
+    "best_test_auroc": "test.best_auroc",
+    "best_test_auroc_ci_low": "test.best_ci_low",
+    "best_test_auroc_ci_high": "test.best_ci_high",
+    "top_test_auroc": "test.top_auroc",
+    "tested_test_auroc": "test.tested_auroc",
+    "found_above_half": "test.found_above_half",
+    "few_any_discovery": "few.any_discovery",
+    "few_top_agree": "few.top_agree",
+    "few_top_test_auroc": "few.top_test_auroc",
+    "null_any_discovery": "null.any_discovery",
+    "null_discoveries": "null.discoveries",
+}
+
+
+def examine(
+    means: np.ndarray, groups: np.ndarray, sets: Sets, section: FindConcept, seed: int, *name: str
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rank a concept's features and evaluate them: the table, and the numbers for the metrics.
+
+    `means` [clips, F] and `groups` [clips] are of all clips, in the order of the clip table; clips
+    in no set are not read. `name` makes the seed differ between concepts.
+    """
+    seed = seed_for(seed, "find_concept", *name)
+    x, labels, train_groups = means[sets.train], sets.labels, groups[sets.train]
+    table = rank_by_auroc(
+        x, labels, section.permutations, section.stability_draws, seed, train_groups
+    )
+    significant = (table["q"] <= section.q).to_numpy()
+    metrics: dict[str, Any] = {
+        "with": int(labels.sum()), "without": int((~labels).sum()), "tested": len(table),
+        "discoveries": int(significant.sum()),
+    }  # fmt: skip
+    if len(table):
+        best = table.iloc[0]
+        metrics["best"] = {k: best[k] for k in ("effect_size", "auroc", "q", "stability")}
+        metrics["best"]["feature"] = int(best["feature"])
+    aurocs: dict[str, np.ndarray] = {}
+    for test, (at, has) in sets.tests.items():
+        scores = means[at][:, table["feature"]]
+        auroc = aurocs[test] = table[f"{test}_auroc"] = stats.auroc_columns(scores, has)
+        metrics[test] = {"clips": len(has), "tested_auroc": np.nanmean(auroc)}
+        if len(table):
+            low, high = stats.bootstrap_groups(
+                stats.auroc_of(scores[:, 0], has), groups[at], section.bootstrap,
+                seed_for(seed, "test"),
+            )  # fmt: skip
+            first = Estimate(auroc[0], low, high, len(np.unique(groups[at])))
+            metrics[test] |= first.named("best_auroc", "best_ci_low", "best_ci_high")
+            metrics[test]["top_auroc"] = np.nanmean(auroc[:TOP])
+        if significant.any():
+            metrics[test]["found_auroc"] = np.nanmean(auroc[significant])
+            metrics[test]["found_above_half"] = np.mean(auroc[significant] > 0.5)
+    metrics["few"] = few_recordings(x, labels, table, aurocs.get("test"), section, seed)
+    metrics["null"] = without_concept(x[~labels], train_groups[~labels], section, seed)
+    return table, metrics
+
+
+def few_recordings(
+    x: np.ndarray,
+    labels: np.ndarray,
+    table: pd.DataFrame,
+    test_auroc: np.ndarray | None,
+    section: FindConcept,
+    seed: int,
+) -> dict[str, Any]:
+    """Compare draws of `section.few` clips per side with the table made from all clips.
+
+    any_discovery: share of draws with any discovery; discoveries: their mean number; agree: share
+    of these that are discoveries on all clips as well; top_agree: share of the best `TOP` of a draw
+    that are among the best 10 % of all (chance: 0.1); top_test_auroc: their mean on test clips.
+    """
+    sides = [np.flatnonzero(labels), np.flatnonzero(~labels)]
+    n = min(section.few, *map(len, sides))
+    whole = set(table["feature"][table["q"] <= section.q])
+    upper = set(table["feature"].head(max(TOP, len(table) // 10)))
+    auroc = {} if test_auroc is None else dict(zip(table["feature"], test_auroc, strict=True))
+    counts, agree, top, scores = [], [], [], []
+    for draw in range(section.few_draws):
+        rng = np.random.default_rng(seed_for(seed, "few", draw))
+        at = np.concatenate([rng.choice(side, n, replace=False) for side in sides])
+        few = rank_by_auroc(x[at], labels[at], section.permutations, 1, seed_for(seed, "p", draw))
+        significant, best = few["feature"][few["q"] <= section.q], few["feature"].head(TOP)
+        counts.append(len(significant))
+        agree += [f in whole for f in significant]
+        top += [f in upper for f in best]
+        scores += [auroc[f] for f in best if f in auroc]
+    return {
+        "recordings": n, "draws": section.few_draws, "any_discovery": np.mean(np.array(counts) > 0),
+        "discoveries": np.mean(counts), "agree": np.mean(agree) if agree else None,
+        "top_agree": np.mean(top) if top else None,
+        "top_test_auroc": np.nanmean(scores) if scores else None,
+    }  # fmt: skip
+
+
+def without_concept(
+    x: np.ndarray, groups: np.ndarray, section: FindConcept, seed: int
+) -> dict[str, Any]:
+    """Run the finder on two sets of clips that both lack the concept: the null.
+
+    any_discovery: share of draws of `section.few` clips per side with any discovery, at most q if
+    the test holds its level. discoveries: their number between all clips of a random half of the
+    compositions and all others.
+    """
+    n = min(section.few, len(x) // 2)
+
+    def discoveries(means: np.ndarray, labels: np.ndarray, stream: int) -> int:
+        table = rank_by_auroc(means, labels, section.permutations, 1, stream)
+        return int((table["q"] <= section.q).sum())
+
+    counts = []
+    for draw in range(section.few_draws if n >= 2 else 0):
+        rng = np.random.default_rng(seed_for(seed, "null", draw))
+        at = rng.choice(len(x), 2 * n, replace=False)
+        counts.append(discoveries(x[at], np.arange(2 * n) < n, seed_for(seed, "null p", draw)))
+    names, member = np.unique(groups, return_inverse=True)
+    half = np.random.default_rng(seed_for(seed, "null", "all")).permutation(names)[::2]
+    labels, whole = np.isin(groups, half), None
+    if min(labels.sum(), (~labels).sum()) >= 2:
+        # Whole compositions change sides, so compositions are what is permuted.
+        total = np.zeros((len(names), x.shape[1]))
+        np.add.at(total, member, x)
+        means = total / np.bincount(member)[:, None]
+        whole = discoveries(means, np.isin(names, half), seed)
+    return {
+        "recordings": n, "draws": len(counts), "discoveries": whole,
+        "any_discovery": np.mean(np.array(counts) > 0) if counts else None,
+    }  # fmt: skip
+
+
+def summary_keys(model: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Select headline numbers {"find_concept.<model>.<dictionary>.<concept>.<SUMMARY>": number}."""
+    keys = {}
+    for name, concepts in metrics.items():
+        for concept, entry in concepts.items():
+            for key, dotted in SUMMARY.items():
+                value: Any = entry
+                for part in dotted.split("."):
+                    value = value.get(part) if isinstance(value, Mapping) else None
+                keys[f"find_concept.{model}.{name}.{concept}.{key}"] = value
+    return keys
+
+
+def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:
+    """Plot test AUROC of each concept's best feature, and how often few recordings find any."""
+    figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.0))
+    width = 0.8 / max(1, len(metrics))
+    for series, (name, concepts) in enumerate(metrics.items()):
+        labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
+        offset = width * (series - (len(metrics) - 1) / 2)
+        tests = [concepts[c]["test"] for c in labels]
+        best = ([t[k] for t in tests] for k in ("best_auroc", "best_ci_low", "best_ci_high"))
+        few = ([concepts[c]["few"]["any_discovery"] for c in labels], None, None)
+        null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
+        for axis, (values, low, high) in zip(axes, (best, few), strict=True):
+            colour = plots.COLOURS[series]
+            plots.interval_bars(axis, labels, values, low, high, colour, offset, width, name)
+        axes[1].scatter(np.arange(len(labels)) + offset, null, color="black", marker="x", zorder=3)
+    axes[0].axhline(0.5, color="#555555", lw=1, ls="--")
+    axes[0].set(title=f"{model}: best feature on test clips", ylabel="AUROC (95 %)", ylim=(0.3, 1))
+    title = "few recordings: share of draws with a discovery (x: nothing to find)"
+    axes[1].set(title=title, ylim=(0, 1.05))
+    axes[0].legend()
+    return figure
