@@ -1,8 +1,8 @@
 """Activation maximisation: data/maximize_activation/<model>, or data/maximize_shared.
 
 Makes audio with index.json, metrics and plots of chosen features: the best moments of real clips
-and token sequences searched for under the models' prior. Models without common tokens (RAVE, or different
-codecs) get moments only.
+and token sequences searched for under the models' prior. Models without common tokens (RAVE, or
+different codecs) get moments only.
 
 For one model: universal, specific and concept features, with random directions as null. With
 --shared: USAE features in all models at once (coordinated), searches on each model alone and their

@@ -35,9 +35,9 @@ def propose(
 ) -> Tensor:
     """Draw proposals [len(sizes), K, T]; number j changes up to sizes[j] codes.
 
-    `codes` [K, T]; `total` [K, T, card] are the gains. A proposal takes the substitutions with the largest gains
-    after Gumbel noise; the noise grows from zero in the first proposal to the spread of the gains
-    over positions in the last. Substitutions with a negative gain are skipped, except the best.
+    `codes` [K, T]; `total` [K, T, card] are the gains. A proposal takes the substitutions with the
+    largest gains after Gumbel noise; the noise grows from zero in the first proposal to the spread
+    of the gains over positions in the last. Negative gains are skipped, except the best.
     """
     places = codes.numel()
     open_to = total.scatter(-1, codes[..., None], -torch.inf).flatten(0, 1)
