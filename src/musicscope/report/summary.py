@@ -20,7 +20,7 @@ from musicscope.core.io import read_json
 from musicscope.dictionaries import usae_metrics
 from musicscope.features import report as match_report
 from musicscope.finder import plots as concept_plots
-from musicscope.judges import training as judge_training
+from musicscope.judges import report as judge_report
 from musicscope.maximisation import report as maximization_report
 from musicscope.steering import report as steering_report
 
@@ -150,7 +150,7 @@ def concept_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
     ``<model>.steer.*`` is of the whole evaluation (steer_full, frozen) where a model has one, and
     ``<model>.steer_quick.*`` then of the stage steer; else the former is of steer.
     """
-    found = judge_training.judge_summary(_read(metrics / "train_judge.json", "train_judge"))
+    found = judge_report.summary_keys(_read(metrics / "train_judge.json", "train_judge"))
     for model in models:
         path = metrics / "find_concept" / f"{model}.json"
         found |= concept_plots.find_summary(model, _read(path, f"find_concept@{model}"))
