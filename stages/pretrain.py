@@ -29,8 +29,8 @@ from musicscope.embedded.nano.pretraining import (
     render_corpus,
     save_model,
 )
-from musicscope.judges.instrument_classifier import family_report
 from musicscope.judges.musicnn import load_musicnn
+from musicscope.judges.report import family_report
 from musicscope.models.registry import load_model
 
 

@@ -11,12 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from musicscope.activations import extraction
 from musicscope.commands import cli
 from musicscope.commands.plan import estimate as plan
 from musicscope.commands.plan import rates as plan_rates
-from musicscope.commands.plan.measure import measure, seconds
+from musicscope.commands.plan.measure import (
+    Footprint,
+    footprint,
+    largest_batch,
+    measure,
+    peak_bytes,
+    seconds,
+)
 from musicscope.commands.plan.published_sizes import MUSICGEN, Shape, shape_of
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
@@ -126,10 +135,10 @@ def test_a_checkpoint_of_audiocraft_has_the_shape_of_the_same_model(tiny_musicge
     assert found == replace(expected, name="mine", origin=str(tmp_path / "mine"))
 
 
-def test_a_models_own_numbers_are_told_as_they_are_found(tiny_musicgen: Path):
-    told: list[str] = []
-    measure(load_model(tiny_musicgen), 0.4, 1, 1, ("mean",), say=told.append)
-    assert [text.split(":")[0].split()[0] for text in told] == [
+def test_measurements_are_reported_one_by_one(tiny_musicgen: Path):
+    said: list[str] = []
+    measure(load_model(tiny_musicgen), 0.4, 1, 1, ("mean",), say=said.append)
+    assert [text.split(":")[0].split()[0] for text in said] == [
         "codec",
         "a",
         "peak",
@@ -214,15 +223,15 @@ def test_a_gpus_rate_is_for_one_process_and_goes_first_where_asked_for(params, t
 
 
 def test_memory_counts_the_codec_and_the_length_of_clips(tmp_path):
-    heard = {"codec_fixed_bytes": 300, "codec_clip_bytes": 500, "weight_bytes": 900}
-    heard |= {"ablate_fixed_bytes": 900, "ablate_clip_bytes": 70, "extract_clip_bytes": 100}
+    codec = {"codec_fixed_bytes": 300, "codec_clip_bytes": 500, "weight_bytes": 900}
+    codec |= {"ablate_fixed_bytes": 900, "ablate_clip_bytes": 70, "extract_clip_bytes": 100}
     small = Shape("musicgen-small", 24, 8, 32_000, 50.0, 400, 100, "")
-    rates = plan_rates.load(results(tmp_path, musicgen_small=SMALL | heard), [small], "cpu")
+    rates = plan_rates.load(results(tmp_path, musicgen_small=SMALL | codec), [small], "cpu")
     rate = rates["musicgen-small"]
-    assert rate.extract_memory(2, 10.0) == 900 + 300 + 8 * 500  # more than a pass of two clips
-    assert rate.extract_memory(1000, 10.0) == 1000 + 1000 * 100
-    assert rate.extract_memory(1000, 30.0) == 1000 + 1000 * 300
-    assert rate.ablate_memory(100, 20.0) == 900 + 100 * 140
+    assert rate.memory("extract", 2, 10.0) == 900 + 300 + 8 * 500  # more than a pass of two clips
+    assert rate.memory("extract", 1000, 10.0) == 1000 + 1000 * 100
+    assert rate.memory("extract", 1000, 30.0) == 1000 + 1000 * 300
+    assert rate.memory("ablate", 100, 20.0) == 900 + 100 * 140
     # A tenth of 10,000 bytes is left to the allocator: (9,000 - 1,000) / 100.
     assert plan_rates.batches(rates, 10.0, 1e-5) == (
         "musicgen-small: extract_activations.batch_clips up to 80"
@@ -232,6 +241,47 @@ def test_memory_counts_the_codec_and_the_length_of_clips(tmp_path):
     assert (
         plan_rates.batches(NONE(small), 10.0, 1.0) == "musicgen-small: its memory was not measured"
     )
+
+
+@given(
+    fixed=st.integers(0, 10**10),
+    per_clip=st.integers(1, 10**9),
+    most=st.integers(1, 500),
+    limit=st.integers(1, 10**12),
+)
+def test_the_largest_batch_fits_and_one_more_does_not(fixed, per_clip, most, limit):
+    cost = Footprint(fixed, per_clip)
+    usable = int(limit * 0.9)
+    if fixed + per_clip > usable:
+        with pytest.raises(ValueError, match="one clip needs"):
+            largest_batch(cost, limit, most)
+        return
+    clips = largest_batch(cost, limit, most)
+    assert 1 <= clips <= most
+    assert fixed + clips * per_clip <= usable
+    assert clips == most or fixed + (clips + 1) * per_clip > usable
+
+
+@given(fixed=st.integers(0, 10**9), per_clip=st.integers(0, 10**9), step=st.integers(1, 9))
+def test_two_measurements_give_the_line(fixed, per_clip, step):
+    few, many = (1, fixed + per_clip), (1 + step, fixed + (1 + step) * per_clip)
+    assert footprint(many, few, 5) == Footprint(fixed + 5, per_clip)
+    with pytest.raises(ValueError, match="two different batch sizes"):
+        footprint(few, few, 0)
+
+
+def test_the_peak_is_that_of_the_tensors_alive_at_once():
+    kept = torch.zeros(1000)
+
+    def work():
+        first = torch.zeros(1_000_000)  # 4 MB
+        second = first + 1  # 8 MB alive
+        del first
+        third = torch.cat([second, second])  # 12 MB alive
+        del second
+        return third.sum() + kept.sum()
+
+    assert 12_000_000 <= peak_bytes(work, torch.device("cpu")) < 12_100_000
 
 
 def test_float32_in_one_thread_goes_before_other_measurements(tmp_path):
@@ -268,12 +318,12 @@ def test_training_hours_come_from_the_nearest_step_that_was_timed(params, tmp_pa
     (tmp_path / "sae_step.json").write_text(json.dumps(steps))
     shape = Shape("m", 4, 100, 32_000, 50.0, 400, 100, "")
     rates = plan_rates.load(tmp_path, [shape], "cpu")
-    step = rates["m"].step
+    step = plan_rates.step_rate(tmp_path)
     assert step.seconds(200, 2000, 100) == pytest.approx(2 * 2 * 1.0)
     assert step.seconds(100, 50, 10) == pytest.approx(0.5 * 0.1)
     section = replace(params.train_sae, expansion=10, seeds=3, samples=7_200, batch_size=100)
     params = replace(params, train_sae=section, compute=replace(params.compute, processes=2))
-    rows = plan.rows_of(params, plan.Clips(1, 1, 10.0, 32_000, ""), [shape], rates)
+    rows = plan.rows_of(params, plan.Clips(1, 1, 10.0, 32_000, ""), [shape], rates, step)
     trained = [row for row in rows if row.stage == "train_sae"]
     assert len(trained) == len(params.slots)
     assert trained[0].hours == pytest.approx(72 * 3 / 2 / 3600)
@@ -307,8 +357,8 @@ def test_the_command_prints_a_plan_and_ends_in_one_line_when_it_cannot(
 
 
 def test_commands_are_imported_when_asked_for():
-    code = "import sys; from musicscope import cli\ntry: cli.main(['--help'])\nexcept SystemExit: "
-    code += "print('torch' in sys.modules, 'omegaconf' in sys.modules)"
+    code = "import sys; from musicscope.commands import cli\ntry: cli.main(['--help'])\n"
+    code += "except SystemExit: print('torch' in sys.modules, 'omegaconf' in sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=ROOT / "src", capture_output=True, text=True, check=True, timeout=60

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from musicscope.judges import instrument_classifier as fj
-from musicscope.judges import instrument_training as training
 from musicscope.judges.musicnn import silent
+from musicscope.judges.report import family_report
 
 RATE = 16_000
 FAMILIES = ("saw", "pluck", "noise")
@@ -47,12 +47,12 @@ def trained():
     torch.set_num_threads(1)
     audio, labels = dataset(0, 160)
     batches = ((audio[i : i + 40], labels[i : i + 40]) for i in range(0, 160, 40))
-    return training.train_family_judge(batches, FAMILIES, seed=3, config=SMALL)
+    return fj.train_family_judge(batches, FAMILIES, seed=3, config=SMALL)
 
 
 def test_learns_synthetic_timbres(trained):
     audio, labels = dataset(1, 60)
-    report = fj.family_report(trained.predict(audio), labels, FAMILIES, np.arange(60) // 4, 100, 0)
+    report = family_report(trained.predict(audio), labels, FAMILIES, np.arange(60) // 4, 100, 0)
     assert report["mean_auroc"] > 0.9
     for family in FAMILIES:
         assert report[family]["ci_low"] <= report[family]["auroc"] <= report[family]["ci_high"]
@@ -63,9 +63,9 @@ def test_shuffled_labels_teach_nothing():
     audio, labels = dataset(0, 96)
     shuffled = np.random.default_rng(9).permutation(labels)
     config = replace(SMALL, epochs=4)
-    judge = training.train_family_judge([(audio, shuffled)], FAMILIES, 3, config)
+    judge = fj.train_family_judge([(audio, shuffled)], FAMILIES, 3, config)
     audio, labels = dataset(1, 60)
-    report = fj.family_report(judge.predict(audio), labels, FAMILIES, np.arange(60), 10, 0)
+    report = family_report(judge.predict(audio), labels, FAMILIES, np.arange(60), 10, 0)
     assert 0.25 < report["mean_auroc"] < 0.75
 
 
@@ -121,13 +121,13 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
 
     def train(scratch=None, seed=3):
         torch.rand(3)  # the caller's generator must not matter
-        return training.train_family_judge([(audio, labels)], FAMILIES, seed, config, scratch)
+        return fj.train_family_judge([(audio, labels)], FAMILIES, seed, config, scratch)
 
     def weights(judge):
         return torch.cat([v.flatten().double() for v in judge.net.state_dict().values()])
 
     whole = weights(train())
-    keep, calls = training._keep, []
+    keep, calls = fj._keep, []
 
     def killed(*arguments):
         keep(*arguments)
@@ -135,13 +135,13 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_keep", killed)
+    monkeypatch.setattr(fj, "_keep", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
-    monkeypatch.setattr(training, "_keep", keep)
+    monkeypatch.setattr(fj, "_keep", keep)
     started = []
-    epoch = training._epoch
-    monkeypatch.setattr(training, "_epoch", lambda *a: (started.append(1), epoch(*a))[1])
+    epoch = fj._epoch
+    monkeypatch.setattr(fj, "_epoch", lambda *a: (started.append(1), epoch(*a))[1])
     assert torch.equal(weights(train(tmp_path)), whole)
     assert len(started) == 2
     # Another seed in the same scratch folder is another run.
@@ -152,14 +152,14 @@ def test_training_refuses_what_it_cannot_learn_from():
     audio, labels = dataset(7, 8)
     labels[:4], labels[4:] = False, True
     with pytest.raises(ValueError, match="labels"):
-        training.train_family_judge([(audio, labels[:, :2])], FAMILIES, 0, SMALL)
+        fj.train_family_judge([(audio, labels[:, :2])], FAMILIES, 0, SMALL)
     quiet = audio.copy()
     quiet[2] = 0
     with pytest.raises(ValueError, match=r"clips \[2\] are silent"):
-        training.train_family_judge([(quiet, labels)], FAMILIES, 0, SMALL)
+        fj.train_family_judge([(quiet, labels)], FAMILIES, 0, SMALL)
     labels[:, 2] = True
     with pytest.raises(ValueError, match="noise"):
-        training.train_family_judge([(audio, labels)], FAMILIES, 0, SMALL)
+        fj.train_family_judge([(audio, labels)], FAMILIES, 0, SMALL)
 
 
 def test_augmentation_keeps_shape_masks_stripes_and_follows_the_seed():
@@ -168,7 +168,7 @@ def test_augmentation_keeps_shape_masks_stripes_and_follows_the_seed():
 
     def run(seed):
         torch.manual_seed(seed)
-        return training.augment(crops, config)
+        return fj.augment(crops, config)
 
     changed = run(0)
     assert changed.shape == crops.shape
@@ -181,7 +181,7 @@ def test_augmentation_keeps_shape_masks_stripes_and_follows_the_seed():
     assert float((tone - tone.nanmean(dim=3, keepdim=True)).nan_to_num().abs().max()) < 1e-5
     assert float(tone.nan_to_num().abs().max()) <= config.tilt * 1.7
     still = replace(config, tilt=0.0, mel_mask=0, time_mask=0)
-    torch.testing.assert_close(training.augment(crops, still), crops)
+    torch.testing.assert_close(fj.augment(crops, still), crops)
 
 
 def test_report_counts_silent_clips_and_one_sided_families():
@@ -189,7 +189,7 @@ def test_report_counts_silent_clips_and_one_sided_families():
     labels = np.stack([rng.random(40) < 0.5, np.ones(40, bool)], axis=1)
     scores = labels + 0.8 * rng.standard_normal((40, 2))
     scores[:4] = np.nan
-    report = fj.family_report(scores, labels, ("a", "b"), np.arange(40) // 2, 200, 1)
+    report = family_report(scores, labels, ("a", "b"), np.arange(40) // 2, 200, 1)
     assert (report["clips"], report["silent"]) == (36, 4)
     assert report["b"]["auroc"] is None
     kept, truth = scores[4:, 0], labels[4:, 0]

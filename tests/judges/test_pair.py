@@ -13,11 +13,19 @@ from scipy.linalg import sqrtm
 from musicscope.core import stats
 from musicscope.data import wheel_assets as assets
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.judges import dataset as judge_corpus
+from musicscope.embedded.midi_set.corpus import make_clip
+from musicscope.embedded.midi_set.embedded import load_splits, load_synths
+from musicscope.judges import dataset, training
 from musicscope.judges import pair as judging
-from musicscope.judges import training as judge_training
-from musicscope.judges.instrument_classifier import FamilyJudge, FamilyNet, JudgeConfig
+from musicscope.judges import report as judge_report
+from musicscope.judges.instrument_classifier import (
+    FamilyJudge,
+    FamilyNet,
+    JudgeConfig,
+    load_family_judge,
+)
 from musicscope.judges.musicnn import load_musicnn
+from stages import train_judge
 
 RATE = 16_000
 SMALL = JudgeConfig(channels=(4, 4, 4, 4), n_mels=32, crop_frames=50, epochs=1, batch=8)
@@ -109,36 +117,19 @@ def test_frechet_distance_of_a_shift_is_its_square():
     a = np.random.default_rng(1).standard_normal((30, 8))
     assert judging.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert judging.frechet_distance(a, a + 2) == pytest.approx(8 * 4)
-    heard = np.concatenate([a + 2, np.full((3, 8), np.nan)])
-    assert judging.frechet_distance(a, heard) == pytest.approx(8 * 4)
+    partly_silent = np.concatenate([a + 2, np.full((3, 8), np.nan)])
+    assert judging.frechet_distance(a, partly_silent) == pytest.approx(8 * 4)
     with pytest.raises(ValueError, match="1 of 2 clips sound"):
         judging.frechet_distance(a, np.array([[0.0] * 8, [np.nan] * 8]))
     with pytest.raises(ValueError, match="do not compare"):
         judging.frechet_distance(a, a[:, :4])
 
 
-def test_the_interval_is_as_wide_as_the_distance_varies():
-    """Against the spread over fresh samples; paired sets vary less."""
-    seen, spans, paired = [], [], []
-    for draw in range(40):
-        rng = np.random.default_rng(draw)
-        a, b = rng.standard_normal((64, 4)), 1.5 + rng.standard_normal((64, 4))
-        seen.append(judging.frechet_distance(a, b))
-        if draw < 5:
-            spans.append(np.subtract(*judging.frechet_interval(a, b)[::-1]))
-            moved = a + 1.5 + 0.1 * b
-            paired.append(np.subtract(*judging.frechet_interval(a, moved, paired=True)[::-1]))
-    assert np.mean(spans) == pytest.approx(2 * 1.96 * np.std(seen), rel=0.4)
-    assert np.mean(paired) < 0.5 * np.mean(spans)
-    with pytest.raises(ValueError, match="not paired"):
-        judging.frechet_interval(np.zeros((4, 2)), np.zeros((5, 2)), paired=True)
-
-
-# --- the corpus -------------------------------------------------------------------------------
+# --- the data set -----------------------------------------------------------------------------
 
 
 class Clips:
-    """What the corpus uses of a ClipStore."""
+    """The parts of a ClipStore that the data set uses."""
 
     sample_rate, samples = RATE, RATE
 
@@ -168,12 +159,16 @@ class Codec:
         return codes
 
 
+def inputs_of(folder, render=None) -> dataset.Inputs:
+    return dataset.Inputs(folder, "clips", "model", folder / "wheel", render)
+
+
 def test_chunks_cover_the_clips_and_spread_the_codec():
-    plan = judge_corpus.plan_chunks(Clips(57), "test", "timgm6mb", 50, 10, 0)
+    plan = dataset.plan_chunks(Clips(57), "test", "timgm6mb", 50, 10, 0)
     assert [c.count for c in plan] == [20, 20, 10]
     assert [r for c in plan for r in c.rows] == list(range(50))
     assert [len(c.coded) for c in plan] == [4, 4, 2]
-    rendered = judge_corpus.plan_chunks(Clips(57), "train", "fluidr3mono", 25, 99, 0)
+    rendered = dataset.plan_chunks(Clips(57), "train", "fluidr3mono", 25, 99, 0)
     assert [(c.first, c.count, c.rows, len(c.coded)) for c in rendered] == [
         (0, 20, (), 20), (20, 5, (), 5),
     ]  # fmt: skip
@@ -182,37 +177,38 @@ def test_chunks_cover_the_clips_and_spread_the_codec():
 
 def test_chunks_are_made_once_and_again_if_damaged(tmp_path, monkeypatch):
     store, made = Clips(8), []
-    monkeypatch.setattr(judge_corpus, "open_clips", lambda folder: store)
-    monkeypatch.setattr(judge_corpus, "open_codec", lambda *a: (made.append(1), Codec())[1])
-    chunk = judge_corpus.plan_chunks(store, "test", "timgm6mb", 8, 4, 0)[0]
+    monkeypatch.setattr(dataset, "open_clips", lambda folder: store)
+    monkeypatch.setattr(dataset, "open_codec", lambda *a: (made.append(1), Codec())[1])
+    chunk = dataset.plan_chunks(store, "test", "timgm6mb", 8, 4, 0)[0]
+    inputs = inputs_of(tmp_path)
 
     def make():
-        judge_corpus.make_chunk(tmp_path, "clips", "model", "cpu", chunk)
-        return judge_corpus.read_chunk(tmp_path, "clips", chunk)
+        dataset.make_chunk(inputs, chunk)
+        return dataset.read_chunk(inputs, chunk)
 
-    heard = make()
-    np.testing.assert_array_equal(heard.audio, store.sound)
+    data = make()
+    np.testing.assert_array_equal(data.audio, store.sound)
     wanted = store.rows[[f"has_{f}" for f in FAMILIES]].to_numpy()
-    np.testing.assert_array_equal(heard.labels, wanted)
-    assert heard.groups.tolist() == store.rows["group"].tolist()
-    assert heard.codec.shape == (4, RATE)
-    spectra = [np.abs(np.fft.rfft(x))[:, :3000] for x in (heard.codec, store.sound[heard.coded])]
+    np.testing.assert_array_equal(data.labels, wanted)
+    assert data.groups.tolist() == store.rows["group"].tolist()
+    assert data.codec.shape == (4, RATE)
+    spectra = [np.abs(np.fft.rfft(x))[:, :3000] for x in (data.codec, store.sound[data.coded])]
     np.testing.assert_allclose(spectra[0], spectra[1] / 2, rtol=0.1, atol=0.5)
     make()
     assert len(made) == 1
     (tmp_path / chunk.file).write_bytes((tmp_path / chunk.file).read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
-        judge_corpus.read_chunk(tmp_path, "clips", chunk)
-    np.testing.assert_array_equal(make().codec, heard.codec)
+        dataset.read_chunk(inputs, chunk)
+    np.testing.assert_array_equal(make().codec, data.codec)
     assert len(made) == 2
-    parts = list(judge_corpus.batches(tmp_path, "clips", [chunk]))
-    np.testing.assert_array_equal(parts[1][1], wanted[heard.coded])
+    parts = list(dataset.batches(inputs, [chunk]))
+    np.testing.assert_array_equal(parts[1][1], wanted[data.coded])
     # Training goes on from a killed run by a hash of its labels, which wants them by row.
-    assert heard.labels.flags.c_contiguous
-    lesson = judge_training.Lesson("both", (chunk,), 1, 0)
-    assert judge_training.train_lesson(tmp_path, "clips", lesson) == "both"
-    assert judge_training.train_lesson(tmp_path, "clips", lesson) == "both"
-    assert judge_training.load_family_judge(tmp_path / "both").families == FAMILIES
+    assert data.labels.flags.c_contiguous
+    network = training.Network("both", (chunk,), 1, 0)
+    assert training.train_network(inputs, network) == "both"
+    assert training.train_network(inputs, network) == "both"
+    assert load_family_judge(tmp_path / "both").families == FAMILIES
 
 
 def test_rendered_clips_are_exact_and_their_own(tmp_path, monkeypatch):
@@ -220,24 +216,25 @@ def test_rendered_clips_are_exact_and_their_own(tmp_path, monkeypatch):
         assets.fetch(assets.VIZDOOM), assets.fetch(assets.PRETTY_MIDI)
     except assets.AssetError as error:
         pytest.skip(f"a wheel is neither cached nor to be had: {error}")
-    monkeypatch.setattr(judge_corpus, "open_codec", lambda *a: Codec())
-    chunk = judge_corpus.plan_chunks(Clips(2), "train", "fluidr3mono", 2, 1, 5)[0]
-    judge_corpus.make_chunk(tmp_path, "clips", "model", "cpu", chunk)
-    heard = judge_corpus.read_chunk(tmp_path, "clips", chunk)
-    pieces = judge_corpus.load_splits(5)["train"]
-    assert set(heard.groups) <= {piece.group for piece in pieces}
-    clip = judge_corpus.make_clip(
-        pieces, judge_corpus.load_synths(), "fluidr3mono", 5, "train_judge", "train", 1, seconds=1.0
+    monkeypatch.setattr(dataset, "open_codec", lambda *a: Codec())
+    chunk = dataset.plan_chunks(Clips(2), "train", "fluidr3mono", 2, 1, 5)[0]
+    inputs = inputs_of(tmp_path, train_judge.render)
+    dataset.make_chunk(inputs, chunk)
+    data = dataset.read_chunk(inputs, chunk)
+    pieces = load_splits(5)["train"]
+    assert set(data.groups) <= {piece.group for piece in pieces}
+    clip = make_clip(
+        pieces, load_synths(), "fluidr3mono", 5, "train_judge", "train", 1, seconds=1.0
     )
-    np.testing.assert_allclose(heard.audio[1], clip.audio, atol=1e-3)
-    assert heard.labels[1].tolist() == [clip.labels()[f"has_{f}"] for f in FAMILIES]
-    assert not np.allclose(heard.audio[0], heard.audio[1], atol=1e-2)
+    np.testing.assert_allclose(data.audio[1], clip.audio, atol=1e-3)
+    assert data.labels[1].tolist() == [clip.labels()[f"has_{f}"] for f in FAMILIES]
+    assert not np.allclose(data.audio[0], data.audio[1], atol=1e-2)
 
 
 # --- the report -------------------------------------------------------------------------------
 
 
-def answers(seed, name, n=120, skill=None, pairs=False):
+def predictions(seed, name, n=120, skill=None, pairs=False):
     """Judges whose score is the truth times their skill plus noise."""
     rng = np.random.default_rng(seed)
     labels = rng.random((n, len(FAMILIES))) < 0.4
@@ -250,7 +247,7 @@ def answers(seed, name, n=120, skill=None, pairs=False):
     for judge, ability in (skill or {"family_judge": 3.0, "musicnn": 1.0}).items():
         found[judge] = ability * labels + rng.standard_normal(labels.shape)
     found["musicnn"][:, [f not in judging.TAGS for f in FAMILIES]] = np.nan
-    return judge_training.Answers(name, found, labels, groups, names)
+    return training.Predictions(name, found, labels, groups, names)
 
 
 @pytest.fixture(scope="module")
@@ -259,20 +256,20 @@ def report():
         "timgm6mb": {"family_judge": 3.0, "musicnn": 1.0, "timgm6mb": 3.0, "fluidr3mono": 0.3},
         "fluidr3mono": {"family_judge": 3.0, "musicnn": 1.0, "timgm6mb": 0.3, "fluidr3mono": 3.0},
     }
-    parts = [answers(i, name, skill=skill) for i, (name, skill) in enumerate(skills.items())]
-    parts += [answers(5, "codec"), answers(6, "pairs", pairs=True), answers(7, "codec")]
-    return judge_training.gather(parts)
+    parts = [predictions(i, name, skill=skill) for i, (name, skill) in enumerate(skills.items())]
+    parts += [predictions(5, "codec"), predictions(6, "pairs", pairs=True), predictions(7, "codec")]
+    return training.gather(parts)
 
 
 def test_the_report_says_what_the_judges_can(report):
     assert len(report["codec"].labels) == 240
-    metrics = judge_training.measure(report, 50, 0)
+    metrics = judge_report.measure(report, 50, 0)
     assert metrics["clips"]["codec"] == 240
     own = report["codec"]
     for judge in judging.JUDGES:
         entry = metrics[judge]["codec"]["guitar"]
         assert entry["auroc"] == pytest.approx(
-            stats.auroc(own.found[judge][:, 0], own.labels[:, 0])
+            stats.auroc(own.scores[judge][:, 0], own.labels[:, 0])
         )
         assert entry["ci_low"] < entry["auroc"] < entry["ci_high"]
         assert 0.4 < metrics[judge]["shuffled"]["mean_auroc"] < 0.6
@@ -282,22 +279,22 @@ def test_the_report_says_what_the_judges_can(report):
     cross = {name: entry["mean_auroc"] for name, entry in metrics["cross_font"].items()}
     assert min(cross["timgm6mb_to_timgm6mb"], cross["fluidr3mono_to_fluidr3mono"]) > 0.9
     assert max(cross["timgm6mb_to_fluidr3mono"], cross["fluidr3mono_to_timgm6mb"]) < 0.7
-    keys = judge_training.judge_summary(metrics)
+    keys = judge_report.summary_keys(metrics)
     assert keys["judge.cross_font.timgm6mb_to_fluidr3mono.mean_auroc"] == pytest.approx(
         cross["timgm6mb_to_fluidr3mono"]
     )
     assert keys["judge.family_judge.pairs_accuracy"] == metrics["family_judge"]["pairs"]["accuracy"]
     assert all(not isinstance(value, dict) for value in keys.values())
-    table = judge_training.judge_table(metrics)
+    table = judge_report.plot_table(metrics)
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"
     ].tolist() == [f for f in FAMILIES if f in judging.TAGS]
-    assert judge_training.judge_figure(metrics).axes
+    assert judge_report.figure(metrics).axes
 
 
 def test_a_silent_clip_takes_its_pair_along(report):
     own = report["pairs"]
-    scores = own.found["family_judge"][:, 0].copy()
+    scores = own.scores["family_judge"][:, 0].copy()
     scores[0] = np.nan
-    found = judge_training._pairs(scores, own, 20, 0)
+    found = judge_report.pair_report(scores, own, 20, 0)
     assert (found["pairs"], found["silent"]) == (59, 1)

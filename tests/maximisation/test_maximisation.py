@@ -20,12 +20,9 @@ from musicscope.data.clips import ClipStore, write_clips
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
 from musicscope.features.selection import Latent, choose, mismatched, read_features, universal
-from musicscope.maximisation import jobs as mj
 from musicscope.maximisation import moments as mx
-from musicscope.maximisation import moments_only
-from musicscope.maximisation import report as report
+from musicscope.maximisation import report
 from musicscope.maximisation import run as mr
-from musicscope.maximisation.excerpts import cut
 from musicscope.maximisation.objective import (
     Objective,
     Target,
@@ -34,14 +31,20 @@ from musicscope.maximisation.objective import (
     log_probs,
     window_means,
 )
-from musicscope.maximisation.search import Codec, Settings, best_start, propose, search, survival
+from musicscope.maximisation.search import (
+    Codec,
+    best_start,
+    measure_survival,
+    propose,
+    search,
+)
 from musicscope.models.interface import Batch
 from musicscope.models.musicgen.gradient import substitution_gains, traced
 from musicscope.models.registry import load_model
 from tests.conftest import ROOT, build_tiny_musicgen
 
 LAYER, T, PLANTED = "layers.1", 16, 7
-SETTINGS = Settings(steps=12, proposals=8, kept=4)
+COST = {"steps": 12, "proposals": 8, "kept": 4}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,7 @@ def test_search_finds_the_planted_code(model):
     objective = Objective((planted(model),), window=T, naturalness=0.0)
     crowd = exact(objective, random_codes(model, 200, 77))[0][0]
     start = random_codes(model, 1, 9)[0]
-    found = search(objective, start, SETTINGS, seed=1)
+    found = search(objective, start, seed=1, **COST)
     reached = float(exact(objective, found.codes[None])[0])
     assert reached == pytest.approx(found.objective[-1], rel=1e-5)
     assert list(found.objective) == sorted(found.objective)
@@ -213,7 +216,7 @@ def test_the_weight_buys_naturalness_with_activation(model):
     found = []
     for weight in (0.0, 1.0, 100.0):
         objective = Objective((target,), window=T, naturalness=weight)
-        codes = search(objective, start, SETTINGS, seed=1).codes
+        codes = search(objective, start, seed=1, **COST).codes
         found.append([float(v) for v in exact(objective, codes[None])])
     (free, wild), (between, calmer), (tame, calm) = found
     assert free > between > tame
@@ -232,7 +235,7 @@ def test_more_probable_than_usual_earns_nothing(model):
 def test_a_free_search_runs_the_lower_layers_alone(model):
     objective = Objective((planted(model),), window=4, naturalness=0.0)
     before = model.layer_calls
-    found = search(objective, random_codes(model, 1, 9)[0], Settings(3, 8, 4), seed=0)
+    found = search(objective, random_codes(model, 1, 9)[0], seed=0, **COST | {"steps": 3})
     # Two layers for the start, and in each step for the gradient and for the proposals.
     assert model.layer_calls - before == 2 * (1 + 2 * (len(found.objective) - 1))
 
@@ -240,7 +243,8 @@ def test_a_free_search_runs_the_lower_layers_alone(model):
 def test_same_seed_same_codes(model):
     objective = Objective((planted(model),), window=4, naturalness=0.3)
     start = random_codes(model, 1, 9)[0]
-    first, second, third = (search(objective, start, Settings(4, 8, 4), seed=s) for s in (1, 1, 2))
+    cost = COST | {"steps": 4}
+    first, second, third = (search(objective, start, seed=s, **cost) for s in (1, 1, 2))
     assert torch.equal(first.codes, second.codes)
     assert first.objective == second.objective
     assert not torch.equal(first.codes, third.codes)
@@ -250,12 +254,12 @@ def test_coordinated_search_raises_both_models(model, other):
     targets = (planted(model), planted(other, seed=6))
     both = Objective(targets, window=T, naturalness=0.2)
     start = random_codes(model, 1, 11)[0]
-    codes = search(both, start, SETTINGS, seed=1).codes
+    codes = search(both, start, seed=1, **COST).codes
     before, after = exact(both, start[None]), exact(both, codes[None])
     assert (after[0] > before[0] + 0.1).all()
     summed = after[0].mean() + 0.2 * after[1].mean()
     assert float(both.total(*after)) == pytest.approx(float(summed), rel=1e-5)
-    alone = [search(replace(both, targets=(t,)), start, SETTINGS, seed=1).codes for t in targets]
+    alone = [search(replace(both, targets=(t,)), start, seed=1, **COST).codes for t in targets]
     crossed = torch.stack([exact(both, c[None])[0][:, 0] for c in alone])
     assert (after[0].min() > crossed.min(1).values - 0.05).all()  # no model is left behind
 
@@ -277,7 +281,8 @@ def test_a_search_by_ear_is_judged_by_the_tokens_of_its_sound(model):
     codes = random_codes(model, 6, 12)
     once = codes.clone()
     once[:, 2:] = 0
-    codec = Codec(CoarseCodec(), survival(codes, once))
+    codec = Codec(CoarseCodec(), torch.empty(0))
+    codec = replace(codec, survival=measure_survival(codec, codes))
     assert torch.equal(codec.again(codes), once)
     assert codec.survival.tolist()[:2] == [1.0, 1.0]
     zeros = [float((codes[:, k] == 0).float().mean()) for k in (2, 3)]
@@ -286,17 +291,15 @@ def test_a_search_by_ear_is_judged_by_the_tokens_of_its_sound(model):
     def sound(found: torch.Tensor) -> float:
         return float(exact(objective, codec.again(found[None]))[0])
 
-    found = search(
-        objective, codes[0], SETTINGS, 1, replace(codec, survival=codec.survival.round())
-    )
+    found = search(objective, codes[0], 1, replace(codec, survival=codec.survival.round()), **COST)
     assert found.objective[0] == pytest.approx(sound(codes[0]), rel=1e-4)
     assert found.objective[-1] == pytest.approx(sound(found.codes), rel=1e-4)
     assert list(found.objective) == sorted(found.objective)
     assert found.objective[-1] > found.objective[0] + 0.5
     # What cannot be heard is left as the sound has it, but for what noise proposes.
     assert int((found.codes[2:] != 0).sum()) <= 2
-    deaf = search(objective, once[0], SETTINGS, 1)
-    assert int((deaf.codes[2:] != 0).sum()) >= 16
+    plain = search(objective, once[0], 1, **COST)
+    assert int((plain.codes[2:] != 0).sum()) >= 16
 
 
 def test_an_objective_without_scale_is_refused(model):
@@ -304,7 +307,7 @@ def test_an_objective_without_scale_is_refused(model):
         Objective((replace(planted(model), scale=0.0),), 4, 0.1)
 
 
-# ---- instruments, moments, choice
+# ---- values, moments, choice
 
 
 def make_usae(models, seed: int = 0, F_: int = 24) -> UniversalSAE:
@@ -327,10 +330,10 @@ def make_sae(model, seed: int = 0) -> TopKSAE:
 
 
 @pytest.fixture(scope="module")
-def instruments(model, other):
+def studied(model, other):
     usae = make_usae((model, other))
     return tuple(
-        mx.Instrument(f"m{i}", m, LAYER, make_sae(m, i), usae, i, usae.weights[i].mean, 3)
+        mx.StudiedModel(f"m{i}", m, LAYER, make_sae(m, i), usae, i, usae.weights[i].mean, 3)
         for i, m in enumerate((model, other))
     )
 
@@ -343,19 +346,19 @@ LATENTS = (
 )
 
 
-def test_values_are_the_sparse_codes_and_pre_activations_where_active(instruments):
-    instrument = instruments[0]
-    x = instrument.mean + torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
-    found = mx.frame_values(instrument, LATENTS, 0, x)
+def test_values_are_the_sparse_codes_and_pre_activations_where_active(studied):
+    one = studied[0]
+    x = one.mean + torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+    found = mx.frame_values(one, LATENTS, 0, x)
     for column, latent in enumerate(LATENTS):
-        weight, bias = mx.pre_activation(instrument, latent, 0)
+        weight, bias = mx.pre_activation(one, latent, 0)
         z = x @ weight + bias
         if latent.kind == "direction":
             assert float(weight.norm()) == pytest.approx(1.0, abs=1e-5)
             assert z.mean().abs() < 3  # from the mean
             torch.testing.assert_close(found[:, column], z.relu(), atol=1e-4, rtol=1e-4)
             continue
-        dictionary = instrument.sae if latent.kind == "sae" else instrument.usae
+        dictionary = one.sae if latent.kind == "sae" else one.usae
         codes = dictionary.encode(x) if latent.kind == "sae" else dictionary.encode(0, x)
         dense = torch.zeros(50, 32).scatter_add_(1, codes[1], codes[0])[:, latent.features[0]]
         assert torch.equal(found[:, column], dense)
@@ -364,35 +367,35 @@ def test_values_are_the_sparse_codes_and_pre_activations_where_active(instrument
         torch.testing.assert_close(dense[active], z[active], atol=1e-3, rtol=1e-3)
 
 
-def test_measure_is_capture_and_cross_entropy(instruments):
-    instrument = instruments[0]
-    codes = random_codes(instrument.model, 18, 21)  # more than a batch
-    found = mx.measure(instrument, LATENTS, 0, codes, 4)
-    batch = instrument.model.with_captions(codes, [None] * 18)
-    x = instrument.model.capture(batch, [LAYER])[LAYER]
-    values = mx.frame_values(instrument, LATENTS, 0, x.flatten(0, 1)).view(18, T, 4).numpy()
+def test_measure_is_capture_and_cross_entropy(studied):
+    one = studied[0]
+    codes = random_codes(one.model, 18, 21)  # more than a batch
+    found = mx.measure(one, LATENTS, 0, codes, 4)
+    batch = one.model.with_captions(codes, [None] * 18)
+    x = one.model.capture(batch, [LAYER])[LAYER]
+    values = mx.frame_values(one, LATENTS, 0, x.flatten(0, 1)).view(18, T, 4).numpy()
     np.testing.assert_allclose(found.curves, values, atol=1e-4)
     np.testing.assert_allclose(
-        found.log_prob, -instrument.model.cross_entropy(batch).mean((1, 2)), rtol=1e-5
+        found.log_prob, -one.model.cross_entropy(batch).mean((1, 2)), rtol=1e-5
     )
     windows = np.stack([values[:, i : i + 4].mean(1) for i in range(T - 3)], 1)
     np.testing.assert_allclose(found.values, windows.max(1), atol=1e-4)
 
 
-def test_models_without_common_tokens_are_not_searched(instruments, tmp_path):
-    assert moments_only.unsearchable(instruments) is None
+def test_models_without_common_tokens_are_not_searched(studied, tmp_path):
+    assert mr.unsearchable(studied) == ""
     build_tiny_musicgen(tmp_path / "tiny", seed=2)
-    foreign = replace(instruments[1], model=load_model(tmp_path / "tiny"))
-    reason = moments_only.unsearchable((instruments[0], foreign))
+    foreign = replace(studied[1], model=load_model(tmp_path / "tiny"))
+    reason = mr.unsearchable((studied[0], foreign))
     assert reason.startswith("m0, m1 have different codecs")
-    assert moments_only.unsearchable((foreign,)) is None
-    other = moments_only.unsearchable((replace(foreign, model=object()),))
+    assert mr.unsearchable((foreign,)) == ""
+    other = mr.unsearchable((replace(foreign, model=object()),))
     assert other.startswith("m1 is a object: token search needs")
 
 
 @pytest.mark.parametrize(("frame", "expected"), [(0, 0), (40, 35), (3, 0), (96, 80), (50, 45)])
 def test_an_excerpt_has_its_moment_in_the_middle_or_ends_with_the_clip(frame, expected):
-    assert cut(frame, window=10, length=20, total=100) == expected
+    assert mx.excerpt_start(frame, window=10, length=20, total=100) == expected
 
 
 def feature_rows() -> pd.DataFrame:
@@ -457,7 +460,7 @@ SECTION = MaximizeActivation(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, instruments):
+def data(tmp_path_factory, studied):
     """A clip store of 12 clips in 8 compositions and both models' activations."""
     root = tmp_path_factory.mktemp("data")
 
@@ -475,7 +478,7 @@ def data(tmp_path_factory, instruments):
     stores = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(root))
-        for i in instruments:
+        for i in studied:
             todo = extraction.plan(
                 i.model, store, {"top1": LAYER}, dtype="float16", shard_mb=1, batch_clips=4,
                 captions=False, model_sha256=i.name, clips_sha256="c",
@@ -485,23 +488,23 @@ def data(tmp_path_factory, instruments):
         yield store, stores
 
 
-def test_moments_are_the_best_windows_of_different_compositions(instruments, data):
+def test_moments_are_the_best_windows_of_different_compositions(studied, data):
     clips, stores = data
     both = (Latent("usae", (2, 2), "universal"),)
     rows = np.arange(12)
     curves = np.stack([
-        mx.clip_curves(i, store, both, place, rows)[..., 0]
-        for place, (i, store) in enumerate(zip(instruments, stores, strict=True))
+        mx.clip_values(i, store, both, place, rows)[..., 0]
+        for place, (i, store) in enumerate(zip(studied, stores, strict=True))
     ])  # fmt: skip
     scores = np.stack([
-        mx.scan(i, store, both, place, rows, 5)[:, 0]
-        for place, (i, store) in enumerate(zip(instruments, stores, strict=True))
+        mx.clip_values(i, store, both, place, rows, 5)[:, 0]
+        for place, (i, store) in enumerate(zip(studied, stores, strict=True))
     ])  # fmt: skip
     windows = np.stack([curves[..., t : t + 5].mean(-1) for t in range(46)], -1)
     np.testing.assert_allclose(scores, windows.max(-1), rtol=1e-5)
     scales = scores.max(1)
     moments = mx.best_moments(
-        instruments, stores, clips.rows, both, 0, scores, scales, rows, 5, count=9
+        studied, stores, clips.rows, both[0], scores, scales, rows, 5, count=9
     )
     joint = (windows / scales[:, None, None]).mean(0)
     for split in mx.SPLITS:
@@ -516,6 +519,11 @@ def test_moments_are_the_best_windows_of_different_compositions(instruments, dat
             np.testing.assert_allclose(m.values, windows[:, m.clip, m.frame], rtol=1e-5)
 
 
+def plan_of(latents, studied, variants=(), reason: str = "") -> mr.Plan:
+    names = tuple(one.name for one in studied)
+    return mr.Plan(SECTION, tuple(latents), names, variants, 50.0, seed=1, not_searched=reason)
+
+
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -526,12 +534,12 @@ def outs(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_without_tokens_features_have_their_moments_and_say_so(instruments, data, in_folder):
+def test_without_tokens_features_have_their_moments_and_say_so(studied, data, in_folder):
     clips, stores = data
     latents = [*LATENTS[:2], LATENTS[3]]  # the last one a random direction, the null
-    plan = mj.make_plan(SECTION, latents, instruments[:1], (), seed=1, rate=50.0)
-    result = moments_only.run(plan, instruments[:1], stores[:1], clips, "no tokens", 1)
-    moments_only.write(result, "a/m0", clips, 50.0)
+    plan = plan_of(latents, studied[:1], reason="no tokens")
+    result = mr.run(plan, lambda: studied[:1], stores[:1], clips, "")
+    report.write(result, "a/m0", clips)
     metrics = json.loads((in_folder / "metrics/a/m0.json").read_text())
     assert metrics["not_searched"] == "no tokens"
     head, entries = metrics["headline"], metrics["features"]
@@ -539,7 +547,7 @@ def test_without_tokens_features_have_their_moments_and_say_so(instruments, data
     test = clips.rows.index[clips.rows["split"] == "test"]
     for column, latent in enumerate(latents):
         found = entries[latent.name]["m0"]["controls"]
-        values = mx.scan(instruments[0], stores[0], latents, 0, np.arange(12), plan.window)
+        values = mx.clip_values(studied[0], stores[0], latents, 0, np.arange(12), plan.window)
         scale = values[:, column].max()
         assert entries[latent.name]["m0"]["best_clip"] == pytest.approx(scale, rel=1e-5)
         middle = np.median(values[test, column]) / scale
@@ -563,14 +571,14 @@ def test_without_tokens_features_have_their_moments_and_say_so(instruments, data
     assert (in_folder / "plots/a/m0.png").stat().st_size > 1000
 
 
-def test_one_model_from_features_to_files(instruments, data, in_folder):
+def test_one_model_from_features_to_files(studied, data, in_folder):
     clips, stores = data
-    mine = instruments[:1]
+    mine = studied[:1]
     latents = [*LATENTS[:2], LATENTS[3]]
-    plan = mj.make_plan(SECTION, latents, mine, ("prior", "clip", "free", "heard"), seed=1)
+    plan = plan_of(latents, mine, ("prior", "clip", "free", "heard"))
     assert (plan.frames, plan.window) == (15, 5)
     result = mr.run(plan, lambda: mine, stores[:1], clips, "c")
-    report.write(result, "a/m0", clips, mine[0].model, SECTION.bootstrap)
+    report.write(result, "a/m0", clips)
 
     metrics = json.loads((in_folder / "metrics/a/m0.json").read_text())
     head = metrics["headline"]
@@ -626,13 +634,13 @@ def test_one_model_from_features_to_files(instruments, data, in_folder):
     assert row["ratio"].item() == pytest.approx(by_variant["heard"][0]["sound"], rel=1e-4)
 
 
-def test_a_second_run_writes_the_same_bytes(instruments, data, in_folder):
+def test_a_second_run_writes_the_same_bytes(studied, data, in_folder):
     clips, stores = data
-    mine = instruments[:1]
-    plan = mj.make_plan(SECTION, LATENTS[:2], mine, ("prior", "heard"), seed=1)
+    mine = studied[:1]
+    plan = plan_of(LATENTS[:2], mine, ("prior", "heard"))
     for name in ("a", "b"):
         result = mr.run(plan, lambda: mine, stores[:1], clips, "c")
-        report.write(result, name, clips, mine[0].model, SECTION.bootstrap)
+        report.write(result, name, clips)
     first, second = (
         {k.replace(f"/{name}", "/", 1): v for k, v in outs(in_folder).items() if f"/{name}" in k}
         for name in ("a", "b")
@@ -641,13 +649,13 @@ def test_a_second_run_writes_the_same_bytes(instruments, data, in_folder):
     assert first == second
 
 
-def test_several_models_at_once_report_transfer_and_nulls(instruments, data, in_folder):
+def test_several_models_at_once_report_transfer_and_nulls(studied, data, in_folder):
     clips, stores = data
     latents = [Latent("usae", (f, f), "universal") for f in (2, 5)]
     latents += mismatched(latents, 2)
-    plan = mj.make_plan(SECTION, latents, instruments, ("heard", "alone"), seed=1)
-    result = mr.run(plan, lambda: instruments, stores, clips, "c")
-    report.write(result, "shared", clips, instruments[0].model, SECTION.bootstrap)
+    plan = plan_of(latents, studied, ("heard", "alone"))
+    result = mr.run(plan, lambda: studied, stores, clips, "c")
+    report.write(result, "shared", clips)
     metrics = json.loads((in_folder / "metrics/shared.json").read_text())
     searches = metrics["features"]["usae-00002"]["m1"]["searches"]
     assert set(searches) == {"heard", "alone-m0", "alone-m1"}
@@ -682,17 +690,18 @@ def test_excerpts_longer_than_clips_are_refused_in_the_params(tmp_path):
         load_params(path)
 
 
-def test_silent_features_are_counted_not_searched(instruments, data):
+def test_silent_features_are_counted_not_searched(studied, data):
     clips, stores = data
-    dead = replace(instruments[0].sae, b_enc=instruments[0].sae.b_enc.clone())
+    dead = replace(studied[0].sae, b_enc=studied[0].sae.b_enc.clone())
     dead.b_enc[9] = -1e6
-    mine = (replace(instruments[0], sae=dead),)
-    plan = mj.make_plan(SECTION, LATENTS[:3], mine, ("prior",), seed=1)
+    mine = (replace(studied[0], sae=dead),)
+    plan = plan_of(LATENTS[:3], mine, ("prior",))
     result = mr.run(plan, lambda: mine, stores[:1], clips, "c")
     assert result.skipped == (LATENTS[2],)
-    assert report.metrics(result, 20)["headline"]["skipped"] == 1
+    assert report.metrics(result)["headline"]["skipped"] == 1
     alone = replace(plan, latents=LATENTS[2:3])
     with pytest.raises(ValueError, match="no real clip activates any of .*sae-00009"):
         mr.run(alone, lambda: mine, stores[:1], clips, "c")
+    longer = replace(SECTION, seconds=1.4)
     with pytest.raises(ValueError, match=r"excerpts of 70 were asked for.*seconds"):
-        mr.run(replace(plan, frames=70), lambda: mine, stores[:1], clips, "c")
+        mr.run(replace(plan, section=longer), lambda: mine, stores[:1], clips, "c")

@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from musicscope.activations.token_cache import codec_sha256
-from musicscope.maximisation.moments import Instrument
-from musicscope.maximisation.moments_only import unsearchable
+from musicscope.maximisation.moments import StudiedModel
 from musicscope.maximisation.objective import Objective, Target, exact, gains
-from musicscope.maximisation.search import Settings, search
+from musicscope.maximisation.run import unsearchable
+from musicscope.maximisation.search import search
 from musicscope.models.audiocraft import compat as audiocraft_compat
 from musicscope.models.audiocraft import convert
 from musicscope.models.audiocraft.loading import read_checkpoint
@@ -154,8 +154,8 @@ def test_the_same_weights_compute_the_same_in_both_libraries(hf, model, batch, a
     assert not torch.equal(one, model.generate(PROMPTS, 0.4, seed=5)[1])
 
 
-def instrument(name: str, model) -> Instrument:
-    return Instrument(name, model, "layers.1", None, None, 0, torch.zeros(48), 0)
+def studied(name: str, model) -> StudiedModel:
+    return StudiedModel(name, model, "layers.1", None, None, 0, torch.zeros(48), 0)
 
 
 def test_tokens_are_searched_for_as_in_transformers(hf, model, batch):
@@ -172,7 +172,7 @@ def test_tokens_are_searched_for_as_in_transformers(hf, model, batch):
     torch.testing.assert_close(mine.activation, theirs.activation, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(mine.log_prob, theirs.log_prob, atol=1e-4, rtol=1e-3)
     found = [
-        search(objective, codes[0], Settings(steps=2, proposals=8, kept=4), seed=3)
+        search(objective, codes[0], seed=3, steps=2, proposals=8, kept=4)
         for objective in (one, other)
     ]
     assert torch.equal(found[0].codes, found[1].codes)
@@ -180,17 +180,17 @@ def test_tokens_are_searched_for_as_in_transformers(hf, model, batch):
 
 
 def test_one_codec_in_two_formats_is_one(hf, model, folder, tmp_path):
-    pair = (instrument("theirs", hf), instrument("ours", model))
+    pair = (studied("theirs", hf), studied("ours", model))
     assert codec_sha256(hf) != codec_sha256(model)  # names and settings are spelt differently
-    assert unsearchable(pair) is None
-    assert unsearchable(pair[::-1]) is None
+    assert unsearchable(pair) == ""
+    assert unsearchable(pair[::-1]) == ""
 
     def retrained(package):  # one of many codewords tables is another
         name = "quantizer.vq.layers.3._codebook.embed"
         package["best_state"][name] = package["best_state"][name].flip(0).clone()
 
     other = rewritten(folder, tmp_path / "other", retrained, "compression_state_dict.bin")
-    found = unsearchable((pair[0], instrument("other", load_model(other))))
+    found = unsearchable((pair[0], studied("other", load_model(other))))
     assert found.startswith("theirs, other have different codecs")
 
 

@@ -14,12 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from musicscope.commands.plan import memory as batch_size
-from musicscope.commands.plan.memory import Footprint, fit_batch, halving, largest_batch, peak_bytes
 from musicscope.models import hub
 from musicscope.models.registry import load_model
 from tests.conftest import CAPTIONS, ROOT
@@ -303,83 +299,3 @@ def test_only_what_is_needed_is_fetched_from_the_hub(tmp_path):
 def test_every_system_with_patterns_names_weights():
     for system, rows in hub.FILES.items():
         assert all(set(row) - set(hub.TEXTS) for row in rows), system
-
-
-# ---- batch size
-
-
-@given(
-    fixed=st.integers(0, 10**10),
-    per_clip=st.integers(1, 10**9),
-    most=st.integers(1, 500),
-    limit=st.integers(1, 10**12),
-)
-def test_the_largest_batch_fits_and_one_more_does_not(fixed, per_clip, most, limit):
-    cost = Footprint(fixed, per_clip)
-    usable = int(limit * 0.9)
-    if fixed + per_clip > usable:
-        with pytest.raises(ValueError, match="one clip needs"):
-            largest_batch(cost, limit, most)
-        return
-    clips = largest_batch(cost, limit, most)
-    assert 1 <= clips <= most
-    assert fixed + clips * per_clip <= usable
-    assert clips == most or fixed + (clips + 1) * per_clip > usable
-
-
-@given(fixed=st.integers(0, 10**9), per_clip=st.integers(0, 10**9), step=st.integers(1, 9))
-def test_two_measurements_give_the_line(fixed, per_clip, step):
-    few, many = (1, fixed + per_clip), (1 + step, fixed + (1 + step) * per_clip)
-    assert batch_size.footprint(many, few, 5) == Footprint(fixed + 5, per_clip)
-    with pytest.raises(ValueError, match="two different batch sizes"):
-        batch_size.footprint(few, few, 0)
-
-
-def test_the_peak_is_that_of_the_tensors_alive_at_once():
-    kept = torch.zeros(1000)
-
-    def work():
-        first = torch.zeros(1_000_000)  # 4 MB
-        second = first + 1  # 8 MB alive
-        del first
-        third = torch.cat([second, second])  # 12 MB alive
-        del second
-        return third.sum() + kept.sum()
-
-    assert 12_000_000 <= peak_bytes(work, torch.device("cpu")) < 12_100_000
-
-
-def test_a_fitted_batch_stays_within_the_limit(model):
-    frames, caption = 40, CAPTIONS[0]
-
-    def cost(clips: int) -> int:
-        codes = torch.zeros(clips, 4, frames, dtype=torch.int64)
-        batch = model.with_captions(codes, [caption] * clips)
-        return peak_bytes(lambda: model.cross_entropy(batch), model.device) + model.weight_bytes
-
-    limit = cost(10)
-    clips = fit_batch(model, frames, limit, caption=caption)
-    assert 5 <= clips <= 9  # a tenth is left free
-    assert cost(clips) <= limit < cost(clips + 3)
-    assert fit_batch(model, frames, 10**9, caption=caption, most=7) == 7
-    deeper = fit_batch(model, frames, limit, lambda b: model.capture(b, ["layers.0"]), caption)
-    assert deeper > clips  # no logits: each clip takes less
-    with pytest.raises(ValueError, match="raise the limit"):
-        fit_batch(model, frames, 1000)
-
-
-def test_running_out_of_memory_halves_the_batch():
-    tried = []
-
-    def run(batch: int) -> int:
-        tried.append(batch)
-        if batch > 3:
-            torch.empty(batch * 2**48)  # more than any machine has: torch's own error
-        return batch * 10
-
-    assert halving(run, 13) == (30, 3)
-    assert tried == [13, 6, 3]
-    with pytest.raises(RuntimeError, match="allocate memory"):
-        halving(lambda batch: torch.empty(2**50), 4)
-    with pytest.raises(RuntimeError, match="shape"):
-        halving(lambda batch: (_ for _ in ()).throw(RuntimeError("shape mismatch")), 4)

@@ -19,10 +19,8 @@ from musicscope.config import MaximizeActivation
 from musicscope.data.clips import ClipStore, write_clips
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features.selection import Latent
-from musicscope.maximisation import jobs as mj
 from musicscope.maximisation import moments as mx
-from musicscope.maximisation import moments_only
-from musicscope.maximisation import report as report
+from musicscope.maximisation import report
 from musicscope.maximisation import run as mr
 from musicscope.maximisation.objective import (
     Objective,
@@ -33,7 +31,7 @@ from musicscope.maximisation.objective import (
     gradient_of,
     log_probs,
 )
-from musicscope.maximisation.search import Codec, Settings, search, survived
+from musicscope.maximisation.search import Codec, measure_survival, search
 from musicscope.models.musicgen import gradient as musicgen_gradient
 from musicscope.models.registry import load_model
 from musicscope.models.yue import gradient as yue_gradient
@@ -42,7 +40,7 @@ from tests.conftest import build_tiny_musicgen
 from tests.support.yue_export import build_tiny_yue
 
 LAYER, NUMBER, T, PLANTED = "layers.1", 1, 10, 7
-SETTINGS = Settings(steps=10, proposals=8, kept=4)
+COST = {"steps": 10, "proposals": 8, "kept": 4}
 
 
 def load(folder: Path):
@@ -239,17 +237,17 @@ def test_search_raises_a_planted_feature(model):
     objective = Objective((planted(model),), window=T, naturalness=0.0)
     crowd = exact(objective, random_codes(200, 77))[0][0]
     start = random_codes(1, 9)[0]
-    found = search(objective, start, SETTINGS, seed=1)
+    found = search(objective, start, seed=1, **COST)
     reached = float(exact(objective, found.codes[None])[0])
     assert reached == pytest.approx(found.objective[-1], rel=1e-4)
     assert list(found.objective) == sorted(found.objective)
     assert found.objective[0] == pytest.approx(float(exact(objective, start[None])[0]), rel=1e-4)
     assert reached > float(crowd.max()) + float(crowd.max() - crowd.median())
     assert not torch.equal(found.codes[0], start[0])  # the vocal track, too
-    again = search(objective, start, SETTINGS, seed=1)
+    again = search(objective, start, seed=1, **COST)
     assert torch.equal(again.codes, found.codes)
     natural = replace(objective, naturalness=50.0)
-    calm = search(natural, start, SETTINGS, seed=1)
+    calm = search(natural, start, seed=1, **COST)
     assert list(calm.objective) == sorted(calm.objective)
     ends = [exact(natural, codes[None])[1] for codes in (calm.codes, start, found.codes)]
     assert ends[0] > max(ends[1:]) + 0.1
@@ -266,14 +264,14 @@ def test_a_search_by_ear_leaves_the_vocal_track_silent(model):
     share = (codec.again(heard) == heard).float().mean((0, 2))
     assert 0.2 < share[1] < share[0] == 1
     loud = torch.stack([codes[:, 0], heard[:, 1]], 1)
-    torch.testing.assert_close(survived(codec, loud), share)
-    assert survived(codec, codes).tolist() == [1.0, pytest.approx(1 / (3 * T))]
+    torch.testing.assert_close(measure_survival(codec, loud), share)
+    assert measure_survival(codec, codes).tolist() == [1.0, pytest.approx(1 / (3 * T))]
     codec = replace(codec, survival=share)
 
     def sound(found: torch.Tensor) -> float:
         return float(objective.total(*exact(objective, codec.again(found[None]))))
 
-    found = search(objective, codes[0], SETTINGS, 1, codec)
+    found = search(objective, codes[0], 1, codec, **COST)
     assert found.objective[0] == pytest.approx(sound(codes[0]), rel=1e-4)
     assert found.objective[-1] == pytest.approx(sound(found.codes), rel=1e-4)
     assert list(found.objective) == sorted(found.objective)
@@ -286,11 +284,11 @@ def test_models_are_searched_where_they_share_tokens(model, tmp_path):
     musicgen = load_model(tmp_path / "tiny")
     assert gradient_of(model) is yue_gradient
     assert gradient_of(musicgen) is musicgen_gradient
-    one = mx.Instrument("yue", model, LAYER, None, None, 0, torch.zeros(16), 3)
+    one = mx.StudiedModel("yue", model, LAYER, None, None, 0, torch.zeros(16), 3)
     other = replace(one, name="musicgen", model=musicgen, mean=torch.zeros(48))
-    assert moments_only.unsearchable((one,)) is None
-    assert moments_only.unsearchable((one, replace(one, name="icl"))) is None
-    reason = moments_only.unsearchable((one, other))
+    assert mr.unsearchable((one,)) == ""
+    assert mr.unsearchable((one, replace(one, name="icl"))) == ""
+    reason = mr.unsearchable((one, other))
     assert reason.startswith("yue, musicgen have different codecs")
 
 
@@ -307,7 +305,7 @@ LATENTS = (Latent("sae", (4,), "concept", "guitar"), Latent("direction", (0,), "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, model):
-    """A store of 8 clips of 0.5 s, the model's activations of them and an instrument."""
+    """A store of 8 clips of 0.5 s, the model's activations of them and dictionary."""
     root = tmp_path_factory.mktemp("data")
 
     def clips():
@@ -332,42 +330,42 @@ def data(tmp_path_factory, model):
         W = F.normalize(torch.randn(32, 16, generator=g), dim=1)
         mean = torch.as_tensor(stores["top1"].mean, dtype=torch.float32)
         sae = TopKSAE(W, torch.zeros(32), W, mean, 6)
-        yield mx.Instrument("yue", model, LAYER, sae, None, 0, mean, 3), stores["top1"], store
+        yield mx.StudiedModel("yue", model, LAYER, sae, None, 0, mean, 3), stores["top1"], store
 
 
 def test_from_features_to_files(data, tmp_path, monkeypatch):
-    instrument, acts, clips = data
+    studied, acts, clips = data
     monkeypatch.chdir(tmp_path)
     variants = ("prior", "clip", "free", "heard")
-    plan = mj.make_plan(SECTION, LATENTS, (instrument,), variants, seed=1)
-    result = mr.run(plan, lambda: (instrument,), [acts], clips, "c")
-    report.write(result, "a/yue", clips, instrument.model, SECTION.bootstrap)
+    plan = mr.Plan(SECTION, LATENTS, ("yue",), variants, 50.0, seed=1)
+    result = mr.run(plan, lambda: (studied,), [acts], clips, "c")
+    report.write(result, "a/yue", clips)
     metrics = json.loads((tmp_path / "metrics/a/yue.json").read_text())
     assert "not_searched" not in metrics
     assert set(metrics["features"]["sae-00004"]["yue"]["searches"]) == set(variants)
     assert set(metrics["features"]["direction-00000"]["yue"]["searches"]) == {"prior", "heard"}
     # Samples follow the very probabilities that the search is held to.
     seed = mr.seed_for(1, "maximize", "samples", "yue")
-    _, samples = instrument.model.generate(
+    _, samples = studied.model.generate(
         [None] * 3, 0.2, seed, guidance_scale=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0
     )
-    assert torch.equal(mr.control_tokens(plan, (instrument,), clips, "c")["samples"], samples)
-    silence = instrument.model.silence(plan.frames).numpy()
+    assert torch.equal(mr.control_tokens(plan, (studied,), clips, "c")["samples"], samples)
+    silence = studied.model.silence(plan.frames).numpy()
     for number, found in enumerate(result.searches):
         assert list(found.objective) == sorted(found.objective)
         if found.variant == "heard":
             assert found.objective[-1] == found.objective[0] or (found.codes[0] == silence).all()
-        medium = result.again if found.variant == "heard" else result.found
+        medium = result.again if found.variant == "heard" else result.optimised
         tokens = torch.from_numpy(found.codes)[None]
         if found.variant == "heard":
-            tokens = Codec(instrument.model, torch.ones(2)).again(tokens)
-        batch = instrument.model.with_captions(tokens, [None])
-        x = instrument.model.capture(batch, [LAYER])[LAYER]
+            tokens = Codec(studied.model, torch.ones(2)).again(tokens)
+        batch = studied.model.with_captions(tokens, [None])
+        x = studied.model.capture(batch, [LAYER])[LAYER]
         column = result.plan.latents.index(found.latent)
-        curve = mx.frame_values(instrument, result.plan.latents, 0, x[0])[:, column]
+        curve = mx.frame_values(studied, result.plan.latents, 0, x[0])[:, column]
         windows = [float(curve[i : i + 5].mean()) for i in range(6)]
         assert medium[0].values[number, column] == pytest.approx(max(windows), abs=1e-4)
-        entropy = float(instrument.model.cross_entropy(batch).mean())
+        entropy = float(studied.model.cross_entropy(batch).mean())
         assert medium[0].log_prob[number] == pytest.approx(-entropy, rel=1e-5)
     index = json.loads((tmp_path / "data/a/yue/index.json").read_text())
     (feature,) = index["features"]

@@ -14,7 +14,7 @@ from musicscope.core.io import read_json, write_json
 from musicscope.finder.evaluation import examine
 from musicscope.finder.queries import concept_sets
 from musicscope.finder.scores import MOMENTS
-from musicscope.judges import training as judge_training
+from musicscope.judges import report as judge_report
 from musicscope.report import build as report
 from musicscope.report import html as report_html
 from musicscope.report.found import found_section
@@ -260,7 +260,7 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_judges_stand_beside_shuffled_labels(judged, tmp_path):  # noqa: F811
-    found = judge_training.measure(judged, 50, 0)
+    found = judge_report.measure(judged, 50, 0)
     write_json(tmp_path / "metrics/train_judge.json", found)
     section = judges_section(sources(tmp_path))
     means = cells(tables(section)["Judges on unheard compositions (AUROC, mean over families)"])

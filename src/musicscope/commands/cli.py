@@ -1,4 +1,4 @@
-"""`musicscope <command>`: what is done beside the pipeline. Imported when asked for."""
+"""`musicscope <command>`: tools beside the pipeline, each imported only when it runs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from collections.abc import Sequence
 COMMANDS = {
     "find-concept": (
         "musicscope.commands.find_concept",
-        "features of a model that tell two folders of recordings apart",
+        "find features of a model that distinguish two folders of recordings",
     ),
     "generate": (
         "musicscope.commands.generate",
-        "music with concepts switched off and on, beside the same music without",
+        "generate music with concepts switched off or on, beside an unedited control",
     ),
     "plan": (
         "musicscope.commands.plan.estimate",
-        "what a configuration will take, before anything runs",
+        "estimate disk, memory and hours of a configuration before it runs",
     ),
     "studio": (
         "musicscope.commands.studio.app",
-        "a page on this machine: switch concepts off and on, and hear it",
+        "open a local web page to switch concepts off or on and listen",
     ),
 }
-"""Command -> module with `add_arguments(parser)` and `run(args)`, and a line of help."""
+"""Command -> module with `add_arguments(parser)` and `run(args)`, and its help text."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; bad input ends in one line that says what to do instead of a traceback."""
+    """Run one command; bad input ends in one line with the remedy, without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="musicscope", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -22,7 +22,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Concept, FindConcept
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
-from musicscope.data.sources.recordings import Problem
+from musicscope.data.decoding import Problem
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p

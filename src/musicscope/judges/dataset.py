@@ -1,28 +1,26 @@
-"""What the judges are trained and tested on: both soundfonts, and some of it through the codec.
+"""Clips to train and test the judges on: both soundfonts, some of them also through the codec.
 
-Clips come from data/clips where it holds them; all others are rendered here under names of their
-own. A chunk of clips is one file in a scratch folder, so that a killed run keeps what it made.
+Clips come from data/clips where it holds them; all others are rendered under names of their own.
+A chunk of clips is one file in a scratch folder, so that a killed run keeps its finished chunks.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from musicscope.core.audio import resample
+from musicscope.core.io import atomic_file
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.embedded.midi_set.corpus import make_clip
-from musicscope.embedded.midi_set.embedded import FONTS, load_splits, load_synths
 from musicscope.judges.musicnn import SAMPLE_RATE
+from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
 
 CHUNK = 20
@@ -39,7 +37,7 @@ class Chunk:
     rows: tuple[int, ...]
     """Rows of data/clips; empty: they are rendered."""
     coded: tuple[int, ...]
-    """Which of them, counted within the chunk, also go through the codec."""
+    """Clips, numbered within the chunk, that also go through the codec."""
     seconds: float
     seed: int
 
@@ -49,8 +47,28 @@ class Chunk:
         return f"{self.split}-{self.font}-{self.first:05d}.npz"
 
 
+Clips = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Audio float32 [n, samples] at 16 kHz, labels bool [n, families], compositions [n]."""
+
+
 @dataclass(frozen=True)
-class Heard:
+class Inputs:
+    """Where a run of train_judge reads and works; picklable."""
+
+    scratch: Path
+    clips: str
+    """Folder of the clip store."""
+    codec: str
+    """Folder of the model whose codec is used."""
+    musicnn: Path
+    """Wheel of musicnn."""
+    render: Callable[[Chunk], Clips]
+    """Renders the clips of a chunk without rows."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ChunkData:
     """The clips of a chunk."""
 
     audio: np.ndarray
@@ -68,7 +86,7 @@ class Heard:
 def plan_chunks(
     store: ClipStore, split: str, font: str, clips: int, codec_clips: int, seed: int
 ) -> list[Chunk]:
-    """Chunks of up to `clips` clips; those of the store if it has any such clip, else rendered.
+    """Plan chunks of up to `clips` clips: of the store if it has any such clip, else rendered.
 
     `codec_clips` of them, spread evenly, also go through the codec.
     """
@@ -87,69 +105,57 @@ def plan_chunks(
     ]  # fmt: skip
 
 
-def reconstruct(model: Any, audio: np.ndarray) -> np.ndarray:
-    """Audio [n, samples] at 16 kHz through the model's codec and back, same shape and rate."""
-    found = []
-    for clip in audio:  # one at a time: it fits the cache and depends on no neighbour
+def reconstruct(model: MusicModel, audio: np.ndarray) -> np.ndarray:
+    """Encode and decode audio [n, samples] at 16 kHz by the model's codec; same shape and rate."""
+    rebuilt = np.zeros_like(audio)
+    for i, clip in enumerate(audio):  # one by one: fits the cache, and no neighbour matters
         there = resample(clip[None], SAMPLE_RATE, model.sample_rate)
         back = model.decode(model.encode(there, [None]).codes).cpu().numpy()
         sound = resample(back[0], model.sample_rate, SAMPLE_RATE)[: audio.shape[1]]
-        found.append(np.pad(sound, (0, audio.shape[1] - len(sound))))
-    return np.stack(found) if found else np.zeros_like(audio)
+        rebuilt[i, : len(sound)] = sound
+    return rebuilt
 
 
 @functools.lru_cache(maxsize=1)
-def open_codec(model: str, device: str = "cpu") -> Any:
-    """The model whose codec is used, loaded once a process."""
+def open_codec(model: str, device: str = "cpu") -> MusicModel:
+    """Load the model whose codec is used, once per process."""
     return load_model(model, device)
 
 
 @functools.lru_cache(maxsize=1)
 def open_clips(folder: str) -> ClipStore:
-    """The clip store, opened once a process."""
+    """Open the clip store, once per process."""
     return ClipStore.open(folder)
 
 
-def _clips(chunk: Chunk, clips: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Audio, labels and compositions of a chunk."""
-    if chunk.rows:
-        store, rows = open_clips(clips), list(chunk.rows)
-        table = store.rows.iloc[rows]
-        audio = resample(store.audio(rows), store.sample_rate, SAMPLE_RATE)
-        # Tables are laid out by column; what hashes labels wants them by row.
-        labels = np.ascontiguousarray(table[[f"has_{f}" for f in FAMILIES]].to_numpy(bool))
-        return audio, labels, table["group"].to_numpy(str)
-    pieces, synths = load_splits(chunk.seed)[chunk.split], load_synths()
-    made = [
-        make_clip(
-            pieces, synths, chunk.font, chunk.seed, "train_judge", chunk.split, i,
-            seconds=chunk.seconds,
-        )
-        for i in range(chunk.first, chunk.first + chunk.count)
-    ]  # fmt: skip
-    labels = [[clip.labels()[f"has_{f}"] for f in FAMILIES] for clip in made]
-    groups = np.array([clip.plan.group for clip in made], dtype=str)
-    return np.stack([clip.audio for clip in made]), np.array(labels, bool), groups
+def labels_of(store: ClipStore, rows: Sequence[int]) -> np.ndarray:
+    """Read the families of clips: bool [n, families], C-contiguous (training hashes them)."""
+    table = store.rows.iloc[list(rows)]
+    return np.ascontiguousarray(table[[f"has_{f}" for f in FAMILIES]].to_numpy(bool))
 
 
-def make_chunk(scratch: Path, clips: str, model: str, device: str, chunk: Chunk) -> int:
-    """Write a chunk's file unless it is there; the number of its clips."""
-    if _read(scratch / chunk.file) is None:
-        audio, labels, groups = _clips(chunk, clips)
+def _clips(inputs: Inputs, chunk: Chunk) -> Clips:
+    if not chunk.rows:
+        return inputs.render(chunk)
+    store, rows = open_clips(inputs.clips), list(chunk.rows)
+    audio = resample(store.audio(rows), store.sample_rate, SAMPLE_RATE)
+    return audio, labels_of(store, rows), store.rows["group"].iloc[rows].to_numpy(str)
+
+
+def make_chunk(inputs: Inputs, chunk: Chunk) -> int:
+    """Write a chunk's file unless it exists; return the number of its clips."""
+    path = inputs.scratch / chunk.file
+    if _read(path) is None:
+        audio, labels, groups = _clips(inputs, chunk)
         torch.set_num_threads(1)
         codec = audio[:0]
         if chunk.coded:
-            codec = reconstruct(open_codec(model, device), audio[list(chunk.coded)])
+            codec = reconstruct(open_codec(inputs.codec, inputs.device), audio[list(chunk.coded)])
         arrays = {"labels": labels, "groups": groups, "codec": codec.astype(np.float16)}
-        if not chunk.rows:  # those of the store need no second copy
+        if not chunk.rows:  # clips of the store need no second copy
             arrays["audio"] = audio.astype(np.float16)
-        temporary = scratch / f".{chunk.file}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as stream:
-                np.savez(stream, **arrays)
-            os.replace(temporary, scratch / chunk.file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            np.savez(temporary, **arrays)
     return chunk.count
 
 
@@ -162,28 +168,22 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def read_chunk(scratch: Path, clips: str, chunk: Chunk) -> Heard:
-    """The clips of a chunk whose file is there. ValueError if it is not."""
-    if (found := _read(scratch / chunk.file)) is None:
-        raise ValueError(f"{scratch / chunk.file} is missing or damaged; rerun train_judge")
-    audio = found.get("audio")
-    if audio is None:
-        audio = _clips(chunk, clips)[0]
-    return Heard(
-        audio.astype(np.float32), found["labels"], found["groups"],
-        np.array(chunk.coded, dtype=int), found["codec"].astype(np.float32),
+def read_chunk(inputs: Inputs, chunk: Chunk) -> ChunkData:
+    """Read the clips of a finished chunk. ValueError if its file is missing or damaged."""
+    path = inputs.scratch / chunk.file
+    if (arrays := _read(path)) is None:
+        raise ValueError(f"{path} is missing or damaged; rerun train_judge")
+    audio = arrays["audio"] if "audio" in arrays else _clips(inputs, chunk)[0]
+    return ChunkData(
+        audio.astype(np.float32), arrays["labels"], arrays["groups"],
+        np.array(chunk.coded, dtype=int), arrays["codec"].astype(np.float32),
     )  # fmt: skip
 
 
-def batches(
-    scratch: Path, clips: str, chunks: Sequence[Chunk]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(audio, labels) of all clips, each chunk's followed by its reconstructions."""
+def batches(inputs: Inputs, chunks: Sequence[Chunk]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (audio, labels) of all clips, each chunk followed by its reconstructions."""
     for chunk in chunks:
-        heard = read_chunk(scratch, clips, chunk)
-        yield heard.audio, heard.labels
-        if len(heard.coded):
-            yield heard.codec, heard.labels[heard.coded]
-
-
-__all__ = ["FONTS", "Chunk", "Heard", "batches", "make_chunk", "plan_chunks", "read_chunk"]
+        data = read_chunk(inputs, chunk)
+        yield data.audio, data.labels
+        if len(data.coded):
+            yield data.codec, data.labels[data.coded]

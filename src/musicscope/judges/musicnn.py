@@ -1,13 +1,12 @@
-"""musicnn, a tagger of real recordings, as an outside judge of instruments in generated music.
+"""musicnn, a tagger of real recordings, as an independent judge of instruments in generated music.
 
 The weights (MTT_musicnn, 792,079 numbers, 50 tags of MagnaTagATune, ISC licence, Jordi Pons 2019)
 are read from the TensorFlow-1 checkpoint inside the PyPI wheel; TensorFlow is not needed. The
 network shares nothing with the models under study, and it must never choose features.
 
-Departures from the original package, each because its figure would mislead here:
-float32 throughout (its float16 mel overflows on loud audio), one loudness (the output moves with
-gain: a plucked string scores .31 to .67 for guitar by level alone), silence gated (silence scores
-.31 for guitar), and patches spread evenly over the clip rather than packed at its start.
+Differences from the original package: float32 throughout (its float16 mel overflows on loud
+audio); one loudness (a plucked string scores .31 to .67 for guitar by level alone); silence gated
+(silence scores .31 for guitar); patches spread evenly over the clip, not packed at its start.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ _BN_EPSILON = 1e-3
 
 
 def mel_power(audio: torch.Tensor, n_fft: int, hop: int, n_mels: int) -> torch.Tensor:
-    """Mel power spectrogram [n, 1 + samples // hop, n_mels] of 16 kHz [n, samples], frames centred.
+    """Compute mel power [n, 1 + samples // hop, n_mels] of 16 kHz audio [n, samples].
 
-    Periodic Hann window, ends mirrored, Slaney's filters: librosa's ``melspectrogram`` as it was
-    when musicnn was trained.
+    Centred frames, periodic Hann window, mirrored ends, Slaney's filters: librosa's
+    ``melspectrogram`` of the version that musicnn was trained with.
     """
     spectrum = torch.stft(
         audio,
@@ -69,12 +68,12 @@ def mel_power(audio: torch.Tensor, n_fft: int, hop: int, n_mels: int) -> torch.T
 
 
 def log_mel(audio: torch.Tensor) -> torch.Tensor:
-    """The network's input [n, frames, 96]: log10(10000 * mel power + 1)."""
+    """Compute the network's input [n, frames, 96]: log10(10000 * mel power + 1)."""
     return torch.log10(10_000.0 * mel_power(audio, N_FFT, HOP, N_MELS) + 1.0)
 
 
 def check_audio(audio: np.ndarray) -> np.ndarray:
-    """`audio` as float32 [n, samples]; an error for other ranks, no samples, NaN or infinity."""
+    """Return `audio` as float32 [n, samples]; ValueError: other rank, no samples, NaN or inf."""
     audio = np.asarray(audio, dtype=np.float32)
     if audio.ndim != 2 or audio.shape[1] == 0:
         raise ValueError(f"audio must be [clips, samples] and not empty, not {audio.shape}")
@@ -85,11 +84,11 @@ def check_audio(audio: np.ndarray) -> np.ndarray:
 
 
 def level(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clips [n, samples] without offset, at TARGET_RMS, and which of them sound: bool [n].
+    """Remove the offset of clips [n, samples] and scale them to TARGET_RMS; also returns bool [n].
 
-    The RMS is gated as in loudness meters, so that silence around the music does not raise the
-    music: over blocks of 0.1 s, those 40 dB under the loudest left out. A clip whose gated RMS is
-    below SILENCE_RMS counts as silent; its samples come back as zeros.
+    The RMS is gated as in loudness meters, so that silence around the music has no effect: blocks
+    of 0.1 s that are 40 dB under the loudest do not count. A clip whose gated RMS is below
+    SILENCE_RMS is silent: False, and its samples are zeros.
     """
     block = min(SAMPLE_RATE // 10, audio.shape[1])
     blocks = audio[:, : audio.shape[1] // block * block].reshape(len(audio), -1, block)
@@ -103,19 +102,18 @@ def level(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread(total: int, length: int, count: int) -> list[int]:
-    """Starts of `count` windows of `length` spread evenly from 0 to the end of `total`."""
+    """Return starts of `count` windows of `length`, spread evenly from 0 to the end of `total`."""
     return [i * (total - length) // max(1, count - 1) for i in range(count)]
 
 
-def heard(audio: np.ndarray, starts: list[int], length: int) -> np.ndarray:
-    """Which windows of levelled clips [n, samples] are within 40 dB of their clip: [n, windows]."""
-    pieces = (audio[:, start : start + length] for start in starts)
-    loudness = np.stack([piece.std(axis=1) for piece in pieces], axis=1)
+def loud_windows(audio: np.ndarray, starts: list[int], length: int) -> np.ndarray:
+    """Test which windows of levelled clips [n, samples] are within 40 dB of it: [n, windows]."""
+    loudness = np.stack([audio[:, s : s + length].std(axis=1) for s in starts], axis=1)
     return loudness > 0.01 * TARGET_RMS
 
 
 def repeat_to(audio: np.ndarray, samples: int) -> np.ndarray:
-    """Clips shorter than `samples` repeated up to that length; longer ones as they are."""
+    """Repeat clips [n, m] that are shorter than `samples` up to that length."""
     if audio.shape[1] >= samples:
         return audio
     return np.tile(audio, (1, -(-samples // audio.shape[1])))[:, :samples]
@@ -146,11 +144,11 @@ class Musicnn:
 
     @torch.inference_mode()
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [n, frames, 96] -> tag probabilities [n, 50], penultimate features [n, 200]."""
+        """Map patches [n, frames, 96] to tag probabilities [n, 50] and embeddings [n, 200]."""
         x = self._norm(patches[:, None], 0)
         columns = []
         # Timbral filters span 38 or 67 mels, temporal ones a single mel; each keeps, per frame, its
-        # loudest answer over frequency. TensorFlow's "same" puts the odd zero frame after the end.
+        # largest output over frequency. TensorFlow's "same" puts the odd zero frame after the end.
         for number, (name, before, after) in enumerate(
             [
                 ("conv2d", 3, 3),
@@ -160,13 +158,13 @@ class Musicnn:
                 ("conv2d_4", 15, 16),
             ]
         ):
-            answer = self._norm(self._conv(F.pad(x, (0, 0, before, after)), name), number + 1)
-            columns.append(answer.amax(dim=3))
+            output = self._norm(self._conv(F.pad(x, (0, 0, before, after)), name), number + 1)
+            columns.append(output.amax(dim=3))
         stack = [torch.cat(columns, dim=1)]  # [n, 561, frames]
         for number, name in enumerate(["conv2d_5", "conv2d_6", "conv2d_7"]):
             padded = F.pad(stack[-1], (3, 3)).transpose(1, 2)[:, None]  # [n, 1, frames + 6, width]
-            answer = self._norm(self._conv(padded, name)[..., 0], number + 6)
-            stack.append(answer if number == 0 else answer + stack[-1])
+            output = self._norm(self._conv(padded, name)[..., 0], number + 6)
+            stack.append(output if number == 0 else output + stack[-1])
         features = torch.cat(stack, dim=1)  # [n, 753, frames]
         pooled = torch.stack([features.amax(dim=2), features.mean(dim=2)], dim=2)
         x = self._norm(pooled.flatten(1), 9)  # (max, mean) interleaved per channel
@@ -177,12 +175,11 @@ class Musicnn:
 
     @torch.inference_mode()
     def predict(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Judge clips [n, samples] of 16 kHz mono: tag probabilities [n, 50], embeddings [n, 200].
+        """Predict tag probabilities [n, 50] and embeddings [n, 200] of 16 kHz mono [n, samples].
 
-        Each clip is brought to TARGET_RMS and cut into as many 3-s patches as fit, spread evenly
-        from its start to its end (a shorter clip is repeated up to 3 s); the answers are the means
-        over its patches that are not silent. A silent clip gets NaN in both: count it with
-        ``silent(probabilities)``, do not drop it.
+        Each clip is scaled to TARGET_RMS and cut into as many 3-s patches as fit, spread evenly
+        (a shorter clip is repeated up to 3 s). Results are means over the patches that are not
+        silent. A silent clip gets NaN in both: count it with ``silent(probabilities)``.
 
         Raises:
             ValueError: audio of another rank, empty, or with NaN or infinity.
@@ -190,31 +187,31 @@ class Musicnn:
         audio, _ = level(repeat_to(check_audio(audio), (PATCH_FRAMES - 1) * HOP))
         frames = 1 + audio.shape[1] // HOP
         starts = spread(frames, PATCH_FRAMES, frames // PATCH_FRAMES)
-        loud = heard(audio, [start * HOP for start in starts], PATCH_FRAMES * HOP)
+        loud = loud_windows(audio, [start * HOP for start in starts], PATCH_FRAMES * HOP)
         means = np.full((len(audio), len(self.tags) + EMBEDDING), np.nan, dtype=np.float32)
         for clip in np.flatnonzero(loud.any(axis=1)):
             spectrogram = log_mel(torch.from_numpy(audio[clip : clip + 1]))
             # Patch by patch: one fits the CPU's cache and runs twice as fast as a batch of eight.
-            answers = [
+            outputs = [
                 torch.cat(self.forward(spectrogram[:, start : start + PATCH_FRAMES]), dim=1)
                 for start, counts in zip(starts, loud[clip], strict=True)
                 if counts
             ]
-            means[clip] = torch.cat(answers).mean(dim=0).numpy()
+            means[clip] = torch.cat(outputs).mean(dim=0).numpy()
         return means[:, : len(self.tags)], means[:, len(self.tags) :]
 
 
 def silent(predictions: np.ndarray) -> np.ndarray:
-    """Which rows of a judge's answers [n, ...] belong to silent clips: bool [n]."""
+    """Test which rows of predictions [n, ...] belong to silent clips: bool [n]."""
     return np.isnan(predictions[:, 0])
 
 
 def load_musicnn(source: str | Path) -> Musicnn:
-    """Read MTT_musicnn from its wheel (``wheel_assets.fetch``) or a folder it was unpacked in.
+    """Load MTT_musicnn from its wheel (``wheel_assets.fetch``) or a folder it was unpacked in.
 
     Raises:
         FileNotFoundError: the checkpoint is not there.
-        ValueError: it is there but broken, or lacks a tensor of the network.
+        ValueError: it is broken, or lacks a tensor of the network.
     """
     source = Path(source)
     names = [CHECKPOINT + ".index", CHECKPOINT + ".data-00000-of-00001"]

@@ -1,9 +1,9 @@
-"""The two judges of generated music, in one object: what they hear, and how far two sets differ.
+"""The two judges of generated music as one object, and the distance between two sets of clips.
 
-They share nothing with the models under study nor with each other: musicnn is trained on recordings
-with listeners' tags, the family judge on renderings with exact labels. Neither chooses features.
-How far to trust them is in metrics/train_judge.json: over many clips their means say which way the
-music moved; one clip's verdict is little better than a guess for most families.
+The judges share nothing with the models under study nor with each other: musicnn is trained on
+recordings with listeners' tags, the family judge on renderings with exact labels. Neither chooses
+features. metrics/train_judge.json says how far to trust them: means over many clips show the
+direction of a change; for most families a single clip is little better than a guess.
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ TAGS: dict[str, tuple[str, ...]] = {
     "plucked": ("harp", "sitar", "harpsichord"),
     "drums": ("drums",),
 }
-"""Family -> tags of musicnn that say it, chosen by their meaning alone; the highest counts. It has
-no tag for the other families."""
-JACKKNIFE_BLOCKS = 32
+"""Family -> tags of musicnn, chosen by their meaning alone; the highest counts. Other families have
+no tag."""
 JUDGES = ("family_judge", "musicnn")
 
 
-def family_probabilities(tags: np.ndarray, names: tuple[str, ...], families: tuple[str, ...]):
-    """musicnn's tags [n, len(names)] as families [n, F]: NaN columns where it has no tag."""
-    found = np.full((len(tags), len(families)), np.nan, np.float32)
+def family_probabilities(
+    tags: np.ndarray, names: tuple[str, ...], families: tuple[str, ...]
+) -> np.ndarray:
+    """Convert musicnn's tags [n, len(names)] to families [n, F]; NaN where it has no tag."""
+    values = np.full((len(tags), len(families)), np.nan, np.float32)
     for column, family in enumerate(families):
         if chosen := [names.index(tag) for tag in TAGS.get(family, ())]:
-            found[:, column] = tags[:, chosen].max(1)
-    return found
+            values[:, column] = tags[:, chosen].max(1)
+    return values
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Both judges. All audio is float [n, samples], 16 kHz, mono; its level does not matter."""
+    """Both judges. All audio is float [n, samples], 16 kHz, mono; level has no effect."""
 
     family_judge: FamilyJudge
     musicnn: Musicnn
-    _heard: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    _last: dict[bytes, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -59,10 +62,10 @@ class Judges:
         return self.family_judge.families
 
     def predict(self, audio: np.ndarray) -> dict[str, np.ndarray]:
-        """Probability of each family, float32 [n, F] by judge.
+        """Predict family probabilities, float32 [n, F] per judge.
 
-        "family_judge" knows all families; "musicnn" has NaN columns where it has no tag. A silent
-        clip is a row of NaN in both. ValueError: another rank, no samples, NaN or infinity.
+        "musicnn" has NaN columns where it has no tag. A silent clip is a row of NaN in both.
+        ValueError: another rank, no samples, NaN or infinity.
         """
         tags, _ = self._tags(audio)
         return {
@@ -71,16 +74,17 @@ class Judges:
         }
 
     def embed(self, audio: np.ndarray) -> np.ndarray:
-        """musicnn's penultimate layer, float32 [n, 200], for `frechet_distance`; NaN if silent."""
+        """Compute musicnn's penultimate layer, float32 [n, 200]; NaN for silent clips."""
         return self._tags(audio)[1]
 
     def _tags(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """musicnn's tags and embeddings; those of the last audio are kept, for it is slow."""
+        """musicnn's tags and embeddings; keeps the last result, because musicnn is slow."""
         audio = check_audio(audio)
         key = hashlib.sha256(repr(audio.shape).encode() + audio.tobytes()).digest()
-        if self._heard.get("key") != key:
-            self._heard.update(key=key, found=self.musicnn.predict(audio))
-        return self._heard["found"]
+        if key not in self._last:
+            self._last.clear()
+            self._last[key] = self.musicnn.predict(audio)
+        return self._last[key]
 
     def save(self, folder: str | Path = FOLDER) -> None:
         """Write family_judge/ and musicnn.safetensors, all or nothing."""
@@ -91,10 +95,9 @@ class Judges:
 
 
 def load_judges(folder: str | Path = FOLDER) -> Judges:
-    """Read what `Judges.save` wrote; no network is needed.
+    """Load judges from the folder of `Judges.save`; needs no network access.
 
-    Raises:
-        FileNotFoundError, ValueError: naming the file and the stage to run.
+    FileNotFoundError or ValueError names the file and the stage to run.
     """
     folder = Path(folder)
     path = folder / "musicnn.safetensors"
@@ -110,12 +113,12 @@ def load_judges(folder: str | Path = FOLDER) -> Judges:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of Gaussians fitted to embeddings a [n, d] and b [m, d] (1706.08500).
+    """Compute the Frechet distance of embeddings a [n, d] and b [m, d] (1706.08500).
 
-    |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)). The last trace is the sum of the singular
-    values of X_a X_b^T over sqrt((n - 1)(m - 1)), X centred: exact also where n < d, with no matrix
-    square root. Rows with NaN (silent clips) are left out. The estimate is too high by about
-    tr(A) / n + tr(B) / m, so compare sets of equal size only.
+    For fitted Gaussians: |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)). The last trace is the sum
+    of the singular values of X_a X_b^T / sqrt((n - 1)(m - 1)), X centred, which is exact also for
+    n < d. Rows with NaN (silent clips) are left out. The bias is about tr(A) / n + tr(B) / m, so
+    compare sets of equal size only.
 
     Raises:
         ValueError: fewer than two clips that sound, or other widths.
@@ -139,26 +142,3 @@ def _sounding(embeddings: np.ndarray) -> np.ndarray:
     if len(kept) < 2:
         raise ValueError(f"{len(kept)} of {len(embeddings)} clips sound: 2 are needed")
     return kept
-
-
-def frechet_interval(a: np.ndarray, b: np.ndarray, paired: bool = False) -> tuple[float, float]:
-    """95 % interval of `frechet_distance`, by the jackknife over blocks of clips.
-
-    Not the bootstrap: clips drawn twice narrow a covariance, which would move the distance itself.
-    `paired`: row i of both sets is of one prompt and leaves together with the other.
-    """
-    whole = frechet_distance(a, b)
-    if paired and len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} embeddings are not paired")
-    variance = 0.0
-    for sides in ((True, True),) if paired else ((True, False), (False, True)):
-        n = len(a) if sides[0] else len(b)
-        blocks = np.arange(n) % min(JACKKNIFE_BLOCKS, n)
-        values = []
-        for block in range(blocks.max() + 1):
-            kept = blocks != block
-            values.append(frechet_distance(a[kept] if sides[0] else a, b[kept] if sides[1] else b))
-        values = np.array(values)
-        variance += (len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()
-    spread = 1.96 * np.sqrt(variance)
-    return max(0.0, whole - spread), whole + spread

@@ -1,8 +1,8 @@
-"""What makes a feature answer: its best moments in real clips, and its value on any tokens.
+"""Values of features on clips and tokens, the best moments of real clips, and excerpts of them.
 
-A feature's *value* at a frame is its sparse code there (0 where TopK left it out), in the unit of
-its dictionary; for a random direction it is what projects on it above the mean, or 0. An excerpt's
-value is the highest mean over a window of frames. Searches are in `maximization_run`.
+A feature's *value* at a frame is its sparse code there (0 where TopK excludes it), in the unit of
+its dictionary. A random direction's value is the projection on it above the mean, or 0. The value
+of an excerpt is its highest mean over a window of frames.
 """
 
 from __future__ import annotations
@@ -10,58 +10,58 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from musicscope.activations import token_cache
 from musicscope.activations.store import ActivationStore
 from musicscope.core.seeding import seed_for
+from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import by_batch
+from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.features.selection import Latent
 from musicscope.maximisation.objective import BATCH, Target, gradient_of, window_means
+from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
 
 SPLITS = ("train", "test")
-"""Where moments are looked for: what dictionaries learnt from, and compositions nothing heard."""
+"""Splits with moments: compositions that dictionaries were trained on, and held-out ones."""
 
 
 @dataclass(frozen=True)
-class Instrument:
+class StudiedModel:
     """One model with the dictionaries that read one of its layers."""
 
     name: str
-    model: Any
-    """Searches need tokens (`token_objective.gradient_of`), `moments_only` any with hooks."""
+    model: MusicModel
+    """Searches need a token gradient (`objective.gradient_of`), moments need hooks only."""
     layer: str
     """Hook point."""
     sae: TopKSAE | None
-    usae: Any
-    """`UniversalSAE`, or None."""
+    usae: UniversalSAE | None
     index: int
     """The model's number in `usae`."""
     mean: Tensor
     """[d] mean activation over train."""
     seed: int
-    """Of the random directions."""
+    """Seed of the random directions."""
 
 
 @functools.cache
-def open_instruments(
+def open_models(
     names: tuple[str, ...], device: str, seed: int, with_sae: bool
-) -> tuple[Instrument, ...]:
-    """Models of data/models with data/usae/seed-0 and, if asked for, the SAEs of its slot.
+) -> tuple[StudiedModel, ...]:
+    """Open models of data/models with data/usae/seed-0 and, `with_sae`, the SAEs of its slot.
 
-    Once a process. ValueError where a model is not one of the USAE's.
+    Opens them once per process. ValueError where the USAE was not trained on a model.
     """
-    from musicscope.dictionaries.usae import UniversalSAE
-
     folder = "data/usae/seed-0"
     usae = UniversalSAE.load(folder, device)
-    found = []
+    models = []
     for name in names:
         if name not in usae.names:
             raise ValueError(f"{folder} knows {usae.names}, not {name}: run dvc repro train_usae")
@@ -70,99 +70,135 @@ def open_instruments(
         sae = TopKSAE.load(f"data/sae/{name}/{usae.slot}/seed-0", device) if with_sae else None
         mean = torch.as_tensor(store.mean, dtype=torch.float32, device=device)
         index = usae.names.index(name)
-        found.append(Instrument(name, model, store.config["layer"], sae, usae, index, mean, seed))
-    return tuple(found)
+        models.append(
+            StudiedModel(name, model, store.config["layer"], sae, usae, index, mean, seed)
+        )
+    return tuple(models)
 
 
-def direction(instrument: Instrument, number: int) -> Tensor:
-    """A random unit vector [d] of the activation space, always the same for (model, number)."""
-    seed = seed_for(instrument.seed, "maximize", "direction", instrument.name, number)
-    drawn = np.random.default_rng(seed).standard_normal(len(instrument.mean))
+# --- values -----------------------------------------------------------------------------------
+
+
+def direction(studied: StudiedModel, number: int) -> Tensor:
+    """Draw a random unit vector [d] of the activation space, a function of (model, number)."""
+    seed = seed_for(studied.seed, "maximize", "direction", studied.name, number)
+    drawn = np.random.default_rng(seed).standard_normal(len(studied.mean))
     drawn /= np.linalg.norm(drawn)
-    return torch.as_tensor(drawn, dtype=torch.float32, device=instrument.mean.device)
+    return torch.as_tensor(drawn, dtype=torch.float32, device=studied.mean.device)
 
 
-def pre_activation(instrument: Instrument, latent: Latent, place: int) -> tuple[Tensor, float]:
-    """The latent before TopK and ReLU as an affine map (weight [d], bias) of activations.
+def pre_activation(studied: StudiedModel, latent: Latent, place: int) -> tuple[Tensor, float]:
+    """Return the latent before TopK and ReLU as an affine map (weight [d], bias) of activations.
 
-    `place` is the instrument's number in the run, that is in `latent.features`.
+    `place` is the model's number in the run, which indexes `latent.features`.
     """
     number = latent.features[place]
     if latent.kind == "direction":
-        weight = direction(instrument, number)
-        return weight, -float(weight @ instrument.mean)
-    point = instrument.mean[None].clone().requires_grad_()
+        weight = direction(studied, number)
+        return weight, -float(weight @ studied.mean)
+    point = studied.mean[None].clone().requires_grad_()
     with torch.enable_grad():
         if latent.kind == "usae":
-            value = instrument.usae.pre_activations(instrument.index, point)[0, number]
+            value = studied.usae.pre_activations(studied.index, point)[0, number]
         else:
-            value = instrument.sae.pre_activations(point)[0, number]
+            value = studied.sae.pre_activations(point)[0, number]
         (weight,) = torch.autograd.grad(value, point)
-    # In double: the bias is what is left of two numbers that may be far larger.
-    bias = float(value.detach().double() - weight[0].double() @ instrument.mean.double())
+    # In double precision: the bias is the small difference of two numbers.
+    bias = float(value.detach().double() - weight[0].double() @ studied.mean.double())
     return weight[0], bias
 
 
+def target(studied: StudiedModel, latent: Latent, place: int, scale: float, usual: float) -> Target:
+    """Return the latent in one model as the target of a search."""
+    weight, bias = pre_activation(studied, latent, place)
+    return Target(studied.model, studied.layer, weight, bias, scale, usual)
+
+
 @torch.no_grad()
-def frame_values(
-    instrument: Instrument, latents: Sequence[Latent], place: int, x: Tensor
-) -> Tensor:
-    """Values [N, latents] >= 0 of activations x [N, d]; each dictionary encodes once."""
+def frame_values(studied: StudiedModel, latents: Sequence[Latent], place: int, x: Tensor) -> Tensor:
+    """Compute values [N, latents] >= 0 of activations x [N, d]; each dictionary encodes once."""
     out = x.new_zeros((len(x), len(latents)), dtype=torch.float32)
-    wanted = {latent.kind for latent in latents}
+    kinds = {latent.kind for latent in latents}
     codes = {}
-    if "usae" in wanted:
-        codes["usae"] = instrument.usae.encode(instrument.index, x)
-    if "sae" in wanted:
-        codes["sae"] = instrument.sae.encode(x)
+    if "usae" in kinds:
+        codes["usae"] = studied.usae.encode(studied.index, x)
+    if "sae" in kinds:
+        codes["sae"] = studied.sae.encode(x)
     for column, latent in enumerate(latents):
         number = latent.features[place]
         if latent.kind == "direction":
-            out[:, column] = ((x - instrument.mean) @ direction(instrument, number)).relu()
+            out[:, column] = ((x - studied.mean) @ direction(studied, number)).relu()
         else:
             values, indices = codes[latent.kind]
             out[:, column] = (values * (indices == number)).sum(1)
     return out
 
 
-def clip_curves(
-    instrument: Instrument, store: ActivationStore, latents: Sequence[Latent], place: int,
-    clips: Sequence[int], workers: int = 1,
-) -> np.ndarray:  # fmt: skip
-    """Values of stored clips of equal length, float32 [clips, frames, latents]."""
-    device = instrument.mean.device
-
-    def batch(rows: list[int]) -> np.ndarray:
-        x = torch.from_numpy(store.clips(rows))
-        found = frame_values(instrument, latents, place, x.flatten(0, 1).to(device))
-        return found.view(*x.shape[:2], len(latents)).cpu().numpy()
-
-    return np.concatenate(by_batch(batch, clips, workers))
-
-
 def highest(curves: np.ndarray, window: int) -> np.ndarray:
-    """Highest window mean: [clips, frames, latents] to [clips, latents]."""
+    """Compute the highest window mean: [clips, frames, latents] to [clips, latents]."""
     return window_means(torch.from_numpy(curves).transpose(1, 2), window).amax(-1).numpy()
 
 
-def scan(
-    instrument: Instrument, store: ActivationStore, latents: Sequence[Latent], place: int,
-    clips: Sequence[int], window: int, workers: int = 1,
+def clip_values(
+    studied: StudiedModel, store: ActivationStore, latents: Sequence[Latent], place: int,
+    clips: Sequence[int], window: int | None = None, workers: int = 1,
 ) -> np.ndarray:  # fmt: skip
-    """Highest window mean of every latent in every named clip, float32 [clips, latents]."""
-    device = instrument.mean.device
+    """Compute values of stored clips of equal length, float32 [clips, frames, latents].
+
+    With a `window`: the highest window mean per clip, float32 [clips, latents].
+    """
+    device = studied.mean.device
 
     def batch(rows: list[int]) -> np.ndarray:
         x = torch.from_numpy(store.clips(rows))
-        found = frame_values(instrument, latents, place, x.flatten(0, 1).to(device)).cpu()
-        return highest(found.view(*x.shape[:2], len(latents)).numpy(), window)
+        values = frame_values(studied, latents, place, x.flatten(0, 1).to(device))
+        curves = values.view(*x.shape[:2], len(latents)).cpu().numpy()
+        return curves if window is None else highest(curves, window)
 
     return np.concatenate(by_batch(batch, clips, workers))
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Values of clips or token sequences."""
+
+    values: np.ndarray
+    """[B, latents] highest window mean"""
+    curves: np.ndarray | None = None
+    """[B, T, latents] values; of token sequences only."""
+    log_prob: np.ndarray | None = None
+    """[B] the model's log p per code in nats; of token sequences only."""
+
+
+@torch.no_grad()
+def measure(
+    studied: StudiedModel, latents: Sequence[Latent], place: int, codes: Tensor, window: int
+) -> Measured:
+    """Measure codes [B, K, T] by teacher forcing from the start column, without a caption."""
+    curves, log_prob = [], []
+    for part in codes.split(BATCH):
+        streams: list[Tensor] = []
+
+        def read(stream: Tensor, _: Tensor, streams: list[Tensor] = streams) -> Tensor:
+            streams.append(stream)
+            return stream
+
+        batch = studied.model.with_captions(part, [None] * len(part))
+        loss = studied.model.cross_entropy(batch, {studied.layer: read})
+        x = gradient_of(studied.model).at_frames(streams[0], batch.frames)
+        values = frame_values(studied, latents, place, x.flatten(0, 1))
+        curves.append(values.view(*x.shape[:2], len(latents)).cpu().numpy())
+        log_prob.append(-loss.mean((1, 2)).cpu().numpy())
+    joined = np.concatenate(curves)
+    return Measured(highest(joined, window), joined, np.concatenate(log_prob))
+
+
+# --- moments ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Moment:
-    """A window of a real clip in which a feature answers strongly."""
+    """A window of a real clip in which a feature is strongly active."""
 
     clip: int
     """Row of the clip table."""
@@ -170,22 +206,22 @@ class Moment:
     frame: int
     """First frame of the window."""
     values: tuple[float, ...]
-    """Window mean in each model, in the context of the whole clip."""
+    """Window mean per model, in the context of the whole clip."""
     curves: np.ndarray
     """[models, frames] of the whole clip."""
 
 
 def best_moments(
-    instruments: Sequence[Instrument], stores: Sequence[ActivationStore], rows: pd.DataFrame,
-    latents: Sequence[Latent], column: int, scores: np.ndarray, scales: np.ndarray,
-    clips: np.ndarray, window: int, count: int,
+    models: Sequence[StudiedModel], stores: Sequence[ActivationStore], rows: pd.DataFrame,
+    latent: Latent, scores: np.ndarray, scales: np.ndarray, clips: np.ndarray, window: int,
+    count: int,
 ) -> list[Moment]:  # fmt: skip
-    """`count` moments of each split, the strongest first, of compositions that differ.
+    """Find `count` moments per split of different compositions, the strongest first.
 
     `rows` is the clip table; `scores` [models, clips] the highest window mean in each of `clips`
-    (its rows), `scales` [models] what counts as 1. Of three times as many clips with the highest
-    mean score the curves are computed; a moment is the window where their mean over models, in
-    units of the scales, is highest. Clips in which the feature never fires are no moments.
+    (its rows), `scales` [models] the unit of each model. Curves are computed for the 3 x `count`
+    clips with the highest mean score. A moment is the window with the highest mean over models, in
+    units of the scales. Clips in which the feature never fires have no moment.
     """
     mean = (scores / scales[:, None]).mean(0)
     moments = []
@@ -198,8 +234,8 @@ def best_moments(
             continue
         chosen = clips[inside]
         curves = np.stack([
-            clip_curves(instrument, store, latents[column : column + 1], place, chosen)[..., 0]
-            for place, (instrument, store) in enumerate(zip(instruments, stores, strict=True))
+            clip_values(studied, store, [latent], place, chosen)[..., 0]
+            for place, (studied, store) in enumerate(zip(models, stores, strict=True))
         ])  # fmt: skip
         joint = torch.from_numpy((curves / scales[:, None, None]).mean(0))
         best, at = window_means(joint, window).max(-1)
@@ -210,44 +246,41 @@ def best_moments(
     return moments
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Token sequences, each as a piece of its own: from the start column, without a caption."""
-
-    curves: np.ndarray
-    """[B, T, latents] values"""
-    values: np.ndarray
-    """[B, latents] highest window mean"""
-    log_prob: np.ndarray
-    """[B] the model's log p per code in nats"""
+# --- excerpts ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def measure(
-    instrument: Instrument, latents: Sequence[Latent], place: int, codes: Tensor, window: int
-) -> Measured:
-    """Values and log p of codes [B, K, T], by teacher forcing of the whole model."""
-    curves, log_prob = [], []
-    for part in codes.split(BATCH):
-        seen: list[Tensor] = []
+def excerpt_start(frame: int, window: int, length: int, total: int) -> int:
+    """Return the first frame of an excerpt of `length` frames around a window of a clip.
 
-        def read(stream: Tensor, _: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(stream)
-            return stream
-
-        batch = instrument.model.with_captions(part, [None] * len(part))
-        loss = instrument.model.cross_entropy(batch, {instrument.layer: read})
-        x = gradient_of(instrument.model).at_frames(seen[0], batch.frames)
-        found = frame_values(instrument, latents, place, x.flatten(0, 1))
-        curves.append(found.view(*x.shape[:2], len(latents)).cpu().numpy())
-        log_prob.append(-loss.mean((1, 2)).cpu().numpy())
-    joined = np.concatenate(curves)
-    return Measured(joined, highest(joined, window), np.concatenate(log_prob))
+    The window of `window` frames at `frame` is centred, unless a clip of `total` frames ends there.
+    """
+    return int(np.clip(frame + window // 2 - length // 2, 0, max(0, total - length)))
 
 
-def target(
-    instrument: Instrument, latent: Latent, place: int, scale: float, usual: float
-) -> Target:
-    """The latent in one model as the search sees it."""
-    weight, bias = pre_activation(instrument, latent, place)
-    return Target(instrument.model, instrument.layer, weight, bias, scale, usual)
+def clip_tokens(
+    model: MusicModel, clips: ClipStore, clips_sha256: str, rows: Sequence[int]
+) -> Tensor:
+    """Read codec tokens [n, K, T] of clips from the token cache, filling its gaps.
+
+    `rows` may repeat. ValueError for a model without a codec.
+    """
+    folder = token_cache.codes_dir(model, clips_sha256)
+    if folder is None:
+        raise ValueError(f"{model.name} has no codec: there are no tokens to search over")
+    for chunk in sorted({int(row) // token_cache.CHUNK for row in rows}):
+        try:
+            token_cache.read_codes(folder, [chunk * token_cache.CHUNK])
+        except ValueError:  # absent or damaged
+            token_cache.write_chunk(lambda: (model, clips), folder, chunk)
+    return token_cache.read_codes(folder, [int(row) for row in rows])
+
+
+def excerpts(tokens: Tensor, starts: Sequence[int], frames: int) -> Tensor:
+    """Cut tokens [n, K, frames] from tokens [n, K, T], beginning at frame starts[i]."""
+    if tokens.shape[-1] < frames:
+        raise ValueError(
+            f"clips have {tokens.shape[-1]} frames, excerpts of {frames} were asked for: lower "
+            "maximize_activation.seconds"
+        )
+    pairs = zip(tokens, starts, strict=True)
+    return torch.stack([code[:, int(start) : int(start) + frames] for code, start in pairs])

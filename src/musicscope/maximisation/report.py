@@ -1,71 +1,111 @@
 """Results of activation maximisation as metrics, chart, table and audio.
 
-Ratios are values divided by that of the best real clip (train and test, in the context of its
-clip, which gives it up to ten seconds of past that the short searched pieces do not have).
+Ratios are values divided by that of the best real clip (train and test). That clip has up to ten
+seconds of context that the short searched sequences do not have.
+
+Format of index.json beside the audio: ``models``, ``sample_rate``, ``frame_rate``, ``window``
+(frames), ``naturalness`` and ``features``. A feature has ``name kind role concept``, ``numbers``
+and ``best_clip`` per model, and two lists of audio files:
+
+* ``maximised``: ``variant file frame`` and, per model, ``tokens sound log_prob_tokens
+  log_prob_sound curves``;
+* ``moments``: ``split clip seconds file frame`` and, per model, ``values curves``.
+
+``best_clip`` and ``values`` are window means in the dictionary's unit. ``tokens`` and ``sound`` are
+ratios: of the tokens that the file was decoded from, and of the tokens that it encodes to. A curve
+has one value per frame of its file (if maximised, of its sound). ``frame`` is the first frame of
+the window in the file, ``seconds`` the position of the file in the clip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import soundfile
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import bootstrap_groups
+from musicscope.data.clips import ClipStore
 from musicscope.features.selection import Latent
-from musicscope.maximisation.audio import write_audio
-from musicscope.maximisation.jobs import NULL_VARIANTS, SOUND
-from musicscope.maximisation.run import Result
+from musicscope.maximisation.moments import excerpt_start
+from musicscope.maximisation.run import NULL_VARIANTS, SOUND, Plan, Result
 
+FORMAT = 1
 NULL_ROLES = ("direction", "mismatched")
 HEADLINE_CONTROLS = (
     "best_train", "best_test", "moments_max", "clips_q50", "clips_q95", "clips_max", "samples_q50",
     "samples_max", "random_tokens_q50",
 )  # fmt: skip
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95, "max": 1.0}
+WHOLE_CLIP_CONTROLS = (
+    "best_train", "best_test", "whole_clips_q05", "whole_clips_q50", "whole_clips_q95",
+)  # fmt: skip
+
+
+def write(result: Result, name: str, clips: ClipStore) -> None:
+    """Write data/<name>, metrics/<name>.json and plots/<name>.{csv,png} of a run.
+
+    `clips` are at the sample rate of the audio.
+    """
+    with atomic_dir(f"data/{name}") as folder:
+        write_audio(result, folder, clips)
+    table = plot_table(result)
+    write_text(f"plots/{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    title = ", ".join(result.plan.names)
+    plots.save_figure(figure(result, table, title), f"plots/{name}.png")
+    write_json(f"metrics/{name}.json", metrics(result))
+
+
+# --- numbers ----------------------------------------------------------------------------------
 
 
 def search_table(result: Result) -> pd.DataFrame:
-    """One row a (search, model).
+    """Tabulate the searches: one row per (search, model).
 
-    `tokens` and `sound`: ratios of what was found and of the tokens of its audio; `start`: of the
+    `tokens` and `sound`: ratios of the result and of the tokens of its audio; `start`: of the
     tokens that the search began with; `others_*`: mean over the run's other features; `log_prob_*`
-    in nats per code. `judged`: which of the two the search was to raise.
+    in nats per code. `judged`: which of the two the search maximised; `*reached` repeats it.
     """
     records = []
-    for i, found in enumerate(result.searches):
-        column = result.plan.latents.index(found.latent)
+    for i, search in enumerate(result.searches):
+        column = result.plan.latents.index(search.latent)
         others = [
             j
             for j, latent in enumerate(result.plan.latents)
             if not latent.is_null
-            and (latent.kind, latent.features) != (found.latent.kind, found.latent.features)
-            and not (latent.kind == found.latent.kind == "usae" and _overlap(latent, found.latent))
+            and (latent.kind, latent.features) != (search.latent.kind, search.latent.features)
+            and not (
+                latent.kind == search.latent.kind == "usae" and _overlap(latent, search.latent)
+            )
         ]
         for place, model in enumerate(result.plan.names):
             scale = result.scale[place]
             record = {
-                "feature": found.latent.name,
-                "role": found.latent.role,
-                "concept": found.latent.concept,
-                "variant": found.variant,
+                "feature": search.latent.name,
+                "role": search.latent.role,
+                "concept": search.latent.concept,
+                "variant": search.variant,
                 "model": model,
-                "judged": "sound" if found.variant.startswith(SOUND) else "tokens",
+                "judged": "sound" if search.variant.startswith(SOUND) else "tokens",
                 "start": result.start[place].values[i, column] / scale[column],
                 "log_prob_start": result.start[place].log_prob[i],
             }
-            for medium, measured in (("tokens", result.found), ("sound", result.again)):
+            for medium, measured in (("tokens", result.optimised), ("sound", result.again)):
                 ratios = measured[place].values[i] / scale
                 record[medium] = ratios[column]
                 record[f"others_{medium}"] = ratios[others].mean() if others else np.nan
                 record[f"log_prob_{medium}"] = measured[place].log_prob[i]
             records.append(record)
     table = pd.DataFrame(records)
-    for key in ("", "others_", "log_prob_"):
+    for key in ("", "others_", "log_prob_") if records else ():
         sound = table[f"{key}sound"]
         table[f"{key}reached"] = table[f"{key}tokens"].where(table["judged"] == "tokens", sound)
     return table
@@ -76,20 +116,33 @@ def _overlap(first: Latent, second: Latent) -> bool:
 
 
 def control_ratios(result: Result, column: int, place: int) -> dict[str, float]:
-    """Quantiles of each control for one latent in one model, as ratios."""
+    """Compute the ratios of the controls of one latent in one model."""
     scale = result.scale[place, column]
-    found = {}
-    for name, measured in result.controls.items():
-        values = measured[place].values[:, column] / scale
-        found |= {f"{name}_{key}": float(np.quantile(values, q)) for key, q in QUANTILES.items()}
-    at = sum(len(excerpts) for excerpts in result.excerpts[:column])
-    mine = slice(at, at + len(result.excerpts[column]))
-    if len(result.excerpts[column]):
-        # What the best moments are worth without the past they had in their clips.
-        found["moments_max"] = float(result.moment_values[place].values[mine, column].max() / scale)
-    return found | {
-        f"best_{split}": best[place, column] / scale for split, best in result.best.items()
+    best = {f"best_{split}": best[place, column] / scale for split, best in result.best.items()}
+    ratios = {
+        f"{name}_{key}": float(np.quantile(measured[place].values[:, column] / scale, q))
+        for name, measured in result.controls.items()
+        for key, q in QUANTILES.items()
     }
+    if result.plan.not_searched:
+        return {key: (best | ratios)[key] for key in WHOLE_CLIP_CONTROLS}
+    if count := len(result.moments[column]):
+        # The best moments without the context that they had in their clips.
+        first = sum(len(moments) for moments in result.moments[:column])
+        values = result.moment_values[place].values[first : first + count, column]
+        ratios["moments_max"] = float(values.max() / scale)
+    return ratios | best
+
+
+def _control_table(result: Result) -> pd.DataFrame:
+    """One row per (latent, model): `control_ratios`, and whether it is a null."""
+    return pd.DataFrame(
+        [
+            {"null": latent.is_null, **control_ratios(result, column, place)}
+            for column, latent in enumerate(result.plan.latents)
+            for place in range(len(result.plan.names))
+        ]
+    )
 
 
 def _mean_interval(values: pd.Series, key: str, bootstrap: int, seed: int) -> dict[str, Any]:
@@ -102,75 +155,93 @@ def _mean_interval(values: pd.Series, key: str, bootstrap: int, seed: int) -> di
     return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
-def headline(result: Result, table: pd.DataFrame, bootstrap: int) -> dict[str, Any]:
-    """The few numbers for the summary: means over features (and over models, where several).
+def headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
+    """Compute the summary's numbers: means over features, and over models where several.
 
-    <variant>_reached is what the search was judged by, the tokens or (heard, alone) the sound.
+    `table` is the `search_table`. <variant>_reached is the ratio that the search maximised: of the
+    tokens or (heard, alone) of the sound.
     """
+    count = sum(not latent.is_null for latent in result.plan.latents)
+    head: dict[str, Any] = {"features": count, "skipped": len(result.skipped)}
+    ratios = _control_table(result)
+    null, ratios = ratios[ratios["null"]], ratios[~ratios["null"]]
+    if result.plan.not_searched:
+        head["not_searched"] = count
+        head |= {key: ratios[key].mean() for key in WHOLE_CLIP_CONTROLS}
+        if len(null):
+            head["null_whole_clips_q50"] = null["whole_clips_q50"].mean()
+    else:
+        head |= _search_headline(result, table)
+        head |= {key: ratios[key].mean() for key in HEADLINE_CONTROLS}
+        for name, measured in result.controls.items():
+            head[f"log_prob_{name}"] = np.mean([np.median(m.log_prob) for m in measured])
+    return {key: None if value is None else float(value) for key, value in head.items()}
+
+
+def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
     seed = seed_for(result.plan.seed, "maximize", "bootstrap")
+    bootstrap = result.plan.section.bootstrap
     is_null = table["role"].isin(NULL_ROLES)
     nulls, real = table[is_null], table[~is_null]
+    head: dict[str, Any] = {}
 
     def by_feature(rows: pd.DataFrame, key: str) -> pd.Series:
         return rows.groupby("feature", sort=False)[key].mean()
 
-    kept = [latent for latent in result.plan.latents if not latent.is_null]
-    found: dict[str, Any] = {"features": len(kept), "skipped": len(result.skipped)}
     for variant in result.plan.variants:
         if variant == "alone":
             continue
         rows = real[real["variant"] == variant]
-        found |= _mean_interval(by_feature(rows, "reached"), f"{variant}_reached", bootstrap, seed)
+        head |= _mean_interval(by_feature(rows, "reached"), f"{variant}_reached", bootstrap, seed)
         weakest = rows.groupby("feature", sort=False)["reached"].min()
-        found[f"{variant}_reached_weakest_model"] = weakest.mean()
-        found[f"{variant}_beats_best_clip"] = (weakest > 1).mean()
-        found[f"{variant}_other_features"] = by_feature(rows, "others_reached").mean()
-        found[f"{variant}_log_prob"] = by_feature(rows, "log_prob_reached").mean()
-        found[f"{variant}_start"] = by_feature(rows, "start").mean()
+        head[f"{variant}_reached_weakest_model"] = weakest.mean()
+        head[f"{variant}_beats_best_clip"] = (weakest > 1).mean()
+        head[f"{variant}_other_features"] = by_feature(rows, "others_reached").mean()
+        head[f"{variant}_log_prob"] = by_feature(rows, "log_prob_reached").mean()
+        head[f"{variant}_start"] = by_feature(rows, "start").mean()
         if variant not in SOUND:
-            found[f"{variant}_sound"] = by_feature(rows, "sound").mean()
+            head[f"{variant}_sound"] = by_feature(rows, "sound").mean()
         if variant in NULL_VARIANTS:
             null = by_feature(nulls[nulls["variant"] == variant], "reached")
-            found |= _mean_interval(null, f"{variant}_null_reached", bootstrap, seed)
+            head |= _mean_interval(null, f"{variant}_null_reached", bootstrap, seed)
     if "alone" in result.plan.variants:
         alone = real[real["variant"].str.startswith("alone-")]
         own = alone["variant"] == "alone-" + alone["model"]
-        found["alone_reached"] = alone[own]["reached"].mean()
-        found |= _mean_interval(by_feature(alone[~own], "reached"), "transfer", bootstrap, seed)
-        # In the model it was not searched for, an input for one feature moves the others too.
-        found["transfer_other_features"] = alone[~own]["others_reached"].mean()
-    ratios = pd.DataFrame(
-        [
-            control_ratios(result, column, place)
-            for column, latent in enumerate(result.plan.latents)
-            if not latent.is_null
-            for place in range(len(result.plan.names))
-        ]
-    )
-    for key in HEADLINE_CONTROLS:
-        found[key] = ratios[key].mean()
-    for name, measured in result.controls.items():
-        found[f"log_prob_{name}"] = np.mean([np.median(m.log_prob) for m in measured])
-    return {key: None if value is None else float(value) for key, value in found.items()}
+        head["alone_reached"] = alone[own]["reached"].mean()
+        head |= _mean_interval(by_feature(alone[~own], "reached"), "transfer", bootstrap, seed)
+        # In models outside the search, an input for one feature moves the other features too.
+        head["transfer_other_features"] = alone[~own]["others_reached"].mean()
+    return head
 
 
-def metrics(result: Result, bootstrap: int) -> dict[str, Any]:
-    """Numbers of metrics/maximize_*: headline, log_prob quantiles, and every feature."""
-    table = search_table(result)
-    plan = result.plan
+def metrics(result: Result) -> dict[str, Any]:
+    """Compute the numbers of metrics/maximize_*: headline, log_prob quantiles, every feature."""
+    table, plan = search_table(result), result.plan
     features: dict[str, Any] = {}
     for column, latent in enumerate(plan.latents):
         entry: dict[str, Any] = {"role": latent.role, "concept": latent.concept or "none"}
         for place, model in enumerate(plan.names):
-            rows = table[(table["feature"] == latent.name) & (table["model"] == model)]
-            searches = rows.drop(columns=["feature", "role", "concept", "model", "judged"])
+            searches = {}
+            if len(table):
+                rows = table[(table["feature"] == latent.name) & (table["model"] == model)]
+                rows = rows.drop(columns=["feature", "role", "concept", "model", "judged"])
+                searches = rows.set_index("variant").to_dict("index")
             entry[model] = {
                 "number": latent.features[place],
                 "best_clip": result.scale[place, column],
                 "controls": control_ratios(result, column, place),
-                "searches": searches.set_index("variant").to_dict("index"),
+                "searches": searches,
             }
         features[latent.name] = entry
+    numbers = {
+        "frames": plan.frames,
+        "window": plan.window,
+        "skipped": {latent.name: latent.role for latent in result.skipped},
+        "headline": headline(result, table),
+        "features": features,
+    }
+    if plan.not_searched:
+        return numbers | {"not_searched": plan.not_searched}
     log_prob = {
         name: {
             model: {key: float(np.quantile(m.log_prob, q)) for key, q in QUANTILES.items()}
@@ -178,94 +249,190 @@ def metrics(result: Result, bootstrap: int) -> dict[str, Any]:
         }
         for name, measured in result.controls.items()
     }
-    return {
-        "frames": plan.frames,
-        "window": plan.window,
-        "naturalness": plan.naturalness,
-        "skipped": {latent.name: latent.role for latent in result.skipped},
-        "headline": headline(result, table, bootstrap),
-        "log_prob": log_prob,
-        "features": features,
-    }
+    return numbers | {"naturalness": plan.section.naturalness, "log_prob": log_prob}
 
 
-def write(result: Result, name: str, clips: Any, model: Any, bootstrap: int) -> None:
-    """All outs of a run: data/<name>, metrics/<name>.json, plots/<name>.{csv,png}."""
-    with atomic_dir(f"data/{name}") as folder:
-        write_audio(result, folder, clips, model.frame_rate, model.sample_rate)
-    table = plot_table(result).to_csv(index=False, float_format="%.6g")
-    write_text(f"plots/{name}.csv", table)
-    title = ", ".join(result.plan.names)
-    plots.save_figure(figure(result, title), f"plots/{name}.png")
-    write_json(f"metrics/{name}.json", metrics(result, bootstrap))
+def summary_keys(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    """Flatten the headline as ``maximize.<name>.*``; `name` is the model or shared."""
+    return {f"maximize.{name}.{key}": value for key, value in metrics["headline"].items()}
 
 
-def summary_keys(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """Flat keys ``maximize.<name>.*`` for metrics/summary.json; `name` is the model or shared."""
-    return {f"maximize.{name}.{key}": value for key, value in found["headline"].items()}
+# --- chart ------------------------------------------------------------------------------------
 
 
 def plot_table(result: Result) -> pd.DataFrame:
-    """What the chart shows: one row a (feature, model, series) with ratio and log p per code."""
-    table = search_table(result)
-    table["series"], table["ratio"] = table["variant"], table["reached"]
-    records = table.rename(columns={"log_prob_reached": "log_prob"})
-    columns = ["feature", "role", "concept", "model", "series", "ratio", "log_prob"]
-    records = records[[*columns, "tokens", "sound"]]
-    controls = []
-    for column, latent in enumerate(result.plan.latents):
-        for place, model in enumerate(result.plan.names):
-            key = {"feature": latent.name, "role": latent.role, "concept": latent.concept}
-            for series, ratio in control_ratios(result, column, place).items():
-                controls.append(key | {"model": model, "series": series, "ratio": ratio})
-    return pd.concat([records, pd.DataFrame(controls)], ignore_index=True)
+    """Tabulate the chart: one row per (feature, model, series) with ratio and log p per code."""
+    controls = pd.DataFrame(
+        {
+            "feature": latent.name, "role": latent.role, "concept": latent.concept,
+            "model": model, "series": series, "ratio": ratio,
+        }
+        for column, latent in enumerate(result.plan.latents)
+        for place, model in enumerate(result.plan.names)
+        for series, ratio in control_ratios(result, column, place).items()
+    )  # fmt: skip
+    if not result.searches:
+        return controls
+    searches = search_table(result)
+    searches["series"], searches["ratio"] = searches["variant"], searches["reached"]
+    searches = searches.rename(columns={"log_prob_reached": "log_prob"})
+    searches = searches[[*controls.columns, "log_prob", "tokens", "sound"]]
+    return pd.concat([searches, controls], ignore_index=True)
 
 
-def figure(result: Result, title: str) -> Figure:
-    """Left: what each feature reached, in best real clips; right: log p per code of the results."""
-    table, names = plot_table(result), result.plan.names
-    labels = [(latent, model) for latent in result.plan.latents for model in names]
-    height = 1.6 + 0.34 * len(labels)
-    figure, (axes,) = plots.new_figure(1, 2, (12.0, height), sharey=True, width_ratios=[1.7, 1])
-    rows = {(latent.name, model): y for y, (latent, model) in enumerate(labels)}
+def figure(result: Result, table: pd.DataFrame, title: str) -> Figure:
+    """Draw the ratios of each feature and, for searches, log p per code of their results."""
+    names, searched = result.plan.names, bool(result.searches)
+    pairs = [(latent, model) for latent in result.plan.latents for model in names]
+    rows = {(latent.name, model): y for y, (latent, model) in enumerate(pairs)}
+    height, ratios = 1.6 + 0.34 * len(rows), [1.7, 1] if searched else [1]
+    drawn, (axes,) = plots.new_figure(
+        1, len(ratios), (12.0 if searched else 8.0, height), sharey=True, width_ratios=ratios
+    )
+    ratio_axis = axes[0]
 
-    def y_of(part: pd.DataFrame) -> list[int]:
-        return [rows[key] for key in zip(part["feature"], part["model"], strict=True)]
-
-    def span(low: str, high: str, colour: str, shift: float, text: str) -> None:
-        left, right = (table[table["series"] == series] for series in (low, high))
-        y = np.array(y_of(left)) + shift
-        axes[0].hlines(y, left["ratio"], right["ratio"], color=colour, lw=5, alpha=0.45, label=text)
-
-    span("clips_q05", "clips_q95", plots.COLOURS[6], 0.16, "random clips, 5-95 %")
-    span("samples_q05", "samples_max", plots.COLOURS[5], -0.16, "model samples, 5 % to best")
-    searched = list(dict.fromkeys(found.variant for found in result.searches))
-    for number, name in enumerate([*searched, "moments_max"]):
+    def series(name: str) -> tuple[list[int], pd.DataFrame]:
         part = table[table["series"] == name]
-        text = f"search: {name}" if name in searched else "best moment on its own"
+        return [rows[key] for key in zip(part["feature"], part["model"], strict=True)], part
+
+    spans = [("whole_clips_q05", "whole_clips_q95", 6, 0.0, "test clips, 5-95 %")]
+    points = {"whole_clips_q50": "whole clips median"}
+    points |= {"best_train": "best train", "best_test": "best test"}
+    if searched:
+        spans = [
+            ("clips_q05", "clips_q95", 6, 0.16, "random clips, 5-95 %"),
+            ("samples_q05", "samples_max", 5, -0.16, "model samples, 5 % to best"),
+        ]
+        points = {search.variant: f"search: {search.variant}" for search in result.searches}
+        points["moments_max"] = "best moment on its own"
+    for low, high, colour, shift, label in spans:
+        (y, left), (_, right) = series(low), series(high)
+        ratio_axis.hlines(np.array(y) + shift, left["ratio"], right["ratio"],
+                          color=plots.COLOURS[colour], lw=5, alpha=0.45, label=label)  # fmt: skip
+    for number, (name, label) in enumerate(points.items()):
+        y, part = series(name)
         style = {"marker": plots.MARKERS[number], "color": plots.COLOURS[number], "ls": "none"}
-        axes[0].plot(part["ratio"], y_of(part), label=text, **style)
-        if name in searched:
-            axes[1].plot(part["log_prob"], y_of(part), **style)
-    axes[0].axvline(1, color="#555555", lw=1, ls="--")
-    axes[0].set_yticks(range(len(labels)), [_label(*label, len(names) > 1) for label in labels])
-    axes[0].invert_yaxis()
-    axes[0].set(title=title, xlabel="activation (1: the best real clip)")
+        ratio_axis.plot(part["ratio"], y, label=label, **style)
+        if searched and name != "moments_max":
+            axes[1].plot(part["log_prob"], y, **style)
+    if searched:
+        ratio_axis.axvline(1, color="#555555", lw=1, ls="--")
+        _mark_controls(axes[1], result)
+        labels = [_label(latent, model, len(names) > 1) for latent, model in pairs]
+    else:
+        labels = [" ".join(key) for key in rows]
+    ratio_axis.set_yticks(range(len(labels)), labels)
+    ratio_axis.invert_yaxis()
+    ratio_axis.set(title=title, xlabel="activation (1: the best real clip)")
+    for axis in axes:
+        axis.grid(axis="x", color="#dddddd", lw=0.7)
+    drawn.legend(*ratio_axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return drawn
+
+
+def _mark_controls(axis: Axes, result: Result) -> None:
+    """Mark the median log p of each control."""
     for number, (name, measured) in enumerate(result.controls.items()):
         at = float(np.mean([np.median(m.log_prob) for m in measured]))
-        axes[1].axvline(at, color="#555555", lw=1.2, ls=("-", "--", ":")[number])
-        axes[1].annotate(
+        axis.axvline(at, color="#555555", lw=1.2, ls=("-", "--", ":")[number])
+        axis.annotate(
             name.replace("_", " "), (at, 1), (2, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, va="top", fontsize=8, color="#333333",
         )  # fmt: skip
-    axes[1].set(title="naturalness", xlabel="log p per code (nats)")
-    for axis in axes:
-        axis.grid(axis="x", color="#dddddd", lw=0.7)
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=4)
-    return figure
+    axis.set(title="naturalness", xlabel="log p per code (nats)")
 
 
-def _label(latent: Any, model: str, several: bool) -> str:
+def _label(latent: Latent, model: str, several: bool) -> str:
     about = latent.concept if latent.role == "concept" else latent.role
     return f"{latent.name} {about}{f' {model}' if several else ''}"
+
+
+# --- audio ------------------------------------------------------------------------------------
+
+
+def write_audio(result: Result, folder: Path, clips: ClipStore) -> None:
+    """Write WAV files (16 bit) and index.json to an existing folder; nulls have no audio."""
+    plan = result.plan
+    features = [
+        {
+            "name": latent.name,
+            "kind": latent.kind,
+            "role": latent.role,
+            "concept": latent.concept,
+            "numbers": _by_model(plan, latent.features),
+            "best_clip": _by_model(plan, result.scale[:, column]),
+            "maximised": [
+                _write_search(result, column, i, folder, clips.sample_rate)
+                for i, search in enumerate(result.searches)
+                if search.latent == latent
+            ],
+            "moments": [
+                _write_moment(result, column, i, folder, clips)
+                for i in range(len(result.moments[column]))
+            ],
+        }
+        for column, latent in enumerate(plan.latents)
+        if not latent.is_null
+    ]
+    index = {
+        "format": FORMAT,
+        "models": plan.names,
+        "sample_rate": clips.sample_rate,
+        "frame_rate": plan.frame_rate,
+        "window": plan.window,
+        "naturalness": plan.section.naturalness,
+        "features": features,
+    }
+    write_json(folder / "index.json", index)
+
+
+def _by_model(plan: Plan, values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(plan.names, values, strict=True))
+
+
+def _write_search(result: Result, column: int, i: int, folder: Path, rate: int) -> dict[str, Any]:
+    """Write the audio of search number i; return its entry of the index."""
+    search, scale, plan = result.searches[i], result.scale[:, column], result.plan
+    file = f"{search.latent.name}-{search.variant}.wav"
+    _write_wav(folder / file, result.audio[i], rate)
+    curves = np.stack([measured.curves[i, :, column] for measured in result.again])
+    window = min(plan.window, curves.shape[1])
+    joint = (curves / scale[:, None]).mean(0)
+    entry = {
+        "variant": search.variant,
+        "file": file,
+        "frame": int(np.convolve(joint, np.ones(window), "valid").argmax()),
+        "curves": _by_model(plan, curves),
+    }
+    for medium, measured in (("tokens", result.optimised), ("sound", result.again)):
+        ratios = np.array([m.values[i, column] for m in measured]) / scale
+        entry[medium] = _by_model(plan, ratios)
+        entry[f"log_prob_{medium}"] = _by_model(plan, [m.log_prob[i] for m in measured])
+    return entry
+
+
+def _write_moment(
+    result: Result, column: int, i: int, folder: Path, clips: ClipStore
+) -> dict[str, Any]:
+    """Write the audio of moment number i of a latent; return its entry of the index."""
+    plan, moments = result.plan, result.moments[column]
+    moment, hop = moments[i], clips.sample_rate / plan.frame_rate
+    rank = sum(other.split == moment.split for other in moments[:i])
+    file = f"{plan.latents[column].name}-{moment.split}-{rank}.wav"
+    first = excerpt_start(moment.frame, plan.window, plan.frames, moment.curves.shape[1])
+    start = round(first * hop)
+    audio = clips.audio([moment.clip])[0][start : start + round(plan.frames * hop)]
+    _write_wav(folder / file, audio, clips.sample_rate)
+    return {
+        "split": moment.split,
+        "clip": str(clips.rows["id"].iloc[moment.clip]),
+        "seconds": first / plan.frame_rate,
+        "file": file,
+        "frame": moment.frame - first,
+        "values": _by_model(plan, moment.values),
+        "curves": _by_model(plan, moment.curves[:, first : first + plan.frames]),
+    }
+
+
+def _write_wav(path: Path, audio: np.ndarray, rate: int) -> None:
+    soundfile.write(path, np.clip(audio, -1, 1), rate, subtype="PCM_16")

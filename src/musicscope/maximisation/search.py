@@ -1,39 +1,43 @@
-"""Activation maximisation over codec tokens: what a feature answers to, within what a model plays.
+"""Activation maximisation over codec tokens, within the model's own prior.
 
-A model of discrete tokens has no input that could follow a gradient; here tokens are searched for
-the largest `token_objective.Objective`. One step: gradients of both its terms through the
-embeddings give the first-order gain of all K x T x card substitutions; many proposals, each with
-many codes changed at once, are drawn from the best; the layers up to the feature's run on all of
-them and give the activation exactly; the most promising go on from there through the other layers,
-which gives log p exactly; the best is taken if it is better than what there is. That is GCG (Zou et
-al. 2023, arXiv 2307.15043) with steps of several codes, whose number follows what the last steps
-could use.
+A model of discrete tokens has no input that could follow a gradient, so tokens are searched for
+the largest `objective.Objective`. One step:
+
+1. Gradients of both terms through the embeddings give the first-order gain of all K x T x card
+   substitutions.
+2. Proposals, each with many codes changed at once, are drawn from the best substitutions.
+3. The layers up to the feature's run on all proposals: exact activations.
+4. The most promising continue through the other layers: exact log p.
+5. The best is accepted if it improves the objective.
+
+That is GCG (Zou et al. 2023, arXiv 2307.15043) with several codes per step; their number adapts to
+the last accepted steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from musicscope.maximisation.objective import Objective, activations, exact, gains, log_probs
+from musicscope.models.interface import MusicModel
 
-ALTERNATIVES = 4  # best codes of a place that proposals draw from
-LEAST_HEARD = 8  # smallest size where sound is judged: what single codes do is mostly lost
+ALTERNATIVES = 4  # best codes per position that proposals draw from
+LEAST_AUDIBLE = 8  # fewest changed codes where sound is judged: most single changes are inaudible
 PATIENCE = 4  # rejected steps in a row, at the smallest size, after which a search ends
 
 
 def propose(
     total: Tensor, codes: Tensor, sizes: Sequence[int], generator: torch.Generator
 ) -> Tensor:
-    """Proposals [len(sizes), K, T]: codes [K, T] with up to sizes[j] places changed in number j.
+    """Draw proposals [len(sizes), K, T]; number j changes up to sizes[j] codes.
 
-    `total` [K, T, card] are the gains. A proposal takes the places and codes with the largest
-    gains after Gumbel noise has been added, from none in the first to the spread of the gains
-    over places in the last. Places that promise a loss are left alone, but for the best one.
+    `codes` [K, T]; `total` [K, T, card] are the gains. A proposal takes the substitutions with the
+    largest gains after Gumbel noise; the noise grows from zero in the first proposal to the spread
+    of the gains over positions in the last. Negative gains are skipped, except the best.
     """
     places = codes.numel()
     open_to = total.scatter(-1, codes[..., None], -torch.inf).flatten(0, 1)
@@ -56,72 +60,64 @@ def propose(
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Cost of a search."""
-
-    steps: int
-    proposals: int
-    """Candidates a step, whose activation is computed."""
-    kept: int
-    """Candidates a step, of these, whose log p is computed."""
-
-
-@dataclass(frozen=True)
 class Codec:
-    """For searches that are judged by ear: what tokens become once they were audio."""
+    """The codec of searches that are judged by sound: tokens after decoding and encoding."""
 
-    model: Any
+    model: MusicModel
     survival: Tensor
-    """[K] share of each codebook's codes that are the same after decoding and encoding."""
+    """[K] fraction of each codebook's codes that decoding and encoding leave unchanged."""
     first: int = 0
-    """Codebooks before this one are left alone, since no sound has them: in YuE a mix becomes the
-    instrumental track and silence the vocal one (`TokenGradient.FIRST_HEARD`)."""
+    """Codebooks before this one are not searched: `encode` gives them the same codes for every
+    recording (YuE's vocal track)."""
 
     def again(self, codes: Tensor) -> Tensor:
-        """Tokens [B, K, T] of the audio that tokens [B, K, T] decode to."""
+        """Decode tokens [B, K, T] to audio and encode that: tokens [B, K, T]."""
         audio = self.model.decode(codes)
         return self.model.encode(audio, [None] * len(audio)).codes[..., : codes.shape[-1]]
 
 
-def survival(codes: Tensor, again: Tensor) -> Tensor:
-    """`Codec.survival` [K] from tokens [B, K, T] and what they are after one round."""
-    return (codes == again).float().mean((0, 2))
+def measure_survival(codec: Codec, codes: Tensor) -> Tensor:
+    """Measure `Codec.survival` [K] on tokens [B, K, T], with codebooks before `first` as encoded.
 
-
-def survived(codec: Codec, codes: Tensor) -> Tensor:
-    """`Codec.survival` [K] of tokens [B, K, T], with what a search leaves alone as a sound has it.
-
-    Where none of n survives, one in n is taken: 0 would hide what the gains tell codes apart by.
+    At least one in n tokens counts as unchanged: 0 would hide the differences between gains.
     """
     if codec.first:
         codes = torch.cat([codec.again(codes)[:, : codec.first], codes[:, codec.first :]], 1)
-    return survival(codes, codec.again(codes)).clamp(min=1 / codes[:, 0].numel())
+    share = (codes == codec.again(codes)).float().mean((0, 2))
+    return share.clamp(min=1 / codes[:, 0].numel())
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where a search came to."""
+class Optimised:
+    """Outcome of a search."""
 
     codes: Tensor
     """[K, T]"""
     objective: tuple[float, ...]
-    """J of the start and after each step; never falls. With a `Codec`, J of `codes` again."""
+    """J of the start and after each step, never falling. With a `Codec`: J of `codes` after it."""
 
 
 @torch.no_grad()
 def search(
     objective: Objective,
     start: Tensor,
-    settings: Settings,
     seed: int,
     codec: Codec | None = None,
-) -> Found:
+    *,
+    steps: int,
+    proposals: int,
+    kept: int,
+) -> Optimised:
     """Maximise `objective` from codes `start` [K, T]. Same seed, same machine: same codes.
 
-    With a `codec` candidates are judged by the tokens of the audio that they decode to: no codec
-    gives back all the tokens that it was given (EnCodec least in the fine codebooks), so that what
-    a search does to tokens need not be in the sound. Substitutions then count by their chance to
-    survive, and each step begins at the tokens of the sound.
+    With a `codec`, candidates are scored on the tokens that their decoded audio encodes to. No
+    codec reproduces all tokens (EnCodec least in the fine codebooks), so a change of tokens need
+    not be audible. Gains are then weighted by survival, and each step starts from encoded audio.
+
+    Args:
+        steps: most steps of the search.
+        proposals: candidates per step whose activation is computed.
+        kept: how many of these also have their log p computed.
     """
     generator = torch.Generator().manual_seed(seed)
     codes = start if codec is None else codec.again(start[None])[0]
@@ -129,37 +125,37 @@ def search(
     history = [float(objective.total(activation, log_prob))]
     first = 0 if codec is None else codec.first
     size, rejected = max(1, start[first:].numel() // 16), 0
-    least = 1 if codec is None else LEAST_HEARD
-    for _ in range(settings.steps):
-        known = gains(objective, codes)
-        total = known.total(objective.naturalness)
+    least = 1 if codec is None else LEAST_AUDIBLE
+    for _ in range(steps):
+        gain = gains(objective, codes)
+        total = gain.total(objective.naturalness)
         if codec is not None:
             total = total * codec.survival.to(total)[:, None, None]
-        sizes = [max(1, (2 * size) >> (i % 4)) for i in range(settings.proposals)]
-        proposals = codes.repeat(len(sizes), 1, 1)
-        proposals[:, first:] = propose(total[first:], codes[first:], sizes, generator)
-        found, streams = activations(objective, proposals)
-        # log p by first order, to choose the few for which it is worth computing.
-        changed = proposals != codes
-        own = known.log_prob.unsqueeze(1).expand(-1, len(proposals), -1, -1, -1)
-        index = proposals[None, ..., None].expand(len(own), -1, -1, -1, 1)
+        sizes = [max(1, (2 * size) >> (i % 4)) for i in range(proposals)]
+        candidates = codes.repeat(len(sizes), 1, 1)
+        candidates[:, first:] = propose(total[first:], codes[first:], sizes, generator)
+        value, streams = activations(objective, candidates)
+        # First-order log p ranks the candidates; exact log p is computed for the best of them.
+        changed = candidates != codes
+        own = gain.log_prob.unsqueeze(1).expand(-1, len(candidates), -1, -1, -1)
+        index = candidates[None, ..., None].expand(len(own), -1, -1, -1, 1)
         shift = (own.gather(-1, index)[..., 0] * changed).sum((-1, -2))
-        promise = objective.total(found, log_prob + shift)
-        kept = promise.topk(min(settings.kept, len(proposals))).indices
+        promise = objective.total(value, log_prob + shift)
+        promising = promise.topk(min(kept, len(candidates))).indices
         if codec is None:
-            states, found = proposals[kept], found[:, kept]
-            natural = log_prob.new_zeros((0, len(kept)))
+            states, value = candidates[promising], value[:, promising]
+            natural = log_prob.new_zeros((0, len(promising)))
             if objective.naturalness:
-                natural = log_probs(objective, states, [stream[kept] for stream in streams])
+                natural = log_probs(objective, states, [stream[promising] for stream in streams])
         else:
-            states = codec.again(proposals[kept])
-            found, natural = exact(objective, states)
-        totals = objective.total(found, natural)
+            states = codec.again(candidates[promising])
+            value, natural = exact(objective, states)
+        totals = objective.total(value, natural)
         winner = int(totals.argmax())
         if float(totals[winner]) > history[-1]:
-            best, codes, rejected = proposals[kept[winner]], states[winner], 0
-            size = min(start.numel(), int(changed[kept[winner]].sum()))
-            activation, log_prob = found[:, winner, None], natural[:, winner, None]
+            best, codes, rejected = candidates[promising[winner]], states[winner], 0
+            size = min(start.numel(), int(changed[promising[winner]].sum()))
+            log_prob = natural[:, winner, None]
             history.append(float(totals[winner]))
         else:
             rejected = rejected + 1 if size <= least else 0
@@ -167,9 +163,9 @@ def search(
             history.append(history[-1])
         if rejected == PATIENCE:
             break
-    return Found(best, tuple(history))
+    return Optimised(best, tuple(history))
 
 
 def best_start(objective: Objective, candidates: Tensor) -> Tensor:
-    """The one [K, T] of candidates [B, K, T] with the largest objective."""
+    """Return the sequence [K, T] of candidates [B, K, T] with the largest objective."""
     return candidates[int(objective.total(*exact(objective, candidates)).argmax())]

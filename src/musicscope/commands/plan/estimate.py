@@ -1,8 +1,8 @@
-"""What a configuration will take before anything runs: clips, frames, disk, memory, hours.
+"""Estimate the cost of a configuration before anything runs: clips, frames, disk, memory, hours.
 
-Neither the data nor the models need to be there: sizes of published ones are known. Hours come from
-rates measured on this machine (--measure) or kept in benchmarks/results; what was never measured is
-scaled from the nearest that was, and marked so.
+Neither the data nor the models need to be local: sizes of published ones are known. Hours come from
+rates measured on this machine (--measure) or stored in benchmarks/results. Rates of other models
+are scaled from the nearest measured one, and marked.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
-from musicscope.commands.plan.rates import Rates
+from musicscope.commands.plan.rates import Rates, StepRate
 from musicscope.config import Params, load_params
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
-STORED_BYTES = 2  # a number in float16 or bfloat16, a sample in int16
+STORED_BYTES = 2  # per number in float16 or bfloat16, per sample in int16
+SHUFFLE_BYTES = 256 * 2**20  # shuffle window of a store (ActivationStore.train_batches)
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aif", ".aiff"}
 
 
 @dataclass(frozen=True)
 class Clips:
-    """How much there is to listen to."""
+    """Number and format of the clips."""
 
     number: int
     train: int
@@ -39,23 +40,23 @@ class Clips:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of one model: what it leaves on disk, what it holds, how long it takes."""
+    """Cost of one stage of one model."""
 
     stage: str
     what: str
     disk: float = 0.0
     """bytes"""
     memory: float | None = None
-    """bytes, of one process"""
+    """bytes per process"""
     hours: float | None = None
     note: str = ""
-    """On what the time was measured."""
+    """Device of the time measurement."""
     runs: bool = True
-    """False: it only lies there."""
+    """False: takes disk only."""
 
 
 def overridden(path: str | Path, sets: Sequence[str]) -> Params:
-    """params.yaml with overrides in the grammar of ``dvc exp run -S``, checked as ever.
+    """Load params.yaml with overrides in the grammar of ``dvc exp run -S``, validated.
 
     ParamsError or ValueError names the key that is wrong.
     """
@@ -75,9 +76,9 @@ def overridden(path: str | Path, sets: Sequence[str]) -> Params:
 
 
 def count_clips(params: Params, given: int | None = None) -> Clips:
-    """Clips that prepare_data will make, at most; `given` overrides their number.
+    """Count the clips that prepare_data will make, at most; `given` overrides their number.
 
-    ValueError where nothing says how many recordings a folder holds.
+    ValueError for a folder without recordings to count.
     """
     section = params.prepare_data
     if section.source == "embedded":
@@ -86,23 +87,16 @@ def count_clips(params: Params, given: int | None = None) -> Clips:
         number = splits.train + splits.validation + splits.test + held_out + 2 * section.pairs
         rate, train, origin = EMBEDDED_RATE, splits.train, "params.yaml"
     else:
-        settings = section.recordings
-        rate = settings.sample_rate
-        data, origin = _data_set(params, given)
+        settings, (data, origin) = section.recordings, _data_set(params, given)
         windows = max(1, min(settings.windows, int(data.seconds / section.seconds + 1e-6)))
+        # A data set without a split gives up a share of train for it.
         test = data.test or round(data.train * settings.test_share)
         train = data.train - (0 if data.test else test)
         validation = data.validation or round(train * settings.validation_share)
         train -= 0 if data.validation else validation
-        kept = (
-            min(have, wanted or have)
-            for have, wanted in zip(
-                (train, validation, test),
-                (settings.limits.train, settings.limits.validation, settings.limits.test),
-                strict=True,
-            )
-        )
-        counts = [windows * count for count in kept]
+        limits, rate = settings.limits, settings.sample_rate
+        pairs = ((train, limits.train), (validation, limits.validation), (test, limits.test))
+        counts = [windows * min(have, limit or have) for have, limit in pairs]
         number, train = sum(counts), counts[0]
     if given is not None:
         train, number, origin = round(train * given / max(number, 1)), given, "--clips"
@@ -127,14 +121,18 @@ def _data_set(params: Params, given: int | None) -> tuple[DataSet, str]:
 
 
 def frames_of(clips: Clips, shape: Shape) -> int:
-    """Frames of one clip, as extraction counts them."""
+    """Count the frames of one clip, as extraction does."""
     return math.ceil(clips.seconds * shape.frame_rate - 1e-6)
 
 
 def rows_of(
-    params: Params, clips: Clips, shapes: Sequence[Shape], rates: dict[str, Rates]
+    params: Params,
+    clips: Clips,
+    shapes: Sequence[Shape],
+    rates: dict[str, Rates],
+    step: StepRate | None = None,
 ) -> list[Row]:
-    """Every stage whose size depends on data or models, in the order of the DAG."""
+    """Estimate every stage whose size depends on data or models, in the order of the DAG."""
     samples = clips.number * clips.seconds * clips.sample_rate
     rows = [Row("prepare_data", "data/clips", samples * STORED_BYTES, runs=False)]
     for shape in shapes:
@@ -142,7 +140,6 @@ def rows_of(
         if shape.layers:
             rows.append(_ablation(params, shape, rates[shape.name], clips))
         rows.append(_extraction(params, shape, rates[shape.name], clips))
-    step = plan_rates.sae_step_rate(rates)
     for shape in shapes:
         for slot in params.slots:
             what = f"{shape.name} {slot}"
@@ -155,13 +152,13 @@ def rows_of(
 
 
 def _parallel(params: Params, rates: Rates) -> int:
-    """Processes that share the work: on a GPU one of them has it."""
+    """Processes that share the work; on a GPU, one."""
     return params.compute.processes if rates.on_cpu or params.compute.engine != "processes" else 1
 
 
 def _ablation(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
     section = params.ablate
-    passes = 2 * section.clips  # of train clips for the means, of the scored ones for their inputs
+    passes = 2 * section.clips  # train clips for the means, scored clips for their inputs
     hours = None
     if (each := rates.ablate(len(section.kinds), shape.layers)) is not None:
         spent = passes * (rates.extract or 0.0) + section.clips * each
@@ -169,7 +166,7 @@ def _ablation(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
     what = (
         f"{shape.name}: {shape.layers} layers x {len(section.kinds)} kinds, {section.clips} clips"
     )
-    return Row("ablate", what, 0.0, rates.ablate_memory(4, clips.seconds), hours, rates.note)
+    return Row("ablate", what, 0.0, rates.memory("ablate", 4, clips.seconds), hours, rates.note)
 
 
 def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
@@ -181,23 +178,23 @@ def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row
         spent = clips.number * rates.extract * clips.seconds / rates.clip_seconds
         hours = spent / 3600 / _parallel(params, rates)
     what = f"{shape.name}: {rows:,} frames of {shape.width} x {len(params.slots)} slots"
-    memory = rates.extract_memory(section.batch_clips, clips.seconds)
+    memory = rates.memory("extract", section.batch_clips, clips.seconds)
     return Row("extract_activations", what, disk, memory, hours, rates.note)
 
 
 def _dictionaries(
-    stage: str, what: str, params: Params, widths: Sequence[int], step: plan_rates.StepRate | None
+    stage: str, what: str, params: Params, widths: Sequence[int], step: StepRate | None
 ) -> Row:
-    """Training of all dictionaries of a stage, over models of these widths."""
+    """Estimate the training of all dictionaries of a stage, over models of these widths."""
     section, total = getattr(params, stage), sum(widths)
     latents = section.expansion * max(widths)
     count = section.seeds + getattr(section, "null_seeds", 0)
     weights = 4 * (2 * latents * total + latents * len(widths) + total)
     # Weights, gradients and Adam's two moments; pre-activations of a batch; the shuffle's window.
-    memory = 4 * weights + 4 * section.batch_size * latents + plan_rates.WINDOW_BYTES
+    memory = 4 * weights + 4 * section.batch_size * latents + SHUFFLE_BYTES
     hours, note = None, ""
     if step is not None:
-        # A universal SAE encodes one model a step, a crosscoder all.
+        # A universal SAE encodes one model per step, a crosscoder all.
         encoded = total if stage == "train_crosscoder" else total / len(widths)
         each = step.seconds(section.batch_size, latents, encoded)
         spent = each * (section.samples // section.batch_size) * count
@@ -208,7 +205,7 @@ def _dictionaries(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows and their sum as text; "?" where nothing was measured."""
+    """Format the rows and their sum as text; "?" where nothing was measured."""
 
     def shown(value: float | None, scale: float = 1.0) -> str:
         if value is None:
@@ -235,26 +232,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `musicscope plan`."""
-    parser.add_argument("--params", default="params.yaml", help="the file to plan for")
+    """Add the arguments of `musicscope plan`."""
+    parser.add_argument("--params", default="params.yaml", help="the configuration to plan")
     parser.add_argument(
         "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="sets",
-        help="an override, as dvc exp run takes it; may be repeated",
+        help="an override, as in dvc exp run; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--clips", type=int, help="so many clips, whatever the data set holds")
+    parser.add_argument(
+        "--clips", type=int, help="number of clips, in place of the size of the data set"
+    )
     parser.add_argument(
         "--measure", action="store_true",
-        help="time each model that is here on two clips of noise; else rates of earlier runs",
+        help="time each local model on two clips of noise, in place of stored rates",
     )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, metavar="GB",
-        help="say which extract_activations.batch_clips fits into so much memory a process",
+        help="print the largest extract_activations.batch_clips for this memory per process",
     )  # fmt: skip
-    parser.add_argument("--results", default="benchmarks/results", help="where rates are kept")
+    parser.add_argument("--results", default="benchmarks/results", help="folder of stored rates")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan of a params.yaml with overrides."""
+    """Print the estimate for a params.yaml with overrides."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     params = overridden(args.params, args.sets)
     clips = count_clips(params, args.clips)
@@ -274,9 +273,9 @@ def run(args: argparse.Namespace) -> None:
         if shape.sample_rate != clips.sample_rate:
             print(f"  works at {shape.sample_rate} Hz: clips are resampled as they are read")
         if args.measure:
-            now = plan_rates.measured(shape, clips.seconds, params.compute.device)
-            rates[shape.name] = replace(now, step=rates[shape.name].step)
-    print("\n" + table(rows_of(params, clips, shapes, rates)))
+            rates[shape.name] = plan_rates.measured(shape, clips.seconds, params.compute.device)
+    step = plan_rates.step_rate(args.results)
+    print("\n" + table(rows_of(params, clips, shapes, rates, step)))
     print(
         "\nDVC keeps a second copy of outs in its cache unless `dvc config cache.type` links them "
         "(reflink, hardlink or symlink). Hours: with compute.processes = "

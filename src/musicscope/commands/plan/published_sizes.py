@@ -1,18 +1,21 @@
-"""Shapes of the published models and data sets: known before anything is downloaded.
+"""Sizes of the published models and data sets, known before anything is downloaded.
 
-Sizes of MusicGen: audiocraft's model cards and code (small, medium, large), T5-base as text encoder
-and EnCodec at 32 kHz; of YuE stage 1: 32 Llama layers of 4,096, to which Llama 7B's other sizes are
-added (at most: grouped key heads weigh less). A folder's own config.json goes before these.
+MusicGen: from audiocraft's model cards and code (small, medium, large), with T5-base as text
+encoder and EnCodec at 32 kHz. YuE stage 1: 32 Llama layers of 4,096; other sizes are Llama 7B's, an
+upper bound (grouped key heads weigh less). A folder's own config.json takes precedence.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from musicscope.core.io import read_json
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, MusicgenConfig, PretrainedConfig, T5Config
 
 MUSICGEN = {
     "musicgen-small": {"hidden_size": 1024, "heads": 16, "layers": 24},
@@ -20,19 +23,23 @@ MUSICGEN = {
     "musicgen-large": {"hidden_size": 2048, "heads": 32, "layers": 48},
 }
 YUE_S1 = "YuE-s1-7B"
+YUE_CONFIG = {
+    "vocab_size": 83_968, "hidden_size": 4096, "intermediate_size": 11_008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 16_384,
+}  # fmt: skip
 RAVE_WIDTH, RAVE_RATE = 128, 44_100 / 2048
-"""Of a v2 export: dimensions and frame rate of the posterior mean."""
+"""Dimensions and frame rate of the posterior mean of a v2 export."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Recordings of a published data set, before any is turned down."""
+    """Recordings of a published data set, before filtering."""
 
     train: int
     validation: int
     test: int
     seconds: float
-    """Length of a recording, or the shortest that is common."""
+    """Length of a recording, or the shortest common length."""
 
 
 DATA_SETS = {
@@ -45,38 +52,38 @@ DATA_SETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What planning needs to know of a model."""
+    """Size of a model, as planning uses it."""
 
     name: str
     layers: int
-    """That a pass runs through at most (0: not a stack of equal layers)."""
+    """Layers of a full pass (0: not a stack of equal layers)."""
     width: int
     """Dimensions of a hook point."""
     sample_rate: int
     frame_rate: float
     decoder_parameters: int
-    """Of what is studied: the language model; RAVE: everything."""
+    """Parameters of the language model; RAVE: of everything."""
     other_parameters: int
-    """Of codec and text encoder, which stay in float32."""
+    """Parameters of codec and text encoder, which stay in float32."""
     origin: str
-    """Where this comes from: a path, or "published sizes"."""
+    """Source: a path, or "published sizes"."""
     positions_per_frame: int = 1
-    """Sequence positions that a frame takes: what a pass costs goes with them."""
+    """Sequence positions per frame; the cost of a pass is proportional."""
 
     def weight_bytes(self, decoder_bytes: int = 4) -> int:
-        """Bytes of all weights with so many bytes for each of the decoder's."""
+        """Bytes of all weights, with `decoder_bytes` per parameter of the decoder."""
         return self.decoder_parameters * decoder_bytes + self.other_parameters * 4
 
 
-def text_config() -> Any:
-    """transformers' configuration of the encoder of T5-base, which all MusicGens have."""
+def text_config() -> T5Config:
+    """Build transformers' configuration of T5-base's encoder, which every MusicGen has."""
     from transformers import T5Config
 
     return T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
 
 
-def musicgen_config(name: str) -> Any:
-    """transformers' configuration of a published mono MusicGen (a key of MUSICGEN)."""
+def musicgen_config(name: str) -> MusicgenConfig:
+    """Build transformers' configuration of a published mono MusicGen (a key of MUSICGEN)."""
     from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig
 
     size = MUSICGEN[name]
@@ -97,30 +104,29 @@ def musicgen_config(name: str) -> Any:
     return MusicgenConfig(text_encoder=text_config(), audio_encoder=codec, decoder=decoder)
 
 
-def yue_config() -> Any:
-    """transformers' configuration of YuE stage 1."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=83_968, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
-        num_attention_heads=32, max_position_embeddings=16_384,
-    )  # fmt: skip
-
-
 def shape_of(name: str, models: str | Path = "data/models") -> Shape:
-    """The shape of the folder `models`/`name`, or else of the published model of that name.
+    """Return the shape of the folder `models`/`name`, or of the published model of that name.
 
-    A hub id counts by what stands behind its slash. ValueError for a name that says nothing.
+    A hub id counts by its part after the slash. ValueError for an unknown name.
     """
+    from transformers import LlamaConfig, MusicgenConfig
+
     folder, plain = Path(models) / name, name.rsplit("/", 1)[-1]
     if (folder / "config.json").is_file():
-        return _of_config(name, folder)
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind == "musicgen":
+            return _of_musicgen(name, MusicgenConfig.from_pretrained(folder), str(folder))
+        if kind == "llama":
+            return _of_llama(name, LlamaConfig.from_pretrained(folder), str(folder))
+        raise ValueError(
+            f"{folder}/config.json is of type {kind!r}; planned are musicgen and llama"
+        )
     if (folder / "state_dict.bin").is_file():
-        return _of_audiocraft(name, folder)
+        return _of_musicgen(name, _audiocraft_config(folder), str(folder))
     if plain in MUSICGEN:
         return _of_musicgen(name, musicgen_config(plain), "published sizes")
     if plain.startswith(YUE_S1):
-        return _of_llama(name, yue_config(), "published sizes")
+        return _of_llama(name, LlamaConfig(**YUE_CONFIG), "published sizes")
     exports = sorted(folder.glob("*.ts"))
     if exports or "rave" in plain.lower():
         origin = str(exports[0]) if exports else "published sizes"
@@ -132,19 +138,7 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
     )
 
 
-def _of_config(name: str, folder: Path) -> Shape:
-    from transformers import LlamaConfig, MusicgenConfig
-
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind == "musicgen":
-        return _of_musicgen(name, MusicgenConfig.from_pretrained(folder), str(folder))
-    if kind == "llama":
-        return _of_llama(name, LlamaConfig.from_pretrained(folder), str(folder))
-    raise ValueError(f"{folder}/config.json is of type {kind!r}; planned are musicgen and llama")
-
-
-def _of_audiocraft(name: str, folder: Path) -> Shape:
+def _audiocraft_config(folder: Path) -> MusicgenConfig:
     from transformers import T5Config
 
     from musicscope.models.audiocraft.config import transformers_config
@@ -158,20 +152,20 @@ def _of_audiocraft(name: str, folder: Path) -> Shape:
     configs = (read_checkpoint(folder / file)[1] for file in (MODEL_FILE, CODEC_FILE))
     text = folder / TEXT_FOLDER
     t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
-    return _of_musicgen(name, transformers_config(*configs, t5), str(folder))
+    return transformers_config(*configs, t5)
 
 
-def _of_musicgen(name: str, config: Any, origin: str) -> Shape:
+def _of_musicgen(name: str, config: MusicgenConfig, origin: str) -> Shape:
     decoder, codec = config.decoder, config.audio_encoder
-    hop = functools.reduce(int.__mul__, codec.upsampling_ratios)
+    rate = codec.sampling_rate / math.prod(codec.upsampling_ratios)
     whole, core = _parameters("MusicgenForConditionalGeneration", config, "decoder")
     return Shape(
-        name, decoder.num_hidden_layers, decoder.hidden_size, codec.sampling_rate,
-        codec.sampling_rate / hop, core, whole - core, origin,
+        name, decoder.num_hidden_layers, decoder.hidden_size, codec.sampling_rate, rate, core,
+        whole - core, origin,
     )  # fmt: skip
 
 
-def _of_llama(name: str, config: Any, origin: str) -> Shape:
+def _of_llama(name: str, config: LlamaConfig, origin: str) -> Shape:
     whole, _ = _parameters("LlamaForCausalLM", config, "model")
     return Shape(
         name, config.num_hidden_layers, config.hidden_size, 16_000, 50.0, whole, 0, origin,
@@ -179,12 +173,12 @@ def _of_llama(name: str, config: Any, origin: str) -> Shape:
     )  # fmt: skip
 
 
-def _parameters(class_name: str, config: Any, part: str) -> tuple[int, int]:
-    """Parameters of a transformers model and of one of its parts; no memory is taken for them."""
+def _parameters(class_name: str, config: PretrainedConfig, part: str) -> tuple[int, int]:
+    """Count parameters of a transformers model and of one of its parts, without allocating them."""
     import torch
     import transformers
 
     with torch.device("meta"):
         model = getattr(transformers, class_name)(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return count(model), count(getattr(model, part))
+    whole, core = (sum(p.numel() for p in m.parameters()) for m in (model, getattr(model, part)))
+    return whole, core

@@ -28,8 +28,11 @@ from musicscope.embedded.midi_set.render import SAMPLE_RATE
 from musicscope.embedded.nano.codec_training import CodecConfig, train_codec
 from musicscope.embedded.nano.decoder_training import DecoderConfig, build_musicgen, train_decoder
 from musicscope.embedded.nano.text_training import TextConfig, draw_captions, train_text_encoder
-from musicscope.judges.instrument_classifier import FamilyJudge, load_family_judge
-from musicscope.judges.instrument_training import train_family_judge
+from musicscope.judges.instrument_classifier import (
+    FamilyJudge,
+    load_family_judge,
+    train_family_judge,
+)
 
 SECONDS = 10.0
 CHUNK = 100

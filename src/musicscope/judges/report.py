@@ -1,0 +1,160 @@
+"""Metrics, table and chart of the judges on test clips: AUROC per family with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from musicscope.core import plots, stats
+from musicscope.core.seeding import seed_for
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.judges.musicnn import silent
+from musicscope.judges.pair import JUDGES, TAGS
+from musicscope.judges.training import FONTS, Predictions, gather
+
+SETS = (*FONTS, "codec_source", "codec")
+"""Test clips per soundfont; the clips that go through the codec, before and after it."""
+
+
+def family_report(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    families: Sequence[str],
+    groups: Sequence[str],
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Compute AUROC per family with a 95 % bootstrap interval over `groups` (compositions).
+
+    `probabilities` and `labels` are [n, families], `groups` [n]. Rows of silent clips (NaN) are
+    left out and counted under ``silent``. A family with positives only or negatives only gets
+    None. ``mean_auroc`` is over the other families.
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels).astype(bool)
+    kept = ~np.isnan(probabilities).any(axis=1)
+    groups = np.asarray(groups)[kept]
+    report: dict[str, Any] = {"clips": int(kept.sum()), "silent": int((~kept).sum())}
+    scores = []
+    for family, score, truth in zip(families, probabilities.T, labels.T, strict=True):
+        score, truth = score[kept], truth[kept]
+        value = low = high = None
+        if 0 < truth.sum() < len(truth):
+            value = stats.auroc(score, truth)
+            low, high = stats.bootstrap_groups(
+                stats.auroc_of(score, truth), groups, bootstrap,
+                seed_for(seed, "family_report", family),
+            )  # fmt: skip
+            scores.append(value)
+        report[family] = {
+            "positives": int(truth.sum()), "auroc": value, "ci_low": low, "ci_high": high
+        }  # fmt: skip
+    report["mean_auroc"] = float(np.mean(scores)) if scores else None
+    return report
+
+
+def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> dict[str, Any]:
+    """Compute the numbers of metrics/train_judge.json.
+
+    <judge>.<set>: AUROC per family with intervals over compositions; <judge>.shuffled: the same on
+    single clips with labels permuted over compositions (the null); <judge>.pairs.
+    cross_font.<train>_to_<test>: classifiers trained on one soundfont, tested on each.
+    """
+
+    def scored(of: Predictions, judge: str) -> dict[str, Any]:
+        columns = [i for i, f in enumerate(FAMILIES) if judge != "musicnn" or f in TAGS]
+        names = [FAMILIES[i] for i in columns]
+        scores, labels = of.scores[judge][:, columns], of.labels[:, columns]
+        return family_report(scores, labels, names, of.groups, bootstrap, seed)
+
+    numbers: dict[str, Any] = {"clips": {name: len(of.labels) for name, of in sets.items()}}
+    single = gather([replace(sets[font], name="") for font in FONTS])[""]
+    permuted = stats.permute_labels(
+        single.labels, single.groups, seed_for(seed, "train_judge", "null")
+    )
+    for judge in JUDGES:
+        entry = {name: scored(sets[name], judge) for name in SETS if name in sets}
+        entry["shuffled"] = scored(replace(single, labels=permuted), judge)
+        if "pairs" in sets:
+            guitar = sets["pairs"].scores[judge][:, FAMILIES.index("guitar")]
+            entry["pairs"] = pair_report(guitar, sets["pairs"], bootstrap, seed)
+        numbers[judge] = entry
+    numbers["cross_font"] = {
+        f"{font}_to_{test}": scored(sets[test], font) for font in FONTS for test in FONTS
+    }
+    return numbers
+
+
+def pair_report(scores: np.ndarray, of: Predictions, bootstrap: int, seed: int) -> dict[str, Any]:
+    """Compute the share of matched pairs whose guitar side has the higher score [clips].
+
+    A pair with a silent side is left out and counted.
+    """
+    lost = np.unique(of.pairs[silent(scores[:, None])])
+    kept = ~np.isin(of.pairs, lost)
+    guitar = of.labels[kept, FAMILIES.index("guitar")]
+    wins, groups = stats.pair_wins(scores[kept], guitar, of.pairs[kept], of.groups[kept])
+    interval_seed = seed_for(seed, "train_judge", "pairs")
+    low, high = stats.bootstrap_groups(wins, groups, bootstrap, interval_seed)
+    return {
+        "pairs": len(wins), "silent": len(lost), "accuracy": wins.mean(), "ci_low": low,
+        "ci_high": high,
+    }  # fmt: skip
+
+
+def summary_keys(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten the headline numbers as ``judge.*`` for metrics/summary.json."""
+    keys: dict[str, Any] = {}
+    for judge in JUDGES:
+        for name, report in metrics[judge].items():
+            prefix = f"judge.{judge}.{name}"
+            if name == "pairs":
+                keys[f"{prefix}_accuracy"] = report["accuracy"]
+                continue
+            keys[f"{prefix}.mean_auroc"] = report["mean_auroc"]
+            for key in ("auroc", "ci_low", "ci_high"):
+                keys[f"{prefix}.guitar_{key}"] = report["guitar"][key]
+    for name, report in metrics["cross_font"].items():
+        keys[f"judge.cross_font.{name}.mean_auroc"] = report["mean_auroc"]
+        keys[f"judge.cross_font.{name}.guitar_auroc"] = report["guitar"]["auroc"]
+    return keys
+
+
+def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """Tabulate AUROC with intervals: one row per judge, set and family."""
+    reports = [(judge, name, r) for judge in JUDGES for name, r in metrics[judge].items()]
+    reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]
+    return pd.DataFrame(
+        [
+            {"judge": judge, "set": name, "family": family, **report[family]}
+            for judge, name, report in reports
+            for family in FAMILIES
+            if family in report
+        ]
+    )
+
+
+def figure(metrics: Mapping[str, Any]) -> Figure:
+    """Draw AUROC per family and judge on codec output, the domain of generated music."""
+    drawn, ((axis,),) = plots.new_figure(size=(12.0, 4.2))
+    for series, judge in enumerate(JUDGES):
+        report = metrics[judge].get("codec") or metrics[judge][FONTS[0]]
+        entries = [report.get(f, {}) for f in FAMILIES]
+        values, low, high = (
+            [np.nan if e.get(k) is None else e[k] for e in entries]
+            for k in ("auroc", "ci_low", "ci_high")
+        )
+        plots.interval_bars(
+            axis, [f.replace("_", "\n") for f in FAMILIES], values, low, high, offset=series * 0.4,
+            colour=plots.COLOURS[series], name=judge.replace("_", " "), width=0.4,
+            show_values=False,
+        )  # fmt: skip
+    plots.reference_line(axis, 0.5, "chance")
+    title = "Judges on codec output of unheard compositions"
+    axis.set(title=title, ylabel="AUROC (95 %)", ylim=(0.3, 1.02))
+    axis.legend(loc="lower right")
+    return drawn
