@@ -1,5 +1,5 @@
 """Common, own and unmatched features of all models: metrics/match_features.json,
-data/features/{features,top_clips}.parquet and plots/match_features/.
+data/features/{features,top_clips,moments}.parquet and plots/match_features/.
 
 Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls,
 on frames that the models have in common (the slowest one's, where their rates differ).
@@ -20,6 +20,7 @@ from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.features import moments
 from musicscope.features import report as match_report
 from musicscope.features import run as match_run
 from musicscope.features import table as feature_table
@@ -44,11 +45,16 @@ def main() -> None:
     match_run.check(subjects, usae, clips.rows, slot)
     at = match_run.clip_positions(clips.rows)
     found = match_run.compare(subjects, usae, clips.rows, at, settings)
+    rate = frame_rate(subjects[0].store)
     features, top, skipped = match_run.describe_features(
-        found, subjects, usae, clips.rows, at, frame_rate(subjects[0].store), settings
+        found, subjects, usae, clips.rows, at, rate, settings
     )
     metrics = match_report.metrics(found, features, skipped, at, settings)
+    codes = {key: sets[match_run.REPORT] for key, sets in found.codes.items()}
+    ids = clips.rows["id"].to_numpy(str)[at[match_run.REPORT]]
+    wanted = moments.wanted(features, top, params.models, section.top_clips)
     feature_table.write("data/features", features, top)
+    moments.write("data/features/moments.parquet", moments.cut(codes, ids, wanted), rate)
     match_report.write_plots("plots/match_features", found, section.threshold)
     write_json("metrics/match_features.json", metrics)
 
