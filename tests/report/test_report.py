@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -250,6 +251,17 @@ def test_the_policy_allows_this_script_and_style_and_no_request():
 def test_an_anchor_used_twice_is_an_error():
     with pytest.raises(ValueError, match="appear twice: a"):
         report.page("t", [Section("a", "A"), Section("a", "B")])
+
+
+def test_the_report_loads_no_model_library():
+    code = (
+        "import sys; import musicscope.report.build; "
+        "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
 
 
 # Tables from metrics

@@ -15,12 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from musicscope.core.io import atomic_file
-from musicscope.dictionaries.codes import Codes
 from musicscope.features import selection
 
 MOST = 64
@@ -29,6 +30,18 @@ Feature = tuple[str, str, int]
 """kind ("sae" or "usae"), model, number"""
 Curves = dict[tuple[Feature, str], np.ndarray]
 """(feature, clip id): activation [frames], 0 where the code leaves the feature out"""
+
+
+class ClipCodes(Protocol):
+    """The part of dictionaries.codes.Codes that curves are cut from."""
+
+    @property
+    def matrix(self) -> csr_array:
+        """[frames of all clips, F]"""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """[clips] frames of each clip"""
 
 
 @dataclass(frozen=True)
@@ -115,17 +128,15 @@ def wanted(
     table: pd.DataFrame, top: pd.DataFrame, models: Sequence[str], clips: int
 ) -> list[tuple[Feature, str]]:
     """(feature, clip id) of every curve that the report may draw, `clips` clips per feature."""
-    found = {
-        (trace, clip): None
-        for one in pick(table, models, MOST)
-        for clip, *_ in one.best_clips(table, top, models, clips)
-        for trace in one.traces(table, models)
-    }
+    found: dict[tuple[Feature, str], None] = {}
+    for one in pick(table, models, MOST):
+        traces, best = one.traces(table, models), one.best_clips(table, top, models, clips)
+        found |= {(trace, clip): None for clip, *_ in best for trace in traces}
     return list(found)
 
 
 def cut(
-    codes: Mapping[tuple[str, str], Codes],
+    codes: Mapping[tuple[str, str], ClipCodes],
     clips: Sequence[str],
     wanted: Iterable[tuple[Feature, str]],
 ) -> Curves:

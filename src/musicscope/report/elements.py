@@ -113,7 +113,6 @@ class Section:
     """Notes on what could not be shown."""
 
     @property
-    def cards(self) -> tuple[Card, ...]:
+    def cards(self) -> list[Card]:
         """The section's feature cards."""
-        found = self.content.get("cards", ())
-        return tuple(one for one in found if isinstance(one, Card)) if found else ()  # type: ignore
+        return [one for one in self.content.get("cards") or () if isinstance(one, Card)]
