@@ -26,8 +26,8 @@ from musicscope.data.clips import ClipStore
 from musicscope.report import build as report
 from musicscope.report import snippets
 from musicscope.report.cards import cards
-from musicscope.report.elements import Card, Figure, Moment, Players, Section, Table
-from musicscope.report.metrics import Number, Sources, in_words, plain, read, short, shown
+from musicscope.report.elements import Card, Cell, Figure, Moment, Players, Section, Table
+from musicscope.report.metrics import Number, Sources, cell, in_words, plain, read, short
 from musicscope.report.sections import features, layers, matching, maximisation, probes
 from stages import report as stage
 from tests.support.report import (
@@ -137,15 +137,20 @@ def test_short_numbers_keep_significant_digits(value, text):
     ],
 )
 def test_every_form_of_an_interval_is_read_alike(tree):
-    assert read({"a": tree}, "a.x") == (0.5, 0.4, 0.6)
-    cell = shown(read(tree, "x"), 2, shaded=True)
-    assert (cell.text, cell.detail, cell.shade) == ("0.50", "[0.40, 0.60]", 4)
+    assert read({"a.b": tree}, "a.b.x") == (0.5, 0.4, 0.6)
+    assert cell(tree, "x", 2, shaded=True) == Cell("0.50", "[0.40, 0.60]", 4)
+
+
+def test_an_interval_may_leave_out_the_name_of_the_number():
+    tree = {"best_auroc": 0.5, "best_ci_low": 0.4, "best_ci_high": 0.6, "tested_auroc": 0.3}
+    assert read({"a": tree}, "a.best_auroc") == (0.5, 0.4, 0.6)
+    assert read({"a": tree}, "a.tested_auroc") == Number(0.3)
 
 
 def test_a_missing_number_is_a_dash():
-    for tree in (None, {}, {"a": None}, {"a": 1.0}):
+    for tree in (None, {}, {"a": None}, {"a": 1.0}, {"a": {"x": {}}}):
         assert read(tree, "a.x") == Number()
-    assert shown(Number()) == shown(read({"x": None, "x_low": 1.0, "x_high": 2.0}, "y"))
+        assert cell(tree, "a.x", shaded=True) == Cell("–")
     assert read({"x": 0.5, "x_low": None, "x_high": 0.6}, "x") == Number(0.5)
 
 

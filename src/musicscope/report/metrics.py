@@ -1,8 +1,9 @@
 """Where the numbers of the report come from, and how each is read and written.
 
 Metrics hold a number at `key`, or a mapping there that holds the number as value, auroc, accuracy
-or difference. Its interval is at <key>_low and <key>_high, or <key>_ci_low and <key>_ci_high; in a
-mapping also at low and high, or ci_low and ci_high. A missing number becomes a dash.
+or difference. Its interval is beside it at <key>_low and <key>_high, or at <key>_ci_low and
+<key>_ci_high; these names can leave out value, auroc, accuracy or difference at the end of the key.
+A missing number becomes a dash.
 """
 
 from __future__ import annotations
@@ -75,33 +76,34 @@ class Number(NamedTuple):
     high: float | None = None
 
 
+def _locate(tree: Any, dotted: str) -> tuple[Tree, str] | None:
+    """The mapping that holds the entry at a dotted key, and its key there; keys may hold dots."""
+    if not isinstance(tree, Mapping):
+        return None
+    if dotted in tree:
+        return tree, dotted
+    for dot in (i for i, letter in enumerate(dotted) if letter == "."):
+        if found := _locate(tree.get(dotted[:dot]), dotted[dot + 1 :]):
+            return found
+    return None
+
+
 def get(tree: Any, dotted: str) -> Any:
     """The entry at a dotted key, or None."""
-    for key in dotted.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
+    found = _locate(tree, dotted)
+    return found[0][found[1]] if found else None
 
 
-def read(tree: Any, key: str) -> Number:
+def read(tree: Any, dotted: str) -> Number:
     """The number at a dotted key with its interval, by any of the names above."""
-    *above, last = key.split(".")
-    tree = get(tree, ".".join(above)) if above else tree
-    return entry(tree, last)
-
-
-def entry(tree: Any, key: str) -> Number:
-    """The number at one key, which may hold dots, with its interval."""
-    if not isinstance(tree, Mapping):
+    if (found := _locate(tree, dotted)) is None:
         return Number()
-    found = tree.get(key)
-    if isinstance(found, Mapping):
-        name = next((name for name in NAMES if name in found), "")
-        value, at, prefixes = found.get(name), found, ("", f"{name}_")
-    else:
-        value, at, prefixes = found, tree, (f"{key}_",)
-    for prefix in prefixes:
+    at, key = found
+    if isinstance(value := at[key], Mapping):
+        name = next((name for name in NAMES if name in value), "")
+        return read(value, name)
+    stems = (key.removesuffix(name) for name in NAMES if key.endswith(name))
+    for prefix in (f"{key}_", *stems):
         for low, high in (("low", "high"), ("ci_low", "ci_high")):
             ends = at.get(f"{prefix}{low}"), at.get(f"{prefix}{high}")
             if None not in ends:
@@ -109,22 +111,17 @@ def entry(tree: Any, key: str) -> Number:
     return Number(value)
 
 
-def shown(number: Number, digits: int = 3, shaded: bool = False) -> Cell:
-    """A cell with a number and, where both ends are known, its interval below.
+def cell(tree: Any, dotted: str, digits: int = 3, shaded: bool = False) -> Cell:
+    """A cell with the number at a dotted key and, where both ends are known, its interval below.
 
     `shaded`: with a shade for a value between 0 and 1.
     """
-    value, low, high = number
+    value, low, high = read(tree, dotted)
     detail = "" if low is None else f"[{plain(low, digits)}, {plain(high, digits)}]"
     shade = None
     if shaded and isinstance(value, int | float):
         shade = round(9 * min(max(value, 0.0), 1.0))
     return Cell(plain(value, digits), detail, shade)
-
-
-def cell(tree: Any, key: str, digits: int = 3) -> Cell:
-    """The number at a dotted key, with its interval, as a cell."""
-    return shown(read(tree, key), digits)
 
 
 def short(value: float | None, digits: int = 2) -> str:

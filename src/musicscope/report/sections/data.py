@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from musicscope.report.elements import Section, Table
-from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain, shown
-from musicscope.report.metrics import entry as entry_of
+from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain
 
 SETS = {
     "clips": "clips, TimGM6mb", "timgm6mb_pairs": "matched pairs, TimGM6mb",
@@ -50,10 +49,7 @@ def _cues(found: Tree) -> Table:
     return Table(
         "AUROC of single trivial cues for guitar",
         ("set", *(cue.replace("_", " ") for cue in cues)),
-        tuple(
-            (SETS.get(key, key), *(shown(entry_of(one, cue)) for cue in cues))
-            for key, one in sets.items()
-        ),
+        tuple((SETS.get(key, key), *(cell(one, cue) for cue in cues)) for key, one in sets.items()),
     )
 
 

@@ -6,19 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from musicscope.report.elements import Cell, Players, Section, Table
-from musicscope.report.metrics import (
-    DASH,
-    Number,
-    Sources,
-    Tree,
-    cell,
-    get,
-    missing,
-    plain,
-    short,
-    shown,
-)
+from musicscope.report.elements import Players, Section, Table
+from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, plain, short
 from musicscope.report.snippets import file_moment
 
 TOP, MOMENTS = 3, 2
@@ -59,8 +48,7 @@ def section(sources: Sources) -> Section | None:
 def _numbers(model: str, dictionary: str, concepts: Tree) -> Table:
     rows = []
     for concept, entry in concepts.items():
-        feature, test = get(entry, "best.feature"), get(entry, "test") or {}
-        on_test = Number(*(test.get(f"best_{key}") for key in ("auroc", "ci_low", "ci_high")))
+        feature = get(entry, "best.feature")
         rows.append((
             concept,
             f"{plain(get(entry, 'with'))} / {plain(get(entry, 'without'))}",
@@ -68,11 +56,11 @@ def _numbers(model: str, dictionary: str, concepts: Tree) -> Table:
             # The number of a feature is a name: no thousands separators.
             DASH if feature is None else str(feature),
             cell(entry, "best.effect_size"),
-            Cell(plain(get(entry, "best.auroc"))),
+            cell(entry, "best.auroc"),
             short(get(entry, "best.q")),
             cell(entry, "best.stability", 2),
-            shown(on_test),
-            cell(test, "tested_auroc"),
+            cell(entry, "test.best_auroc"),
+            cell(entry, "test.tested_auroc"),
             cell(entry, "few.any_discovery", 2),
             cell(entry, "null.any_discovery", 2),
         ))  # fmt: skip

@@ -5,19 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 from musicscope.report.elements import Cell, Figure, Section, Table
-from musicscope.report.metrics import (
-    DASH,
-    Number,
-    Sources,
-    Tree,
-    cell,
-    entry,
-    get,
-    in_words,
-    missing,
-    plain,
-    shown,
-)
+from musicscope.report.metrics import DASH, Sources, Tree, cell, get, in_words, missing, plain
 
 MEASURES = (
     ("share matched, but not by position in the clip", "musical_{}", "musical"),
@@ -58,7 +46,7 @@ def _between(models: tuple[str, ...], found: Tree) -> Table:
                 key = key.format(model)
                 rows.append((
                     f"{model} in {other}: {label}",
-                    shown(entry(pair, key)), shown(entry(pair, f"null_{key}")),
+                    cell(pair, key), cell(pair, f"null_{key}"),
                     cell(seeds.get(model), ceiling), cell(seeds.get(model), f"null_{ceiling}"),
                 ))  # fmt: skip
         rows.append((f"{a} and {b}: mean correlation of pairs", cell(pair, "mean"),
@@ -104,13 +92,13 @@ def _decoders(models: tuple[str, ...], found: Tree) -> Table:
 
 def _sets(models: tuple[str, ...], found: Tree) -> Table:
     sets = get(found, "sets") or {}
-    common, null = shown(entry(sets, "common"), 0), Cell(plain(sets.get("null_common"), 1))
+    common, null = cell(sets, "common", 0), Cell(plain(sets.get("null_common"), 1))
     rows = [
         ("common: matched in every model, not by position", *(common,) * len(models)),
         ("the same in the null", *(null,) * len(models)),
     ]
     rows += [
-        (f"{name}: {label}", *(shown(Number(sets.get(f"{name}_{m}"))) for m in models))
+        (f"{name}: {label}", *(cell(sets, f"{name}_{m}") for m in models))
         for name, label in SETS.items()
     ]
     return Table("SAE features by set", ("set", *models), tuple(rows))

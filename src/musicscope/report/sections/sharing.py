@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from musicscope.report.elements import Cell, Figure, Section, Table
-from musicscope.report.metrics import (
-    Number,
-    Sources,
-    Tree,
-    cell,
-    entry,
-    get,
-    in_words,
-    missing,
-    plain,
-    read,
-    shown,
-)
+from musicscope.report.metrics import Sources, Tree, cell, get, in_words, missing, plain
 
 NULLS = {
     "mispaired": "trained on mispaired clips",
@@ -96,13 +84,12 @@ def _r2(found: Tree) -> Table:
     for i, source in enumerate(names):
         for j, target in enumerate(names):
             key = f"r2_{i}_{j}"
-            own = entry(get(found, "independent_r2"), str(j))
-            numbers = [read(found, f"null.{null}.{key}") for null in NULLS]
+            controls = [*(f"null.{null}.{key}" for null in NULLS), f"independent_r2.{j}"]
             rows.append((
                 f"{target} from the code of {source}",
-                shown(read(found, f"headline.{key}"), shaded=True),
+                cell(found, f"headline.{key}", shaded=True),
                 _over_seeds(found, key),
-                *(shown(Number(one.value), shaded=True) for one in (*numbers, own)),
+                *(cell(found, control, shaded=True) for control in controls),
             ))  # fmt: skip
     columns = ("", "seed 0", "over seeds", *NULLS.values(), "the target's own SAE")
     return Table("R2 of one model's activations from another's code", columns, tuple(rows))

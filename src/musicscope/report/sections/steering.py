@@ -13,18 +13,7 @@ import pandas as pd
 
 from musicscope.core.io import read_json
 from musicscope.report.elements import Cell, Content, Figure, Moment, Players, Section, Table
-from musicscope.report.metrics import (
-    DASH,
-    Sources,
-    Tree,
-    cell,
-    entry,
-    get,
-    missing,
-    plain,
-    read,
-    shown,
-)
+from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, plain
 from musicscope.report.snippets import file_moment
 
 METHODS = {
@@ -126,7 +115,7 @@ def _success(model: str, found: Tree) -> Table:
     rows = (
         (
             label,
-            *(shown(read(one["methods"].get(m), "success"), 2, shaded=True) for m in methods),
+            *(cell(one, f"methods.{m}.success", 2, shaded=True) for m in methods),
             cell(one, f"methods.sae.{cost.key}", 2),
         )
         for label, one in _entries(found)
@@ -157,7 +146,7 @@ def _joint(model: str, joint: Tree, cost: Cost) -> Table:
             numbers = of[method]
             single = [
                 f"{concept} {plain(get(own, 'success'), 2)} "
-                f"({plain(entry(of.get(f'alone_{concept}'), 'success').value, 2)})"
+                f"({plain(get(of, f'alone_{concept}.success'), 2)})"
                 for concept, own in numbers.items()
                 if isinstance(own, dict)
             ]
@@ -184,8 +173,7 @@ def _doses(
             values = zip(own["strength"], own["success"], strict=True)
             said.append(f"{_name(method)}: {', '.join(f'{x:g} {plain(y)}' for x, y in values)}")
         for method in ("prompt_edit", "reseed"):
-            of = (get(found, "concepts") or {}).get(concept, {})
-            level = get(of, f"{direction}.methods.{method}.success")
+            level = get(found, f"concepts.{concept}.{direction}.methods.{method}.success")
             said += [] if level is None else [f"{_name(method)}: {plain(level)}"]
         words.append(f"{concept} {direction}. success by strength. {'; '.join(said)}")
     return sources.figure(
@@ -215,8 +203,7 @@ def _advantages(model: str, found: Tree) -> Table | None:
     if not rivals:
         return None
     rows = tuple(
-        (label, *(shown(entry(get(one, "sae_minus"), m), 2) for m in rivals))
-        for label, one in _entries(found)
+        (label, *(cell(one, f"sae_minus.{m}", 2) for m in rivals)) for label, one in _entries(found)
     )
     caption = f"{model}: success of features minus success of other methods"
     return Table(caption, ("request", *map(_name, rivals)), rows)
