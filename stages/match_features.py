@@ -1,5 +1,5 @@
 """Common, own and unmatched features of all models: metrics/match_features.json,
-data/features/{features,top_clips}.parquet and plots/match_features/.
+data/features/{features,top_clips,moments}.parquet and plots/match_features/.
 
 Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls,
 on common frames (those of the slowest model, where frame rates differ).
@@ -19,8 +19,8 @@ from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.usae import UniversalSAE
-from musicscope.features import report, table
-from musicscope.features.run import Inputs, ModelSAEs, compare, describe_features
+from musicscope.features import moments, report, table
+from musicscope.features.run import REPORT, Inputs, ModelSAEs, compare, describe_features
 
 
 def main() -> None:
@@ -37,15 +37,20 @@ def main() -> None:
     usae = UniversalSAE.load("data/usae/seed-0", device)
     inputs = Inputs(models, usae, clips.rows, slot)
     comparison = compare(inputs, section, params.seed, params.compute.processes, device)
+    rate = frame_rate(models[0].store)
     features, top, skipped = describe_features(
         inputs,
         comparison,
         section,
         params.train_usae.fire_threshold,
-        frame_rate(models[0].store),
+        rate,
         params.seed,
     )
     table.write("data/features", features, top)
+    codes = {key: sets[REPORT] for key, sets in comparison.codes.items()}
+    ids = clips.rows["id"].to_numpy(str)[inputs.clips[REPORT]]
+    wanted = moments.wanted(features, top, params.models, section.top_clips)
+    moments.write("data/features/moments.parquet", moments.cut(codes, ids, wanted), rate)
     report.write_comparison("plots/match_features", comparison, section.threshold)
     metrics = report.metrics(comparison, features, skipped, section)
     write_json("metrics/match_features.json", metrics)

@@ -1,17 +1,14 @@
-"""The report: data/report/report.html, one page of tables, charts and feature cards with sound.
+"""The report: data/report/report.html, one page of tables, figures and feature cards with sound.
 
-It needs no network and nothing beside it. Reads metrics and plots of all stages, data/features,
-data/maximize_activation, data/maximize_shared, data/find_concept, data/steering, and for the cards
-data/clips, data/activations, data/sae and data/usae. A part that is not there is left out, with a
-note where a reader would miss it.
+It needs no network and no file beside it. Reads metrics and plots of all stages, data/features,
+data/clips, data/maximize_activation, data/maximize_shared, data/find_concept and data/steering. A
+missing part is left out, with a note where a reader would miss it.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-import torch
 
 from musicscope.config import load_params
 from musicscope.core.io import write_text
@@ -25,7 +22,6 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     params = load_params()
     section = params.report
-    torch.set_num_threads(1)  # the clips of the cards are few and short
     rendered = params.prepare_data.source == "embedded"
     sources = Sources(Path("."), params.models, params.slots, rendered)
     text = build(sources, section.cards, section.moments, section.seconds)

@@ -103,7 +103,7 @@ def check_line(
     assert not absent - allowed
     page = Path("data/report/report.html").read_text(encoding="utf-8")
     assert all(name in page for name in params.models)
-    assert "No feature is live enough for a card" not in page
+    assert "No feature is active enough for a card" not in page
     table = pd.read_parquet("data/features/features.parquet")
     assert set(table["model"]) == set(params.models)
     assert set(table["kind"]) == {"sae", "usae"}

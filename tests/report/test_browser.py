@@ -8,20 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-from musicscope.report import charts as report_charts
-from musicscope.report import html as report_html
-from musicscope.report import snippets as report_media
-from musicscope.report.parts import (
-    Card,
-    Details,
-    Figure,
-    Moment,
-    Note,
-    Players,
-    Section,
-    Table,
-    plain,
-)
+from musicscope.core import plots
+from musicscope.report import snippets
+from musicscope.report.build import page as page_of
+from musicscope.report.elements import Card, Figure, Moment, Players, Section, Table
+from musicscope.report.metrics import plain
+from tests.support.report import tone
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = next(
@@ -42,15 +34,14 @@ LONG = "an_unbreakable_name_" * 12
 
 
 def moment(caption: str, pitch: float) -> Moment:
-    time = np.arange(16_000) / 16_000
-    audio = (0.3 * np.sin(2 * np.pi * pitch * time)).astype(np.float32)
-    picture = report_media.png(report_media.spectrogram_levels(audio, 16_000))
+    audio = tone(pitch)
+    picture = snippets.png(snippets.spectrogram_levels(audio, 16_000))
     values = np.maximum(0, np.sin(np.arange(50) / 5))
     return Moment(
         caption, "0.00 to 1.00 s",
-        report_media.data_uri("audio/mpeg", report_media.mp3(audio, 16_000)),
-        report_media.data_uri("image/png", picture),
-        (("nano-small", report_media.curve(values, 1.0), 0),), 50, "moment 1",
+        snippets.data_uri("audio/mpeg", snippets.mp3(audio, 16_000)),
+        snippets.data_uri("image/png", picture),
+        (("nano-small", snippets.curve(values, 1.0), 0),), 50, "moment 1",
     )  # fmt: skip
 
 
@@ -73,23 +64,35 @@ def page(tmp_path_factory) -> str:
         card("none", f"Feature {LONG}", "b", None, LONG),
     )
     sorts = (("energy", "energy", True), ("firing_entropy", "firing entropy", True))
-    curve = report_charts.Series(
-        "mean", [0, 1, 2], [0.5, 0.1, 0.02], [0.4, 0.09, 0.01], [1, 0.2, 0.1]
-    )
-    chart = report_charts.line_chart(HOSTILE, "layer", "KL", [curve], log_y=True)
+    drawn, axes = plots.new_figure()
+    plots.interval_curve(axes[0, 0], [0, 1, 2], [0.5, 0.1, 0.02])
+    folder = tmp_path_factory.mktemp("figures")
+    plots.save_figure(drawn, folder / "a.png")
+    image = snippets.data_uri("image/png", (folder / "a.png").read_bytes())
+    figure = Figure(image, (539, 308), HOSTILE, HOSTILE)
     columns = tuple(f"column {i} {HOSTILE if i == 3 else ''}" for i in range(12))
-    table = Table(HOSTILE, columns, (tuple(["row", *["0.123"] * 11]),), "What the null is.")
-    players = Players(
-        ((f"{HOSTILE} off: {LONG}", (moment("plain", 330), moment(HOSTILE, 550))),), LONG
-    )
-    folded = Details(HOSTILE, (Players((("folded", (moment("plain", 660),)),)), table))
+    table = Table(HOSTILE, columns, (tuple(["row", *["0.123"] * 11]),))
+    before_after = (moment("plain", 330), moment(HOSTILE, 550))
+    players = Players(((f"{HOSTILE} off: {LONG}", before_after),))
+    model = {
+        "name": LONG, "clips": False, "prompts": "2", "seconds": "3.0", "layer": HOSTILE,
+        "joint": None, "players": players, "doses": figure, "advantages": table,
+        **dict.fromkeys(("success", "costs", "cross_talk"), table),
+    }  # fmt: skip
+    found = {
+        "name": "folded", "numbers": [table], "best": table,
+        "players": Players((("folded", (moment("plain", 660),)),)),
+    }  # fmt: skip
+    kinds = {"a": "kind a", "b": "kind b"}
     sections = [
-        Section("tables", "Tables", (Note(HOSTILE), Figure(chart, HOSTILE), table)),
-        Section("features", "Features", (), cards, sorts),
-        Section("steering", "Concepts off and on", (players, folded)),
+        Section("layers", "Layers", {"figures": [figure, HOSTILE], "tables": [table]}, (HOSTILE,)),
+        Section("judges", "Judges", {"means": table, "families": table}),
+        Section("features", "Features", {"cards": cards, "kinds": kinds, "sort_keys": sorts}),
+        Section("steering", "Concepts off and on", {"models": [model]}),
+        Section("finder", "Concepts found", {"models": [found]}),
     ]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(report_html.page("Test report", [LONG], sections), encoding="utf-8")
+    path.write_text(page_of(f"Test report {LONG}", sections), encoding="utf-8")
     return path.as_uri()
 
 
@@ -165,6 +168,8 @@ def test_every_sound_and_picture_can_be_decoded(browser):
     assert len(found["durations"]) == 8 + 3
     assert min(found["durations"]) > 0.9
     assert set(found["wide"]) == {51}
+    charts = "return [...document.querySelectorAll('figure img')].map((i) => i.naturalWidth)"
+    assert set(browser.execute_script(charts)) == {770}
 
 
 def test_search_narrows_by_all_words_and_escape_clears(browser):
@@ -204,7 +209,7 @@ def test_hostile_text_stays_text(browser):
     assert browser.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
     assert browser.execute_script("return document.scripts.length") == 1
     assert HOSTILE in browser.find_element("css selector", "#middle .what").text
-    assert browser.find_element("css selector", "#tables > p").text == HOSTILE
+    assert browser.find_element("css selector", "#layers > .missing").text == HOSTILE
 
 
 def test_page_works_from_the_keyboard(browser):
@@ -336,9 +341,9 @@ def test_text_has_contrast_in_both_themes(browser, scheme):
 
 def test_everything_has_a_name(browser):
     nameless = browser.execute_script("""
-        const named = (e) => e.ariaLabel || e.textContent.trim() || (e.labels || []).length
+        const named = (e) => e.ariaLabel || e.alt || e.textContent.trim() || (e.labels || []).length
           || e.getAttribute('aria-labelledby');
-        return [...document.querySelectorAll('button, input, select, svg[role], [role=region], a')]
+        return [...document.querySelectorAll('button, input, select, figure img, [role=region], a')]
           .filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 80));""")
     assert nameless == []
     assert browser.execute_script("return document.documentElement.lang") == "en"

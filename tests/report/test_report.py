@@ -1,117 +1,90 @@
-"""The report in Python: sound and pictures, charts, escaping, cards from small made-up inputs."""
+"""The report in Python: sound and pictures, escaping, cards from small made-up inputs."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html.parser
 import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
 
-from musicscope.activations.writer import StoreWriter
-from musicscope.data.clips import ClipStore, write_clips
-from musicscope.dictionaries.codes import encode_clips, pool_clips
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
-from musicscope.features import table as feature_table
+from musicscope.config import load_params
+from musicscope.data.clips import ClipStore
 from musicscope.report import build as report
-from musicscope.report import cards as report_cards
-from musicscope.report import charts as report_charts
-from musicscope.report import html as report_html
-from musicscope.report import moments as moments
-from musicscope.report import snippets as report_media
-from musicscope.report.metrics import Sources
-from musicscope.report.parts import (
-    Card,
-    Details,
-    Figure,
-    Group,
-    Moment,
-    Note,
-    Section,
-    Table,
-    plain,
-    short,
+from musicscope.report import snippets
+from musicscope.report.cards import cards
+from musicscope.report.elements import Card, Cell, Figure, Moment, Players, Section, Table
+from musicscope.report.metrics import Number, Sources, cell, in_words, plain, read, short
+from musicscope.report.sections import features, layers, matching, maximisation, probes
+from stages import report as stage
+from tests.support.report import (
+    HOSTILE,
+    MODELS,
+    PIXEL,
+    RATE,
+    Tags,
+    decoded,
+    html_of,
+    inside,
+    make_inputs,
+    similarity,
+    tables,
+    text_of,
+    tone,
+    write_metrics,
 )
-from musicscope.report.shared import matches_section, maximised_section
+from tests.support.report import cells as cells_of
 from tools.import_closure import ROOT
-
-HOSTILE = "</script><img src=x onerror='boom()'>\"&"
-MODELS = ("tiny", "wide")
-WIDTHS = {"tiny": 6, "wide": 8}
-RATE, SECONDS, FRAMES, CLIPS, LATENTS = 16_000, 2, 100, 8, 24
-
 
 # Sound and pictures
 
 
-def tone(pitch: float, seconds: float = 1.0, rate: int = RATE) -> np.ndarray:
-    time = np.arange(round(seconds * rate)) / rate
-    return (0.4 * np.sin(2 * np.pi * pitch * time)).astype(np.float32)
-
-
-def decoded(uri: str) -> np.ndarray:
-    kind, content = uri.split(",", 1)
-    assert kind == "data:audio/mpeg;base64"
-    audio, rate = soundfile.read(io.BytesIO(base64.b64decode(content)), dtype="float32")
-    assert rate == RATE
-    return audio
-
-
-def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    n = min(len(a), len(b))
-    return float(a[:n] @ b[:n] / (np.linalg.norm(a[:n]) * np.linalg.norm(b[:n])))
-
-
 def test_mp3_is_the_same_sound_and_the_same_bytes():
     audio = tone(440) + tone(1330) / 2
-    content = report_media.mp3(audio, RATE)
-    assert content == report_media.mp3(audio, RATE)
+    content = snippets.mp3(audio, RATE)
+    assert content == snippets.mp3(audio, RATE)
     assert len(content) < len(audio) * 2 / 2.5
-    back = decoded(report_media.data_uri("audio/mpeg", content))
+    back = decoded(snippets.data_uri("audio/mpeg", content))
     assert len(back) == len(audio)
     assert similarity(back, audio) > 0.98
-    other = report_media.mp3(tone(440, rate=32_000), 32_000)
-    assert similarity(decoded(report_media.data_uri("audio/mpeg", other)), tone(440)) > 0.97
+    other = snippets.mp3(tone(440, rate=32_000), 32_000)
+    assert similarity(decoded(snippets.data_uri("audio/mpeg", other)), tone(440)) > 0.97
     for bad in (np.zeros(0), np.array([0.0, np.nan])):
         with pytest.raises(ValueError, match="empty or not finite"):
-            report_media.mp3(bad, RATE)
+            snippets.mp3(bad, RATE)
 
 
 def test_png_holds_the_levels_with_low_bands_at_the_bottom():
     levels = np.random.default_rng(0).integers(0, 16, (5, 7)).astype(np.uint8)
-    picture = image.imread(io.BytesIO(report_media.png(levels)), "png")
+    picture = image.imread(io.BytesIO(snippets.png(levels)), "png")
     assert picture.shape == (5, 7, 4)
     assert np.array_equal(np.round(picture[::-1, :, 3] * 255), np.round(levels * (200 / 15)))
     assert not picture[..., :3].any()
 
 
 def test_spectrogram_follows_pitch_and_silence_is_blank():
-    low, high = (
-        report_media.spectrogram_levels(tone(p), RATE).mean(1).argmax() for p in (300, 3e3)
-    )
+    low, high = (snippets.spectrogram_levels(tone(p), RATE).mean(1).argmax() for p in (300, 3e3))
     assert high > low + 10
-    assert not report_media.spectrogram_levels(np.zeros(RATE, np.float32), RATE).any()
-    assert report_media.spectrogram_levels(tone(300), RATE).shape == (48, 51)
+    assert not snippets.spectrogram_levels(np.zeros(RATE, np.float32), RATE).any()
+    assert snippets.spectrogram_levels(tone(300), RATE).shape == (48, 51)
 
 
 @given(st.lists(st.floats(0, 3), min_size=2, max_size=60))
 def test_a_thinned_curve_is_the_whole_curve(values):
-    path = report_media.curve(np.array(values), 2.0)
+    path = snippets.curve(np.array(values), 2.0)
     points = np.array(path.removeprefix("M").split(), float).reshape(-1, 2)
     every = np.interp(np.arange(len(values)), points[:, 0], points[:, 1])
     # Heights are whole numbers of a hundred.
@@ -122,12 +95,12 @@ def test_a_thinned_curve_is_the_whole_curve(values):
 @given(st.integers(0, 99), st.integers(1, 120), st.integers(1, 100))
 def test_a_window_lies_inside_and_holds_its_centre(centre, length, total):
     centre = min(centre, total - 1)
-    first, end = report_media.window(centre, length, total)
+    first, end = snippets.window(centre, length, total)
     assert 0 <= first <= centre < end <= total
     assert end - first == min(length, total)
 
 
-# Numbers and charts
+# Numbers and figures
 
 
 @pytest.mark.parametrize(
@@ -153,77 +126,95 @@ def test_short_numbers_keep_significant_digits(value, text):
     assert short(value) == text
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_round_inside_and_neither_few_nor_many(low, span):
-    marks = report_charts.ticks(low, low + span)
-    assert 2 <= len(marks) <= 7
-    slack = 1e-6 * max(abs(low), span)
-    assert all(low - slack <= mark <= low + span + slack for mark in marks)
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"x": 0.5, "x_low": 0.4, "x_high": 0.6},
+        {"x": 0.5, "x_ci_low": 0.4, "x_ci_high": 0.6},
+        {"x": {"auroc": 0.5, "ci_low": 0.4, "ci_high": 0.6}},
+        {"x": {"value": 0.5, "low": 0.4, "high": 0.6, "mean": 0.9}},
+        {"x": {"difference": 0.5, "difference_ci_low": 0.4, "difference_ci_high": 0.6}},
+    ],
+)
+def test_every_form_of_an_interval_is_read_alike(tree):
+    assert read({"a.b": tree}, "a.b.x") == (0.5, 0.4, 0.6)
+    assert cell(tree, "x", 2, shaded=True) == Cell("0.50", "[0.40, 0.60]", 4)
 
 
-def svg(text: str) -> ElementTree.Element:
-    return ElementTree.fromstring(text)
+def test_an_interval_may_leave_out_the_name_of_the_number():
+    tree = {"best_auroc": 0.5, "best_ci_low": 0.4, "best_ci_high": 0.6, "tested_auroc": 0.3}
+    assert read({"a": tree}, "a.best_auroc") == (0.5, 0.4, 0.6)
+    assert read({"a": tree}, "a.tested_auroc") == Number(0.3)
 
 
-def test_line_chart_places_points_and_leaves_out_what_has_no_logarithm():
-    series = report_charts.Series("kl", [0, 1, 2, 3], [1.0, 0.1, 0.0, None])
-    chart = svg(report_charts.line_chart(HOSTILE, "layer", "KL", [series], log_y=True))
-    dots = [(float(e.get("cx")), float(e.get("cy"))) for e in chart.iter("circle")]
-    assert len(dots) == 2
-    assert dots[0][1] < dots[1][1]  # larger is higher
-    many = report_charts.Series("all", list(range(40)), [0.5] * 40)
-    assert not list(svg(report_charts.line_chart("t", "x", "y", [many])).iter("circle"))
-    assert "kl: 0 1.000, 1 0.100, 2 0.000, 3 –" in chart.get("aria-label")
+def test_a_missing_number_is_a_dash():
+    for tree in (None, {}, {"a": None}, {"a": 1.0}, {"a": {"x": {}}}):
+        assert read(tree, "a.x") == Number()
+        assert cell(tree, "a.x", shaded=True) == Cell("–")
+    assert read({"x": 0.5, "x_low": None, "x_high": 0.6}, "x") == Number(0.5)
 
 
-def test_histogram_bars_are_as_high_as_their_counts():
-    chart = svg(report_charts.histogram("t", "x", "n", [0, 0.5, 1], [("a", [2, 4]), ("b", [0, 1])]))
-    bar, outline = (
-        [tuple(map(float, p.split())) for p in e.get("d")[1:].split("L")]
-        for e in chart.iter("path")
-        if e.get("class").split()[0] in ("bar", "outline") and "L" in e.get("d")
-    )
-    base = bar[0][1]
-    assert base - bar[1][1] == pytest.approx((base - bar[3][1]) / 2, abs=0.2)
-    assert outline[1][1] == pytest.approx(base)
+def test_a_figure_is_the_file_of_the_stage_and_its_numbers_are_in_words(tmp_path):
+    words = in_words(HOSTILE, "KL", "layer", [0, 1, 2], {"kl": [1.0, 0.1, None]})
+    assert words == f"{HOSTILE}. KL by layer. kl: 0 1.000, 1 0.100, 2 –"
+    sources = Sources(tmp_path, MODELS, ("top1",))
+    assert sources.figure("a/b", "", "") == "Left out: plots/a/b.png is not there."
+    (tmp_path / "plots/a").mkdir(parents=True)
+    (tmp_path / "plots/a/b.png").write_bytes(PIXEL)
+    figure = sources.figure("a/b", words, "caption")
+    assert base64.b64decode(figure.image.removeprefix("data:image/png;base64,")) == PIXEL
+    assert (figure.size, figure.alt) == ((1, 1), words)
 
 
 # Escaping
 
 
-class Tags(html.parser.HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def hostile_page() -> str:
-    table = Table(HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE),), HOSTILE)
-    chart = report_charts.line_chart(
-        HOSTILE, HOSTILE, HOSTILE, [report_charts.Series(HOSTILE, [0, 1], [1.0, 2.0])] * 2
-    )
-    dots = report_charts.dot_chart(
-        HOSTILE, HOSTILE, [HOSTILE], [(HOSTILE, [(0.5, 0.4, 0.6)])] * 2, 0.5
-    )
+def hostile_sections() -> list[Section]:
+    """Every template, with hostile text in all of its content."""
+    table = Table(HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE),))
+    figure = Figure("data:,", (1, 1), HOSTILE, HOSTILE)
     moment = Moment(HOSTILE, HOSTILE, "data:,", "data:,", ((HOSTILE, "M0 1", 0),), 2, HOSTILE)
+    players = Players(((HOSTILE, (moment, moment)),))
+    second = Moment(HOSTILE, HOSTILE, "data:,", "data:,", (("other", "M0 1", 1),))
     one = Card(
         "a", HOSTILE, (("k", HOSTILE), ("l", HOSTILE)), {"energy": 1.5, "none": None},
         ((HOSTILE, HOSTILE),), table, ((HOSTILE, "a"), (HOSTILE, "elsewhere")), (moment,),
-        (moment,), (moment,), (HOSTILE,),
+        (moment,), (second,), (HOSTILE,),
     )  # fmt: skip
-    parts = (Note(HOSTILE), table, Group((Figure(chart, HOSTILE), Figure(dots, HOSTILE))))
-    section = Section(
-        "s", HOSTILE, (*parts, Details(HOSTILE, (table,))), (one,), (("energy", HOSTILE, True),)
-    )
-    return report_html.page(HOSTILE, [HOSTILE], [section])
+    names = ("n_latents", "k", "method", "slot", "frames", "compositions")
+    found = {"name": HOSTILE, "numbers": [table], "best": table, "players": players}
+    steered = {
+        "name": HOSTILE, "clips": True, "prompts": HOSTILE, "seconds": HOSTILE, "layer": HOSTILE,
+        "doses": figure, "players": players,
+        **dict.fromkeys(("success", "costs", "joint", "cross_talk", "advantages"), table),
+    }  # fmt: skip
+    contents = {
+        "data": {"rendered": False, **dict.fromkeys(("cues", "clips", "models"), table)},
+        "layers": {"figures": [figure, HOSTILE], "tables": [table]},
+        "dictionaries": {"table": table},
+        "probes": {"figures": [figure], "tables": [table, table]},
+        "sharing": {
+            **dict.fromkeys(names, HOSTILE), **dict.fromkeys(("r2", "measures", "joint"), table),
+            "entropy": figure, "norms": [figure],
+        },
+        "matching": {
+            "threshold": HOSTILE, "correlations": figure,
+            **dict.fromkeys(("between", "decoders", "sets", "concepts"), table),
+        },
+        "maximisation": {"reached": table, "controls": table},
+        "judges": {"means": table, "families": table},
+        "finder": {"models": [found]},
+        "steering": {"models": [steered, {**steered, "clips": False}]},
+        "features": {
+            "cards": (one,), "kinds": {"k": HOSTILE}, "sort_keys": (("energy", HOSTILE, True),)
+        },
+    }  # fmt: skip
+    assert set(contents) == {one.__name__.split(".")[-1] for one in (*report.SECTIONS, features)}
+    return [Section(key, HOSTILE, content, (HOSTILE,)) for key, content in contents.items()]
+
+
+def hostile_page() -> str:
+    return report.page(HOSTILE, hostile_sections())
 
 
 def test_hostile_text_is_text_everywhere():
@@ -231,13 +222,21 @@ def test_hostile_text_is_text_everywhere():
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert {a["src"] for tag, a in page.tags if tag == "img"} == {"data:,"}
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
-    assert page.text.count(HOSTILE) > 20
+    assert page.text.count(HOSTILE) > 150
     links = [a["href"] for tag, a in page.tags if tag == "a"]
     assert "#a" in links  # a match that has a card
     assert "#elsewhere" not in links
     (card,) = (a for _, a in page.tags if a.get("class") == "card")
     assert (card["data-energy"], card["data-kinds"]) == ("1.5", "k l")
     assert "data-none" not in card
+
+
+def test_every_hostile_text_is_on_the_page():
+    """No template drops or changes content."""
+    for section in hostile_sections():
+        text = html_of(section).text
+        shown_ = sum(part == HOSTILE for part in inside(section.content))
+        assert text.count(HOSTILE) >= 2 + shown_ + 4 * len(list(inside(section.content, Table)))
 
 
 def test_the_policy_allows_this_script_and_style_and_no_request():
@@ -256,7 +255,18 @@ def test_the_policy_allows_this_script_and_style_and_no_request():
 
 def test_an_anchor_used_twice_is_an_error():
     with pytest.raises(ValueError, match="appear twice: a"):
-        report_html.page("t", [], [Section("a", "A"), Section("a", "B")])
+        report.page("t", [Section("a", "A"), Section("a", "B")])
+
+
+def test_the_report_loads_no_model_library():
+    code = (
+        "import sys; import musicscope.report.build; "
+        "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
 
 
 # Tables from metrics
@@ -270,12 +280,6 @@ def test_an_empty_checkout_gives_a_page_that_says_what_is_missing(tmp_path):
     for model in MODELS:
         assert f"metrics/ablate/{model}.json" in left_out
     assert not [1 for tag, _ in page.tags if tag == "audio"]
-
-
-def write_metrics(root: Path, name: str, value: dict) -> None:
-    path = root / "metrics" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 def test_numbers_stand_beside_their_controls(tmp_path):
@@ -309,9 +313,9 @@ def test_numbers_stand_beside_their_controls(tmp_path):
                    "0.900[0.050, 0.950]", "0.013", "0.987", "12[10, 15]", "1.3",
                    "0.333[0.300, 0.366]", "0.021", "−0.377", "−0.688"):  # fmt: skip
         assert needed in text, needed
-    between = next(p for p in matches_section(sources).parts if isinstance(p, Table))
-    rows = {row[0]: [c if isinstance(c, str) else c.text for c in row[1:]] for row in between.rows}
-    label = "tiny in wide: share matched, but not by the place in the clip"
+    between = matching.section(sources).content["between"]
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in between.body}
+    label = "tiny in wide: share matched, but not by position in the clip"
     assert rows[label] == ["0.287", "0.019", "0.777", "0.023"]
     assert rows["tiny in wide: the same in the held-out soundfont"][0] == "0.268"
     assert "but also with clips re-paired–47" in text
@@ -332,13 +336,9 @@ def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(t
                      "heard_null_reached_high": 0.5, "alone_reached": 0.9, "transfer": 0.4,
                      "transfer_low": 0.2, "transfer_high": 0.6, "transfer_other_features": 0.31}
     })  # fmt: skip
-    section = maximised_section(Sources(tmp_path, MODELS, ("top1",)))
-    searches, controls = (part for part in section.parts if isinstance(part, Table))
-    rows = {
-        row[0]: [c if isinstance(c, str) else f"{c.text} {c.detail}".strip() for c in row[1:]]
-        for table in (searches, controls)
-        for row in table.rows
-    }
+    section = maximisation.section(Sources(tmp_path, MODELS, ("top1",)))
+    searches, controls = tables(section).values()
+    rows = cells_of(searches) | cells_of(controls)
     assert rows["tiny: for the sound, under the prior"] == [
         "1.12 [0.80, 1.60]", "0.38 [0.30, 0.40]", "yes", "0.22", "0.12", "0.99", "0.67", "–",
         "−4.50",
@@ -357,90 +357,18 @@ def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(t
 
 
 def test_committed_metrics_make_sections_without_gaps():
-    from musicscope.config import load_params
-
     params = load_params(ROOT / "params.yaml")
     sources = Sources(ROOT, params.models, params.slots)
-    from musicscope.report.results import concepts_section, layers_section
-
-    for builder in (layers_section, concepts_section):
-        section = builder(sources)
-        assert not [p for p in section.parts if isinstance(p, Note) and p.kind == "missing"]
-        groups = [p for p in section.parts if isinstance(p, Group)]
-        assert len(groups[0].parts) == len(params.models)
+    for one in (layers, probes):
+        section = one.section(sources)
+        assert not section.missing
+        assert len(list(inside(section.content, Figure))) == len(params.models)
 
 
 # Cards
 
 
-def make_inputs(root: Path) -> None:
-    """Eight clips of 2 s, random SAEs and a random USAE over two models, and their tables."""
-    rng = np.random.default_rng(0)
-    (root / "data/clips").mkdir(parents=True)
-    table = [
-        {"id": f"clip-{i}", "group": f"g{i}", "split": "test", "kind": "clip", "font": "timgm6mb",
-         "caption": HOSTILE if i == 0 else f"caption {i}"}
-        for i in range(CLIPS)
-    ]  # fmt: skip
-    audio = (tone(220 * (i + 1), SECONDS) * (1 + np.arange(SECONDS * RATE) / 32_000) / 2
-             for i in range(CLIPS))  # fmt: skip
-    write_clips(root / "data/clips", zip(audio, table, strict=True), RATE, SECONDS * RATE)
-    rows = pd.DataFrame(table).assign(frames=FRAMES)
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(F: int, d: int) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.randn((F, d), generator=generator), dim=1)
-
-    stores, saes = {}, {}
-    for model, d in WIDTHS.items():
-        writer = StoreWriter(
-            root / f"data/activations/{model}/top1", width=d, dtype="float16", clips=rows,
-            spans=[(0, CLIPS)], config={"layer": "layers.0", "frame_rate": FRAMES / SECONDS},
-        )  # fmt: skip
-        writer.write(0, [rng.standard_normal((FRAMES, d)).astype(np.float32) for _ in range(CLIPS)])
-        stores[model] = writer.finish()
-        W = unit(LATENTS, d)
-        saes[model] = TopKSAE(W, torch.zeros(LATENTS), W, torch.zeros(d), 3)
-        saes[model].save(root / f"data/sae/{model}/top1/seed-0")
-    sides = []
-    for d in WIDTHS.values():
-        W, bias, one = unit(LATENTS, d), torch.zeros(LATENTS), torch.tensor(1.0)
-        # Each tensor its own memory, as safetensors wants it.
-        sides.append(ModelWeights(W, bias, W.clone(), torch.zeros(d), torch.zeros(d), one))
-    usae = UniversalSAE(MODELS, "top1", "usae", 3, tuple(sides))
-    usae.save(root / "data/usae/seed-0")
-
-    parts, tops = [], []
-    for kind in ("sae", "usae"):
-        for i, model in enumerate(MODELS):
-            encode = saes[model].encode if kind == "sae" else lambda x, i=i: usae.encode(i, x)
-            codes = encode_clips(stores[model], range(CLIPS), encode, LATENTS, 1, "cpu")
-            top = feature_table.top_clips(pool_clips(codes), [r["id"] for r in table], 50.0, 5)
-            n = np.arange(LATENTS)
-            columns = {
-                "feature": n, "energy": codes.mean, "firing_rate": codes.fired / (CLIPS * FRAMES),
-                "concept": np.where(n < 3, "guitar", "electric_piano"),
-                "concept_auroc": 0.5 + n / 60, "concept_p": np.where(n % 5 == 4, 0.01, 0.6),
-                "concept_heldout_auroc": 0.55 + 0 * n,
-            }  # fmt: skip
-            if kind == "sae":
-                columns |= {
-                    "set": np.array(["common", "own", "unmatched"], object)[n % 3],
-                    "partner_model": MODELS[1 - i], "partner": n[::-1],
-                    "partner_correlation": n / LATENTS, "best_model": MODELS[1 - i], "best": n,
-                    "best_correlation": 0.9 + 0 * n, "counterpart": n,
-                    "counterpart_cosine": 0.3 + 0 * n, "seed_correlation": 0.6 + 0 * n,
-                }  # fmt: skip
-            else:
-                columns |= {
-                    "firing_entropy": n / LATENTS, "cofires": n, "cofire_proportion": n / 100,
-                    "counterpart": n, "counterpart_cosine": 0.4 + 0 * n,
-                }  # fmt: skip
-            parts.append((kind, model, columns))
-            tops.append(top.assign(kind=kind, model=model))
-    feature_table.write(
-        root / "data/features", feature_table.table(parts), pd.concat(tops, ignore_index=True)
-    )
+# Cards
 
 
 SINGLE = {"prior": 0.75, "clip": 1.125, "free": 0.5, "heard": 0.875}
@@ -487,59 +415,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def table(inputs) -> pd.DataFrame:
-    return pd.read_parquet(inputs / "data/features/features.parquet")
-
-
-def test_no_feature_gets_two_cards_and_sets_hold_what_they_say(table):
-    picks = report_cards.pick(table, MODELS, 4)
-    assert len({one.key for one in picks}) == len(picks)
-    by_set: dict[str, list] = {}
-    for one in picks:
-        for key, _ in one.sets:
-            by_set.setdefault(key, []).append(one)
-    assert max(map(len, by_set.values())) == 4
-    sae = table[table["kind"] == "sae"].set_index(["model", "feature"])
-    for model in MODELS:
-        for name in ("common", "own"):
-            assert all(sae.loc[(model, o.number), "set"] == name for o in by_set[f"{name}-{model}"])
-        best = [o.number for o in by_set[f"common-{model}"]]
-        assert best == [21, 18, 15, 12]  # the largest correlations with a partner
-        (concept,) = by_set[f"concept-{model}"]  # one card a concept that stands up
-        assert concept.number == 19
-    entropy = table[table["kind"] == "usae"].set_index("feature")["firing_entropy"]
-    shared = entropy[[one.number for one in by_set["shared"]]].mean()
-    assert shared > entropy[[o.number for m in MODELS for o in by_set[f"specific-{m}"]]].mean()
-
-
-def test_curves_equal_the_dense_code(inputs):
-    bench = moments.Bench.open(inputs, MODELS)
-    wanted = [(("sae", "wide", 5), "clip-3"), (("usae", "wide", 7), "clip-3"),
-              (("sae", "wide", 6), "clip-3"), (("usae", "tiny", 7), "clip-0")]  # fmt: skip
-    curves = moments.feature_curves(bench, wanted)
-    assert set(curves) == set(wanted)
-    for ((kind, model, number), clip), found in curves.items():
-        x = torch.from_numpy(bench.stores[model].clip(int(clip[-1])))
-        i = MODELS.index(model)
-        code = bench.saes[model].encode(x) if kind == "sae" else bench.usae.encode(i, x)
-        dense = torch.zeros(FRAMES, LATENTS).scatter_(1, code[1], code[0])
-        assert np.array_equal(found, dense[:, number].numpy())
-        assert found.any()
-
-
-def test_best_clips_are_ranked_over_models_by_share_of_the_highest_value():
-    rows = [("tiny", "a", 10, 8.0), ("tiny", "b", 20, 4.0), ("wide", "b", 30, 1.0),
-            ("wide", "c", 40, 0.9)]  # fmt: skip
-    top = pd.DataFrame(rows, columns=["model", "clip", "frame", "value"])
-    top = top.assign(kind="usae", feature=3, rank=[1, 2, 1, 2])
-    features = [("usae", model, 3) for model in MODELS]
-    # a: 1 + 0; b: .5 + 1; c: 0 + .9
-    assert report_cards.best_clips(top, features, 2) == [("b", "wide", 30), ("a", "tiny", 10)]
-
-
-@pytest.fixture(scope="module")
 def made(inputs) -> list[Card]:
-    return report_cards.cards(inputs, MODELS, 3, 2, 0.5)
+    return cards(Sources(inputs, MODELS, ("top1",)), 3, 2, 0.5)
 
 
 def test_a_moment_is_the_sound_and_the_activation_around_the_peak(inputs, made):
@@ -575,7 +452,7 @@ def test_facts_and_matches_are_those_of_the_table(made):
     concept = dict(keys["sae-tiny-19"].facts)["concept"]
     assert concept.startswith("electric piano, AUROC 0.817 (held-out soundfont 0.550)")
     shared = next(card for card in made if card.key.startswith("usae"))
-    assert [row[0] for row in shared.numbers_table.rows] == list(MODELS)
+    assert [row[0] for row in shared.by_model.rows] == list(MODELS)
 
 
 def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, made):
@@ -583,9 +460,9 @@ def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, m
     shutil.copytree(inputs, tmp_path / "run")
     add_maximised(tmp_path / "run", "maximize_activation/wide", ("wide",), number)
     add_maximised(tmp_path / "run", "maximize_shared", MODELS, number)
-    section = report.features_section(Sources(tmp_path / "run", MODELS, ("top1",)), 3, 2, 0.5)
+    section = features.section(Sources(tmp_path / "run", MODELS, ("top1",)), 3, 2, 0.5)
     (card,) = (card for card in section.cards if card.key == f"usae-{number}")
-    # The best of each run by what its weakest model makes of the sound; the others folded.
+    # The best of each run by the sound in its weakest model; the others folded.
     assert [m.caption for m in card.maximised] == [
         "wide, searched for the tokens, from a real moment",
         "tiny and wide, searched for the sound, under the prior",
@@ -598,10 +475,10 @@ def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, m
     assert [len(m.curves) for m in (*card.maximised, *card.others)] == [1, 2, 1, 1, 1, 2, 2]
     assert card.maximised[0].curves[0][2] == 1  # the second model's colour
     assert card.maximised[0].detail == (
-        "wide: sound 1.12 of its best real clip (log p a code −5.25), tokens 1.38 (log p −3.75)"
+        "wide: sound 1.12 of its best real clip (log p per code −5.25), tokens 1.38 (log p −3.75)"
     )
     assert similarity(decoded(card.maximised[0].audio), tone(900, 0.5)) > 0.9
-    # One control a model, though two runs give it, and one null a run.
+    # One control per model, though two runs give it, and one null per run.
     assert [text.split(":")[0] for text in card.remarks] == [
         "Control, wide", "Null, wide", "Control, tiny", "Null, tiny and wide",
     ]  # fmt: skip
@@ -609,18 +486,20 @@ def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, m
     assert "0.44" in card.remarks[0]
     assert "random directions reach 0.31 by sound" in card.remarks[1]
     assert "unrelated features reach 0.19 by sound" in card.remarks[3]
-    page = Tags(report_html.page("t", [], [section]))
-    assert "Other searches (5)" in page.text
-    notes = [part.text for part in section.parts if part.kind == "missing"]
-    assert len(notes) == 1
-    assert "data/maximize_activation/tiny" in notes[0]
+    assert "Other searches (5)" in text_of(section)
+    (note,) = section.missing
+    assert "data/maximize_activation/tiny" in note
+
+
+def test_more_cards_than_curves_is_an_error_that_names_the_params(tmp_path, inputs):
+    shutil.copytree(inputs, tmp_path / "run")
+    path = tmp_path / "run/data/features/moments.parquet"
+    pd.read_parquet(path).iloc[-1:].to_parquet(path)
+    with pytest.raises(ValueError, match=r"has no usae feature .*report\.cards to at most 64"):
+        cards(Sources(tmp_path / "run", MODELS, ("top1",)), 24, 2, 0.5)
 
 
 def test_the_stage_writes_the_same_page_twice_and_bounds_its_size(tmp_path, inputs, monkeypatch):
-    import yaml
-
-    from stages import report as stage
-
     root = tmp_path / "run"
     shutil.copytree(inputs, root)
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
@@ -630,13 +509,9 @@ def test_the_stage_writes_the_same_page_twice_and_bounds_its_size(tmp_path, inpu
     (root / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", ["stages.report"])
-    threads = torch.get_num_threads()
-    try:
-        stage.main()
-        first = (root / stage.OUT).read_bytes()
-        stage.main()
-    finally:
-        torch.set_num_threads(threads)
+    stage.main()
+    first = (root / stage.OUT).read_bytes()
+    stage.main()
     assert (root / stage.OUT).read_bytes() == first
     assert str(tmp_path).encode() not in first
     page = Tags(first.decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,61 +17,45 @@ from musicscope.finder.queries import concept_sets
 from musicscope.finder.scores import MOMENTS
 from musicscope.judges import report as judge_report
 from musicscope.report import build as report
-from musicscope.report import html as report_html
-from musicscope.report.found import found_section
-from musicscope.report.judges import judges_section
-from musicscope.report.metrics import Sources
-from musicscope.report.parts import Details, Figure, Group, Note, Players, Section, Table
-from musicscope.report.steering import METHODS, steering_section
+from musicscope.report import snippets
+from musicscope.report.elements import Figure, Players, Section
+from musicscope.report.sections import finder, judges
+from musicscope.report.sections import steering as section_of
+from musicscope.report.sections.steering import METHODS
 from musicscope.steering import conditions as steering_cells
 from musicscope.steering import report as steering_report
 from musicscope.steering import search as steering_run
 from tests.judges.test_pair import report as judged  # noqa: F401 (a fixture)
-from tests.report.test_report import (
+from tests.steering.test_evaluation import SECTION, bench  # noqa: F401 (a fixture)
+from tests.support.planted import clip_rows, find_concept_section
+from tests.support.report import (
     HOSTILE,
     MODELS,
+    PIXEL,
     RATE,
     Tags,
+    cells,
     decoded,
+    html_of,
+    inside,
     similarity,
+    sources,
+    tables,
+    text_of,
     tone,
     write_metrics,
 )
-from tests.steering.test_evaluation import SECTION, bench  # noqa: F401 (a fixture)
-from tests.support.planted import clip_rows, find_concept_section
 
 
-def inside(parts) -> list:
-    """All parts of a section, those in folds and groups too."""
-    flat = []
-    for part in parts:
-        flat += inside(part.parts) if isinstance(part, Details | Group) else [part]
-    return flat
-
-
-def tables(section: Section) -> dict[str, Table]:
-    return {part.caption: part for part in inside(section.parts) if isinstance(part, Table)}
-
-
-def cells(table: Table) -> dict[str, list[str]]:
-    return {
-        row[0]: [c if isinstance(c, str) else f"{c.text} {c.detail}".strip() for c in row[1:]]
-        for row in table.rows
-    }
-
-
-def html_of(*sections: Section) -> Tags:
-    return Tags(report_html.page("t", [], list(sections)))
-
-
-def sources(root: Path, models=("tiny",)) -> Sources:
-    return Sources(root, tuple(models), ("top1",))
+def players_of(section: Section) -> Players:
+    (found,) = inside(section.content, Players)
+    return found
 
 
 def test_without_these_stages_the_page_has_no_such_sections(tmp_path):
     page = Tags(report.build(sources(tmp_path), 2, 2, 1.0))
     names = {a["id"] for tag, a in page.tags if tag == "section"}
-    assert not names & {"judges", "found", "steering"}
+    assert not names & {"judges", "finder", "steering"}
     write_metrics(tmp_path, "steer/tiny", {"layer": "layers.1", "concepts": {}})
     text = Tags(report.build(sources(tmp_path, MODELS), 2, 2, 1.0)).text
     assert "metrics/steer/wide.json" in text
@@ -100,22 +85,21 @@ def test_the_whole_evaluation_comes_before_the_quick_one(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     found = read_json(run / "metrics/steer/tiny.json") | {"prompts": 77}
     write_metrics(tmp_path, "steer_full/tiny", found)
-    section = steering_section(sources(tmp_path))
-    notes = [p.text for p in section.parts if isinstance(p, Note)]
-    assert any("77 test prompts" in text for text in notes)
-    assert any("data/steering_full/tiny/examples is not there" in text for text in notes)
+    section = section_of.section(sources(tmp_path))
+    assert "tiny: 77 test prompts for each row" in text_of(section)
+    assert "data/steering_full/tiny/examples is not there" in section.missing[0]
 
 
 def test_every_method_stands_beside_the_controls_with_its_interval(run):
     found = read_json(run / "metrics/steer/tiny.json")
-    section = steering_section(sources(run))
+    section = section_of.section(sources(run))
     assert set(METHODS) == set(steering_cells.METHODS) - {"plain"}
     success = tables(section)["tiny: success"]
     assert success.columns[1:] == (*METHODS.values(), "quality cost of features")
     rows = cells(success)
     assert list(rows) == ["guitar off", "guitar on", "organ off", "organ on"]
-    for wish, row in rows.items():
-        concept, direction = wish.split()
+    for request, row in rows.items():
+        concept, direction = request.split()
         for method, cell in zip(METHODS, row[:-1], strict=True):
             numbers = found["concepts"][concept][direction]["methods"][method]
             if numbers["success"] is None:
@@ -123,16 +107,16 @@ def test_every_method_stands_beside_the_controls_with_its_interval(run):
             else:
                 low, high = numbers["success_ci_low"], numbers["success_ci_high"]
                 assert cell == f"{numbers['success']:.2f} [{low:.2f}, {high:.2f}]"
-    cost = cells(tables(section)["tiny: what it does and what it costs"])
+    cost = cells(tables(section)["tiny: effect and cost"])
     numbers = found["concepts"]["organ"]["on"]["methods"]["sae"]
     assert cost["organ on: features"][3].startswith(f"{numbers['ce_cost']:.3f}".replace("-", "−"))
     assert len(cost) == 4 * len(METHODS)
-    gaps = cells(tables(section)["tiny: success of features less that of other methods"])
+    gaps = cells(tables(section)["tiny: success of features minus success of other methods"])
     assert set(gaps) == set(rows)
 
 
 def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
-    section = steering_section(sources(run))
+    section = section_of.section(sources(run))
     found = read_json(run / "metrics/steer/tiny.json")
     joint = cells(tables(section)["tiny: several concepts at once"])
     ours = found["joint"]["guitar-off+organ-on"]["sae"]
@@ -152,16 +136,18 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
         values[np.abs(values).argmax()], abs=0.006
     )
     assert max(c.shade for row in shown.rows for c in row[1:]) == 9
-    charts = [p for p in inside(section.parts) if isinstance(p, Figure)]
-    assert len(charts) == 4
-    assert "tiny, guitar on: success by strength" in charts[1].caption
-    assert "features: 1 " in charts[1].svg
-    assert ", 3 " in charts[1].svg
+    (figure,) = inside(section.content, Figure)
+    assert "tiny: success by strength" in figure.caption
+    panel = figure.alt.split("guitar on. success by strength. ")[1].split(". ")[0]
+    assert re.match(r"features: 1 \S+, 3 \S+; difference of means: ", panel)
+    assert "; prompt edit: " in panel
+    file = (run / "plots/steer/tiny-dose.png").read_bytes()
+    assert figure.image == snippets.data_uri("image/png", file)
 
 
 def test_players_hold_the_very_music_before_and_after(run):
-    section = steering_section(sources(run))
-    (players,) = (p for p in inside(section.parts) if isinstance(p, Players))
+    section = section_of.section(sources(run))
+    players = players_of(section)
     index = read_json(run / "data/steering/tiny/examples/index.json")["examples"]
     assert len(players.rows) == len(index) == 5 * 2
     for (title, moments), example in zip(players.rows, index, strict=True):
@@ -193,16 +179,15 @@ def test_a_sound_in_the_page_is_that_of_its_file_and_a_lost_one_is_told(tmp_path
         for b in ("c.wav", "b.wav", "../b.wav", "b.wav", "b.wav")
     ]  # fmt: skip
     write_json(folder / "index.json", {"examples": examples})
-    section = steering_section(sources(tmp_path))
-    (players,) = (p for p in inside(section.parts) if isinstance(p, Players))
-    assert len(players.rows) == 2  # of each wish
+    section = section_of.section(sources(tmp_path))
+    players = players_of(section)
+    assert len(players.rows) == 2  # per request
     first, second = (decoded(m.audio) for m in players.rows[0][1])
     assert len(first) == 6 * RATE  # a long one is cut
     assert similarity(first, tone(440, 6.0)) > 0.95
     assert similarity(second, tone(880)) > 0.95
     assert [m.detail for m in players.rows[0][1]] == [f"{HOSTILE}: {HOSTILE} 0.25", ""]
-    notes = [p.text for p in section.parts if isinstance(p, Note) and p.kind == "missing"]
-    assert notes == ["2 examples of tiny could not be read."]
+    assert section.missing == ("2 examples of tiny could not be read.",)
 
 
 def hostile_run(root: Path) -> None:
@@ -221,6 +206,7 @@ def hostile_run(root: Path) -> None:
     dose.to_csv(root / "plots/steer/tiny-dose.csv", index=False)
     talk = pd.DataFrame({"edit": [HOSTILE], HOSTILE: [0.1], "drums": [np.nan]})
     talk.to_csv(root / "plots/steer/tiny-crosstalk.csv", index=False)
+    (root / "plots/steer/tiny-dose.png").write_bytes(PIXEL)
     found = {HOSTILE: {HOSTILE: {"with": 2, "best": {"feature": 1234, "q": 0.01}}}}
     write_metrics(root, "find_concept/tiny", found)
     folder = root / "data/find_concept/tiny"
@@ -240,7 +226,7 @@ def hostile_run(root: Path) -> None:
 def test_hostile_names_stay_text(tmp_path):
     hostile_run(tmp_path)
     found = [
-        build(sources(tmp_path)) for build in (judges_section, found_section, steering_section)
+        build(sources(tmp_path)) for build in (judges.section, finder.section, section_of.section)
     ]
     page = html_of(*found)
     assert sum(tag == "script" for tag, _ in page.tags) == 1
@@ -262,16 +248,16 @@ def test_hostile_names_stay_text(tmp_path):
 def test_judges_stand_beside_shuffled_labels(judged, tmp_path):  # noqa: F811
     found = judge_report.measure(judged, 50, 0)
     write_json(tmp_path / "metrics/train_judge.json", found)
-    section = judges_section(sources(tmp_path))
-    means = cells(tables(section)["Judges on unheard compositions (AUROC, mean over families)"])
-    assert means["behind the codec"] == [
+    section = judges.section(sources(tmp_path))
+    means = cells(tables(section)["Judges on unseen compositions (AUROC, mean over families)"])
+    assert means["after the codec"] == [
         f"{found[j]['codec']['mean_auroc']:.3f}" for j in ("family_judge", "musicnn")
     ]
     assert {"clips, TimGM6mb", "clips, FluidR3Mono", "shuffled labels"} < set(means)
     right = found["family_judge"]["pairs"]["accuracy"]
     assert means["matched pairs, guitar: share right"][0].startswith(f"{right:.3f} [")
     by_family = tables(section)["Judges by family (AUROC)"]
-    column = by_family.columns.index("musicnn, behind the codec")
+    column = by_family.columns.index("musicnn, after the codec")
     guitar = next(row for row in by_family.rows if row[0] == "guitar")
     assert guitar[column].text == f"{found['musicnn']['codec']['guitar']['auroc']:.3f}"
     assert "trained on timgm6mb, tested on fluidr3mono" in by_family.columns
@@ -301,7 +287,7 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     moments = pd.DataFrame(moments, columns=["concept", *MOMENTS])
     moments.to_parquet(folder / "moments.parquet")
 
-    section = found_section(sources(tmp_path, MODELS))
+    section = finder.section(sources(tmp_path, MODELS))
     row = cells(tables(section)["tiny, sae: concepts"])["guitar"]
     assert row[1] == f"{numbers['discoveries']} of 30"
     assert row[2] == "7"
@@ -310,11 +296,10 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     best = cells(tables(section)["Best features"])
     assert list(best)[0] == "guitar: sae 7"
     assert len(best) == 3
-    (players,) = (p for p in inside(section.parts) if isinstance(p, Players))
+    players = players_of(section)
     ((title, excerpts),) = players.rows  # of the best feature alone
     assert title == "guitar: sae 7"
     assert [m.detail for m in excerpts] == ["clip-1, at 1.2 s", "clip-2, at 1.2 s"]
     assert similarity(decoded(excerpts[0].audio), tone(500, 3.0)) > 0.95
-    notes = [p.text for p in section.parts if isinstance(p, Note) and p.kind == "missing"]
-    assert len(notes) == 1
-    assert "metrics/find_concept/wide.json" in notes[0]
+    (note,) = section.missing
+    assert "metrics/find_concept/wide.json" in note

@@ -15,8 +15,8 @@ from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.core.io import read_json
 from musicscope.models.registry import load_model
-from musicscope.report.parts import Note, Players
-from musicscope.report.steering import steering_section
+from musicscope.report.elements import Players
+from musicscope.report.sections.steering import section as steering_section
 from musicscope.steering import audio_pieces
 from musicscope.steering import context as steering_bench
 from musicscope.steering import run as steering_stage
@@ -25,8 +25,8 @@ from musicscope.steering.pieces import known_concepts
 from musicscope.steering.ready import load_steering
 from musicscope.steering.recipes import load_recipe
 from musicscope.steering.report import Outs, summary_keys
-from tests.report.test_steering import cells, inside, sources, tables
 from tests.support import tone_rave as tone
+from tests.support.report import cells, inside, sources, tables, text_of
 from tools.import_closure import ROOT
 
 OUTS = Outs("data/steering/tone", "metrics/steer/tone.json", "plots/steer/tone")
@@ -133,20 +133,19 @@ def test_all_outs_are_there_and_are_the_music(world):
 
 def test_the_report_shows_clips_and_distances(world):
     page = steering_section(sources(world, ("tone",)))
-    notes = [p.text for p in page.parts if isinstance(p, Note)]
-    assert any("tone: 4 or more test clips for each row" in text for text in notes)
-    assert sum("left out" in text for text in notes) == 3
+    assert "tone: 4 or more test clips for each row" in text_of(page)
+    assert sum("left out" in text for text in page.missing) == 3
     success = tables(page)["tone: success"]
     assert success.columns[-1] == "spectral distance of features"
     assert "the clip itself" in success.columns
     assert "prompt edit" not in success.columns
     assert cells(success)["guitar off"][0].startswith("1.00 [")
-    costs = tables(page)["tone: what it does and what it costs"]
+    costs = tables(page)["tone: effect and cost"]
     assert costs.columns[4] == "spectral distance"
     number = read_json(world / OUTS.metrics)["concepts"]["guitar"]["off"]["methods"]["sae"]
     assert cells(costs)["guitar off: features"][3].startswith(f"{number['spectral_cost']:.3f}")
     assert "spectral distance" in tables(page)["tone: several concepts at once"].columns
-    assert any(isinstance(p, Players) for p in inside(page.parts))
+    assert list(inside(page.content, Players))
 
 
 def test_without_labelled_clips_everything_is_written_and_says_why(tmp_path, monkeypatch):
@@ -161,7 +160,7 @@ def test_without_labelled_clips_everything_is_written_and_says_why(tmp_path, mon
         assert Path(f"{OUTS.plots}{suffix}").is_file()
     assert summary_keys(found) == {"prompts": 0, "skipped": 8}
     page = steering_section(sources(tmp_path, ("tone",)))
-    assert sum("left out" in p.text for p in page.parts if isinstance(p, Note)) == 8
+    assert sum("left out" in text for text in page.missing) == 8
 
 
 def test_a_direction_without_test_clips_is_left_out_alone(tmp_path):

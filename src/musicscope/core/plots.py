@@ -7,7 +7,6 @@ and lines a marker, so that no reading depends on colour alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from musicscope.core.io import atomic_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -28,14 +29,13 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 10,
-    "svg.hashsalt": "musicscope",
 }
 
 
 def new_figure(
     rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.0), **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """A figure without pyplot's global state, and its axes [rows, columns]; `size` in inches.
+    """Make a figure without pyplot's global state, and axes [rows, columns]; `size` in inches.
 
     Sets the process's matplotlib settings to its defaults plus `STYLE`: a user's matplotlibrc
     would change the bytes from one machine to another.
@@ -48,15 +48,9 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
-    """Write a PNG atomically, without the software version that matplotlib puts in by default."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a PNG atomically, without matplotlib's version; the report shows the same file."""
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def interval_bars(
@@ -72,9 +66,9 @@ def interval_bars(
     digits: int = 2,
     show_values: bool = True,
 ) -> None:
-    """Vertical bars with interval whiskers and the value written above each.
+    """Draw vertical bars with interval whiskers and the value written above each.
 
-    For bars side by side call once a series with `offset` and `width` in units of one bar slot.
+    For bars side by side call once per series with `offset` and `width` in units of one bar slot.
     """
     x = np.arange(len(labels)) + offset
     values = np.asarray(values, dtype=float)
@@ -101,7 +95,7 @@ def interval_curve(
     name: str | None = None,
     series: int = 0,
 ) -> None:
-    """A line with markers and a shaded interval; `series` picks colour and marker."""
+    """Draw a line with markers and a shaded interval; `series` picks colour and marker."""
     colour = COLOURS[series % len(COLOURS)]
     axis.plot(x, values, color=colour, marker=MARKERS[series % len(MARKERS)], ms=5, label=name)
     if lows is not None and highs is not None:
@@ -110,7 +104,7 @@ def interval_curve(
 
 
 def reference_line(axis: Axes, y: float, text: str) -> None:
-    """A dashed horizontal line (chance, no effect, a baseline) named at its right end."""
+    """Draw a dashed horizontal line (chance, no effect, a baseline), named at its right end."""
     axis.axhline(y, color="#555555", lw=1, ls="--")
     axis.annotate(
         text, (1, y), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",

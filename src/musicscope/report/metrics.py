@@ -1,15 +1,33 @@
-"""Where the report's numbers come from; what is not there becomes a visible note or a dash."""
+"""Where the numbers of the report come from, and how each is read and written.
+
+Metrics hold a number at `key`, or a mapping there that holds the number as value, auroc, accuracy
+or difference. Its interval is beside it at <key>_low and <key>_high, or at <key>_ci_low and
+<key>_ci_high; these names can leave out value, auroc, accuracy or difference at the end of the key.
+A missing number becomes a dash.
+"""
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from musicscope.core.io import read_json
-from musicscope.report.parts import Cell, Note, number
+from musicscope.report.elements import Cell, Figure
+from musicscope.report.snippets import data_uri
+
+DASH = "–"
+NAMES = ("value", "auroc", "accuracy", "difference")
+FIGURE_SCALE = 0.7
+"""CSS pixels per pixel of a plot: its text has about 12 pixels."""
+
+Tree = Mapping[str, Any]
+"""Contents of a JSON file."""
 
 
 @dataclass(frozen=True)
@@ -17,42 +35,127 @@ class Sources:
     """Where the report reads from."""
 
     root: Path
-    """The folder that holds metrics/ and data/."""
+    """The folder that holds metrics/, plots/ and data/."""
     models: tuple[str, ...]
     slots: tuple[str, ...]
     rendered: bool = True
     """Clips are rendered (params: prepare_data.source is embedded), not recordings."""
 
-    def metrics(self, name: str) -> dict[str, Any] | None:
-        """metrics/<name>.json, or None where there is none."""
+    def metrics(self, name: str) -> Tree | None:
+        """metrics/<name>.json, or None if it is missing."""
         path = self.root / "metrics" / f"{name}.json"
         return read_json(path) if path.is_file() else None
 
     def plot(self, name: str) -> pd.DataFrame | None:
-        """plots/<name>.csv, or None where there is none."""
+        """plots/<name>.csv, or None if it is missing or has no rows."""
         path = self.root / "plots" / f"{name}.csv"
-        return pd.read_csv(path) if path.is_file() else None
+        table = pd.read_csv(path) if path.is_file() else None
+        return table if table is not None and len(table) else None
 
-    def missing(self, name: str, stage: str) -> Note:
-        """The note for metrics that are not there."""
-        return Note(f"Left out: metrics/{name}.json is not there (stage {stage}).", "missing")
+    def figure(self, name: str, alt: str, caption: str) -> Figure | str:
+        """plots/<name>.png, or a note that it is missing."""
+        path = self.root / "plots" / f"{name}.png"
+        if not path.is_file():
+            return f"Left out: plots/{name}.png is not there."
+        content = path.read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        size = round(width * FIGURE_SCALE), round(height * FIGURE_SCALE)
+        return Figure(data_uri("image/png", content), size, alt, caption)
+
+
+def missing(name: str, stage: str) -> str:
+    """The note on a metrics file that is missing."""
+    return f"Left out: metrics/{name}.json is not there (stage {stage})."
+
+
+class Number(NamedTuple):
+    """A number and its interval; None where unknown."""
+
+    value: float | int | str | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def _locate(tree: Any, dotted: str) -> tuple[Tree, str] | None:
+    """The mapping that holds the entry at a dotted key, and its key there; keys may hold dots."""
+    if not isinstance(tree, Mapping):
+        return None
+    if dotted in tree:
+        return tree, dotted
+    for dot in (i for i, letter in enumerate(dotted) if letter == "."):
+        if found := _locate(tree.get(dotted[:dot]), dotted[dot + 1 :]):
+            return found
+    return None
 
 
 def get(tree: Any, dotted: str) -> Any:
-    """What is at a dotted key, or None."""
-    for key in dotted.split("."):
-        if not isinstance(tree, dict) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
+    """The entry at a dotted key, or None."""
+    found = _locate(tree, dotted)
+    return found[0][found[1]] if found else None
 
 
-def cell(tree: Any, key: str, digits: int = 3) -> Cell:
-    """The number at `key` with the interval at <key>_low and <key>_high."""
-    return number(get(tree, key), get(tree, f"{key}_low"), get(tree, f"{key}_high"), digits)
+def read(tree: Any, dotted: str) -> Number:
+    """The number at a dotted key with its interval, by any of the names above."""
+    if (found := _locate(tree, dotted)) is None:
+        return Number()
+    at, key = found
+    if isinstance(value := at[key], Mapping):
+        name = next((name for name in NAMES if name in value), "")
+        return read(value, name)
+    stems = (key.removesuffix(name) for name in NAMES if key.endswith(name))
+    for prefix in (f"{key}_", *stems):
+        for low, high in (("low", "high"), ("ci_low", "ci_high")):
+            ends = at.get(f"{prefix}{low}"), at.get(f"{prefix}{high}")
+            if None not in ends:
+                return Number(value, *ends)
+    return Number(value)
 
 
-def scored(tree: Any, key: str, value: str = "auroc", digits: int = 3) -> Cell:
-    """The number at key.value with the interval at key.ci_low and key.ci_high."""
-    found = get(tree, key)
-    return number(get(found, value), get(found, "ci_low"), get(found, "ci_high"), digits)
+def cell(tree: Any, dotted: str, digits: int = 3, shaded: bool = False) -> Cell:
+    """A cell with the number at a dotted key and, where both ends are known, its interval below.
+
+    `shaded`: with a shade for a value between 0 and 1.
+    """
+    value, low, high = read(tree, dotted)
+    detail = "" if low is None else f"[{plain(low, digits)}, {plain(high, digits)}]"
+    shade = None
+    if shaded and isinstance(value, int | float):
+        shade = round(9 * min(max(value, 0.0), 1.0))
+    return Cell(plain(value, digits), detail, shade)
+
+
+def short(value: float | None, digits: int = 2) -> str:
+    """A number of any size as text with `digits` significant digits."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:.{digits}g}"
+        text = f"{value:,.0f}" if abs(value) >= 10**digits else text
+    else:
+        text = f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
+    return text.replace("-", "−")
+
+
+def plain(value: float | int | str | None, digits: int = 3) -> str:
+    """A number as text: integers whole, small ones in powers of ten, missing as a dash."""
+    if value is None or isinstance(value, str):
+        return value or DASH
+    if not math.isfinite(value):
+        return DASH
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}".replace("e-0", "e-").replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def in_words(
+    title: str, y_label: str, x_label: str, x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+) -> str:  # fmt: skip
+    """The numbers of a chart in words, for `Figure.alt`."""
+    spoken = (
+        f"{name}: " + ", ".join(f"{at:.6g} {plain(y)}" for at, y in zip(x, values, strict=True))
+        for name, values in series.items()
+    )
+    return f"{title}. {y_label} by {x_label}. {'; '.join(spoken)}"

@@ -11,14 +11,15 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
-from musicscope.core.audio import log_mel
-from musicscope.report.parts import Moment
+from musicscope.core.audio import log_mel, resample
+from musicscope.report.elements import Moment
 
 RATE = 16_000
 FADE = 0.01  # seconds at either end, so that a cut does not click
@@ -41,21 +42,13 @@ def window(centre: int, length: int, total: int) -> tuple[int, int]:
     return first, first + length
 
 
-def at_page_rate(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Mono audio [samples] at 16 kHz."""
-    if rate == RATE:
-        return np.asarray(audio, np.float32)
-    shared = math.gcd(rate, RATE)
-    return resample_poly(audio, RATE // shared, rate // shared).astype(np.float32)
-
-
 def mp3(audio: np.ndarray, rate: int) -> bytes:
     """Mono audio [samples] in [-1, 1] as variable-rate MP3 at 16 kHz, faded at both ends.
 
     Raises:
         ValueError: empty or not finite.
     """
-    audio = at_page_rate(np.asarray(audio, np.float32), rate)
+    audio = resample(np.asarray(audio, np.float32), rate, RATE)
     if not len(audio) or not np.isfinite(audio).all():
         raise ValueError("audio for the report is empty or not finite; rerun the stage it is from")
     ramp = np.minimum(1, (np.arange(len(audio)) + 1) / (FADE * RATE)).astype(np.float32)
@@ -69,7 +62,7 @@ def mp3(audio: np.ndarray, rate: int) -> bytes:
 
 def spectrogram_levels(audio: np.ndarray, rate: int) -> np.ndarray:
     """Mel spectrogram [48, frames of 20 ms] as uint8 0 (quiet) .. 15, low bands first."""
-    mel = log_mel(at_page_rate(audio, rate), RATE, BANDS, hop=HOP)[0]
+    mel = log_mel(resample(audio, rate, RATE), RATE, BANDS, hop=HOP)[0]
     floor = max(float(mel.max()) - RANGE, math.log(1e-6))
     scaled = (mel - floor) / RANGE
     return np.round(np.clip(scaled, 0, 1) * (LEVELS - 1)).astype(np.uint8)
@@ -107,6 +100,41 @@ def curve(values: np.ndarray, top: float) -> str:
     keep[1:-1] = np.diff(heights, 2) != 0
     points = " ".join(f"{x} {heights[x]:.0f}" for x in np.flatnonzero(keep))
     return f"M{points}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve to draw."""
+
+    name: str
+    values: np.ndarray
+    """[frames] of the whole clip or file"""
+    top: float
+    """Activation at the upper edge."""
+    colour: int
+
+
+def excerpt(
+    audio: np.ndarray, rate: int, frame_rate: float, centre: int, seconds: float,
+    lines: Sequence[Line], caption: str, detail: Callable[[float, float], str], label: str,
+) -> Moment:  # fmt: skip
+    """Cut `seconds` around frame `centre` out of mono audio [samples].
+
+    All lines share the frames. `detail` makes text from the first and the last second.
+    """
+    total = max((len(line.values) for line in lines), default=0)
+    total = total or round(len(audio) / rate * frame_rate)
+    first, end = window(centre, max(2, round(seconds * frame_rate)), total)
+    sound = audio[round(first / frame_rate * rate) : round(end / frame_rate * rate)]
+    return Moment(
+        caption,
+        detail(first / frame_rate, end / frame_rate),
+        data_uri("audio/mpeg", mp3(sound, rate)),
+        data_uri("image/png", png(spectrogram_levels(sound, rate))),
+        tuple((line.name, curve(line.values[first:end], line.top), line.colour) for line in lines),
+        end - first,
+        label,
+    )
 
 
 def file_moment(

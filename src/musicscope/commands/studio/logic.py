@@ -18,7 +18,7 @@ from musicscope.commands.generate import JUDGES
 from musicscope.core.io import read_json
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import load_judges
-from musicscope.report.snippets import at_page_rate, spectrogram_levels
+from musicscope.report.snippets import spectrogram_levels
 from musicscope.steering import pieces
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
 from musicscope.steering.pieces import Order, Piece, Scores, Tick
@@ -208,7 +208,7 @@ def picture(piece: Piece) -> np.ndarray:
 
     Noise of the codec alone is not drawn: 43 dB from the loudest point down.
     """
-    levels = spectrogram_levels(at_page_rate(piece.audio, piece.rate), 16_000)
+    levels = spectrogram_levels(piece.audio, piece.rate)
     grey = 255 - levels[::-1].astype(np.uint16) * 17
     (height, width), (rows, columns) = (288, 640), grey.shape
     at = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)

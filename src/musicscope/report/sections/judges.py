@@ -1,0 +1,52 @@
+"""How reliable the judges of generated audio are: their AUROC on clips outside their training."""
+
+from __future__ import annotations
+
+from musicscope.report.elements import Section, Table
+from musicscope.report.metrics import Sources, Tree, cell, get
+
+JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
+SETS = {
+    "timgm6mb": "clips, TimGM6mb", "fluidr3mono": "clips, FluidR3Mono",
+    "codec": "after the codec", "shuffled": "shuffled labels",
+}  # fmt: skip
+
+
+def section(sources: Sources) -> Section | None:
+    """Both judges by family and set; None where they were never trained."""
+    if (found := sources.metrics("train_judge")) is None:
+        return None
+    content = {"means": _means(found), "families": _families(found)}
+    return Section("judges", "How reliable the judges are", content)
+
+
+def _sets(found: Tree) -> list[tuple[str, str]]:
+    """(judge, set) of each report."""
+    return [(j, s) for j in JUDGES for s in SETS if get(found, f"{j}.{s}") is not None]
+
+
+def _means(found: Tree) -> Table:
+    rows = [
+        (SETS[name], *(cell(found, f"{judge}.{name}.mean_auroc") for judge in JUDGES))
+        for name in dict.fromkeys(name for _, name in _sets(found))
+    ]
+    if any(get(found, f"{judge}.pairs") is not None for judge in JUDGES):
+        cells = (cell(found, f"{judge}.pairs") for judge in JUDGES)
+        rows.append(("matched pairs, guitar: share right", *cells))
+    caption = "Judges on unseen compositions (AUROC, mean over families)"
+    return Table(caption, ("set", *JUDGES.values()), tuple(rows))
+
+
+def _families(found: Tree) -> Table:
+    """A row per family, a column per judge and set, then the judges trained on one soundfont."""
+    named = {f"{JUDGES[j]}, {SETS[s]}": get(found, f"{j}.{s}") for j, s in _sets(found)}
+    for name, report in sorted((get(found, "cross_font") or {}).items()):
+        named[f"trained on {name.replace('_to_', ', tested on ')}"] = report
+    families = dict.fromkeys(
+        name for r in named.values() for name, entry in r.items() if isinstance(entry, dict)
+    )
+    rows = (
+        (family.replace("_", " "), *(cell(report, family) for report in named.values()))
+        for family in families
+    )
+    return Table("Judges by family (AUROC)", ("family", *named), tuple(rows))

@@ -1,0 +1,142 @@
+"""Universal SAE and crosscoder: what the models share, beside its nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from musicscope.report.elements import Cell, Figure, Section, Table
+from musicscope.report.metrics import Sources, Tree, cell, get, in_words, missing, plain
+
+NULLS = {
+    "mispaired": "trained on mispaired clips",
+    "shuffled": "other clips for each model",
+    "random": "random dictionaries",
+}
+
+
+def section(sources: Sources) -> Section:
+    """What the models share."""
+    universal, joint = sources.metrics("train_usae"), sources.metrics("train_crosscoder")
+    content, absent = {}, []
+    if universal is None:
+        absent.append(missing("train_usae", "train_usae"))
+    else:
+        content |= {
+            "n_latents": plain(universal.get("n_latents")), "k": plain(universal.get("k")),
+            "method": universal.get("method", "unknown"), "slot": universal.get("slot", "unknown"),
+            "frames": plain(universal.get("test_frames")),
+            "compositions": plain(universal.get("test_compositions")),
+            "r2": _r2(universal), "measures": _measures(universal),
+            "entropy": _histogram(
+                sources, "train_usae/firing_entropy", "Firing entropy",
+                "firing entropy (0: one model only, 1: all equally often)",
+                "Features of the universal SAE by firing entropy (seed 0), beside training on "
+                "mispaired clips and random dictionaries of equal statistics.",
+            ),
+        }  # fmt: skip
+    if joint is None:
+        absent.append(missing("train_crosscoder", "train_crosscoder"))
+    else:
+        last = _models(joint)[-1:]
+        content |= {
+            "joint": _joint(joint),
+            "norms": [
+                _histogram(
+                    sources, "train_crosscoder/relative_norm", f"Share of {name}",
+                    f"share of {name} in the decoder norm (0: none, 1: all)",
+                    f"Features of the crosscoder by the share of {name} in the decoder norm.",
+                    f"{name} ",
+                )
+                for name in last
+            ],
+        }  # fmt: skip
+    return Section("sharing", "What the models share", content, tuple(absent))
+
+
+def _models(found: Tree) -> list[str]:
+    models = get(found, "models") or {}
+    return [models[key] for key in sorted(models, key=int)]
+
+
+def _over_seeds(found: Tree, key: str) -> Cell:
+    mean, spread = (get(found, f"headline.{key}.{name}") for name in ("mean", "sd"))
+    return Cell(plain(mean), "" if spread is None else f"sd {plain(spread)}")
+
+
+def _rows(
+    found: Tree, rows: Iterable[tuple[str, str]], nulls: Iterable[str]
+) -> tuple[tuple[Cell | str, ...], ...]:
+    """Per (label, key): seed 0 with its interval, mean and spread over seeds, and the nulls."""
+    return tuple(
+        (
+            label,
+            cell(found, f"headline.{key}"),
+            _over_seeds(found, key),
+            *(cell(found, f"null.{null}.{key}") for null in nulls),
+        )
+        for label, key in rows
+    )
+
+
+def _r2(found: Tree) -> Table:
+    """R2 of each model's activations from each model's code, beside nulls and its own SAE."""
+    names, rows = _models(found), []
+    for i, source in enumerate(names):
+        for j, target in enumerate(names):
+            key = f"r2_{i}_{j}"
+            controls = [*(f"null.{null}.{key}" for null in NULLS), f"independent_r2.{j}"]
+            rows.append((
+                f"{target} from the code of {source}",
+                cell(found, f"headline.{key}", shaded=True),
+                _over_seeds(found, key),
+                *(cell(found, control, shaded=True) for control in controls),
+            ))  # fmt: skip
+    columns = ("", "seed 0", "over seeds", *NULLS.values(), "the target's own SAE")
+    return Table("R2 of one model's activations from another's code", columns, tuple(rows))
+
+
+def _measures(found: Tree) -> Table:
+    rows = [("firing entropy, median", "firing_entropy_median"),
+            ("firing entropy, mean", "firing_entropy_mean"),
+            ("firing entropy, weighted by firings", "firing_entropy_weighted")]  # fmt: skip
+    for what, key in (
+        ("co-fires / fires, {}", "cofire_proportion_{}"),
+        ("the same, mean over features, {}", "cofire_proportion_mean_{}"),
+        ("the same, 100 features of highest energy, {}", "cofire_proportion_top_{}"),
+        ("active per frame, {}", "l0_{}"),
+    ):
+        rows += [(what.format(name), key.format(i)) for i, name in enumerate(_models(found))]
+    rows += [("correlation of log energy and log co-fires", "energy_cofire_correlation"),
+             ("dead features", "dead_fraction")]  # fmt: skip
+    columns = ("", "seed 0", "over seeds", *NULLS.values())
+    return Table(
+        "Universal SAE: for which models a feature fires", columns, _rows(found, rows, NULLS)
+    )
+
+
+def _joint(found: Tree) -> Table:
+    names, nulls = _models(found), [null for null in NULLS if null != "shuffled"]
+    rows = [(f"R2 of {name}", f"r2_{j}") for j, name in enumerate(names)]
+    rows += [("features shared by norm", "norm_shared")]
+    rows += [(f"features of {name} alone by norm", f"norm_own_{i}") for i, name in enumerate(names)]
+    rows += [("mean distance from equal norms", "norm_spread"), ("dead features", "dead_fraction")]
+    return Table(
+        "Crosscoder: one code from all models together",
+        ("", "seed 0", "over seeds", *(NULLS[null] for null in nulls)),
+        _rows(found, rows, nulls),
+    )
+
+
+def _histogram(
+    sources: Sources, name: str, title: str, x_label: str, caption: str, prefix: str = ""
+) -> Figure | str:
+    """The histogram plots/<name>; `prefix` picks columns and is taken off their names."""
+    if (table := sources.plot(name)) is None:
+        return f"Left out: plots/{name}.csv is not there."
+    series = {
+        column.removeprefix(prefix).strip(): table[column].astype(int).tolist()
+        for column in table.columns
+        if column not in ("low", "high") and column.startswith(prefix)
+    }
+    words = in_words(title, "features that fire", f"{x_label}, from", table["low"].tolist(), series)
+    return sources.figure(name, words, caption)
