@@ -75,7 +75,8 @@ def test_two_ranks_train_the_dictionaries_of_one_also_after_one_died(stores, tmp
     train_all(ALONE, stores, tmp_path)
     for checkpoint in tmp_path.glob("*.pt"):
         checkpoint.unlink()
-XX
+    imports = "from tests.dictionaries import test_ranks_usae as u"
+    body = f"{imports}\nu.train_all(ranks, Path({str(stores)!r}), Path('.'))"
     torchrun(tmp_path, body, restarts=1)
     assert (tmp_path / "died").exists()
     for method in METHODS:
