@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -274,19 +273,3 @@ def run_conditions(
     with workers(max(1, min(processes, len(todo)))) as each:
         measured = each(partial(run_condition, open_context, scratch), todo)
         return dict(zip(todo, progress(measured, len(todo)), strict=True))
-
-
-def estimate(context: Context, sizes: Sequence[int], processes: int) -> str:
-    """Estimate the duration of conditions of these `sizes` from one sample (some two seconds)."""
-    subject, mean = context.subject, round(sum(sizes) / len(sizes))
-    audio, rendered = subject.sample(context.model, mean)
-    begin = time.perf_counter()
-    audio = to_judges(audio, context.model.sample_rate)
-    context.judges.predict(audio)
-    context.judges.embed(audio)
-    each = (rendered + time.perf_counter() - begin) * mean
-    minutes = len(sizes) * each / max(1, processes) / 60
-    return (
-        f"{len(sizes)} conditions of about {mean} {subject.noun} x {subject.seconds:g} s at "
-        f"{each:.0f} s: about {minutes:.0f} min on {processes} process(es)"
-    )

@@ -35,7 +35,7 @@ TEST_KEYS = (
 COSTS = ("ce_cost", "spectral_cost", "frechet", "silent")
 CHART_SUFFIXES = ("-dose", "-trade", "-crosstalk")
 Learnt = Mapping[str, tuple[Recipe, Mapping[str, float]]]
-"""Concept -> recipe and its AUROCs, as `learning.learn_recipes` returns."""
+"""Concept -> recipe and its AUROCs, as `learning.learn_recipe` returns."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from musicscope.judges.pair import frechet_distance
 from musicscope.models.registry import load_model
 from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
-from musicscope.steering.learning import learn_recipes, read_clips
+from musicscope.steering.learning import learn_recipe, read_clips
 from musicscope.steering.recipes import sae_folder, save_recipe
 from musicscope.steering.subjects import frame_rate_at, make_subject
 
@@ -41,12 +41,11 @@ def evaluate(
         return
     dictionary, layer = sae_folder(name, section.slot), store.config["layer"]
     train = read_clips(store, TopKSAE.load(dictionary, device), clips.rows, processes, device)
-    recipes = learn_recipes(
-        train, plan.concepts, model=name, slot=section.slot, layer=layer,
-        sae=folder_sha256(dictionary), target=section.target, both_sides=section.both_sides,
-        gate_features=section.gate_features, gate_seconds=section.gate_seconds,
-        frame_rate=frame_rate_at(model, layer),
-    )  # fmt: skip
+    shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
+    options = {key: getattr(section, key) for key in shared}
+    options |= {"model": name, "layer": layer, "frame_rate": frame_rate_at(model, layer),
+                "sae": folder_sha256(dictionary)}  # fmt: skip
+    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
     del train, model
 
     inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")

@@ -25,20 +25,8 @@ from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
 from musicscope.core.seeding import seed_for
-from musicscope.steering.conditions import (
-    Context,
-    Measurement,
-    Open,
-    estimate,
-    run_conditions,
-)
-from musicscope.steering.evaluation import (
-    Scorer,
-    advantage,
-    all_fulfilled,
-    fix_thresholds,
-    outcome,
-)
+from musicscope.steering.conditions import Measurement, Open, run_conditions
+from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
 from musicscope.steering.methods import (
     COMPARED,
     JOINT_METHODS,
@@ -183,17 +171,6 @@ def joint_conditions(
 def joint_methods(subject: Subject) -> list[str]:
     """Methods that pairs of requests are tested with."""
     return [method for method in JOINT_METHODS if method in subject.methods]
-
-
-def condition_sizes(section: Steer, subject: Subject, plan: Plan) -> list[int]:
-    """Number of samples per condition of the whole evaluation, shared conditions counted again."""
-    searched = searched_methods(subject.methods)
-    each = 1 + len(subject.chance) + sum(len(grid(section, m, subject.guided)) for m in searched)
-    sizes = [s.n for s in plan.validation.values()] * each
-    sizes += [s.n for s in plan.tests.values()] * len(subject.methods)
-    for pair, selection in plan.joints.items():
-        sizes += [selection.n] * (1 + len(parse_pair(pair)) + len(joint_methods(subject)))
-    return sizes
 
 
 # --- search -----------------------------------------------------------------------------------
@@ -358,11 +335,9 @@ def run(
     section: Steer, open_context: Open, scratch: Path, frechet: Callable, processes: int, seed: int
 ) -> Result:
     """Run the whole evaluation; conditions that a killed run finished are read from `scratch`."""
-    context: Context = open_context()
+    context = open_context()
     subject, name = context.subject, context.model.name
     plan = make_plan(subject, section)
-    ahead = estimate(context, condition_sizes(section, subject, plan), processes)
-    print(f"{name}: {ahead}", file=sys.stderr, flush=True)
     for edit, reason in plan.skipped.items():
         print(f"{name}: {edit} is left out: {reason}", file=sys.stderr, flush=True)
     scorer, table, choices = search(section, plan, open_context, scratch, frechet, processes, seed)

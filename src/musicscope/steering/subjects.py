@@ -1,8 +1,9 @@
 """What an evaluation steers: prompts of a model that generates, or clips through an audio model.
 
-A subject chooses samples for a request, renders them under a condition, and says what a change
-costs. The noise of a sample depends on the sample alone, so a steered sample differs from the plain
-one by the edit alone.
+A `Subject` chooses samples for requests (`select`), names and groups them (`titles`, `groups`),
+renders them under a condition (`render`) and computes what a change costs (`costs`). It also has
+`methods`, and `chance`: methods whose Frechet distance from plain is the unit of the budget. The
+noise of a sample depends on the sample alone, so only the edit differs from plain.
 
 * `Prompts`: to switch a concept off, prompts name it; to switch it on, they do not. The cost is the
   cross-entropy of the tokens under the unsteered model.
@@ -13,10 +14,9 @@ one by the edit alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -44,53 +44,6 @@ class Rendering:
     """float32 [n, samples] at the model's rate"""
     codes: Tensor | None = None
     """[n, K, T] of generated samples"""
-
-
-class Subject(Protocol):
-    """What search, conditions and report need to know about samples."""
-
-    noun: ClassVar[str]
-    """Name of the samples in messages and metrics."""
-    guided: ClassVar[bool]
-    """Whether branches of guided generation differ."""
-    chance: ClassVar[tuple[str, ...]]
-    """Methods whose Frechet distance from plain is the unit of the budget."""
-    seconds: float
-    methods: tuple[str, ...]
-
-    def check_concept(self, concept: str) -> None:
-        """Raise ValueError if nothing can be learnt about a concept."""
-
-    def select(self, split: str, n: int, requests: Sequence[Request]) -> Selection:
-        """Choose up to `n` samples for requests; ValueError if there are too few."""
-
-    def titles(self, selection: Selection) -> list[str]:
-        """Name each sample."""
-
-    def groups(self, selection: Selection) -> np.ndarray | None:
-        """Group of each sample, for the bootstrap; None if every sample is its own group."""
-
-    def render(self, model: Model, condition: Condition, hooks: Mapping[str, Hook]) -> Rendering:
-        """Render all samples of a condition in batches."""
-
-    def costs(
-        self, model: Model, condition: Condition, rendering: Rendering
-    ) -> dict[str, np.ndarray]:
-        """Fields `ce` [n] and `spectral` [n] of `conditions.Measurement`."""
-
-    def sample(self, model: Model, n: int) -> tuple[np.ndarray, float]:
-        """Audio [1, samples] of one sample, and seconds per sample when `n` are rendered."""
-
-
-def make_subject(
-    model: Model, section: Steer, seed: int, clips: ClipStore | None = None
-) -> Prompts | Clips:
-    """Make the subject for a model; an audio model needs `clips`."""
-    if is_audio_model(model):
-        return Clips(seed, section.seconds, section.batch, clips)
-    return Prompts(
-        seed, section.seconds, section.batch, section.guidance, section.concepts, section.words
-    )
 
 
 def frame_rate_at(model: Model, layer: str) -> float:
@@ -185,15 +138,6 @@ class Prompts:
             for part in rendering.codes.split(self.batch)
         ]
         return {"ce": torch.cat(parts).double().cpu().numpy()}
-
-    def sample(self, model: MusicModel, n: int) -> tuple[np.ndarray, float]:
-        """Time a short generation."""
-        count, short = min(self.batch, n), min(self.seconds, 0.5)
-        begin = time.perf_counter()
-        audio, _ = model.generate(["guitar music"] * count, short, 0, guidance_scale=self.guidance)
-        seconds = (time.perf_counter() - begin) / count * self.seconds / short
-        repeats = int(np.ceil(self.seconds / short))
-        return np.tile(audio[:1].float().cpu().numpy(), (1, repeats)), seconds
 
 
 @dataclass(frozen=True)
@@ -302,13 +246,19 @@ class Clips:
         distances = [spectral_distance(spectra(a), spectra(b)) for a, b in pairs]
         return {"ce": np.full(len(distances), np.nan), "spectral": np.array(distances)}
 
-    def sample(self, model: AudioModel, n: int) -> tuple[np.ndarray, float]:
-        """Time the reconstruction of one clip."""
-        begin = time.perf_counter()
-        at = main_clips(self.rows, "validation")[:1]
-        batch = model.encode(self.audio(at, model.sample_rate))
-        audio = finite_audio(model.reconstruct(batch))
-        return audio, time.perf_counter() - begin
+
+Subject = Prompts | Clips
+
+
+def make_subject(
+    model: Model, section: Steer, seed: int, clips: ClipStore | None = None
+) -> Subject:
+    """Make the subject for a model; an audio model needs `clips`."""
+    if is_audio_model(model):
+        return Clips(seed, section.seconds, section.batch, clips)
+    return Prompts(
+        seed, section.seconds, section.batch, section.guidance, section.concepts, section.words
+    )
 
 
 def other_noise(batch: AudioBatch, *names: object) -> AudioBatch:
