@@ -29,7 +29,7 @@ from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from musicscope.core.io import read_json  # noqa: E402
 from musicscope.dictionaries.core import TopKSAE  # noqa: E402
 from musicscope.models.registry import load_model  # noqa: E402
-from musicscope.steering.baselines import passthrough_change  # noqa: E402
+from musicscope.steering.conditions import reconstruction_change  # noqa: E402
 from musicscope.steering.edit import ConceptEdit, Edit, Gate, Steering, change_hook, steering_hook  # noqa: E402
 
 RESULT = "benchmarks/results/steering.json"
@@ -68,7 +68,7 @@ def measure(name: str, slot: str, prompts: int, seconds: float, budget: float) -
         "both": steering_hook(model, Steering(sae, (one,), "both")),
         "joint": steering_hook(model, Steering(sae, concepts(sae, 4))),
         "closed_loop": steering_hook(model, Steering(sae, (closed,))),
-        "passthrough": change_hook(model, passthrough_change(sae), "both"),
+        "passthrough": change_hook(model, reconstruction_change(sae), "both"),
     }
     texts = ["guitar and drums"] * prompts
 

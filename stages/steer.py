@@ -1,9 +1,11 @@
-"""Concepts off and on in one model's music: data/steering/<model>, metrics and plots/steer.
+"""Switch concepts off and on in one model's music: data/steering/<model>, metrics and plots/steer.
 
-Learns recipes from data/activations and data/sae (layer of metrics/layers/<model>.yaml), chooses
-strength, number of latents and branch on validation prompts, and reports on test prompts; both by
-the judges in data/judge, which never choose latents. As many prompts as minutes allow: steer_full
-is the same with all that hours allow.
+Learns recipes from data/activations and data/sae, chooses settings on validation prompts (of an
+audio model, clips), and reports on test prompts. Both use the judges in data/judge, which never
+choose latents.
+
+--section steer_full is the whole evaluation with the settings of params.steer_full, which takes
+hours: data/steering_full/<model>, metrics and plots/steer_full. It is frozen, with its outs in Git.
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ from musicscope.core.distributed import resolve_device
 from musicscope.steering.report import Outs
 from musicscope.steering.run import evaluate
 
+FOLDERS = {"steer": "data/steering", "steer_full": "data/steering_full"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    parser.add_argument("--section", choices=FOLDERS, default="steer", help="of params.yaml")
+    args = parser.parse_args()
     params = load_params()
     device = resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
-    outs = Outs(f"data/steering/{name}", f"metrics/steer/{name}.json", f"plots/steer/{name}")
-    evaluate(name, params.steer, params.seed, device, processes, outs)
+    name, section = args.model, args.section
+    outs = Outs(f"{FOLDERS[section]}/{name}", f"metrics/{section}/{name}.json",
+                f"plots/{section}/{name}")  # fmt: skip
+    evaluate(name, getattr(params, section), params.seed, device, processes, outs)
 
 
 if __name__ == "__main__":

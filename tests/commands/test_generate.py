@@ -13,9 +13,10 @@ import soundfile
 from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
-from musicscope.steering import pieces
-from musicscope.steering.baselines import edit_prompt
-from musicscope.steering.ready import load_steering
+from musicscope.steering import session
+from musicscope.steering.prompts import edit_prompt
+from musicscope.steering.recipes import load_steering
+from musicscope.steering.session import Session, Sound, TextInput
 from tests.support.steered import SLOT, StubJudges, make_steerable, other_sae
 
 PROMPT = "A calm guitar/piano piece: no. 1!"
@@ -65,8 +66,8 @@ def test_strength_0_gives_the_same_bytes_and_the_usual_strength_does_not(folder,
     audio, _ = model.generate([PROMPT], 0.3, 7)
     np.testing.assert_allclose(sound, np.clip(audio[0].numpy(), -1, 1), atol=1e-4)
     layer, steering = load_steering("tiny", {"guitar": "on"})
-    piece = pieces.draw(model, pieces.Order(PROMPT, 0.3, 7), layer, steering)
-    assert generate.wav_bytes(piece) == only(one, "-steered.wav")
+    sound = Session(model).draw(TextInput(PROMPT, 0.3, 7), layer, steering)
+    assert generate.wav_bytes(sound) == only(one, "-steered.wav")
 
 
 def test_other_settings_make_other_files_and_nothing_is_overwritten(folder, capsys):
@@ -125,8 +126,8 @@ def test_words_may_ask_for_the_same(folder):
     cli.main([*BASE, "--on", "guitar", "--words", "--strength", "0", "--out", "zero"])
     model = load_model(folder / "data/models/tiny")
     audio, codes = model.generate([about["prompt_steered"]], 0.3, 7)
-    piece = pieces.Piece(audio[0].numpy(), model.sample_rate, codes[0])
-    assert generate.wav_bytes(piece) == only(made(folder, "zero"), "-steered.wav")
+    sound = Sound(audio[0].numpy(), model.sample_rate, codes[0])
+    assert generate.wav_bytes(sound) == only(made(folder, "zero"), "-steered.wav")
 
 
 def test_both_judges_are_printed_for_what_was_asked_and_the_likeliest_others(folder, capsys):
@@ -201,7 +202,7 @@ def test_missing_models_and_recipes_are_named(folder, monkeypatch):
     assert "data/steering/other has no recipes: run dvc repro steer" in message
     assert "dvc pull data/steering/other" in message
     audio_model = SimpleNamespace(reconstruct=None)
-    monkeypatch.setattr(pieces, "load_model", lambda name, device: audio_model)
+    monkeypatch.setattr(session, "load_model", lambda name, device: audio_model)
     assert "generates nothing from a prompt" in refused(*BASE, "--on", "guitar")
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -219,9 +220,9 @@ def test_guidance_is_that_of_the_choice_where_params_say_so(folder):
 
 def test_a_tick_sees_the_piece_grow_changes_nothing_and_can_stop_it(folder):
     model = load_model(folder / "data/models/tiny")
-    order, shares = pieces.Order("flute", 0.3, 1), []
-    plain = pieces.draw(model, order, "layers.3")
-    watched = pieces.draw(model, order, "layers.3", tick=shares.append)
+    drawing, source, shares = Session(model), TextInput("flute", 0.3, 1), []
+    plain = drawing.draw(source, "layers.3")
+    watched = drawing.draw(source, "layers.3", tick=shares.append)
     assert np.array_equal(plain.audio, watched.audio)
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
@@ -234,7 +235,7 @@ def test_a_tick_sees_the_piece_grow_changes_nothing_and_can_stop_it(folder):
             raise Stop
 
     with pytest.raises(Stop):
-        pieces.draw(model, order, "layers.3", tick=stop)
-    assert np.array_equal(pieces.draw(model, order, "layers.3").audio, plain.audio)
+        drawing.draw(source, "layers.3", tick=stop)
+    assert np.array_equal(drawing.draw(source, "layers.3").audio, plain.audio)
     with pytest.raises(ValueError, match=r"has no layers\.9"):
-        pieces.draw(model, order, "layers.9")
+        drawing.draw(source, "layers.9")

@@ -10,15 +10,14 @@ import soundfile
 import torch
 
 from musicscope.commands.studio import finder as finding
-from musicscope.commands.studio import logic as logic
-from musicscope.steering import pieces
-from musicscope.steering.pieces import Order, Piece
-from musicscope.steering.ready import load_steering
+from musicscope.commands.studio import logic
+from musicscope.steering.recipes import load_steering
+from musicscope.steering.session import Session, Sound, TextInput
 from tests.support.steered import StubJudges, make_steerable
 
 HOSTILE = "</table><img src=x onerror='boom()'>\"&"
-ORDER = Order("calm guitar", 0.3, 3)
-WISH = {"guitar": ("on", 1.0)}
+SOURCE = TextInput("calm guitar", 0.3, 3)
+REQUEST = {"guitar": ("on", 1.0)}
 
 
 @pytest.fixture
@@ -26,8 +25,7 @@ def folder(tmp_path, tiny_musicgen, monkeypatch):
     make_steerable(tmp_path, tiny_musicgen)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logic, "open_judges", lambda path: StubJudges())
-    logic.open_model.cache_clear()
-    logic._last_plain.clear()
+    logic.open_session.cache_clear()
     return tmp_path
 
 
@@ -35,10 +33,10 @@ def ignore(share: float) -> None:
     pass
 
 
-def play(wishes=WISH, knobs=(), order=ORDER, tick=ignore) -> logic.Outcome:
-    layer, steering = logic.plan("tiny", wishes, knobs)
-    asked = {concept: direction for concept, (direction, _) in wishes.items()}
-    return logic.perform("tiny", order, layer, steering, asked, tick)
+def play(requests=REQUEST, features=(), source=SOURCE, tick=ignore) -> logic.Outcome:
+    layer, steering = logic.plan("tiny", requests, features)
+    asked = {concept: direction for concept, (direction, _) in requests.items()}
+    return logic.perform("tiny", source, layer, steering, asked, tick)
 
 
 def test_what_there_is(folder):
@@ -64,18 +62,18 @@ def test_a_slider_is_in_units_of_what_was_chosen(folder):
 def test_single_features_are_edited_in_units_of_their_usual_value(folder):
     usual = logic.usual_values("tiny")
     assert usual.shape == (96,)
-    knobs = (logic.Knob(5, "set", 2.0), logic.Knob(6, "scale", 0.5), logic.Knob(7, "ablate", 3.0),
-             logic.Knob(8, "clamp_min", 1.0))  # fmt: skip
-    _, steering = logic.plan("tiny", {}, knobs)
+    settings = ((5, "set", 2.0), (6, "scale", 0.5), (7, "ablate", 3.0), (8, "clamp_min", 1.0))
+    features = [logic.FeatureEdit(*values) for values in settings]
+    _, steering = logic.plan("tiny", {}, features)
     edits = [c.edits[0] for c in steering.concepts]
     assert [(e.features, e.op) for e in edits] == [
         ((5,), "set"), ((6,), "scale"), ((7,), "ablate"), ((8,), "clamp_min")
     ]  # fmt: skip
     assert [e.values[0] for e in edits] == pytest.approx([2 * usual[5], 0.5, 0.0, usual[8]])
-    both = logic.plan("tiny", WISH, knobs[:1])[1].concepts
+    both = logic.plan("tiny", REQUEST, features[:1])[1].concepts
     assert [c.name for c in both] == ["guitar on", "feature 5"]
-    assert logic.knob_of(None, "set", 1) is None
-    assert logic.knob_of(4.0, "set", 1) == logic.Knob(4, "set", 1.0)
+    assert logic.feature_of(None, "set", 1) is None
+    assert logic.feature_of(4.0, "set", 1) == logic.FeatureEdit(4, "set", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +82,22 @@ def test_single_features_are_edited_in_units_of_their_usual_value(folder):
         (lambda: logic.plan("tiny", {}), "switch a concept off or on"),
         (lambda: logic.plan("tiny", {"kazoo": ("on", 1.0)}), "known: guitar, organ"),
         (lambda: logic.plan("tiny", {"organ": ("off", 1.0)}), "cannot be switched 'off'"),
-        (lambda: logic.plan("other", WISH), "dvc repro steer"),
+        (lambda: logic.plan("other", REQUEST), "dvc repro steer"),
         (lambda: logic.plan("tiny", {"guitar": ("on", float("nan"))}), "must be finite"),
-        (lambda: logic.plan("tiny", {}, [logic.Knob(96, "set", 1.0)]), "has 0 to 95"),
-        (lambda: logic.plan("tiny", {}, [logic.Knob(3, "explode", 1.0)]), "operation 'explode'"),
-        (lambda: logic.knob_of(1.5, "set", 1), "whole number"),
-        (lambda: logic.knob_of(-1, "set", 1), "whole number"),
-        (lambda: logic.knob_of(1, "set", None), "give a value"),
-        (lambda: logic.order_of("x", 31, 1, None), "up to 30"),
-        (lambda: logic.order_of("x", None, 1, None), "seconds: give a number"),
-        (lambda: logic.order_of("x", 2, None, None), "seed: give a number"),
-        (lambda: logic.order_of("x", 2, 1.5, None), "whole number"),
-        (lambda: logic.order_of("x", 2, -1, None), "seed -1"),
-        (lambda: logic.order_of("x" * 3000, 2, 1, None), "3000 letters"),
+        (lambda: logic.plan("tiny", {}, [logic.FeatureEdit(96, "set", 1.0)]), "has 0 to 95"),
+        (
+            lambda: logic.plan("tiny", {}, [logic.FeatureEdit(3, "explode", 1.0)]),
+            "operation 'explode'",
+        ),
+        (lambda: logic.feature_of(1.5, "set", 1), "whole number"),
+        (lambda: logic.feature_of(-1, "set", 1), "whole number"),
+        (lambda: logic.feature_of(1, "set", None), "give a value"),
+        (lambda: logic.input_of("x", 31, 1, None), "up to 30"),
+        (lambda: logic.input_of("x", None, 1, None), "seconds: give a number"),
+        (lambda: logic.input_of("x", 2, None, None), "seed: give a number"),
+        (lambda: logic.input_of("x", 2, 1.5, None), "whole number"),
+        (lambda: logic.input_of("x", 2, -1, None), "seed -1"),
+        (lambda: logic.input_of("x" * 3000, 2, 1, None), "3000 letters"),
         (lambda: finding.plan_found(None, "on", 4, 1.0), "find a concept first"),
     ],
 )
@@ -107,27 +108,32 @@ def test_bad_input_has_a_message(folder, call, message):
 
 def test_both_pieces_are_those_of_the_command(folder):
     found = play()
-    model = pieces.open_model("data/models/tiny")
+    session = Session.open("data/models/tiny")
     layer, steering = load_steering("tiny", {"guitar": "on"})
-    assert np.array_equal(found.plain.audio, pieces.draw(model, ORDER, layer).audio)
-    assert np.array_equal(found.steered.audio, pieces.draw(model, ORDER, layer, steering).audio)
+    assert np.array_equal(found.plain.audio, session.draw(SOURCE, layer).audio)
+    assert np.array_equal(found.steered.audio, session.draw(SOURCE, layer, steering).audio)
     assert not np.array_equal(found.plain.audio, found.steered.audio)
     assert found.notes == ()
     assert set(found.scores) == {"family_judge", "musicnn"}
     zero = play({"guitar": ("on", 0.0)})
     assert np.array_equal(zero.plain.audio, zero.steered.audio)
-    assert "both pieces are the same" in zero.notes[0]
+    assert "both sounds are the same" in zero.notes[0]
 
 
 def test_the_plain_piece_is_drawn_once_for_one_order(folder, monkeypatch):
     drawn = []
-    draw = pieces.draw
-    monkeypatch.setattr(pieces, "draw", lambda *a, **k: drawn.append(len(a)) or draw(*a, **k))
+    draw = Session.draw
+
+    def counted(self, source, layer, steering=None, tick=None):
+        drawn.append("plain" if steering is None else "steered")
+        return draw(self, source, layer, steering, tick)
+
+    monkeypatch.setattr(Session, "draw", counted)
     first, again = play(), play({"organ": ("on", 1.0)})
-    assert drawn == [3, 5, 5]  # plain, steered, steered
+    assert drawn == ["plain", "steered", "steered"]
     assert first.plain is again.plain
-    other = play(order=Order("calm guitar", 0.3, 4))
-    assert drawn == [3, 5, 5, 3, 5]
+    other = play(source=TextInput("calm guitar", 0.3, 4))
+    assert drawn == ["plain", "steered", "steered", "plain", "steered"]
     assert not np.array_equal(other.plain.audio, first.plain.audio)
 
 
@@ -144,7 +150,7 @@ def test_cancelling_stops_within_a_step_and_the_next_press_is_whole(folder):
     whole = []
     found = play(tick=whole.append)
     assert whole[-1] == 1.0
-    logic._last_plain.clear()
+    logic.open_session.cache_clear()
     assert np.array_equal(play().steered.audio, found.steered.audio)
 
 
@@ -174,7 +180,7 @@ class Rows(HTMLParser):
 
 
 def test_scores_are_a_table_of_what_was_asked_and_hostile_names_stay_text():
-    piece = Piece(np.zeros(10, np.float32), 3200, torch.zeros(1, 1))
+    piece = Sound(np.zeros(10, np.float32), 3200, torch.zeros(1, 1))
     scores = {
         "family_judge": {"guitar": (0.75, 0.25), HOSTILE: (0.5, 0.625), "drums": (0.1, 0.1),
                          "flute": (0.2, 0.2), "brass": (0.0, 0.05)},
@@ -193,7 +199,7 @@ def test_scores_are_a_table_of_what_was_asked_and_hostile_names_stay_text():
 def test_sound_and_picture_are_of_the_piece():
     time = np.arange(16_000) / 16_000
     low, high = (
-        Piece((0.5 * np.sin(2 * np.pi * f * time)).astype(np.float32), 16_000, torch.zeros(1, 1))
+        Sound((0.5 * np.sin(2 * np.pi * f * time)).astype(np.float32), 16_000, torch.zeros(1, 1))
         for f in (200, 4000)
     )
     rate, sound = logic.int16(low)
@@ -266,8 +272,8 @@ def test_what_is_found_in_recordings_can_be_steered(folder, recordings):
     assert concept.edits[0].values == tuple(found.peaks[f] for f in best)
     off = finding.plan_found(found, "off", n, 1.0)[1].concepts[0].edits[0]
     assert (off.op, list(off.features)) == ("ablate", best)
-    heard = logic.perform("tiny", ORDER, layer, on, {}, ignore)
-    assert not np.array_equal(heard.plain.audio, heard.steered.audio)
+    outcome = logic.perform("tiny", SOURCE, layer, on, {}, ignore)
+    assert not np.array_equal(outcome.plain.audio, outcome.steered.audio)
 
 
 def test_unusable_recordings_are_told_without_our_paths(folder, recordings):

@@ -21,10 +21,10 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from musicscope.commands.studio import app as studio  # noqa: E402
-from musicscope.commands.studio import logic as logic  # noqa: E402
+from musicscope.commands.studio import logic  # noqa: E402
 from musicscope.models.registry import load_model  # noqa: E402
-from musicscope.steering import pieces  # noqa: E402
-from musicscope.steering.ready import load_steering  # noqa: E402
+from musicscope.steering.recipes import load_steering  # noqa: E402
+from musicscope.steering.session import Session, TextInput  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,7 +57,7 @@ def address(tmp_path_factory, tiny_musicgen):
         for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy", "NO_PROXY"):
             patch.setenv(name, "")
         patch.setattr(logic, "open_judges", lambda path: StubJudges())
-        logic.open_model.cache_clear()
+        logic.open_session.cache_clear()
         studio.prepare(str(root / "uploads"))
         page, where = studio.serve("cpu", None, wait=False)
         yield where
@@ -125,13 +125,12 @@ def test_both_pieces_can_be_heard_and_are_those_of_the_model(browser):
     press(browser, "steer-go")
     plain, steered = wait(browser, lambda d: sounds(d, "steer"))
     wait(browser, lambda d: len(d.find_elements("css selector", "#steer-scores tbody tr")) == 4)
-    model = load_model("tiny")
-    order = pieces.Order(f"calm guitar {HOSTILE}", 0.5, 11, 3.0)
+    session, source = Session(load_model("tiny")), TextInput(f"calm guitar {HOSTILE}", 0.5, 11, 3.0)
     layer, steering = load_steering("tiny", {"guitar": "on"})
     for url, edit in ((plain, None), (steered, steering)):
         sound, rate = fetched(url)
         assert rate == 3200
-        wanted = pieces.draw(model, order, layer, edit).audio
+        wanted = session.draw(source, layer, edit).audio
         np.testing.assert_allclose(sound, np.clip(wanted, -1, 1), atol=1e-3)
     rows = browser.find_elements("css selector", "#steer-scores tbody th")
     assert rows[0].text == "guitar on"

@@ -29,7 +29,7 @@ from musicscope.dictionaries.core import TopKSAE
 from musicscope.finder.recordings import Plan
 from musicscope.finder.run import ConceptReport
 from musicscope.models.audiocraft import convert as audiocraft_convert
-from musicscope.steering.pieces import Piece
+from musicscope.steering.session import Sound
 from tools.import_closure import ROOT
 
 THESIS = b"four years of work"
@@ -49,8 +49,8 @@ def report() -> ConceptReport:
     )  # fmt: skip
 
 
-def piece() -> Piece:
-    return Piece(np.linspace(-1, 1, 80, dtype=np.float32), 8000, None)
+def piece() -> Sound:
+    return Sound(np.linspace(-1, 1, 80, dtype=np.float32), 8000, None)
 
 
 def job(args: Namespace, wishes: dict):

@@ -22,11 +22,11 @@ from musicscope.report.elements import Figure, Players, Section
 from musicscope.report.sections import finder, judges
 from musicscope.report.sections import steering as section_of
 from musicscope.report.sections.steering import METHODS
-from musicscope.steering import conditions as steering_cells
+from musicscope.steering import methods as steering_methods
 from musicscope.steering import report as steering_report
-from musicscope.steering import search as steering_run
+from musicscope.steering import search as steering_search
 from tests.judges.test_pair import report as judged  # noqa: F401 (a fixture)
-from tests.steering.test_evaluation import SECTION, bench  # noqa: F401 (a fixture)
+from tests.steering.test_evaluation import SECTION, context  # noqa: F401 (a fixture)
 from tests.support.planted import clip_rows, find_concept_section
 from tests.support.report import (
     HOSTILE,
@@ -66,18 +66,18 @@ def test_without_these_stages_the_page_has_no_such_sections(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(bench, tmp_path_factory):  # noqa: F811
+def run(context, tmp_path_factory):  # noqa: F811
     """What the stage writes about the tiny model."""
     root = tmp_path_factory.mktemp("steered")
     (root / "scratch").mkdir()
     section = type(SECTION)(**{**vars(SECTION), "n_prompts": 2, "examples": 2})
     spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731
-    learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in bench.recipes.items()}
-    result = steering_run.run(section, lambda: bench, root / "scratch", spread, 1, 5)
+    learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in context.recipes.items()}
+    result = steering_search.run(section, lambda: context, root / "scratch", spread, 1, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         names = ("data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny")
-        steering_report.write(result, learnt, bench, steering_report.Outs(*names))
+        steering_report.write(result, learnt, context, steering_report.Outs(*names))
     return root
 
 
@@ -93,7 +93,7 @@ def test_the_whole_evaluation_comes_before_the_quick_one(run, tmp_path):
 def test_every_method_stands_beside_the_controls_with_its_interval(run):
     found = read_json(run / "metrics/steer/tiny.json")
     section = section_of.section(sources(run))
-    assert set(METHODS) == set(steering_cells.METHODS) - {"plain"}
+    assert set(METHODS) == set(steering_methods.METHODS) - {"plain", "original"}
     success = tables(section)["tiny: success"]
     assert success.columns[1:] == (*METHODS.values(), "quality cost of features")
     rows = cells(success)

@@ -14,16 +14,24 @@ import pytest
 from musicscope.core.audio import spectra, spectral_distance
 from musicscope.data.clips import ClipStore, known_labels
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.steering import audio_cells, audio_outs, audio_steering
-from musicscope.steering import conditions as cells
 from musicscope.steering import evaluation as ev
-from musicscope.steering.prompts import PromptSet
+from musicscope.steering import search
+from musicscope.steering.conditions import (
+    Context,
+    Measurement,
+    condition_hooks,
+    measure,
+    run_condition,
+)
+from musicscope.steering.methods import Condition, Selection
 from musicscope.steering.recipes import Settings
+from musicscope.steering.report import plan_metrics
+from musicscope.steering.subjects import Clips, frame_rate_at
 from tests.support import tone_rave as tone
 
 COUNTS = {"train": 24, "validation": 16, "test": 16}
 OFF, ON = ("guitar", "off"), ("guitar", "on")
-WITH, WITHOUT = (PromptSet("test", 5, ("guitar",)), PromptSet("test", 5, (), ("guitar",)))
+WITH, WITHOUT = (Selection("test", 5, ("guitar",)), Selection("test", 5, (), ("guitar",)))
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +42,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(world) -> audio_cells.AudioBench:
-    return tone.open_tone_bench(str(world))
+def context(world) -> Context:
+    return tone.open_tone_context(str(world))
 
 
-def cell(wish, strength: float, method: str = "sae", keep: int = 5, **more) -> cells.Cell:
-    clips = WITH if wish[1] == "off" else WITHOUT
+def edited(request, strength: float, method: str = "sae", keep: int = 5, **more) -> Condition:
+    clips = WITH if request[1] == "off" else WITHOUT
     settings = Settings(strength, 1, branch="both", **more)
-    return cells.Cell(clips, method, (wish,), (settings,), keep)
+    return Condition(clips, method, (request,), (settings,), keep)
 
 
-def levels(found: cells.Measured) -> np.ndarray:
+def levels(found: Measurement) -> np.ndarray:
     return tone.level_of(found.audio, tone.SR)
 
 
@@ -52,8 +60,9 @@ def levels(found: cells.Measured) -> np.ndarray:
 
 
 def test_clips_have_what_is_to_go_and_lack_what_is_to_come(world):
-    rows = ClipStore.open(world / "data/clips").rows
-    both = audio_cells.candidates(rows, PromptSet("test", 1, ("guitar",), ("drums",)))
+    clips = Clips(3, 0.4, 3, ClipStore.open(world / "data/clips"))
+    rows = clips.rows
+    both = clips.candidates(Selection("test", 1, ("guitar",), ("drums",)))
     assert len(both) == 4
     chosen = rows.iloc[both]
     assert set(chosen["split"]) == {"test"}
@@ -61,23 +70,29 @@ def test_clips_have_what_is_to_go_and_lack_what_is_to_come(world):
     assert not chosen["has_drums"].any()
     # A label that is not known is neither.
     for side in (("piano",), ()), ((), ("piano",)):
-        assert not len(audio_cells.candidates(rows, PromptSet("test", 1, *side)))
+        assert not len(clips.candidates(Selection("test", 1, *side)))
     # Every group comes before any comes twice; a smaller set begins a larger one.
-    four, eight = (audio_cells.choose_clips(rows, replace(WITH, n=n), seed=3) for n in (4, 100))
+    four, eight = (clips.chosen(replace(WITH, n=n)) for n in (4, 100))
     assert len(eight) == 8
     assert rows["group"].iloc[four].nunique() == 4
     assert eight[:4].tolist() == four.tolist()
-    others = [audio_cells.choose_clips(rows, WITH, seed).tolist() for seed in range(4)]
+    others = [replace(clips, seed=seed).chosen(WITH).tolist() for seed in range(4)]
     assert len({tuple(o) for o in others}) > 1
 
 
 def test_the_plan_uses_what_there_is_and_counts_what_it_leaves_out(world):
-    rows = ClipStore.open(world / "data/clips").rows
+    clips = Clips(3, 0.4, 3, ClipStore.open(world / "data/clips"))
+    rows = clips.rows
+
+    def plan_of(some: pd.DataFrame) -> search.Plan:
+        store = SimpleNamespace(rows=some)
+        return search.make_plan(replace(clips, store=store), section)
+
     section = SimpleNamespace(
         concepts=("guitar", "piano", "drums"), validation_prompts=4, n_prompts=500,
         pairs=("guitar-off+drums-on", "guitar-off+piano-on"),
     )  # fmt: skip
-    plan = audio_steering.make_plan(section, rows)
+    plan = plan_of(rows)
     assert plan.concepts == ("guitar", "drums")
     assert plan.tests["guitar", "off"].n == 8  # all there are
     assert plan.validation["guitar", "off"].n == 4
@@ -85,51 +100,52 @@ def test_the_plan_uses_what_there_is_and_counts_what_it_leaves_out(world):
     assert set(plan.skipped) == {"piano off", "piano on", "guitar-off+piano-on"}
     assert "0 of 0 train clips have piano" in plan.skipped["piano off"]
     assert "nothing is learnt for piano on" in plan.skipped["guitar-off+piano-on"]
-    said = audio_outs.numbers(plan)
+    said = plan_metrics(plan)
     assert said["skipped"] == 3
     assert said["clips"]["guitar off"] == {"validation": 4, "test": 8}
     # Test clips that all have it: it can be switched off, not on.
     test = rows["split"] == "test"
     some = rows[~test | rows["has_guitar"]].reset_index(drop=True)
-    plan = audio_steering.make_plan(section, some)
+    plan = plan_of(some)
     assert ("guitar", "off") in plan.tests
     assert ("guitar", "on") not in plan.tests
     assert plan.skipped["guitar on"] == "0 test clips without guitar, of 0 groups"
     # One group is no sample.
     one = rows[~test | ~rows["has_guitar"] | (rows["group"] == "test-0")].reset_index(drop=True)
-    assert "of 1 groups" in audio_steering.make_plan(section, one).skipped["guitar off"]
+    assert "of 1 groups" in plan_of(one).skipped["guitar off"]
 
 
 # --- cells ------------------------------------------------------------------------------------
 
 
-def test_strength_0_gives_the_same_samples_bit_for_bit(bench):
-    plain = audio_cells.measure(bench, cells.Cell(WITH, keep=5))
+def test_strength_0_gives_the_same_samples_bit_for_bit(context):
+    plain = measure(context, Condition(WITH, keep=5))
     for method in ("sae", "diff_means"):
-        found = audio_cells.measure(bench, cell(OFF, 0.0, method))
+        found = measure(context, edited(OFF, 0.0, method))
         assert np.array_equal(found.audio, plain.audio)
         assert not found.spectral.any()
     assert not plain.spectral.any()
     # Other noise is other samples, the batches do not matter, and the clip is the clip.
-    again = audio_cells.measure(bench, cells.Cell(WITH, "reseed", keep=5))
+    again = measure(context, Condition(WITH, "reseed", keep=5))
     assert not np.array_equal(again.audio, plain.audio)
     np.testing.assert_allclose(again.audio, plain.audio, atol=0.1)
-    wide = audio_cells.measure(replace(bench, batch=50), cells.Cell(WITH, keep=5))
+    wide_batches = replace(context, subject=replace(context.subject, batch=50))
+    wide = measure(wide_batches, Condition(WITH, keep=5))
     assert np.array_equal(wide.audio, plain.audio)
-    original = audio_cells.measure(bench, cells.Cell(WITH, "original", keep=5))
-    at = audio_cells.choose_clips(bench.clips.rows, WITH, bench.seed)
-    np.testing.assert_array_equal(original.audio, audio_cells.cut(bench, at))
+    original = measure(context, Condition(WITH, "original", keep=5))
+    clips = context.subject
+    np.testing.assert_array_equal(original.audio, clips.audio(clips.chosen(WITH), tone.SR))
     assert original.audio.shape == (5, round(0.4 * tone.SR))
 
 
-def test_ablating_the_planted_latent_takes_its_tone_out_and_leaves_the_rest(bench):
-    plain = audio_cells.measure(bench, cells.Cell(WITH, keep=5))
-    steered = audio_cells.measure(bench, cell(OFF, 1.0))
+def test_ablating_the_planted_latent_takes_its_tone_out_and_leaves_the_rest(context):
+    plain = measure(context, Condition(WITH, keep=5))
+    steered = measure(context, edited(OFF, 1.0))
     before, after = levels(plain), levels(steered)
     assert (before[:, 0] > 0.2).all()
     assert (after[:, 0] < 0.02).all()
     np.testing.assert_allclose(after[:, 1:], before[:, 1:], atol=2e-3)
-    half = levels(audio_cells.measure(bench, cell(OFF, 0.5)))
+    half = levels(measure(context, edited(OFF, 0.5)))
     np.testing.assert_allclose(half[:, 0], before[:, 0] / 2, rtol=0.05)
     for i in range(5):
         wanted = spectral_distance(spectra(plain.audio[i]), spectra(steered.audio[i]))
@@ -150,36 +166,34 @@ def test_ablating_the_planted_latent_takes_its_tone_out_and_leaves_the_rest(benc
     assert found["spectral_cost"] == pytest.approx(steered.spectral.mean())
 
 
-def test_raising_the_planted_latent_puts_its_tone_in(bench):
-    before = levels(audio_cells.measure(bench, cells.Cell(WITHOUT, keep=5)))
-    after = levels(audio_cells.measure(bench, cell(ON, 1.0)))
+def test_raising_the_planted_latent_puts_its_tone_in(context):
+    before = levels(measure(context, Condition(WITHOUT, keep=5)))
+    after = levels(measure(context, edited(ON, 1.0)))
     np.testing.assert_allclose(after[:, 0], (2 / tone.RATIO) ** 0.5, rtol=0.02)
     assert (before[:, 0] < 0.03).all()
     np.testing.assert_allclose(after[:, 1:], before[:, 1:], atol=2e-3)
-    added = levels(audio_cells.measure(bench, cell(ON, 1.5, "diff_means")))
+    added = levels(measure(context, edited(ON, 1.5, "diff_means")))
     gap = (added - before)[:, 0]
     np.testing.assert_allclose(gap, 1.5 * (2 / tone.RATIO) ** 0.5, atol=0.03)
 
 
-def test_a_random_latent_leaves_the_planted_tone(bench):
-    before = levels(audio_cells.measure(bench, cells.Cell(WITH, keep=5)))
-    after = levels(audio_cells.measure(bench, cell(OFF, 1.0, "random_feature")))
+def test_a_random_latent_leaves_the_planted_tone(context):
+    before = levels(measure(context, Condition(WITH, keep=5)))
+    after = levels(measure(context, edited(OFF, 1.0, "random_feature")))
     np.testing.assert_allclose(after[:, 0], before[:, 0], atol=2e-3)
     assert np.abs(after - before).max() > 0.05
     # The SAE reconstructs all that is positive, so passing through it takes out noise alone.
-    through = levels(audio_cells.measure(bench, cells.Cell(WITH, "passthrough", keep=5)))
+    through = levels(measure(context, Condition(WITH, "passthrough", keep=5)))
     np.testing.assert_allclose(through, before, atol=0.01)
 
 
-def test_a_gate_listens_at_the_hook_points_own_rate(bench):
+def test_a_gate_listens_at_the_hook_points_own_rate(context):
     """0.05 s are 5 frames of 100 Hz: where the tone stops, the gate closes soon after."""
-    rates = {**bench.model.frame_rates}
-    assert bench.frame_rate == rates["latent"] == tone.SR / tone.RATIO
+    rates = {**context.model.frame_rates}
+    assert frame_rate_at(context.model, "latent") == rates["latent"] == tone.SR / tone.RATIO
     model = SimpleNamespace(frame_rate=1.0, frame_rates=rates, conditional_rows=slice(None),
-                            device="cpu")  # fmt: skip
-    hooks = audio_cells.cell_hooks(
-        replace(bench, model=model), cell(OFF, 1.0, loop="closed")
-    )  # fmt: skip
+                            device="cpu", reconstruct=None)  # fmt: skip
+    hooks = condition_hooks(replace(context, model=model), edited(OFF, 1.0, loop="closed"))
     import torch
 
     x = torch.zeros(1, 60, len(tone.BINS))
@@ -190,17 +204,17 @@ def test_a_gate_listens_at_the_hook_points_own_rate(bench):
     assert torch.equal(after[40:], x[0, 40:, 0])
 
 
-def test_a_sound_that_is_not_finite_is_silent_and_no_success(bench, monkeypatch):
-    play = audio_cells.play
+def test_a_sound_that_is_not_finite_is_silent_and_no_success(context, monkeypatch):
+    play = Clips.play
 
-    def broken(bench_, method, batch, hooks):
-        found = play(bench_, method, batch, hooks).clone()
+    def broken(self, model, method, batch, hooks):
+        found = play(self, model, method, batch, hooks).clone()
         if hooks:
             found[0, 100] = float("inf")
         return found
 
-    monkeypatch.setattr(audio_cells, "play", broken)
-    found = audio_cells.measure(bench, cell(OFF, 1.0))
+    monkeypatch.setattr(Clips, "play", broken)
+    found = measure(context, edited(OFF, 1.0))
     assert not found.audio[0].any()
     assert np.isnan(found.probabilities["family_judge"][0]).all()
     assert np.isfinite(found.probabilities["family_judge"][1]).all()
@@ -215,24 +229,23 @@ def test_intervals_resample_groups_of_clips():
     scorer = ev.Scorer(("guitar",), {}, lambda a, b: 0.0, 4000, 1)
 
     def width(groups) -> float:
-        weights = scorer.weights(cells.Measured(**pieces, groups=groups))
+        weights = scorer.weights(Measurement(**pieces, groups=groups))
         found = ev.entry("m", ev.mean_of(values), weights)
         return found["m_ci_high"] - found["m_ci_low"]
 
     assert width(np.repeat(list("abcdef"), 2)) == pytest.approx(width(None) * 2**0.5, rel=0.1)
 
 
-def test_kept_cells_are_what_was_measured(bench, tmp_path):
-    wanted = cell(OFF, 1.0, keep=1)
-    first = cells.run_cell(lambda: bench, tmp_path, wanted, audio_cells.measure)
-    again = cells.run_cell(lambda: pytest.fail("opened"), tmp_path, wanted, audio_cells.measure)
+def test_kept_cells_are_what_was_measured(context, tmp_path):
+    condition = edited(OFF, 1.0, keep=1)
+    first = run_condition(lambda: context, tmp_path, condition)
+    again = run_condition(lambda: pytest.fail("opened"), tmp_path, condition)
     for name in ("embeddings", "ce", "audio", "spectral", "groups"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    rows = bench.clips.rows
-    at = audio_cells.choose_clips(rows, WITH, bench.seed)
+    rows, at = context.subject.rows, context.subject.chosen(WITH)
     assert again.groups.tolist() == rows["group"].iloc[at].tolist()
     assert known_labels(rows, "guitar", at)[1].all()
-    assert bench.titles(WITH) == [f"clip {name}" for name in rows["id"].iloc[at]]
+    assert context.subject.titles(WITH) == [f"clip {name}" for name in rows["id"].iloc[at]]
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -254,16 +267,14 @@ def spread(a: np.ndarray, b: np.ndarray) -> float:
 def result_of(world, scratch: Path, processes: int, **changes):
     scratch.mkdir()
     section = SimpleNamespace(**{**vars(SECTION), **changes})
-    rows = ClipStore.open(world / "data/clips").rows
-    plan = audio_steering.make_plan(section, rows)
-    opening = partial(tone.open_tone_bench, str(world))
-    return audio_steering.run(section, plan, opening, scratch, spread, processes, 5)
+    opening = partial(tone.open_tone_context, str(world))
+    return search.run(section, opening, scratch, spread, processes, 5)
 
 
 def test_the_choice_and_the_test_of_a_run(world, tmp_path):
     found = result_of(world, tmp_path / "a", 1)
     assert set(found.tests) == {(c, d) for c in ("guitar", "drums") for d in ("off", "on")}
-    assert set(found.tests[OFF]) == set(audio_cells.METHODS)
+    assert set(found.tests[OFF]) == set(Clips.methods)
     assert (found.search.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
     assert found.search["ce_cost"].isna().all()
     assert set(found.search["branch"]) == {"both"}
@@ -275,9 +286,9 @@ def test_the_choice_and_the_test_of_a_run(world, tmp_path):
     assert len(plain.ce) == 8
     assert ev.outcome(found.scorer, plain, steered, *OFF)["success"] == 1.0
     pair = found.joints["guitar-off+drums-on"]
-    wishes = (OFF, ("drums", "on"))
-    both = ev.all_wishes(
-        found.scorer, found.measured[pair["plain"]], found.measured[pair["sae"]], wishes
+    requests = (OFF, ("drums", "on"))
+    both = ev.all_fulfilled(
+        found.scorer, found.measured[pair["plain"]], found.measured[pair["sae"]], requests
     )
     assert both["all_wanted_plain"] == 0.0
     assert both["all_wanted"] == 1.0
@@ -286,9 +297,9 @@ def test_the_choice_and_the_test_of_a_run(world, tmp_path):
 def test_the_budget_is_in_multiples_of_what_noise_or_the_codec_gives(world, tmp_path):
     table = result_of(world, tmp_path / "a", 1, concepts=("guitar",), pairs=()).search
     row = table[(table["direction"] == "off") & (table["method"] == "sae")].iloc[0]
-    bench_ = tone.open_tone_bench(str(world))
-    clips = PromptSet("validation", 4, ("guitar",))
-    seen = {m: audio_cells.measure(bench_, cells.Cell(clips, m)).embeddings
+    context = tone.open_tone_context(str(world))
+    clips = Selection("validation", 4, ("guitar",))
+    seen = {m: measure(context, Condition(clips, m)).embeddings
             for m in ("plain", "reseed", "original")}  # fmt: skip
     chance = max(spread(seen["plain"], seen[m]) for m in ("reseed", "original"))
     assert row["frechet_ratio"] == pytest.approx(row["frechet"] / chance)

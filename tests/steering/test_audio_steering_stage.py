@@ -17,14 +17,12 @@ from musicscope.core.io import read_json
 from musicscope.models.registry import load_model
 from musicscope.report.elements import Players
 from musicscope.report.sections.steering import section as steering_section
-from musicscope.steering import audio_pieces
-from musicscope.steering import context as steering_bench
-from musicscope.steering import run as steering_stage
-from musicscope.steering.audio_cells import METHODS
-from musicscope.steering.pieces import known_concepts
-from musicscope.steering.ready import load_steering
-from musicscope.steering.recipes import load_recipe
+from musicscope.steering import conditions
+from musicscope.steering import run as steering_run
+from musicscope.steering.recipes import load_recipe, load_steering
 from musicscope.steering.report import Outs, summary_keys
+from musicscope.steering.session import AudioInput, Session, known_concepts, read_audio
+from musicscope.steering.subjects import Clips
 from tests.support import tone_rave as tone
 from tests.support.report import cells, inside, sources, tables, text_of
 from tools.import_closure import ROOT
@@ -58,10 +56,10 @@ def evaluate(root: Path, of) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("DVC_ROOT", str(root))
-        patch.setattr(steering_bench, "load_judges", lambda folder: tone.ToneJudges())
-        steering_bench.open_audio_bench.cache_clear()
-        steering_stage.evaluate("tone", of, 5, "cpu", 1, OUTS)
-        steering_bench.open_audio_bench.cache_clear()
+        patch.setattr(conditions, "load_judges", lambda folder: tone.ToneJudges())
+        conditions.open_context.cache_clear()
+        steering_run.evaluate("tone", of, 5, "cpu", 1, OUTS)
+        conditions.open_context.cache_clear()
 
 
 def test_the_stage_finds_the_planted_latents_and_switches_them(world):
@@ -73,7 +71,7 @@ def test_the_stage_finds_the_planted_latents_and_switches_them(world):
         assert next(iter(best)) == str(tone.TONES[concept])
         for direction in ("off", "on"):
             methods = directions[direction]["methods"]
-            assert set(methods) == set(METHODS) - {"plain"}
+            assert set(methods) == set(Clips.methods) - {"plain"}
             assert methods["sae"]["success"] == 1.0
             assert methods["sae"]["success_ci_low"] == 1.0
             assert methods["reseed"]["success"] == methods["original"]["success"] == 0.0
@@ -111,7 +109,7 @@ def test_all_outs_are_there_and_are_the_music(world):
                    "-crosstalk.png"):  # fmt: skip
         assert Path(f"{stem}{suffix}").stat().st_size > 100
     table = pd.read_csv(f"{stem}.csv")
-    assert len(table) == 4 * (len(METHODS) - 1)
+    assert len(table) == 4 * (len(Clips.methods) - 1)
     assert table["ce_cost"].isna().all()
     assert table["spectral_cost"].notna().all()
     folder = world / OUTS.folder
@@ -151,7 +149,7 @@ def test_the_report_shows_clips_and_distances(world):
 def test_without_labelled_clips_everything_is_written_and_says_why(tmp_path, monkeypatch):
     tone.write_world(tmp_path, tone.labelled_rows({"train": 4, "validation": 2, "test": 2}))
     monkeypatch.chdir(tmp_path)
-    steering_stage.evaluate("tone", section(), 5, "cpu", 1, OUTS)
+    steering_run.evaluate("tone", section(), 5, "cpu", 1, OUTS)
     found = read_json(OUTS.metrics)
     assert (found["prompts"], found["concepts"], found["skipped"]) == (0, {}, 8)
     assert "2 validation clips with guitar, of 1 groups" in found["skipped_because"].values()
@@ -219,10 +217,10 @@ def test_a_recording_loses_the_concept_and_keeps_the_rest(song, capsys):
     assert about["scores"]["family_judge"]["guitar"][1] < 0.1
     # It is what the model makes of the file.
     model = load_model("data/models/tone")
-    audio = audio_pieces.read_audio(song, tone.SR)
+    source = AudioInput(read_audio(song, tone.SR))
     layer, steering = load_steering("tone", {"guitar": "off"})
-    piece = audio_pieces.edit(model, audio, 0, layer, steering)
-    assert generate.wav_bytes(piece) == files["steered.wav"].read_bytes()
+    sound = Session(model).draw(source, layer, steering)
+    assert generate.wav_bytes(sound) == files["steered.wav"].read_bytes()
     again = run(song, "--off", "guitar", out="again")
     assert {k: p.read_bytes() for k, p in again.items()} == {
         k: p.read_bytes() for k, p in files.items()

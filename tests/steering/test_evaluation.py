@@ -12,41 +12,41 @@ import torch
 
 from musicscope.core.io import read_json
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.embedded.midi_set.captions import KEYS
 from musicscope.models.registry import load_model
-from musicscope.steering import conditions as cells
+from musicscope.steering import conditions, report, search
 from musicscope.steering import evaluation as ev
-from musicscope.steering import report as steering_report
-from musicscope.steering import search as steering_run
+from musicscope.steering.conditions import Context, Measurement
 from musicscope.steering.edit import Gate
-from musicscope.steering.prompts import FORMS, PromptSet, make_prompts
+from musicscope.steering.methods import METHODS, Condition, Selection
+from musicscope.steering.prompts import FORMS, KEYS, make_prompts
 from musicscope.steering.recipes import SCORES, Recipe, Settings, load_recipe
+from musicscope.steering.subjects import Prompts
 from tests.steering.test_steering import PUSH, random_sae
 
 # --- prompts ----------------------------------------------------------------------------------
 
 
 def test_prompts_name_what_is_to_go_and_not_what_is_to_come():
-    wanted = PromptSet("test", 60, named=("guitar", "drums"), without=("organ", "electric_piano"))
+    wanted = Selection("test", 60, named=("guitar", "drums"), without=("organ", "electric_piano"))
     texts = make_prompts(wanted, seed=1)
     assert all("guitar" in t and "drums" in t for t in texts)
     assert not any("organ" in t or "electric" in t for t in texts)
     assert len(set(texts)) > 40
-    assert texts[:7] == make_prompts(PromptSet("test", 7, *((wanted.named, wanted.without))), 1)
+    assert texts[:7] == make_prompts(Selection("test", 7, *((wanted.named, wanted.without))), 1)
     assert texts != make_prompts(wanted, seed=2)
     # An accompaniment never leads, as in the clips.
-    drums = make_prompts(PromptSet("test", 60, named=("drums",)), 1)
+    drums = make_prompts(Selection("test", 60, named=("drums",)), 1)
     assert not any(t.lower().startswith(("drums", "bass")) for t in drums)
     with pytest.raises(ValueError, match="unknown family 'kazoo'"):
-        make_prompts(PromptSet("test", 1, ("kazoo",)), 0)
+        make_prompts(Selection("test", 1, ("kazoo",)), 0)
     with pytest.raises(ValueError, match="named and absent"):
-        make_prompts(PromptSet("test", 1, ("guitar",), ("guitar",)), 0)
+        make_prompts(Selection("test", 1, ("guitar",), ("guitar",)), 0)
 
 
 def test_validation_and_test_share_no_phrasing_and_no_prompt():
     assert not set(FORMS["validation"]) & set(FORMS["test"])
     sets = [
-        make_prompts(PromptSet(split, 200, named, without), 3)
+        make_prompts(Selection(split, 200, named, without), 3)
         for named, without in ((("guitar",), ()), ((), ("guitar",)))
         for split in ("validation", "test")
     ]
@@ -60,7 +60,7 @@ def test_validation_and_test_share_no_phrasing_and_no_prompt():
 NAMES = ("guitar", "organ", "drums")
 
 
-def measured(guitar, tagger=None, ce=0.0, organ=0.2) -> cells.Measured:
+def measured(guitar, tagger=None, ce=0.0, organ=0.2) -> Measurement:
     """Pieces with these probabilities for guitar by the two judges."""
     guitar = np.asarray(guitar, dtype=float)
     family = np.stack([guitar, np.full(len(guitar), organ), np.full(len(guitar), 0.1)], 1)
@@ -70,7 +70,7 @@ def measured(guitar, tagger=None, ce=0.0, organ=0.2) -> cells.Measured:
     embeddings = np.repeat(guitar[:, None], 5, 1)
     ces = np.full(len(guitar), ce)
     judged = {"family_judge": family, "musicnn": tags}
-    return cells.Measured(judged, embeddings, ces, np.zeros((0, 1)))
+    return Measurement(judged, embeddings, ces, np.zeros((0, 1)))
 
 
 def scorer(**changes) -> ev.Scorer:
@@ -132,11 +132,11 @@ def test_a_method_against_itself_and_against_a_worse_one():
     assert 0.2 < gap["difference_ci_low"] < 0.5 < gap["difference_ci_high"]
 
 
-def test_all_wishes_must_hold_at_once():
+def test_all_fulfilled_must_hold_at_once():
     plain = measured([0.9, 0.9, 0.1, 0.9], organ=0.2)
     steered = measured([0.1, 0.9, 0.1, 0.1], organ=0.6)
-    wishes = (("guitar", "off"), ("organ", "on"))
-    found = ev.all_wishes(scorer(), plain, steered, wishes)
+    requests = (("guitar", "off"), ("organ", "on"))
+    found = ev.all_fulfilled(scorer(), plain, steered, requests)
     assert found["all_wanted_plain"] == 0.0
     assert found["all_wanted"] == 0.75
 
@@ -169,17 +169,17 @@ def test_the_choice_moves_judges_most_within_the_budgets():
             trial("diff_means", 1.0, 0.9, 0.4), trial("diff_means", 2.0, 0.99, 0.6),
         ]
     )  # fmt: skip
-    found = steering_run.choose(table, BUDGETS)
+    found = search.choose(table, BUDGETS)
     assert found["sae", ("guitar", "off")].strength == 2.0
     assert found["diff_means", ("guitar", "off")].strength == 1.0  # none is: the cheapest
 
 
-def test_one_branch_serves_all_wishes_of_a_method():
+def test_one_branch_serves_all_fulfilled_of_a_method():
     rows = [
         trial("sae", 1.0, 0.5, 0.0, "conditional"), trial("sae", 1.0, 0.4, 0.0, "both"),
         trial("sae", 1.0, 0.1, 0.0, "conditional", "on"), trial("sae", 2.0, 0.6, 0.0, "both", "on"),
     ]  # fmt: skip
-    found = steering_run.choose(pd.DataFrame(rows), BUDGETS)
+    found = search.choose(pd.DataFrame(rows), BUDGETS)
     assert {s.branch for s in found.values()} == {"both"}
     assert found["sae", ("guitar", "on")].strength == 2.0
 
@@ -223,11 +223,10 @@ def recipe(concept: str, seed: int) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_musicgen):
-    found = {c: recipe(c, i) for i, c in enumerate(("guitar", "organ"))}
-    return cells.Bench(
-        load_model(tiny_musicgen), random_sae(), found, StubJudges(), 5, 0.2, 2, 3.0
-    )  # fmt: skip
+def context(tiny_musicgen):
+    recipes = {c: recipe(c, i) for i, c in enumerate(("guitar", "organ"))}
+    subject = Prompts(5, 0.2, 2, 3.0, ("guitar", "organ"), words=True)
+    return Context(load_model(tiny_musicgen), random_sae(), recipes, StubJudges(), subject, 5)
 
 
 SECTION = SimpleNamespace(
@@ -236,139 +235,151 @@ SECTION = SimpleNamespace(
     direction_strengths=(1.0,), words=True, validation_prompts=2, n_prompts=3,
     quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
 )  # fmt: skip
-WISH = ("guitar", "on")  # to raise latents always does something, to ablate them may not
-PROMPTS = PromptSet("test", 3, without=("guitar",))
+REQUEST = ("guitar", "on")  # to raise latents always does something, to ablate them may not
+PROMPTS = Selection("test", 3, without=("guitar",))
 
 
-def sae_cell(strength: float, method: str = "sae", branch: str = "conditional") -> cells.Cell:
-    return cells.Cell(PROMPTS, method, (WISH,), (Settings(strength, 2, branch=branch),))
+def edited(strength: float, method: str = "sae", branch: str = "conditional") -> Condition:
+    return Condition(PROMPTS, method, (REQUEST,), (Settings(strength, 2, branch=branch),))
 
 
-def test_all_methods_share_prompts_and_noise(bench):
-    plain = list(cells.batches(bench, cells.Cell(PROMPTS)))
+def test_all_methods_share_prompts_and_noise(context):
+    def batches(condition: Condition) -> list:
+        return list(context.subject.batches(context.model.name, condition))
+
+    def codes_of(condition: Condition) -> torch.Tensor:
+        hooks = conditions.condition_hooks(context, condition)
+        return context.subject.render(context.model, condition, hooks).codes
+
+    plain = batches(Condition(PROMPTS))
     assert [len(texts) for texts, _ in plain] == [2, 1]
-    assert list(cells.batches(bench, sae_cell(2.0))) == plain
-    words = list(cells.batches(bench, cells.Cell(PROMPTS, "prompt_edit", (WISH,))))
-    for method in cells.WITH_WORDS:
-        assert list(cells.batches(bench, sae_cell(2.0, method))) == words
+    assert batches(edited(2.0)) == plain
+    words = batches(Condition(PROMPTS, "prompt_edit", (REQUEST,)))
+    for method in ("sae_words", "diff_means_words"):
+        assert batches(edited(2.0, method)) == words
     assert [seed for _, seed in words] == [seed for _, seed in plain]
     assert all(text.endswith(" with guitar") for texts, _ in words for text in texts)
-    again = list(cells.batches(bench, cells.Cell(PROMPTS, "reseed")))
+    again = batches(Condition(PROMPTS, "reseed"))
     assert [texts for texts, _ in again] == [texts for texts, _ in plain]
     assert not {seed for _, seed in again} & {seed for _, seed in plain}
-    _, codes = cells.generate(bench, cells.Cell(PROMPTS))
+    codes = codes_of(Condition(PROMPTS))
     for strength, same in ((0.0, True), (4.0, False)):
-        _, steered = cells.generate(bench, sae_cell(strength))
+        steered = codes_of(edited(strength))
         assert torch.equal(codes, steered) == same
     # The first piece of a longer set is the same piece.
-    _, longer = cells.generate(bench, cells.Cell(PromptSet("test", 4, without=("guitar",))))
+    longer = codes_of(Condition(Selection("test", 4, without=("guitar",))))
     assert torch.equal(codes[:2], longer[:2])
 
 
-@pytest.mark.parametrize("method", cells.METHODS)
-def test_methods_do_what_their_names_say(bench, method):
+@pytest.mark.parametrize("method", Prompts(0, 1, 1, 1, (), words=True).methods)
+def test_methods_do_what_their_names_say(context, method):
     if method in ("plain", "reseed", "passthrough"):
-        cell = cells.Cell(PROMPTS, method)
+        condition = Condition(PROMPTS, method)
     elif method == "prompt_edit":
-        cell = cells.Cell(PROMPTS, method, (WISH,))
+        condition = Condition(PROMPTS, method, (REQUEST,))
     else:
-        cell = sae_cell(3.0, method)
-    hooks = cells.cell_hooks(bench, cell)
-    method = cells.WITH_WORDS.get(method, method)
+        condition = edited(3.0, method)
+    hooks = conditions.condition_hooks(context, condition)
+    method = method.removesuffix("_words")
     if method in ("plain", "reseed", "prompt_edit"):
         assert not hooks
         return
     generator = torch.Generator().manual_seed(0)
     x = 2 * torch.randn(4, 1, 48, generator=generator)
     added = hooks[LAYER](x, torch.tensor([1])) - x
-    found = bench.recipes["guitar"]
+    found = context.recipes["guitar"]
     if method == "passthrough":
-        torch.testing.assert_close(added, bench.sae.reconstruct(x) - x)
-    elif method in cells.DIRECTIONS:
-        wanted = 3.0 * found.directions[cells.DIRECTIONS[method]]
+        torch.testing.assert_close(added, context.sae.reconstruct(x) - x)
+    elif method in ("diff_means", "probe_direction"):
+        wanted = 3.0 * found.directions["difference" if method == "diff_means" else "probe"]
         torch.testing.assert_close(added, wanted.expand_as(x))
     else:
-        ours = cells.cell_hooks(bench, sae_cell(3.0))[LAYER](x, torch.tensor([1])) - x
+        ours = conditions.condition_hooks(context, edited(3.0))[LAYER](x, torch.tensor([1])) - x
         if method == "random_direction":
             torch.testing.assert_close(added.norm(dim=-1), ours.norm(dim=-1))
-        rows = bench.sae.W_dec[found.ranked("effect")[:2]]
+        rows = context.sae.W_dec[found.ranked("effect")[:2]]
         left = added.flatten(0, 1) - torch.linalg.lstsq(rows.T, added.flatten(0, 1).T)[0].T @ rows
         assert (left.norm() < 1e-4) == (method == "sae")
 
 
-def test_random_latents_stand_in_for_both_sides(bench):
-    found = replace(bench.recipes["guitar"], both_sides="when_off")
+def test_random_latents_stand_in_for_both_sides(context):
+    found = replace(context.recipes["guitar"], both_sides="when_off")
     settings = Settings(1.0, 3)
-    ours, theirs = found.latents("off", settings), cells._random_latents(found, "off", settings, 1)
+    ours, theirs = (
+        found.latents("off", settings),
+        conditions.control_latents(found, "off", settings, 1),
+    )
     assert [len(side) for side in theirs] == [3, 3]
     evident = {f for sign in (1, -1) for f in found.ranked("effect", sign)[:12]}
     assert not evident & {f for side in (*theirs,) for f in side}
     assert {f for side in ours for f in side} <= evident
     ops = [edit.op for edit in found.edits("off", settings, theirs)]
     assert ops == ["ablate", "clamp_min"]
-    assert [len(side) for side in cells._random_latents(found, "on", settings, 1)] == [3]
+    assert [len(side) for side in conditions.control_latents(found, "on", settings, 1)] == [3]
 
 
-def test_steered_tokens_are_less_natural_to_the_plain_model(bench):
+def test_steered_tokens_are_less_natural_to_the_plain_model(context):
     """The cross-entropy of the unsteered model rises after a senseless edit."""
     # Without guidance plain pieces follow the very probabilities that they are held to.
-    bench, ce = replace(bench, guidance=1.0), []
+    subject, ce = replace(context.subject, guidance=1.0, batch=4), []
     for strength in (0.0, 3.0):
-        cell = sae_cell(strength, "diff_means", "both")
-        _, codes = cells.generate(bench, replace(cell, prompts=replace(PROMPTS, n=8)))
-        ce.append(cells.naturalness(bench.model, codes, 4))
+        condition = edited(strength, "diff_means", "both")
+        condition = replace(condition, selection=replace(PROMPTS, n=8))
+        hooks = conditions.condition_hooks(context, condition)
+        rendering = subject.render(context.model, condition, hooks)
+        ce.append(subject.costs(context.model, condition, rendering)["ce"])
         # As the model itself says, clip by clip.
-        batch = bench.model.with_captions(codes[2:3], [None])
-        own = bench.model.cross_entropy(batch).mean().item()
+        batch = context.model.with_captions(rendering.codes[2:3], [None])
+        own = context.model.cross_entropy(batch).mean().item()
         assert ce[-1][2] == pytest.approx(own, abs=1e-5)
     assert np.isfinite(ce).all()
     assert (ce[1] - ce[0]).mean() > 0.1
 
 
-def test_cells_that_a_killed_run_finished_are_not_run_again(bench, tmp_path):
+def test_conditions_that_a_killed_run_finished_are_not_run_again(context, tmp_path):
     opened = []
 
-    def open_bench():
+    def open_context():
         opened.append(1)
-        return bench
+        return context
 
-    cell = cells.Cell(PROMPTS, keep=1)
-    first = cells.run_cell(open_bench, tmp_path, cell)
-    again = cells.run_cell(open_bench, tmp_path, cell)
+    condition = Condition(PROMPTS, keep=1)
+    first = conditions.run_condition(open_context, tmp_path, condition)
+    again = conditions.run_condition(open_context, tmp_path, condition)
     assert len(opened) == 1
     np.testing.assert_array_equal(first.ce, again.ce)
     np.testing.assert_array_equal(first.audio, again.audio)
     assert first.audio.shape[0] == 1
     for judge, values in first.probabilities.items():
         np.testing.assert_array_equal(values, again.probabilities[judge])
-    cells.run_cell(open_bench, tmp_path, cells.Cell(PromptSet("test", 2, without=("guitar",))))
+    conditions.run_condition(
+        open_context, tmp_path, Condition(Selection("test", 2, without=("guitar",)))
+    )
     assert len(opened) == 2
 
 
-def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monkeypatch):
+def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scratch").mkdir()
     spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731
-    learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in bench.recipes.items()}
+    learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in context.recipes.items()}
     made = []
     for _ in range(2):
-        result = steering_run.run(SECTION, lambda: bench, tmp_path / "scratch", spread, 1, 5)
-        outs = steering_report.Outs(
-            "data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny"
-        )
-        steering_report.write(result, learnt, bench, outs)
+        result = search.run(SECTION, lambda: context, tmp_path / "scratch", spread, 1, 5)
+        outs = report.Outs("data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny")
+        report.write(result, learnt, context, outs)
         names = [p for p in tmp_path.rglob("*") if p.is_file() and "scratch" not in p.parts]
         made.append({p.relative_to(tmp_path): p.read_bytes() for p in names})
     assert made[0] == made[1]
     names = {str(p) for p in made[0]}
     for suffix in (".csv", "-search.csv", "-crosstalk.csv", "-dose.png", "-trade.png"):
         assert f"plots/steer/tiny{suffix}" in names
-    assert steering_run.count_cells(SECTION)[0] >= len(list((tmp_path / "scratch").iterdir()))
+    assert len(result.measured) <= len(list((tmp_path / "scratch").iterdir()))
 
     found = read_json("metrics/steer/tiny.json")
     methods = found["concepts"]["guitar"]["off"]["methods"]
-    assert set(methods) == set(cells.METHODS) - {"plain"}
-    keys = steering_report.summary_keys(found)
+    assert set(methods) == set(METHODS) - {"plain", "original"}
+    keys = report.summary_keys(found)
     for key in ("success", "success_ci_low", "prompt_edit", "diff_means", "random_feature",
                 "passthrough", "quality_cost"):  # fmt: skip
         assert f"organ.on.{key}" in keys
@@ -379,8 +390,8 @@ def test_a_whole_run_writes_its_results_and_again_the_same(bench, tmp_path, monk
     # The chosen settings are in the recipes, and among those of the grid.
     kept = load_recipe("data/steering/tiny", "guitar")
     assert kept.chosen["off"].strength in SECTION.strengths
-    search = pd.read_csv("plots/steer/tiny-search.csv")
-    assert (search.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
+    table = pd.read_csv("plots/steer/tiny-search.csv")
+    assert (table.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
     talk = pd.read_csv("plots/steer/tiny-crosstalk.csv", index_col=0)
     assert list(talk.columns) == list(FAMILIES)
     assert "guitar-off+organ-on: both" in talk.index

@@ -13,9 +13,7 @@ import torch
 from musicscope.core.io import folder_sha256
 from musicscope.core.stats import auroc
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.steering import learning as learning
-from musicscope.steering import ready
-from musicscope.steering import recipes as recipes
+from musicscope.steering import learning, recipes
 
 F, FRAMES, RATE = 12, 40, 50.0
 FOR, AGAINST, RARE, DEAD = 3, 7, 5, 11
@@ -211,15 +209,17 @@ def test_a_recipe_comes_back_from_its_files_as_it_was(case, tmp_path):
     for part in ("statistics", "directions"):
         for name, values in getattr(recipe, part).items():
             assert torch.equal(getattr(found, part)[name], values)
-    edit = ready.concept_edit(found, "off", 0.5)
+    edit = recipes.concept_edit(found, "off", 0.5)
     assert (edit.strength, len(edit.edits[0].features)) == (2.0, 2)
     assert edit.edits[0].features[0] == FOR
-    other = ready.concept_edit(found, "on", n_features=1, loop="closed")
+    other = recipes.concept_edit(found, "on", n_features=1, loop="closed")
     assert (other.strength, other.edits[0].features) == (0.5, (FOR,))
     assert other.gate.opens == "absent"
 
-    assert ready.concept_edit(found, "off", words=True).strength == 1.0
-    assert ready.concept_edit(found, "on", words=True).strength == 0.5  # none for words: the usual
+    assert recipes.concept_edit(found, "off", words=True).strength == 1.0
+    assert (
+        recipes.concept_edit(found, "on", words=True).strength == 0.5
+    )  # none for words: the usual
 
 
 def in_use(recipe, root):
@@ -237,14 +237,14 @@ def in_use(recipe, root):
 def test_recipes_of_the_whole_evaluation_serve_while_the_sae_is_theirs(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dictionary = in_use(case[3], tmp_path)
-    layer, steering = ready.load_steering("m", {"guitar": "off"})
+    layer, steering = recipes.load_steering("m", {"guitar": "off"})
     assert (layer, steering.branch, steering.concepts[0].strength) == ("layers.1", "both", 3.0)
-    _, steering = ready.load_steering("m", {"guitar": "off"}, folder="data/steering/m")
+    _, steering = recipes.load_steering("m", {"guitar": "off"}, folder="data/steering/m")
     assert steering.concepts[0].strength == 4.0
     (dictionary / "more").write_text("another SAE")
-    assert ready.recipe_folder("m") == Path("data/steering/m")
+    assert recipes.recipe_folder("m") == Path("data/steering/m")
     with pytest.raises(ValueError, match="recipes of another SAE"):
-        ready.load_steering("m", {"guitar": "off"})
+        recipes.load_steering("m", {"guitar": "off"})
 
 
 def test_what_is_missing_is_named(case, tmp_path):
@@ -255,9 +255,9 @@ def test_what_is_missing_is_named(case, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no recipe for 'organ' \(it has: guitar\)"):
         recipes.load_recipe(tmp_path / "m", "organ")
     with pytest.raises(ValueError, match="nothing is chosen for 'on'"):
-        ready.concept_edit(recipe, "on")
+        recipes.concept_edit(recipe, "on")
     with pytest.raises(ValueError, match="at least one concept"):
-        ready.load_steering("m", {}, folder=tmp_path)
+        recipes.load_steering("m", {}, folder=tmp_path)
     silent = replace(recipe, statistics={**recipe.statistics, "effect": torch.zeros(F)})
     with pytest.raises(ValueError, match="no latent has evidence for guitar"):
         silent.edits("on", best(4))

@@ -12,9 +12,9 @@ import torch
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.hooks import chain
 from musicscope.models.registry import load_model
-from musicscope.steering import baselines as baselines
+from musicscope.steering import conditions
 from musicscope.steering import edit as st
-from musicscope.steering import firing
+from musicscope.steering.prompts import edit_prompt
 from tests.conftest import CAPTIONS
 
 WIDTH, LATENTS, K = 48, 96, 8
@@ -92,7 +92,7 @@ def test_the_kth_largest_is_that_of_a_sort(rows, latents, k):
         torch.randint(0, 5, (rows, latents), generator=generator).float(),  # ties
     ):
         wanted = z.sort(1, descending=True).values[:, k - 1 : k]
-        assert torch.equal(firing.kth_largest(z, k), wanted)
+        assert torch.equal(st.kth_largest(z, k), wanted)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
@@ -151,7 +151,7 @@ def test_a_planted_latent_switches_its_token_on_and_off(model, planted):
     up = {b: share_of_token(model, push("clamp_min", (20.0,), 1.0, b)) for b in st.BRANCHES}
     assert up["conditional"] > up["guidance"] > up["both"] > plain
     # Off: first make sure that there is something to remove, with a hook that always adds it.
-    adds = st.change_hook(model, baselines.direction_change(60 * planted.W_dec[PUSH]), "both")
+    adds = st.change_hook(model, conditions.direction_change(60 * planted.W_dec[PUSH]), "both")
     present = share_of_token(model, adds)
     ablated = share_of_token(model, chain(adds, push("ablate", (), 1.0, "both")))
     assert present > plain + 0.1
@@ -292,16 +292,16 @@ def test_concepts_apart_edited_together_are_edited_as_one_after_the_other(streng
 
 def test_passthrough_is_the_reconstruction_and_no_edit_is_not(model, planted):
     sae, x = random_sae(), activations()
-    passthrough = st.change_hook(fake(), baselines.passthrough_change(sae), "both")
+    passthrough = st.change_hook(fake(), conditions.reconstruction_change(sae), "both")
     positions = torch.arange(1, 7)
     torch.testing.assert_close(passthrough(x, positions), sae.reconstruct(x), atol=1e-5, rtol=0)
     _, plain = model.generate(PROMPTS, 0.24, 7)
-    hook = st.change_hook(model, baselines.passthrough_change(planted), "both")
+    hook = st.change_hook(model, conditions.reconstruction_change(planted), "both")
     _, through = model.generate(PROMPTS, 0.24, 7, {LAYER: hook})
     assert not torch.equal(plain, through)
     perfect = one_latent_sae()
     y = torch.rand(2, 3, 4)  # above 0: four latents say all of it
-    same = st.change_hook(fake(), baselines.passthrough_change(perfect), "both")
+    same = st.change_hook(fake(), conditions.reconstruction_change(perfect), "both")
     torch.testing.assert_close(same(y, torch.arange(1, 4)), y)
 
 
@@ -309,16 +309,16 @@ def test_the_random_direction_has_the_length_of_the_edit_at_every_frame():
     sae, x = random_sae(), activations()
     concepts = [st.ConceptEdit("x", (st.Edit(fires(sae, x, 2), "ablate"),), 2.0)]
     change = st.code_change(sae, concepts, 50.0)
-    direction = baselines.random_direction(WIDTH, 1)
+    direction = conditions.random_direction(WIDTH, 1)
     args = (x, torch.arange(1, 7), 4)
-    ours, theirs = change(*args), baselines.matched_change(change, 7 * direction)(*args)
+    ours, theirs = change(*args), conditions.matched_change(change, 7 * direction)(*args)
     torch.testing.assert_close(theirs.norm(dim=-1), ours.norm(dim=-1))
     some = ours.norm(dim=-1) > 0
     assert some.any()
     cosine = torch.cosine_similarity(theirs[some], direction.expand_as(theirs[some]), dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
-    assert torch.equal(direction, baselines.random_direction(WIDTH, 1))
-    assert not torch.equal(direction, baselines.random_direction(WIDTH, 2))
+    assert torch.equal(direction, conditions.random_direction(WIDTH, 1))
+    assert not torch.equal(direction, conditions.random_direction(WIDTH, 2))
 
 
 def test_random_features_are_others_of_like_activity():
@@ -326,24 +326,22 @@ def test_random_features_are_others_of_like_activity():
     activity = rng.lognormal(0, 3, 400)
     activity[::5] = 0.0
     chosen, avoid = (1, 2, 3, 4, 6), tuple(range(1, 30))
-    drawn = baselines.random_features(activity, chosen, avoid, seed=1)
+    drawn = conditions.random_features(activity, chosen, avoid, seed=1)
     assert len(set(drawn)) == len(chosen)
     assert not set(drawn) & set(avoid)
     assert (activity[list(drawn)] > 0).all()
     ratio = np.log(activity[list(drawn)] / activity[list(chosen)])
     assert np.abs(ratio).max() < 0.7  # of values that span a factor of exp(18)
-    assert drawn == baselines.random_features(activity, chosen, avoid, seed=1)
-    assert drawn != baselines.random_features(activity, chosen, avoid, seed=2)
+    assert drawn == conditions.random_features(activity, chosen, avoid, seed=1)
+    assert drawn != conditions.random_features(activity, chosen, avoid, seed=2)
     with pytest.raises(ValueError, match="1 live latents left"):
-        baselines.random_features(np.array([1.0, 1, 1, 0, 0]), (0, 1), (), seed=0)
+        conditions.random_features(np.array([1.0, 1, 1, 0, 0]), (0, 1), (), seed=0)
 
 
 def test_wishes_in_words():
-    assert baselines.edit_prompt("slow flute music.", {"guitar": "on"}) == (
-        "slow flute music with guitar"
-    )
+    assert edit_prompt("slow flute music.", {"guitar": "on"}) == ("slow flute music with guitar")
     wishes = {"guitar": "off", "electric_piano": "on", "organ": "on", "drums": "off"}
-    assert baselines.edit_prompt("flute", wishes) == (
+    assert edit_prompt("flute", wishes) == (
         "flute with electric piano and organ, no guitar, no drums"
     )
 

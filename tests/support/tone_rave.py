@@ -19,9 +19,10 @@ from musicscope.data.clips import ClipStore, at_rate, write_clips
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.registry import load_model
-from musicscope.steering.audio_cells import AudioBench
+from musicscope.steering.conditions import Context
 from musicscope.steering.edit import Gate
 from musicscope.steering.recipes import SCORES, Recipe
+from musicscope.steering.subjects import Clips
 from tests.support import rave_export
 
 SR, RATIO, STORED = 6400, 64, 8000
@@ -154,17 +155,14 @@ def known_recipe(concept: str) -> Recipe:
                    for side in ("with", "without")}  # fmt: skip
     gate = Gate((tone,), (1.0,), -0.5, 0.05)
     directions = {"difference": direction, "probe": 2 * direction}
-    fields = {"model": "tone", "slot": "top1", "layer": "latent", "concept": concept,
-              "target": "active", "both_sides": False}  # fmt: skip
-    if "sae" in Recipe.__dataclass_fields__:
-        fields["sae"] = "s"
-    return Recipe(**fields, statistics=statistics, directions=directions, gate=gate)
+    return Recipe(
+        "tone", "top1", "latent", "s", concept, "active", "never", statistics, directions, gate
+    )
 
 
-def open_tone_bench(root: str, batch: int = 3) -> AudioBench:
-    """The bench of a world, as a process of its own opens it."""
+def open_tone_context(root: str, batch: int = 3) -> Context:
+    """The context of a world, as a process of its own opens it."""
     recipes = {concept: known_recipe(concept) for concept in TONES}
-    return AudioBench(
-        load_model(Path(root) / "data/models/tone"), tone_sae(), recipes, ToneJudges(),
-        ClipStore.open(Path(root) / "data/clips"), 5, 0.4, batch,
-    )  # fmt: skip
+    subject = Clips(5, 0.4, batch, ClipStore.open(Path(root) / "data/clips"))
+    model = load_model(Path(root) / "data/models/tone")
+    return Context(model, tone_sae(), recipes, ToneJudges(), subject, 5)

@@ -1,13 +1,13 @@
-"""Music with concepts switched off and on, beside the same music without, and both judges' scores.
+"""Generate music plain and with concepts switched off or on, with both judges' scores.
 
     musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
     musicscope generate --model my-rave --audio song.flac --off guitar
 
-A model that turns audio into audio (RAVE) edits recordings: both pieces are its reconstructions.
-Concepts are those that the stages `steer_full` and `steer` learnt. Writes two WAV files and a
-JSON file that says how they were made; the names hold the prompt, the seed and a hash of the
-settings, so another setting makes other files, and the same one the same bytes. Files are added to
-the folder of --out: where one of a name has other content, all three new ones get a number.
+A model that turns audio into audio (RAVE) edits recordings: both sounds are its reconstructions.
+The stages `steer_full` and `steer` learn the concepts. Writes two WAV files and a JSON file with
+all settings. The names contain the prompt, the seed and a hash of the settings, so other settings
+make other files, and the same settings the same bytes. Files are added to the folder of --out: if
+a file of that name has other content, all three new files get a number.
 """
 
 from __future__ import annotations
@@ -26,30 +26,43 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 
 from musicscope.config import load_params
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
-from musicscope.judges.pair import load_judges
-from musicscope.steering import audio_pieces, pieces
-from musicscope.steering.baselines import edit_prompt
+from musicscope.judges.pair import Judges, load_judges
 from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
-from musicscope.steering.pieces import Order, Piece, Scores
-from musicscope.steering.ready import load_steering, recipe_folder
+from musicscope.steering.prompts import edit_prompt
+from musicscope.steering.recipes import load_steering, recipe_folder
+from musicscope.steering.session import (
+    KINDS,
+    MODELS,
+    AudioInput,
+    Scores,
+    Session,
+    Sound,
+    TextInput,
+    check_model,
+    check_requests,
+    judge,
+    read_audio,
+    score_rows,
+)
 
 JUDGES = "data/judge"
-TRUST = "one piece's scores are rough; metrics/train_judge.json says how far to trust them"
+TRUST = "scores of one sound are rough; metrics/train_judge.json shows how reliable they are"
 
 
 def usual_guidance() -> float | None:
-    """The scale at which strengths were chosen (params.steer.guidance); None without params.yaml:
-    the model's own."""
+    """Return the scale at which strengths were chosen (params.steer.guidance).
+
+    None without params.yaml: the model's own scale.
+    """
     return load_params().steer.guidance if Path("params.yaml").is_file() else None
 
 
-def wishes_of(off: list[str], on: list[str]) -> dict[str, str]:
-    """{"guitar": "off"} of the two options; ValueError for none, or for both at once."""
+def requests_of(off: list[str], on: list[str]) -> dict[str, str]:
+    """Make {"guitar": "off"} from the two options; ValueError for none, or for both at once."""
     if both := set(off) & set(on):
         raise ValueError(f"{', '.join(sorted(both))}: off or on, not both")
     if not off and not on:
@@ -57,26 +70,26 @@ def wishes_of(off: list[str], on: list[str]) -> dict[str, str]:
     return {**dict.fromkeys(off, "off"), **dict.fromkeys(on, "on")}
 
 
-def wav_bytes(piece: Piece) -> bytes:
-    """16-bit WAV."""
+def wav_bytes(sound: Sound) -> bytes:
+    """Encode a sound as 16-bit WAV."""
     stream = io.BytesIO()
-    sound = np.clip(piece.audio, -1, 1)
-    soundfile.write(stream, sound, piece.rate, format="WAV", subtype="PCM_16")
+    audio = np.clip(sound.audio, -1, 1)
+    soundfile.write(stream, audio, sound.rate, format="WAV", subtype="PCM_16")
     return stream.getvalue()
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
+    """Shorten a prompt to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "music"
 
 
-def place(
+def write_files(
     folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Write <stem>-<kind>.wav of every kind, and `about` beside them, as new files.
+    """Add <stem>-<kind>.wav of every kind to a folder, and `about` beside them.
 
-    Files of these names with the same content serve as they are. Where one has other content (made
-    with another model, say), it stays and all new ones get a number.
+    Existing files with the same content are reused. If one has other content (made with another
+    model, say), it stays and all new files get a number.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -84,22 +97,18 @@ def place(
 
     def contents(number: str) -> dict[str, bytes]:
         names = {kind: f"{stem}-{kind}{number}.wav" for kind in sounds}
-        said = Path(names["steered"]).with_suffix(".json").name
-        made = {names[kind]: sound for kind, sound in sounds.items()}
-        return {**made, said: _json_bytes({**about, "files": names})}
+        files = {names[kind]: sound for kind, sound in sounds.items()}
+        with tempfile.TemporaryDirectory() as scratch:
+            path = (Path(scratch) / names["steered"]).with_suffix(".json")
+            write_json(path, {**about, "files": names})
+            return {**files, path.name: path.read_bytes()}
 
     paths = [path for path in add_files(folder, contents).values() if path.suffix == ".wav"]
     return dict(zip(sounds, paths, strict=True))
 
 
-def _json_bytes(value: Any) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_json(Path(scratch) / "about.json", value)
-        return (Path(scratch) / "about.json").read_bytes()
-
-
 def describe(steering: Steering) -> dict[str, Any]:
-    """The edits that were made, JSON-able."""
+    """List the edits, JSON-able."""
     end = steering.schedule[1]
     return {
         "branch": steering.branch,
@@ -115,11 +124,11 @@ def describe(steering: Steering) -> dict[str, Any]:
     }
 
 
-def table(scores: Scores, wishes: Mapping[str, str]) -> str:
-    """What was asked for and the likeliest other families, before and after, as lines."""
-    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in pieces.KINDS]
+def table(scores: Scores, requests: Mapping[str, str]) -> str:
+    """Format the scores of requested and of the most probable other families as lines."""
+    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in KINDS]
     lines = ["  ".join(["family".ljust(20), *(head.rjust(len(head)) for head in heads)])]
-    for label, values in pieces.score_rows(scores, wishes):
+    for label, values in score_rows(scores, requests):
         cells = [
             ("-" if v is None else f"{v:.3f}").rjust(len(h))
             for v, h in zip(values, heads, strict=True)
@@ -132,81 +141,55 @@ def table(scores: Scores, wishes: Mapping[str, str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``musicscope generate``."""
+    """Add the arguments of ``musicscope generate``."""
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
-    add("--prompt", action="append", help="what to play; may be given again")
-    add(
-        "--audio",
-        action="append",
-        metavar="FILE",
-        help="of a model that turns audio into audio: what to edit; may be given again",
-    )
-    add(
-        "--off",
-        action="append",
-        default=[],
-        metavar="CONCEPT",
-        help="switch it off; may be given again",
-    )
-    add("--on", action="append", default=[], metavar="CONCEPT", help="switch it on; the same")
+    add("--prompt", action="append", help="description of the music; repeatable")
+    add("--audio", action="append", metavar="FILE",
+        help="recording to edit, for a model that turns audio into audio; repeatable")  # fmt: skip
+    add("--off", action="append", default=[], metavar="CONCEPT",
+        help="concept to switch off; repeatable")  # fmt: skip
+    add("--on", action="append", default=[], metavar="CONCEPT",
+        help="concept to switch on; repeatable")  # fmt: skip
     add("--strength", type=float, default=1.0,
-        help="1: as chosen on validation prompts; 0: no edit")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the draws, the same for both pieces; 0")
-    add("--seconds", type=float, help="length of a piece; 5, of --audio all of it")
+        help="multiple of the strength chosen on validation prompts; default 1")  # fmt: skip
+    add("--seed", type=int, default=0, help="random seed, the same for both sounds; default 0")
+    add("--seconds", type=float, help="duration; default 5, for --audio the whole file")
     add("--out", default="data/generated", metavar="DIR",
-        help="folder to which the files are added; data/generated")  # fmt: skip
-    add("--guidance", type=float, help="its scale; that of params.steer.guidance")
-    add("--branch", choices=BRANCHES, help="rows of guided generation to edit; as chosen for steer")
-    add(
-        "--loop",
-        choices=("open", "closed"),
-        help="closed: only while a probe hears a need; as chosen",
-    )
-    add(
-        "--schedule",
-        type=float,
-        nargs=2,
-        metavar=("START", "END"),
-        help="seconds in which to edit; all",
-    )
-    add("--features", type=int, metavar="N", help="so many features a concept; as chosen")
-    add("--words", action="store_true", help="ask for it in the steered prompt too (... no guitar)")
+        help="folder to add the files to; default data/generated")  # fmt: skip
+    add("--guidance", type=float, help="guidance scale; default params.steer.guidance")
+    add("--branch", choices=BRANCHES,
+        help="rows of guided generation to edit; default as chosen by steer")  # fmt: skip
+    add("--loop", choices=("open", "closed"),
+        help="closed: edit only while a probe detects a need; default as chosen")  # fmt: skip
+    add("--schedule", type=float, nargs=2, metavar=("START", "END"),
+        help="seconds in which to edit; default all")  # fmt: skip
+    add("--features", type=int, metavar="N",
+        help="number of features per concept; default as chosen by steer")  # fmt: skip
+    add("--words", action="store_true", help="ask in the steered prompt too (... no guitar)")
     add("--device", default="cpu", help="cpu or cuda")
 
 
-def _steering(args: argparse.Namespace, wishes: Mapping[str, str]) -> tuple[str, Steering]:
-    schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
-    if not 0 <= schedule[0] < schedule[1]:
-        raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")
-    if args.features is not None and args.features < 1:
-        raise ValueError(f"--features {args.features}: at least 1")
-    return load_steering(
-        Path(args.model).name, wishes, args.strength, branch=args.branch, schedule=schedule,
-        n_features=args.features, loop=args.loop, words=args.words, device=args.device,
-    )  # fmt: skip
-
-
 def run(args: argparse.Namespace) -> None:
-    """Draw, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
-    name, wishes = Path(args.model).name, wishes_of(args.off, args.on)
+    """Generate, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
+    name, requests = Path(args.model).name, requests_of(args.off, args.on)
     if bool(args.prompt) == bool(args.audio):
         raise ValueError("give --prompt TEXT, or --audio FILE to a model that edits audio (RAVE)")
     with folder_to_add_to(args.out, _inputs(args)) as out:
-        jobs = _from_audio(args, wishes) if args.audio else _from_prompts(args, wishes)
+        jobs = _from_audio(args, requests) if args.audio else _from_prompts(args, requests)
         judges = None
         for number, (settings, title, pair) in enumerate(jobs):
             judges = _judges() if number == 0 else judges
-            _hand_over(out, wishes, {"model": name, **settings}, title, pair, judges)
+            _hand_over(out, requests, {"model": name, **settings}, title, pair, judges)
     if judges is not None:
         print(TRUST)
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """What is read, by what it is called."""
+    """Return all inputs by their name in error messages."""
     given, name = Path(args.model), Path(args.model).name
     return {
-        "the model": given if given.exists() else Path(pieces.MODELS) / given,
+        "the model": given if given.exists() else Path(MODELS) / given,
         "the SAEs": Path("data/sae") / name,
         "the recipes": Path(recipe_folder(name)),
         "the judges": Path(JUDGES),
@@ -214,56 +197,65 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
     }
 
 
-Job = tuple[dict[str, Any], str, tuple[Piece, Piece]]
-"""Settings, what the pieces are called, and both pieces."""
+Job = tuple[dict[str, Any], str, tuple[Sound, Sound]]
+"""Settings, title, and both sounds."""
 
 
-def _from_prompts(args: argparse.Namespace, wishes: Mapping[str, str]) -> Iterator[Job]:
-    """Both pieces of every prompt."""
-    name, seconds = Path(args.model).name, 5.0 if args.seconds is None else args.seconds
+def _steering(args: argparse.Namespace, requests: Mapping[str, str]) -> tuple[str, Steering]:
+    check_requests(Path(args.model).name, requests)
+    schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
+    if not 0 <= schedule[0] < schedule[1]:
+        raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")
+    if args.features is not None and args.features < 1:
+        raise ValueError(f"--features {args.features}: at least 1")
+    return load_steering(
+        Path(args.model).name, requests, args.strength, branch=args.branch, schedule=schedule,
+        n_features=args.features, loop=args.loop, words=args.words, device=args.device,
+    )  # fmt: skip
+
+
+def _from_prompts(args: argparse.Namespace, requests: Mapping[str, str]) -> Iterator[Job]:
+    """Generate both sounds of every prompt."""
+    seconds = 5.0 if args.seconds is None else args.seconds
     guidance = usual_guidance() if args.guidance is None else args.guidance
-    orders = [Order(prompt, seconds, args.seed, guidance) for prompt in args.prompt]
-    pieces.check_model(args.model)
-    pieces.check_wishes(name, wishes)
-    layer, steering = _steering(args, wishes)
-    model = pieces.open_model(args.model, args.device)
-    for order in orders:
-        plain = pieces.draw(model, order, layer)
-        words = edit_prompt(order.prompt, wishes) if args.words else order.prompt
-        steered = pieces.draw(model, replace(order, prompt=words), layer, steering)
-        settings = {"layer": layer, **asdict(order), **describe(steering)}
+    sources = [TextInput(prompt, seconds, args.seed, guidance) for prompt in args.prompt]
+    check_model(args.model)
+    layer, steering = _steering(args, requests)
+    session = Session.open(args.model, args.device)
+    for source in sources:
+        settings = {"layer": layer, **asdict(source), **describe(steering)}
+        steered = source
         if args.words:
-            settings["prompt_steered"] = words
-        yield settings, order.prompt, (plain, steered)
+            steered = replace(source, prompt=edit_prompt(source.prompt, requests))
+            settings["prompt_steered"] = steered.prompt
+        pair = session.draw_pair(source, layer, steering, steered_source=steered)
+        yield settings, source.prompt, pair
 
 
-def _from_audio(args: argparse.Namespace, wishes: Mapping[str, str]) -> Iterator[Job]:
-    """Both reconstructions of every file."""
-    asked = {"--guidance": args.guidance, "--branch": args.branch, "--words": args.words or None}
-    if wrong := [option for option, value in asked.items() if value is not None]:
+def _from_audio(args: argparse.Namespace, requests: Mapping[str, str]) -> Iterator[Job]:
+    """Reconstruct every file plain and steered."""
+    given = {"--guidance": args.guidance, "--branch": args.branch, "--words": args.words or None}
+    if wrong := [option for option, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(wrong)}: of prompts alone, not of --audio")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed {args.seed}: 0 to 2^63 - 1")
-    pieces.check_model(args.model)
-    model = audio_pieces.open_audio_model(args.model, args.device)
-    pieces.check_wishes(Path(args.model).name, wishes)
-    layer, steering = _steering(args, wishes)
-    files = {
-        Path(file): audio_pieces.read_audio(file, model.sample_rate, args.seconds)
+    check_model(args.model)
+    session = Session.open(args.model, args.device, audio=True)
+    layer, steering = _steering(args, requests)
+    rate = session.model.sample_rate
+    sources = {
+        Path(file): AudioInput(read_audio(file, rate, args.seconds), args.seed)
         for file in args.audio
     }
-    for path, audio in files.items():
-        plain = audio_pieces.edit(model, audio, args.seed, layer)
-        steered = audio_pieces.edit(model, audio, args.seed, layer, steering)
+    for path, source in sources.items():
         about = {
             "audio": path.name, "audio_sha256": sha256(path), "seed": args.seed,
-            "seconds": len(audio) / model.sample_rate,
+            "seconds": len(source.audio) / rate,
         }  # fmt: skip
-        yield {"layer": layer, **about, **describe(steering)}, path.name, (plain, steered)
+        settings = {"layer": layer, **about, **describe(steering)}
+        yield settings, path.name, session.draw_pair(source, layer, steering)
 
 
-def _judges() -> Any:
-    """The judges; None, and a line that says so, where there are none."""
+def _judges() -> Judges | None:
+    """Load the judges; without them print what to do and return None."""
     try:
         return load_judges(JUDGES)
     except FileNotFoundError as error:
@@ -272,24 +264,23 @@ def _judges() -> Any:
 
 
 def _hand_over(
-    out: Path, wishes: Mapping[str, str], settings: dict[str, Any], title: str,
-    pair: tuple[Piece, Piece], judges: Any,
+    out: Path, requests: Mapping[str, str], settings: dict[str, Any], title: str,
+    pair: tuple[Sound, Sound], judges: Judges | None,
 ) -> None:  # fmt: skip
-    """Write both pieces and what they are, and print what the judges hear."""
+    """Write both sounds with their settings, and print files and scores."""
     plain, steered = pair
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     stem = f"{slug(title)}-seed{settings['seed']}-{digest}"
-    sounds = {k: wav_bytes(piece) for k, piece in zip(pieces.KINDS, pair, strict=True)}
-    scores = None if judges is None else pieces.judge(judges, pair)
-    files = place(out, stem, sounds, {**settings, "wishes": wishes, "scores": scores})
-    asked = ", ".join(f"{concept} {direction}" for concept, direction in wishes.items())
+    sounds = {kind: wav_bytes(sound) for kind, sound in zip(KINDS, pair, strict=True)}
+    scores = None if judges is None else judge(judges, pair)
+    files = write_files(out, stem, sounds, {**settings, "wishes": requests, "scores": scores})
+    asked = ", ".join(f"{concept} {direction}" for concept, direction in requests.items())
     made = f"{settings['model']}, seed {settings['seed']}, {settings['seconds']:g} s"
     print(f"{made}, {asked}: {title}")
     for kind, path in files.items():
         print(f"{kind.ljust(8)} {path}")
-    if plain.codes is None and np.array_equal(plain.audio, steered.audio):
-        print("the edit changed no sample: both pieces are the same")
-    elif plain.codes is not None and torch.equal(plain.codes, steered.codes):
-        print("the edit changed no token: both pieces are the same")
+    if plain.same_as(steered):
+        unit = "sample" if plain.codes is None else "token"
+        print(f"the edit changed no {unit}: both sounds are the same")
     if scores is not None:
-        print(table(scores, wishes))
+        print(table(scores, requests))

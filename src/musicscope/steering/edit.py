@@ -1,10 +1,9 @@
 """Edits of sparse codes while a model generates: concepts off, on, several at once.
 
 At one layer x' = x + decode(edited code) - decode(code). The decoder is linear, so this needs only
-the rows of W_dec whose latents were edited, and the SAE's reconstruction error stays where it is
-(an edit of the reconstruction itself would lose it). What costs is to know which latents fire: for
-TopK one product with the encoder and the k-th largest of its rows, for BatchTopK the rows of the
-edited latents alone. Measured by benchmarks/steering.py.
+the rows of W_dec of edited latents, and the SAE's reconstruction error stays in x. The main cost is
+to find which latents fire: for TopK one product with the encoder and the k-th largest value per
+row, for BatchTopK the rows of the edited latents alone. benchmarks/steering.py measures it.
 
 An edit of strength 0 returns the activations themselves, so the tokens are the same bit for bit.
 """
@@ -15,12 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.interface import Hook, MusicModel
-from musicscope.steering.firing import firing
 
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ablate": lambda old, value: torch.zeros_like(old),
@@ -28,10 +27,10 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "set": lambda old, value: value.expand_as(old),
     "clamp_min": torch.maximum,
 }
-"""Operation -> what it makes of values [..., n] with one number a latent [n]."""
+"""Operation -> target of values [..., n], given one number per latent [n]."""
 BRANCHES = ("conditional", "both", "guidance")
 Schedule = tuple[float, float]
-"""Seconds from the start: an edit acts on frames from the first up to, not with, the second."""
+"""Seconds (start, end): an edit acts on frames from start up to, not including, end."""
 ALWAYS: Schedule = (0.0, math.inf)
 
 
@@ -43,7 +42,7 @@ class Edit:
     op: str
     """ablate: target 0; scale: old * value; set: value; clamp_min: value where old is below it."""
     values: tuple[float, ...] = ()
-    """One a latent, in activation units (of scale: a factor). Not needed to ablate."""
+    """One per latent, in activation units (scale: a factor). Not needed to ablate."""
 
     def __post_init__(self) -> None:
         if self.op not in TARGETS:
@@ -58,17 +57,17 @@ class Edit:
 
 @dataclass(frozen=True)
 class Gate:
-    """A linear probe that listens to the running mean of some latents: closed-loop steering.
+    """A linear probe on the running mean of some latents: closed-loop steering.
 
-    The activations that it reads are those before the edit, made of the tokens drawn so far: it
-    hears whether the concept is in the music that came out, as SMITIN's monitor does
+    It reads activations before the edit, which depend on the tokens drawn so far. So it detects
+    whether the concept is in the music generated so far, as the monitor of SMITIN does
     (arXiv 2404.02252).
     """
 
     features: tuple[int, ...]
     weights: tuple[float, ...]
     bias: float
-    """The concept is present where weights . mean + bias > 0."""
+    """The concept is present if weights . mean + bias > 0."""
     seconds: float
     """Time constant of the running mean."""
     opens: str = "present"
@@ -83,27 +82,29 @@ class Gate:
 
 @dataclass(frozen=True)
 class ConceptEdit:
-    """All edits of one concept, with how much and when."""
+    """All edits of one concept, with strength and gate."""
 
     name: str
     edits: tuple[Edit, ...]
     strength: float = 1.0
-    """0 leaves everything as it is, 1 reaches the edits' targets, more goes past them."""
+    """0 changes nothing, 1 reaches the edits' targets, more goes past them."""
     gate: Gate | None = None
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Concepts to edit at one layer. Later concepts see what earlier ones left of a latent."""
+    """Concepts to edit at one layer. Later concepts see a latent as earlier ones left it."""
 
     sae: TopKSAE
     concepts: tuple[ConceptEdit, ...]
     branch: str = "conditional"
-    """Of guided generation. conditional: the rows with the caption, so that guidance multiplies
-    the edit by its scale; both: all rows, so that it counts once; guidance: the rows without the
-    caption get the opposite of the edit (a negative prompt made of latents), so that guidance
-    counts it scale - 1 times and the conditional prediction stays as it is. Without guidance the
-    first two edit all rows, and the third is an error."""
+    """Rows of guided generation to edit.
+
+    conditional: rows with the caption, so guidance multiplies the edit by its scale. both: all
+    rows, so the edit counts once. guidance: rows without the caption get the opposite of the edit
+    (a negative prompt made of latents). It then counts scale - 1 times, and the conditional
+    prediction is unchanged. Without guidance the first two edit all rows; the third is an error.
+    """
     schedule: Schedule = ALWAYS
 
     def __post_init__(self) -> None:
@@ -119,19 +120,19 @@ class Steering:
 
 
 Change = Callable[[Tensor, Tensor, int], Tensor | None]
-"""(activations [rows, S, d], positions [S], told) -> what to add [rows, S, d], None for nothing.
+"""(activations [rows, S, d], positions [S], conditional) -> sum to add [rows, S, d]; None: nothing.
 
-The first `told` rows carry the caption; further ones are their unconditional halves."""
+The first `conditional` rows have the caption; the others are their unconditional halves."""
 
 
 def change_hook(
     model: MusicModel, change: Change, branch: str = "conditional", schedule: Schedule = ALWAYS,
     frame_rate: float | None = None,
 ) -> Hook:  # fmt: skip
-    """A hook that adds `change` to the rows that `branch` names, on frames of the schedule.
+    """Make a hook that adds `change` to the rows of `branch`, on frames of the schedule.
 
-    The start column is no frame and is left alone. `frame_rate` is the hook point's where it is
-    not the model's (RAVE).
+    The start column is no frame and is not edited. `frame_rate` is needed where the hook point's
+    rate differs from the model's (RAVE).
     """
     rate = model.frame_rate if frame_rate is None else frame_rate
     start, end = schedule
@@ -141,7 +142,7 @@ def change_hook(
     last = math.inf if end == math.inf else math.ceil(end * rate - 1e-9)
 
     def within(positions: Tensor) -> slice | Tensor | None:
-        """Which of the positions are in the schedule; None for none."""
+        """Positions within the schedule; None if there are none."""
         if len(positions) == 1:  # a step of generation: a mask would cost as much as the edit
             return slice(None) if first < int(positions) <= last else None
         chosen = (positions > first) & (positions <= last)
@@ -151,15 +152,15 @@ def change_hook(
         if (frames := within(positions)) is None:
             return activations
         rows = len(activations)
-        told = len(range(*model.conditional_rows.indices(rows)))
-        if branch == "guidance" and 2 * told != rows:
+        conditional = len(range(*model.conditional_rows.indices(rows)))
+        if branch == "guidance" and 2 * conditional != rows:
             raise ValueError("branch guidance needs guided generation (guidance_scale above 1)")
-        x = activations if branch == "both" else activations[:told]
-        difference = change(x[:, frames], positions[frames], told)
+        x = activations if branch == "both" else activations[:conditional]
+        difference = change(x[:, frames], positions[frames], conditional)
         if difference is None:
             return activations
         changed = activations.clone()
-        part = changed[told:] if branch == "guidance" else changed[: len(x)]
+        part = changed[conditional:] if branch == "guidance" else changed[: len(x)]
         sign = -1 if branch == "guidance" else 1
         part[:, frames] += sign * difference.to(changed.dtype)
         return changed
@@ -168,11 +169,11 @@ def change_hook(
 
 
 def running_means(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (values [rows, S, n], positions [S]) -> their running means, same shape.
+    """Make a function (values [rows, S, n], positions [S]) -> running means, same shape.
 
     m <- decay * m + (1 - decay) * value, divided by 1 - decay^count as in Adam, so that the first
-    frames count in full. It remembers the last mean from call to call, and starts anew when
-    positions do not go on from the last one or the rows are others (the next generation).
+    frames count in full. It keeps the last mean between calls. It starts anew when positions do not
+    continue, or the number of rows changes (the next generation).
     """
     state: dict[str, Tensor | int] = {"position": -1, "count": 0}
 
@@ -192,32 +193,70 @@ def running_means(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
     return follow
 
 
-def _listener(
+def _opened_by(
     gate: Gate, columns: slice | Tensor, rate: float
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """(values [rows, S, n] of all latents in use, positions, told) -> 1 where open, [rows, S, 1].
+    """Make a function of values [rows, S, n] of all latents in use: 1 where open, [rows, S, 1].
 
-    The captioned rows decide for their unconditional halves too, which hear the same tokens.
+    The rows with the caption also decide for their unconditional halves, which get the same tokens.
     """
     follow = running_means(math.exp(-1 / (gate.seconds * rate)))
     weights = torch.tensor(gate.weights)
 
-    def opened(values: Tensor, positions: Tensor, told: int) -> Tensor:
-        logits = follow(values[:told][..., columns], positions) @ weights.to(values) + gate.bias
+    def opened(values: Tensor, positions: Tensor, conditional: int) -> Tensor:
+        logits = (
+            follow(values[:conditional][..., columns], positions) @ weights.to(values) + gate.bias
+        )
         is_open = (logits > 0) == (gate.opens == "present")
-        return is_open.repeat(len(values) // told, 1).unsqueeze(-1).to(values.dtype)
+        return is_open.repeat(len(values) // conditional, 1).unsqueeze(-1).to(values.dtype)
 
     return opened
 
 
+# --- codes ------------------------------------------------------------------------------------
+
+GROUP = 8
+"""Columns per group in the search for the k-th largest pre-activation."""
+
+
+def kth_largest(z: Tensor, k: int) -> Tensor:
+    """Find the k-th largest value per row of z [N, F], exactly: [N, 1].
+
+    As in `dictionaries.core.largest_k`, candidates are the groups of columns with the largest
+    maxima. Five numpy calls are faster for the few rows of a generation step.
+    """
+    N, F = z.shape
+    if z.is_cuda or z.dtype != torch.float32 or F % GROUP or k >= F // GROUP:
+        return z.topk(k).values[:, -1:]
+    groups = z.numpy().reshape(N, GROUP, F // GROUP)
+    best = np.argpartition(groups.max(1), -k, axis=1)[:, None, -k:]
+    candidates = np.take_along_axis(groups, best, 2).reshape(N, GROUP * k)
+    return torch.from_numpy(np.partition(candidates, -k, axis=1)[:, -k, None])
+
+
+def firing(sae: TopKSAE, x: Tensor, features: Tensor) -> Tensor:
+    """Encode x [N, d] for some latents only: values [N, n] as in `encode`, 0 if not active."""
+    if sae.activation == "batchtopk":
+        if sae.threshold < 0:
+            raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
+        centred = x.to(sae.W_enc.dtype) - sae.b_dec
+        own = torch.addmm(sae.b_enc[features], centred, sae.W_enc[features].T)
+        return own.masked_fill(own <= sae.threshold, 0.0).relu_()
+    z = sae.pre_activations(x)
+    own = z[:, features]
+    return own.masked_fill_(own < kth_largest(z, sae.k), 0.0).relu_()
+
+
 Step = tuple[float | Tensor, tuple[Edit, ...], Gate | None]
-"""Strength (a number, or one a latent), edits, gate."""
+"""Strength (a number, or one per latent), edits, gate."""
 
 
 def _steps(concepts: Sequence[ConceptEdit]) -> list[Step]:
-    """The concepts' edits in as few operations as possible, since each costs as much for one latent
-    as for fifty. Where no latent is edited twice and nothing listens, their order does not matter
-    and those of one operation go together."""
+    """Merge the concepts' edits into few operations: one latent costs as much as fifty.
+
+    If no latent is edited twice and there is no gate, their order does not matter, so all edits of
+    one operation are merged.
+    """
     plain = [(c.strength, c.edits, c.gate) for c in concepts]
     edits = [(c.strength, edit) for c in concepts for edit in c.edits]
     latents = [f for _, edit in edits for f in edit.features]
@@ -237,13 +276,13 @@ def _steps(concepts: Sequence[ConceptEdit]) -> list[Step]:
 
 
 def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float) -> Change | None:
-    """What the concepts' edits add to activations; None where no concept has any strength."""
+    """Make the change of activations by the concepts' edits; None if all strengths are 0."""
     plan = _steps([c for c in concepts if c.strength != 0 and c.edits])
     if not plan:
         return None
     edited = dict.fromkeys(f for _, edits, _ in plan for edit in edits for f in edit.features)
-    heard = dict.fromkeys(f for _, _, gate in plan if gate for f in gate.features)
-    order = [*edited, *(f for f in heard if f not in edited)]
+    gated = dict.fromkeys(f for _, _, gate in plan if gate for f in gate.features)
+    order = [*edited, *(f for f in gated if f not in edited)]
     place = {feature: i for i, feature in enumerate(order)}
     device = sae.W_enc.device
     features = torch.tensor(order, device=device)
@@ -262,16 +301,18 @@ def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float
     steps = [
         (strength.to(device) if isinstance(strength, Tensor) else strength,
          [prepared(edit) for edit in edits],
-         gate and _listener(gate, columns(gate.features), frame_rate))
+         gate and _opened_by(gate, columns(gate.features), frame_rate))
         for strength, edits, gate in plan
     ]  # fmt: skip
 
-    def change(x: Tensor, positions: Tensor, told: int) -> Tensor | None:
+    def change(x: Tensor, positions: Tensor, conditional: int) -> Tensor | None:
         values = firing(sae, x.flatten(0, 1), features).unflatten(0, x.shape[:2])
         before = values[..., : len(edited)]
         after = before.clone()
         for strength, edits, opened in steps:
-            share = strength if opened is None else strength * opened(values, positions, told)
+            share = (
+                strength if opened is None else strength * opened(values, positions, conditional)
+            )
             for target, at, value in edits:
                 old = after[..., at]
                 after[..., at] = torch.lerp(old, target(old, value), share)
@@ -282,10 +323,9 @@ def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float
 
 
 def steering_hook(model: MusicModel, steering: Steering, frame_rate: float | None = None) -> Hook:
-    """The hook that steers `model` at the SAE's layer; for one generation after another.
+    """Make the hook that steers `model` at the SAE's layer; for one generation after another.
 
-    With gates it remembers what it heard, so give rows that are generated at the same time hooks
-    of their own where they take turns.
+    A gate keeps its running mean, so generations that alternate need a hook each.
     """
     rate = model.frame_rate if frame_rate is None else frame_rate
     change = code_change(steering.sae, steering.concepts, rate)

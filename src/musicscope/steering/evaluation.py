@@ -1,9 +1,9 @@
-"""What a steered cell is worth beside its plain twin: success, specificity, quality, intervals.
+"""Score a steered condition against its unedited control: success, specificity, cost, intervals.
 
-A judge's verdict is whether its probability for the concept is above a threshold fixed on
-validation prompts: halfway between its mean over pieces whose prompts name the concept and over
-pieces whose prompts do not. All intervals resample prompts, the same draws for every method, so
-that differences between methods are paired.
+A judge's verdict is whether its probability for the concept is above a threshold. The threshold is
+fixed on plain validation samples: halfway between the mean over samples that should have the
+concept and the mean over samples that should not. All intervals resample samples (or their groups)
+with the same draws for every method, so that differences between methods are paired.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 
 from musicscope.core.stats import Statistic, mean_of, percentile_interval, resample_weights
-from musicscope.steering.conditions import Measured
+from musicscope.steering.conditions import Measurement
+from musicscope.steering.methods import Request
 
 SPECIFIC_JUDGE = "family_judge"
-"""The judge that knows all families, by which their changes are measured."""
+"""The judge that knows all families."""
 Thresholds = Mapping[str, Mapping[str, float]]
-"""Judge -> concept -> probability above which it counts as present (NaN: it does not know it)."""
+"""Judge -> concept -> probability above which it counts as present (NaN: unknown to the judge)."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What all outcomes share."""
+    """Settings shared by all outcomes."""
 
     families: tuple[str, ...]
     thresholds: Thresholds
@@ -42,32 +43,32 @@ class Scorer:
             )
         return self.families.index(concept)
 
-    def weights(self, pieces: Measured) -> np.ndarray:
-        """Ones, then the resamples of pieces, or of their groups: [1 + bootstrap, n]."""
-        n = len(pieces.ce)
-        groups = range(n) if pieces.groups is None else pieces.groups
+    def weights(self, plain: Measurement) -> np.ndarray:
+        """Ones, then resamples of samples or of their groups: [1 + bootstrap, n]."""
+        n = len(plain.ce)
+        groups = range(n) if plain.groups is None else plain.groups
         return np.concatenate(
             [np.ones((1, n)), resample_weights(groups, self.bootstrap, self.seed)]
         )
 
 
 def fix_thresholds(
-    families: Sequence[str], pairs: Mapping[str, tuple[Measured, Measured]]
+    families: Sequence[str], pairs: Mapping[str, tuple[Measurement, Measurement]]
 ) -> dict[str, dict[str, float]]:
-    """Thresholds from plain validation cells: concept -> (named in the prompts, not named)."""
-    found: dict[str, dict[str, float]] = {}
+    """Compute thresholds from plain validation samples: concept -> (with it, without)."""
+    thresholds: dict[str, dict[str, float]] = {}
     for concept, (named, absent) in pairs.items():
         at = list(families).index(concept)
         for judge in named.probabilities:
             means = [_mean(m.probabilities[judge][:, at]) for m in (named, absent)]
-            found.setdefault(judge, {})[concept] = float(np.mean(means))
-    return found
+            thresholds.setdefault(judge, {})[concept] = float(np.mean(means))
+    return thresholds
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over what is not NaN; NaN if nothing is."""
-    heard = values[np.isfinite(values)]
-    return float(heard.mean()) if len(heard) else float("nan")
+    """Mean of finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _known(scorer: Scorer, judge: str, concept: str) -> bool:
@@ -75,17 +76,22 @@ def _known(scorer: Scorer, judge: str, concept: str) -> bool:
 
 
 def _is_wanted(probability: np.ndarray, threshold: float, direction: str) -> np.ndarray:
-    """Whether the verdict is the wanted one; a silent piece (NaN) never is."""
+    """Whether the verdict is the wanted one; never for a silent sample (NaN)."""
     with np.errstate(invalid="ignore"):
         return probability > threshold if direction == "on" else probability <= threshold
 
 
 def verdicts(
-    scorer: Scorer, plain: Measured, steered: Measured, concept: str, direction: str, judge: str
+    scorer: Scorer,
+    plain: Measurement,
+    steered: Measurement,
+    concept: str,
+    direction: str,
+    judge: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which pieces had the unwanted verdict, and which of those got the wanted one: bool [n] each.
+    """Find samples with the unwanted verdict, and which of them got the wanted one: bool [n] each.
 
-    Pieces whose plain twin is silent have no verdict to change.
+    Samples that are silent without the edit have no verdict to change.
     """
     at, threshold = scorer.column(concept), scorer.thresholds[judge][concept]
     before, after = (m.probabilities[judge][:, at] for m in (plain, steered))
@@ -94,10 +100,12 @@ def verdicts(
 
 
 def success_of(
-    scorer: Scorer, plain: Measured, steered: Measured, concept: str, direction: str
+    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
 ) -> Statistic:
-    """Share of pieces with the unwanted verdict that get the wanted one, mean over the judges
-    that know the concept, as a `Statistic` of weights over prompts."""
+    """Share of samples with the unwanted verdict that get the wanted one.
+
+    Mean over the judges that know the concept, as a `Statistic` of weights over samples.
+    """
     parts = [
         verdicts(scorer, plain, steered, concept, direction, judge)
         for judge in plain.probabilities
@@ -106,7 +114,7 @@ def success_of(
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # no judge had a piece to change
+            warnings.simplefilter("ignore", RuntimeWarning)  # no judge had a sample to change
             shares = [(weights @ moved) / (weights @ open_) for open_, moved in parts]
             return np.nanmean(shares, axis=0) if shares else np.full(len(weights), np.nan)
 
@@ -114,9 +122,9 @@ def success_of(
 
 
 def change_of(
-    plain: Measured, steered: Measured, column: int, judges: Sequence[str], sign: int
+    plain: Measurement, steered: Measurement, column: int, judges: Sequence[str], sign: int
 ) -> np.ndarray:
-    """sign * (steered - plain) probability, mean over the judges that heard both: [n] or NaN."""
+    """sign * (steered - plain) probability, mean over judges where both are finite: [n] or NaN."""
     changes = [
         sign * (steered.probabilities[j][:, column] - plain.probabilities[j][:, column])
         for j in judges
@@ -127,21 +135,21 @@ def change_of(
 
 
 def nanmean_of(values: np.ndarray) -> Statistic:
-    """Weighted mean of what is not NaN among values [n]."""
-    heard = np.isfinite(values)
-    if heard.all():
+    """Weighted mean of the finite values among [n]."""
+    finite = np.isfinite(values)
+    if finite.all():
         return mean_of(values)
-    filled = np.where(heard, values, 0.0)
+    filled = np.where(finite, values, 0.0)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (weights @ filled) / (weights @ heard)
+            return (weights @ filled) / (weights @ finite)
 
     return statistic
 
 
 def entry(name: str, statistic: Statistic, weights: np.ndarray) -> dict[str, float]:
-    """{name, name_ci_low, name_ci_high}; weights as `Scorer.weights`. NaN where undefined."""
+    """Return {name, name_ci_low, name_ci_high} for `Scorer.weights`; NaN if undefined."""
     values = statistic(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -149,37 +157,42 @@ def entry(name: str, statistic: Statistic, weights: np.ndarray) -> dict[str, flo
     return {name: float(values[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
-def family_changes(plain: Measured, steered: Measured) -> np.ndarray:
-    """Mean change of every family's probability by the judge that knows all: [families]."""
+def family_changes(plain: Measurement, steered: Measurement) -> np.ndarray:
+    """Mean change of every family's probability by SPECIFIC_JUDGE: [families]."""
     change = steered.probabilities[SPECIFIC_JUDGE] - plain.probabilities[SPECIFIC_JUDGE]
     return np.array([_mean(column) for column in change.T])
 
 
-def quality(scorer: Scorer, plain: Measured, steered: Measured, weights: np.ndarray) -> dict:
-    """ce_cost: what the unsteered model's cross-entropy rises by, nats a code; frechet: distance
-    of musicnn embeddings from those of the plain pieces (compare with that of reseed, which is
-    what so few pieces give by chance); silent: share of pieces. An audio model has no
-    cross-entropy: ce_cost is NaN, and spectral_cost the distance from the plain pieces."""
-    heard = [m.embeddings[np.isfinite(m.embeddings).all(1)] for m in (plain, steered)]
-    enough = min(map(len, heard)) > 1
-    return {
-        **entry("ce_cost", mean_of(steered.ce - plain.ce), weights),
-        "frechet": float(scorer.frechet(*heard)) if enough else float("nan"),
+def quality(
+    scorer: Scorer, plain: Measurement, steered: Measurement, weights: np.ndarray
+) -> dict[str, float]:
+    """Compute the costs of an edit.
+
+    ce_cost: rise of the unsteered model's cross-entropy, nats per code (NaN for an audio model);
+    spectral_cost: distance from plain, of an audio model; silent: share of samples; frechet:
+    distance of musicnn embeddings from plain. For so few samples the latter is above 0 by chance:
+    compare it with reseed.
+    """
+    finite = [m.embeddings[np.isfinite(m.embeddings).all(1)] for m in (plain, steered)]
+    enough = min(map(len, finite)) > 1
+    costs: dict[str, float] = {}
+    for name, values in steered.costs(plain).items():
+        costs |= entry(name, mean_of(values), weights)
+    return costs | {
+        "frechet": float(scorer.frechet(*finite)) if enough else float("nan"),
         "silent": float(np.isnan(steered.probabilities[SPECIFIC_JUDGE][:, 0]).mean()),
-        **({} if steered.spectral is None else
-           entry("spectral_cost", mean_of(steered.spectral), weights)),
-    }  # fmt: skip
+    }
 
 
 def outcome(
-    scorer: Scorer, plain: Measured, steered: Measured, concept: str, direction: str
+    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
 ) -> dict[str, Any]:
-    """All numbers of one method on one set of prompts.
+    """Compute all numbers of one condition for one request.
 
-    success: see `success_of`; wanted (and wanted_plain): share of all pieces with the wanted
-    verdict after (and before); change: of the judges' probability in the wanted direction;
-    others_change: mean over the other families of |mean change|; and `quality`. Per judge under
-    its name.
+    success: see `success_of`; wanted (wanted_plain): share of all samples with the wanted verdict
+    after (before) the edit; change: of the judges' probability in the wanted direction;
+    others_change: mean over the other families of |mean change|; and `quality`. The numbers of one
+    judge are under its name.
     """
     weights = scorer.weights(plain)
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
@@ -212,18 +225,23 @@ def outcome(
 
 
 def advantage(
-    scorer: Scorer, plain: Measured, first: Measured, second: Measured, concept: str, direction: str
+    scorer: Scorer,
+    plain: Measurement,
+    first: Measurement,
+    second: Measurement,
+    concept: str,
+    direction: str,
 ) -> dict[str, float]:
-    """Success of the first method less that of the second, paired over prompts."""
+    """Success of the first condition minus success of the second, paired over samples."""
     a, b = (success_of(scorer, plain, m, concept, direction) for m in (first, second))
     return entry("difference", lambda w: a(w) - b(w), scorer.weights(plain))
 
 
-def all_wishes(
-    scorer: Scorer, plain: Measured, steered: Measured, wishes: Sequence[tuple[str, str]]
+def all_fulfilled(
+    scorer: Scorer, plain: Measurement, steered: Measurement, requests: Sequence[Request]
 ) -> dict[str, float]:
-    """Share of pieces on which the families' judge finds every wish fulfilled, before and after."""
-    held = []
+    """Share of samples with every request fulfilled by SPECIFIC_JUDGE, before and after."""
+    fulfilled = []
     for measured in (plain, steered):
         wanted = [
             _is_wanted(
@@ -231,10 +249,10 @@ def all_wishes(
                 scorer.thresholds[SPECIFIC_JUDGE][concept],
                 direction,
             )
-            for concept, direction in wishes
+            for concept, direction in requests
         ]
-        held.append(np.all(wanted, axis=0).astype(float))
+        fulfilled.append(np.all(wanted, axis=0).astype(float))
     weights = scorer.weights(plain)
-    return entry("all_wanted_plain", mean_of(held[0]), weights) | entry(
-        "all_wanted", mean_of(held[1]), weights
+    return entry("all_wanted_plain", mean_of(fulfilled[0]), weights) | entry(
+        "all_wanted", mean_of(fulfilled[1]), weights
     )

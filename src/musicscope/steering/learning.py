@@ -1,26 +1,28 @@
-"""Recipes from clips: which latents speak for a concept, a gate that hears it, and directions.
+"""Learn recipes from clips: evidence of each latent for a concept, a gate, and directions.
 
-Scores of a latent, all above 0 where it speaks for the concept:
+Train clips of the training soundfont are used; regularisation and the threshold of the gate are
+chosen on validation clips. Test clips are never read.
 
-* share (SAeUron, arXiv 2501.18052): its share of the mean code with the concept less that without;
+Scores of a latent, all above 0 for evidence for the concept:
+
+* share (SAeUron, arXiv 2501.18052): its share of the mean code with the concept minus without;
 * effect: difference of the classes' mean clip averages over their pooled standard deviation;
 * partial: t of the concept in a linear regression of the clip average on the labels of all
-  families, so that what the concept happens to be mixed with does not count for it;
-* auroc: of the clip average, less 1/2.
+  families, so that families which often occur with the concept do not count;
+* auroc: AUROC of the clip average minus 1/2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.signal import lfilter
 
+from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import auroc_columns
 from musicscope.data.clips import known_labels, main_clips
 from musicscope.dictionaries.codes import Codes, encode_clips, pool_clips
@@ -33,13 +35,13 @@ from musicscope.steering.recipes import SCORES, Recipe
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 MOMENTS = 4
-"""Moments a clip at which the gate learns to answer, the last at its end."""
+"""Moments per clip at which the gate is trained, the last at its end."""
 
 
 def latent_scores(
     means: np.ndarray, labels: np.ndarray, score: str, others: np.ndarray
 ) -> np.ndarray:
-    """One of `SCORES` from clip averages [clips, F] and labels [clips], float64 [F].
+    """Compute one of `SCORES` from clip averages [clips, F] and labels [clips]: float64 [F].
 
     `others` [clips, m]: labels of the other families, for partial.
     """
@@ -60,15 +62,15 @@ def latent_scores(
 
 
 def _partial_t(means: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """t of `labels` in ordinary least squares of each column on it, `others` and a constant."""
-    # Frisch-Waugh-Lovell: the coefficient is that of what the others leave over of both sides.
+    """Compute t of `labels` in least squares of each column on it, `others` and a constant."""
+    # Frisch-Waugh-Lovell: regress the residuals of both sides after regression on the others.
     basis = np.column_stack([np.ones(len(labels)), others.astype(np.float64)])
     both = np.column_stack([labels.astype(np.float64), means])
     left = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
     own, columns = left[:, 0], left[:, 1:]
     power = own @ own
     if power < 1e-9:
-        return np.zeros(means.shape[1])  # the other labels say it all
+        return np.zeros(means.shape[1])  # the other labels determine it
     slope = own @ columns / power
     spare = max(1, len(labels) - np.linalg.matrix_rank(basis) - 1)
     error = np.sqrt(((columns - np.outer(own, slope)) ** 2).sum(0) / spare / power)
@@ -80,7 +82,7 @@ class Clips:
     """Codes and activations of the train and validation clips, read once for all concepts."""
 
     rows: pd.DataFrame
-    """The clip table of these clips, train first."""
+    """Rows of the clip table, train first."""
     n_train: int
     codes: Codes
     means: np.ndarray
@@ -89,7 +91,7 @@ class Clips:
     """[clips, d] clip averages of the activations"""
 
     def labelled(self, concept: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Clips whose label is known, the labels, and which of them are train clips."""
+        """Return clips whose label is known, the labels, and which of them are train clips."""
         at, labels = known_labels(self.rows, concept)
         train = at < self.n_train
         for name, mask in (("train", train), ("validation", ~train)):
@@ -101,14 +103,14 @@ class Clips:
         return at, labels, train
 
     def others(self, concept: str) -> np.ndarray:
-        """Labels of the other families that are known for every clip, bool [clips, m]."""
+        """Return labels of the other families that are known for every clip, bool [clips, m]."""
         names = [c for c in self.rows if c.startswith("has_") and c != f"has_{concept}"]
         known = [self.rows[c].to_numpy(bool) for c in names if self.rows[c].notna().all()]
         return np.stack(known, 1) if known else np.zeros((len(self.rows), 0), bool)
 
 
 def read_clips(
-    store: Any, sae: TopKSAE, rows: pd.DataFrame, workers: int = 1, device: str = "cpu"
+    store: ActivationStore, sae: TopKSAE, rows: pd.DataFrame, workers: int = 1, device: str = "cpu"
 ) -> Clips:
     """Encode train and validation clips (main font, single clips) of an ActivationStore."""
     train, validation = main_clips(rows, "train"), main_clips(rows, "validation")
@@ -124,7 +126,7 @@ def read_clips(
 
 
 def active_means(codes: Codes, clips: np.ndarray) -> np.ndarray:
-    """[F] mean value of each latent over the frames of `clips` (bool) where it fires, else 0."""
+    """Mean value [F] of each latent over frames of `clips` (bool) where it fires; 0 if never."""
     matrix = codes.matrix
     chosen = np.repeat(clips[codes.owner], np.diff(matrix.indptr))
     at = matrix.indices[chosen]
@@ -135,9 +137,9 @@ def active_means(codes: Codes, clips: np.ndarray) -> np.ndarray:
 def best_logistic(
     x: np.ndarray, labels: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, float, float]:
-    """Weights [p] and intercept on raw columns of x [n, p], and the AUROC on the other rows.
+    """Fit a logistic probe: weights [p] and intercept on x [n, p], and the validation AUROC.
 
-    Fitted on rows of `train` (bool), standardised; C of the grid by AUROC on the rest.
+    It is fitted on standardised rows of `train` (bool). AUROC on the other rows chooses C.
     """
     standardise = Standardiser.fit(x[train])
     weights, intercepts = fit_logistic(
@@ -152,7 +154,7 @@ def best_logistic(
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The threshold with the highest balanced accuracy of score > threshold, between two scores."""
+    """Choose the threshold with the highest balanced accuracy of score > threshold."""
     values = np.unique(scores)
     cuts = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
     hits = (scores[labels, None] > cuts).mean(0) + (scores[~labels, None] <= cuts).mean(0)
@@ -162,10 +164,10 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 def learn_gate(
     clips: Clips, concept: str, n_features: int, seconds: float, frame_rate: float
 ) -> tuple[Gate, float]:
-    """A gate on the `n_features` most telling latents, and its AUROC on validation clips.
+    """Learn a gate on the `n_features` most predictive latents; also return its validation AUROC.
 
-    It learns from the statistic that it will see in generation: running means of the values, read
-    at `MOMENTS` moments of each clip. Its threshold is the best on validation clips.
+    It is trained on the statistic that it reads in generation: running means of the values, at
+    `MOMENTS` moments per clip. Its threshold is the best on validation clips.
     """
     at, labels, train = clips.labelled(concept)
     order, _ = rank_by_difference(clips.means[at[train]], labels[train])
@@ -191,7 +193,7 @@ def learn_recipe(
     clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
     both_sides: str, gate_features: int, gate_seconds: float, frame_rate: float,
 ) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
-    """The recipe of a concept, and the validation AUROC of its gate and of its probe."""
+    """Learn the recipe of a concept; also return the validation AUROC of its gate and its probe."""
     at, labels, train = clips.labelled(concept)
     learns = at[train]
     known = labels[train]
@@ -208,7 +210,7 @@ def learn_recipe(
     probe = weights * np.linalg.norm(difference) / max(np.linalg.norm(weights), 1e-12)
     gate, gate_auroc = learn_gate(clips, concept, gate_features, gate_seconds, frame_rate)
 
-    def tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in arrays.items()}
 
     recipe = Recipe(
@@ -216,8 +218,3 @@ def learn_recipe(
         tensors({"difference": difference, "probe": probe}), gate,
     )  # fmt: skip
     return recipe, {"gate_auroc": gate_auroc, "probe_auroc": probe_auroc}
-
-
-def learn_recipes(clips: Clips, concepts: Sequence[str], **options: Any) -> dict[str, tuple]:
-    """`learn_recipe` for each concept."""
-    return {concept: learn_recipe(clips, concept, **options) for concept in concepts}

@@ -6,14 +6,13 @@ prompts name other instruments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from musicscope.core.seeding import seed_for
 from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES
-from musicscope.embedded.midi_set.captions import KEYS
+from musicscope.steering.methods import Selection
 
 FORMS = {
     "validation": (
@@ -30,46 +29,40 @@ FORMS = {
 }
 TEMPOS = {"slow": (70, 75, 80, 85), "mid-tempo": (95, 110, 120, 130), "fast": (140, 150, 160)}
 DENSITIES = ("sparse", "steady", "busy")
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Which prompts: `n` of a split that name some families and keep clear of others."""
-
-    split: str
-    n: int
-    named: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
+KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
+"""As in the captions of the embedded clips."""
 
 
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def make_prompts(wanted: PromptSet, seed: int) -> list[str]:
-    """The prompts [n] of a set. A pitched family leads, as in the clips; up to two play along.
+def make_prompts(selection: Selection, seed: int) -> list[str]:
+    """Make the prompts [n] of a selection.
+
+    A pitched family leads, as in the clips; up to two families accompany it.
 
     ValueError for an unknown split or family, or one that is to be both named and absent.
     """
-    if wanted.split not in FORMS:
-        raise ValueError(f"no prompts for split {wanted.split!r}: known {', '.join(FORMS)}")
-    for family in (*wanted.named, *wanted.without):
+    if selection.split not in FORMS:
+        raise ValueError(f"no prompts for split {selection.split!r}: known {', '.join(FORMS)}")
+    for family in (*selection.named, *selection.without):
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}: known {', '.join(FAMILIES)}")
-    if both := set(wanted.named) & set(wanted.without):
+    if both := set(selection.named) & set(selection.without):
         raise ValueError(f"{sorted(both)} cannot be named and absent in one prompt")
-    allowed = [f for f in FAMILIES if f not in (*wanted.named, *wanted.without)]
-    leads = [f for f in wanted.named if f in PITCHED_FAMILIES]
-    forms, texts = FORMS[wanted.split], []
-    for i in range(wanted.n):
-        name = (wanted.split, "+".join(wanted.named), "-".join(wanted.without), i)
+    allowed = [f for f in FAMILIES if f not in (*selection.named, *selection.without)]
+    leads = [f for f in selection.named if f in PITCHED_FAMILIES]
+    forms, texts = FORMS[selection.split], []
+    for i in range(selection.n):
+        name = (selection.split, "+".join(selection.named), "-".join(selection.without), i)
         rng = np.random.default_rng(seed_for(seed, "steer", "prompts", *name))
         others = list(rng.permutation(allowed))
         if leads:
             lead = leads[rng.integers(len(leads))]
         else:
             lead = next(f for f in others if f in PITCHED_FAMILIES)
-        rest = [f for f in wanted.named if f != lead]
+        rest = [f for f in selection.named if f != lead]
         rest += [f for f in others if f != lead][: rng.integers(3)]
         lead, *rest = (str(f).replace("_", " ") for f in (lead, *rest))
         tempo = list(TEMPOS)[rng.integers(len(TEMPOS))]
@@ -84,3 +77,14 @@ def make_prompts(wanted: PromptSet, seed: int) -> list[str]:
             )
         )  # fmt: skip
     return texts
+
+
+def edit_prompt(prompt: str, requests: Mapping[str, str]) -> str:
+    """Add requests {concept: "off" or "on"} to a prompt: "... with organ, no guitar"."""
+    words = {concept: concept.replace("_", " ") for concept in requests}
+    wanted = [words[c] for c, direction in requests.items() if direction == "on"]
+    unwanted = [f"no {words[c]}" for c, direction in requests.items() if direction == "off"]
+    text = prompt.rstrip(". ")
+    if wanted:
+        text += f" with {' and '.join(wanted)}"
+    return ", ".join([text, *unwanted])

@@ -1,30 +1,30 @@
-"""What it takes to switch a concept off or on in one model: latents, targets, gate, directions.
+"""Recipes: how to switch a concept off or on in one model, on disk and ready for use.
 
-Learnt on train clips (of the training soundfont), with regularisation and the gate's threshold
-chosen on validation clips; test clips are never read. How strongly to edit, and with how many
-latents, is chosen later on generated music (`steering_run`) and kept in `chosen`.
+A recipe has latents, targets, a gate and directions, learnt by `musicscope.steering.learning`.
+Strength and number of latents are chosen later on generated music (`musicscope.steering.search`)
+and kept in `chosen`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from musicscope.core.io import read_json, write_json
-from musicscope.steering.edit import ConceptEdit, Edit, Gate
+from musicscope.core.io import atomic_file, folder_sha256, read_json, write_json
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.steering.edit import ALWAYS, ConceptEdit, Edit, Gate, Schedule, Steering
 
+FOLDER, FULL_FOLDER = "data/steering", "data/steering_full"
 FORMAT = 2
 DIRECTIONS = ("off", "on")
 WORDS = " with words"
-"""In `Recipe.chosen` behind a direction: what served best on top of the edited prompt."""
+"""Suffix of a direction in `Recipe.chosen`: the best settings on top of the edited prompt."""
 SCORES = ("share", "effect", "partial", "auroc")
 PLAIN = ("model", "slot", "layer", "sae", "concept", "target", "both_sides")
 MEANS = ("mean_with", "mean_without", "active_with", "active_without")
@@ -40,7 +40,7 @@ class Settings:
     """Which of `SCORES` ranks the latents; see `musicscope.steering.learning`."""
     branch: str = "conditional"
     loop: str = "open"
-    """closed: only while the gate hears that there is something to change."""
+    """closed: edit only while the gate detects something to change."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,27 @@ class Recipe:
     layer: str
     """Hook point, such as layers.3."""
     sae: str
-    """`folder_sha256` of the dictionary that the latents belong to."""
+    """`folder_sha256` of the dictionary of the latents."""
     concept: str
     target: str
-    """Value that a latent is raised to: its mean over frames where it is "active", or over all
-    frames ("mean"), of train clips of the class."""
+    """Value that a latent is raised to: its mean on train clips of the class, over frames where it
+    is "active" or over all frames ("mean")."""
     both_sides: str
-    """When latents that speak against the concept are edited too, the other way round: never,
-    when_off (to switch it off), when_on, always."""
+    """When latents against the concept are edited too, in the opposite way: never, when_off (to
+    switch it off), when_on, always."""
     statistics: Mapping[str, Tensor]
-    """[F] float32 each. `SCORES`: above 0 for latents with evidence for the concept, the more the
-    better. `MEANS`: mean_* over all frames of clips with and without it, active_* over frames
-    where the latent fires, 0 where it never does."""
+    """[F] float32 each. `SCORES`: evidence for the concept, above 0 if for it. `MEANS`: mean_* over
+    all frames of clips with and without it; active_* over frames where the latent fires, 0 if it
+    never does."""
     directions: Mapping[str, Tensor]
-    """[d] each, pointing towards the concept: difference of the classes' mean activations, and
-    probe, the weights of a logistic probe at the same length."""
+    """[d] each, towards the concept: difference of the classes' mean activations, and probe, the
+    weights of a logistic probe scaled to the same length."""
     gate: Gate
     chosen: Mapping[str, Settings] = field(default_factory=dict)
-    """By direction, with or without `WORDS`: what served best on validation prompts."""
+    """By direction, with or without `WORDS`: the best settings on validation data."""
 
     def ranked(self, score: str, sign: int = 1) -> list[int]:
-        """Latents with evidence for (sign 1) or against (-1) the concept, best first."""
+        """Rank latents with evidence for (sign 1) or against (-1) the concept, best first."""
         if score not in SCORES:
             raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
         evidence = sign * self.statistics[score]
@@ -80,7 +80,7 @@ class Recipe:
         return order[evidence[order] > 0].tolist()
 
     def latents(self, direction: str, settings: Settings) -> tuple[tuple[int, ...], ...]:
-        """The best latents for the concept and, if `both_sides` says so, those against it."""
+        """Return the best latents for the concept and, depending on `both_sides`, against it."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction {direction!r}: known {', '.join(DIRECTIONS)}")
         signs = (1, -1) if self.both_sides in ("always", f"when_{direction}") else (1,)
@@ -92,9 +92,9 @@ class Recipe:
         self, direction: str, settings: Settings,
         latents: tuple[tuple[int, ...], ...] | None = None,
     ) -> tuple[Edit, ...]:  # fmt: skip
-        """Edits of `latents(direction, settings)`, or of others in their place.
+        """Make edits of `latents(direction, settings)`, or of other latents in their place.
 
-        on: latents for the concept are raised to what is usual with it; off: they are ablated.
+        on: latents for the concept are raised to their usual value with it; off: they are ablated.
         Latents against it are ablated to switch on, raised to switch off.
         """
         found = []
@@ -116,7 +116,7 @@ class Recipe:
         self, direction: str, settings: Settings,
         latents: tuple[tuple[int, ...], ...] | None = None,
     ) -> ConceptEdit:  # fmt: skip
-        """The edits as one `ConceptEdit`; the branch is the caller's to set."""
+        """Make the edits as one `ConceptEdit`; the caller sets the branch."""
         opens = "present" if direction == "off" else "absent"
         return ConceptEdit(
             f"{self.concept} {direction}",
@@ -129,7 +129,6 @@ class Recipe:
 def save_recipe(recipe: Recipe, folder: str | Path) -> None:
     """Write <concept>.safetensors (tensors) and <concept>.json (all else) into `folder`."""
     folder, gate = Path(folder), recipe.gate
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         **{f"statistics.{k}": v.float().contiguous() for k, v in recipe.statistics.items()},
         **{f"directions.{k}": v.float().contiguous() for k, v in recipe.directions.items()},
@@ -138,12 +137,8 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
         "gate.bias": torch.tensor(gate.bias, dtype=torch.float64),
     }
     path = folder / f"{recipe.concept}.safetensors"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(to_safetensors(tensors))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary)
     write_json(
         folder / f"{recipe.concept}.json",
         {
@@ -156,7 +151,7 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
 
 
 def load_recipe(folder: str | Path, concept: str) -> Recipe:
-    """Read what `save_recipe` wrote; errors name the file and the stage to run."""
+    """Read a recipe that `save_recipe` wrote; errors name the file and the stage to run."""
     folder = Path(folder)
     path, weights = folder / f"{concept}.json", folder / f"{concept}.safetensors"
     if not path.is_file() or not weights.is_file():
@@ -189,7 +184,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
 
 
 def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
-    """The best latents of a recipe by every score, for metrics."""
+    """Return the best latents of a recipe by every score, for metrics."""
     return {
         score: {
             str(f): {name: float(recipe.statistics[name][f]) for name in (score, *MEANS)}
@@ -197,3 +192,85 @@ def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
         }
         for score in SCORES
     }
+
+
+# --- use --------------------------------------------------------------------------------------
+
+
+def sae_folder(model: str, slot: str, saes: str | Path = "data/sae") -> Path:
+    """Return the folder of the SAE whose latents are edited: the first seed."""
+    return Path(saes) / model / slot / "seed-0"
+
+
+def recipe_folder(model: str) -> Path:
+    """Return the folder of a model's best recipes.
+
+    Recipes of steer_full were chosen on more prompts and are committed. They are used if they were
+    learnt on the SAE in data/sae; otherwise those of steer.
+    """
+    full = Path(FULL_FOLDER) / model
+    for file in sorted(full.glob("*.safetensors"))[:1]:
+        recipe = load_recipe(full, file.stem)
+        there = sae_folder(model, recipe.slot)
+        if there.is_dir() and folder_sha256(there) == recipe.sae:
+            return full
+    return Path(FOLDER) / model
+
+
+def concept_edit(
+    recipe: Recipe, direction: str, strength: float = 1.0, n_features: int | None = None,
+    loop: str | None = None, words: bool = False,
+) -> ConceptEdit:  # fmt: skip
+    """Make a recipe's edit as chosen on validation prompts.
+
+    `strength` multiplies the chosen strength. `n_features` and `loop` ("open", "closed") are as
+    chosen unless given. `words`: use the settings for prompts that also ask in words, if there
+    are any.
+    """
+    if direction not in recipe.chosen:
+        raise ValueError(
+            f"{recipe.concept}: nothing is chosen for {direction!r}; known "
+            f"{', '.join(recipe.chosen) or 'none'}: rerun the stage steer"
+        )
+    usual = recipe.chosen[direction]
+    if words:
+        usual = recipe.chosen.get(direction + WORDS, usual)
+    settings = replace(
+        usual, strength=strength * usual.strength, n_features=n_features or usual.n_features,
+        loop=loop or usual.loop,
+    )  # fmt: skip
+    return recipe.concept_edit(direction, settings)
+
+
+def load_steering(
+    model: str, requests: Mapping[str, str], strength: float = 1.0, *, branch: str | None = None,
+    schedule: Schedule = ALWAYS, n_features: int | None = None, loop: str | None = None,
+    words: bool = False, folder: str | Path | None = None, saes: str | Path = "data/sae",
+    device: str = "cpu",
+) -> tuple[str, Steering]:  # fmt: skip
+    """Load hook point and `Steering` for requests such as {"guitar": "off", "piano": "on"}.
+
+    Recipes come from `recipe_folder` and the branch is as chosen, unless given. Other arguments
+    are as in `concept_edit`.
+
+    Raises:
+        FileNotFoundError: no recipe for a concept.
+        ValueError: no request, nothing chosen for a direction, or recipes of another SAE.
+    """
+    if not requests:
+        raise ValueError("name at least one concept to switch off or on")
+    folder = recipe_folder(model) if folder is None else Path(folder)
+    recipes = {concept: load_recipe(folder, concept) for concept in requests}
+    edits = tuple(
+        concept_edit(recipes[concept], direction, strength, n_features, loop, words)
+        for concept, direction in requests.items()
+    )
+    (layer, slot, sae), *others = {(r.layer, r.slot, r.sae) for r in recipes.values()}
+    if others:
+        raise ValueError(f"{folder}: recipes of several layers or SAEs; rerun the stage steer")
+    dictionary = sae_folder(model, slot, saes)
+    if folder_sha256(dictionary) != sae:
+        raise ValueError(f"{folder}: recipes of another SAE than {dictionary}; run dvc repro steer")
+    concept, direction = next(iter(requests.items()))
+    branch = branch or recipes[concept].chosen[direction].branch
+    return layer, Steering(TopKSAE.load(dictionary, device), edits, branch, schedule)

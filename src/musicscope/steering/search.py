@@ -1,17 +1,21 @@
-"""The evaluation of one model: search on validation prompts, then numbers on test prompts.
+"""Search on validation data, then test: the evaluation of one model, whatever its subject.
 
-The search sees validation prompts only, other phrasings than the test's. Every method that has a
-strength (latents, difference of means, probe; the first two also on top of the edited prompt) gets
-the same search: of its settings within the budget of quality, the one that moves the judges most.
-So methods meet at equal quality cost; the controls take the latents' settings.
+The search sees validation samples only. Every method with settings gets the same search: of its
+settings within the budgets of cost, the one that changes the judges most. So methods are compared
+at equal cost. Controls take the settings of the latents.
+
+The budgets are the rise of cross-entropy (of a model that generates) and the Frechet distance from
+plain, in multiples of the distance by chance: that of other noise or, for an audio model, of the
+codec if it is larger. Requests with too few samples are skipped and counted.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,127 +23,164 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from musicscope.config.concepts import Steer
 from musicscope.core.seeding import seed_for
-from musicscope.steering.conditions import (
-    DIRECTIONS,
+from musicscope.steering.conditions import Measurement, Open, run_conditions
+from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
+from musicscope.steering.methods import (
+    COMPARED,
+    JOINT_METHODS,
     METHODS,
-    WITH_WORDS,
-    Bench,
-    Cell,
-    Measured,
-    Open,
-    estimate,
-    run_cells,
+    Condition,
+    Request,
+    Selection,
+    parse_pair,
+    searched_methods,
 )
-from musicscope.steering.evaluation import Scorer, fix_thresholds, outcome
-from musicscope.steering.prompts import PromptSet
-from musicscope.steering.recipes import Settings
+from musicscope.steering.recipes import DIRECTIONS, Settings
+from musicscope.steering.subjects import Subject
 
-Wish = tuple[str, str]
 SEARCH_KEYS = (
     "change", "success", "success_ci_low", "success_ci_high", "others_change", "ce_cost", "frechet",
     "silent",
 )  # fmt: skip
-Choices = Mapping[tuple[str, Wish], Settings]
-"""(method, wish) -> what was chosen for it."""
+Choices = Mapping[tuple[str, Request], Settings]
+"""(method, request) -> settings chosen on validation data."""
+Conditions = Mapping[str, Condition]
+"""By method; in a pair also "alone <concept>"."""
 
 
-def parse_pair(text: str) -> tuple[Wish, ...]:
-    """(("guitar", "off"), ("organ", "on")) of guitar-off+organ-on."""
-    return tuple(tuple(part.rsplit("-", 1)) for part in text.split("+"))  # type: ignore[misc]
+# --- plan -------------------------------------------------------------------------------------
 
 
-def wishes_of(section: Any) -> list[Wish]:
-    return [(c, direction) for c in section.concepts for direction in ("off", "on")]
+@dataclass(frozen=True)
+class Plan:
+    """Samples for each request and pair."""
+
+    validation: Mapping[Request, Selection]
+    """Both requests of every concept that can be learnt and searched."""
+    tests: Mapping[Request, Selection]
+    joints: Mapping[str, Selection]
+    """By the name of the pair in params."""
+    skipped: Mapping[str, str]
+    """Request ("guitar off") or pair -> reason."""
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(concept for concept, _ in self.tests))
 
 
-def searched(section: Any) -> tuple[str, ...]:
-    """Methods with a strength."""
-    return ("sae", *DIRECTIONS, *(WITH_WORDS if section.words else ()))
+def make_plan(subject: Subject, section: Steer) -> Plan:
+    """Choose samples for all requests and pairs of a section, and note what must be skipped."""
+    validation, tests, joints, skipped = {}, {}, {}, {}
+    for concept in section.concepts:
+        requests = [(concept, direction) for direction in DIRECTIONS]
+        try:
+            subject.check_concept(concept)
+            chosen = [subject.select("validation", section.validation_prompts, [r])
+                      for r in requests]  # fmt: skip
+        except ValueError as error:
+            skipped |= {" ".join(request): str(error) for request in requests}
+            continue
+        for request in requests:
+            try:
+                tests[request] = subject.select("test", section.n_prompts, [request])
+            except ValueError as error:
+                skipped[" ".join(request)] = str(error)
+        if any(request in tests for request in requests):
+            validation |= dict(zip(requests, chosen, strict=True))
+    for pair in section.pairs:
+        requests = parse_pair(pair)
+        try:
+            if unknown := [" ".join(r) for r in requests if r not in validation]:
+                raise ValueError(f"nothing is learnt for {', '.join(unknown)}")
+            joints[pair] = subject.select("test", section.n_prompts, requests)
+        except ValueError as error:
+            skipped[pair] = str(error)
+    return Plan(validation, tests, joints, skipped)
 
 
-def joint_methods(section: Any) -> tuple[str, ...]:
-    """Methods that a pair of wishes is tried with."""
-    return ("sae", "diff_means", "prompt_edit", *(("sae_words",) if section.words else ()))
+def grid(section: Steer, method: str, guided: bool = True) -> list[Settings]:
+    """List all settings to search for a method.
 
-
-def prompt_set(split: str, n: int, wishes: Sequence[Wish], concepts: Sequence[str]) -> PromptSet:
-    """Prompts that name what is to go; where something is to come, clear of all other concepts.
-
-    So all wishes to switch one concept on have the same prompts, and share their plain pieces.
+    With words, which ask already, only the first number of latents and the first branch are tried.
+    Without guidance all branches are the same.
     """
-    named = tuple(concept for concept, direction in wishes if direction == "off")
-    comes = any(direction == "on" for _, direction in wishes)
-    return PromptSet(split, n, named, tuple(c for c in concepts if comes and c not in named))
-
-
-def grid(section: Any, method: str) -> list[Settings]:
-    """All settings that are tried for a method of `searched`; beside words, which ask already,
-    the first number of latents and the first branch alone."""
-    numbers, branches = section.n_features, section.branches
-    if method in WITH_WORDS:
+    numbers, branches = section.n_features, section.branches if guided else ("both",)
+    if METHODS[method].words:
         numbers, branches = numbers[:1], branches[:1]
-    if WITH_WORDS.get(method, method) == "sae":
+    if METHODS[method].edit == "latents":
         each = (section.strengths, numbers, section.scores, branches, section.loops)
         return [Settings(*values) for values in itertools.product(*each)]
     pairs = itertools.product(section.direction_strengths, branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
 
 
-def search_cells(section: Any, wish: Wish) -> dict[str, list[Cell]]:
-    """Plain, plain with other noise and, by method, one cell for each of its settings, on
-    validation prompts."""
-    prompts = prompt_set("validation", section.validation_prompts, [wish], section.concepts)
-    cells = {
-        method: [Cell(prompts, method, (wish,), (s,)) for s in grid(section, method)]
-        for method in searched(section)
-    }
-    return {"plain": [Cell(prompts)], "reseed": [Cell(prompts, "reseed")], **cells}
+def search_conditions(
+    section: Steer, subject: Subject, request: Request, selection: Selection
+) -> dict[str, list[Condition]]:
+    """Make the validation conditions: plain, measures of chance, and one per setting."""
+    conditions = {name: [Condition(selection, name)] for name in ("plain", *subject.chance)}
+    for method in searched_methods(subject.methods):
+        conditions[method] = [
+            Condition(selection, method, (request,), (settings,))
+            for settings in grid(section, method, subject.guided)
+        ]
+    return conditions
 
 
-def test_cells(section: Any, wish: Wish, choices: Choices) -> dict[str, Cell]:
-    """One cell a method on test prompts."""
-    prompts = prompt_set("test", section.n_prompts, [wish], section.concepts)
-    cells = {}
-    for method in METHODS:
-        if method in WITH_WORDS and not section.words:
-            continue
-        keep = section.examples if method in ("plain", "sae") else 0
-        if method in ("plain", "reseed", "passthrough"):
-            cells[method] = Cell(prompts, method, keep=keep)
-        elif method == "prompt_edit":
-            cells[method] = Cell(prompts, method, (wish,))
+def test_conditions(
+    section: Steer, subject: Subject, request: Request, selection: Selection, choices: Choices
+) -> dict[str, Condition]:
+    """Make one test condition per method; controls take the settings of the latents."""
+    conditions = {}
+    for name in subject.methods:
+        keep = section.examples if name in ("plain", "sae") else 0
+        method = METHODS[name]
+        if method.has_settings:
+            settings = choices.get((name, request), choices["sae", request])
+            conditions[name] = Condition(selection, name, (request,), (settings,), keep)
         else:
-            settings = choices[method if (method, wish) in choices else "sae", wish]
-            cells[method] = Cell(prompts, method, (wish,), (settings,), keep)
-    return cells
+            requests = (request,) if method.words else ()
+            conditions[name] = Condition(selection, name, requests, keep=keep)
+    return conditions
 
 
-def joint_cells(section: Any, pair: Sequence[Wish], choices: Choices) -> dict[str, Cell]:
-    """Plain, every wish alone (by its concept) and all at once, on the prompts of the pair."""
-    prompts = prompt_set("test", section.n_prompts, pair, section.concepts)
-    # One branch at a time acts on a generation: that of the first wish.
-    methods = joint_methods(section)
-    branch = {m: choices[m, pair[0]].branch for m in methods if (m, pair[0]) in choices}
-    cells = {"plain": Cell(prompts, keep=section.examples)}
-    for wish in pair:
-        settings = replace(choices["sae", wish], branch=branch["sae"])
-        cells[f"alone {wish[0]}"] = Cell(prompts, "sae", (wish,), (settings,))
-    for method in methods:
-        settings = ()
-        if method in branch:
-            settings = tuple(replace(choices[method, w], branch=branch[method]) for w in pair)
+def joint_conditions(
+    section: Steer, subject: Subject, pair: str, selection: Selection, choices: Choices
+) -> dict[str, Condition]:
+    """Make the conditions of a pair: plain, every request alone (by concept), all at once."""
+    requests = parse_pair(pair)
+
+    def settings_of(method: str, these: Sequence[Request]) -> tuple[Settings, ...]:
+        # Only one branch can be edited: that of the first request.
+        branch = choices[method, requests[0]].branch
+        return tuple(replace(choices[method, request], branch=branch) for request in these)
+
+    conditions = {"plain": Condition(selection, keep=section.examples)}
+    for request in requests:
+        settings = settings_of("sae", (request,))
+        conditions[f"alone {request[0]}"] = Condition(selection, "sae", (request,), settings)
+    for method in joint_methods(subject):
+        settings = settings_of(method, requests) if METHODS[method].has_settings else ()
         keep = section.examples if method == "sae" else 0
-        cells[method] = Cell(prompts, method, tuple(pair), settings, keep)
-    return cells
+        conditions[method] = Condition(selection, method, requests, settings, keep)
+    return conditions
 
 
-def within_budget(rows: pd.DataFrame, section: Any) -> pd.Series:
-    """The row that moves the judges most at a cost within both budgets; the cheapest if none is.
+def joint_methods(subject: Subject) -> list[str]:
+    """Methods that pairs of requests are tested with."""
+    return [method for method in JOINT_METHODS if method in subject.methods]
 
-    Costs, in budgets: |ce_cost| (a cost below 0 counts as well: music that a model finds too easy
-    has lost something), and the Frechet distance from plain pieces over that of plain pieces with
-    other noise.
+
+# --- search -----------------------------------------------------------------------------------
+
+
+def within_budget(rows: pd.DataFrame, section: Steer) -> pd.Series:
+    """Return the row that changes the judges most within both budgets; the cheapest if none is.
+
+    Costs, in budgets: |ce_cost| (a cost below 0 counts too: music that a model predicts too easily
+    has lost something), and the Frechet distance from plain over the distance by chance.
     """
     naturalness = rows["ce_cost"].abs() / section.quality_budget
     cost = np.maximum(naturalness, rows["frechet_ratio"] / section.frechet_budget)
@@ -149,110 +190,160 @@ def within_budget(rows: pd.DataFrame, section: Any) -> pd.Series:
     return allowed.loc[allowed["change"].fillna(-1.0).idxmax()]
 
 
-def choose(table: pd.DataFrame, section: Any) -> dict[tuple[str, Wish], Settings]:
-    """The settings of every method and wish from the search's table.
+def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Settings]:
+    """Choose settings for every method and request from the table of the search.
 
-    The branch is one for all wishes of a method, so that concepts can be edited together: that
-    with the highest mean change of the wishes' best settings. Ties go to the first.
+    A method has one branch for all requests, so that concepts can be edited together: the branch
+    with the highest mean change at the best settings per request. Ties go to the first.
     """
+    if "spectral_cost" in table:  # an audio model: there is no cross-entropy to keep within budget
+        table = table.assign(ce_cost=0.0)
     chosen = {}
     for method, rows in table.groupby("method", sort=False):
         best = {}
         for branch, part in rows.groupby("branch", sort=False):
-            picks = [
-                within_budget(p, section)
-                for _, p in part.groupby(["concept", "direction"], sort=False)
-            ]
-            best[branch] = picks
+            each = part.groupby(["concept", "direction"], sort=False)
+            best[branch] = [within_budget(own, section) for _, own in each]
         means = {
             branch: pd.DataFrame(p)["change"].fillna(-1.0).mean() for branch, p in best.items()
         }
-        for pick in best[max(means, key=means.__getitem__)]:
-            chosen[method, (pick["concept"], pick["direction"])] = _settings(pick)
+        for row in best[max(means, key=means.__getitem__)]:
+            chosen[method, (row["concept"], row["direction"])] = _settings(row)
     return chosen
 
 
-def _settings(row: Any) -> Settings:
-    """The settings in a row of the search's table."""
-    names = [f.name for f in fields(Settings)]
-    found = {name: row[name] for name in names}
-    found |= {"strength": float(row["strength"]), "n_features": int(row["n_features"])}
-    return Settings(**found)
-
-
-@dataclass(frozen=True)
-class Result:
-    """All that the report needs."""
-
-    scorer: Scorer
-    search: pd.DataFrame
-    """One row a setting tried on validation prompts: concept, direction, method, the settings,
-    `SEARCH_KEYS`, frechet_ratio (over reseed's), chosen. Also the response to the dose."""
-    choices: Choices
-    tests: Mapping[Wish, Mapping[str, Cell]]
-    joints: Mapping[str, Mapping[str, Cell]]
-    measured: Mapping[Cell, Measured]
-
-
-def count_cells(section: Any) -> tuple[int, int]:
-    """Cells of the whole evaluation, at most, and their mean number of prompts."""
-    wishes, pairs = wishes_of(section), [parse_pair(p) for p in section.pairs]
-    search = len(wishes) * (2 + sum(len(grid(section, m)) for m in searched(section)))
-    tests = len(wishes) * (len(METHODS) - (0 if section.words else len(WITH_WORDS)))
-    tests += sum(1 + len(pair) + len(joint_methods(section)) for pair in pairs)
-    prompts = search * section.validation_prompts + tests * section.n_prompts
-    return search + tests, round(prompts / (search + tests))
-
-
-def _bar(name: str) -> Callable:
-    return lambda finished, total: tqdm(finished, name, total, unit="cell", mininterval=1)
+def _settings(row: Mapping[str, Any] | pd.Series) -> Settings:
+    """Read the settings in a row of the search table."""
+    values = {field.name: row[field.name] for field in fields(Settings)}
+    values |= {"strength": float(row["strength"]), "n_features": int(row["n_features"])}
+    return Settings(**values)
 
 
 def search(
-    section: Any, open_bench: Open, scratch: Path, frechet: Callable, processes: int, seed: int
-) -> tuple[Scorer, pd.DataFrame, Choices]:
-    """Thresholds, the table of all settings, and the choice; on validation prompts alone."""
-    plans = {wish: search_cells(section, wish) for wish in wishes_of(section)}
-    cells = [cell for plan in plans.values() for part in plan.values() for cell in part]
-    measured = run_cells(open_bench, scratch, cells, processes, _bar("validation prompts"))
-    families = tuple(open_bench().judges.families)
-    plain = {wish: measured[plan["plain"][0]] for wish, plan in plans.items()}
+    section: Steer, plan: Plan, open_context: Open, scratch: Path, frechet: Callable,
+    processes: int, seed: int,
+) -> tuple[Scorer, pd.DataFrame, Choices]:  # fmt: skip
+    """Fix thresholds, score all settings and choose, on validation data alone."""
+    context = open_context()
+    subject, families = context.subject, tuple(context.judges.families)
+    conditions = {
+        request: search_conditions(section, subject, request, selection)
+        for request, selection in plan.validation.items()
+    }
+    flat = [c for own in conditions.values() for part in own.values() for c in part]
+    title = f"validation {subject.noun}"
+    measured = run_conditions(open_context, scratch, flat, processes, _progress(title))
+    plain = {request: measured[own["plain"][0]] for request, own in conditions.items()}
     thresholds = fix_thresholds(
-        families, {c: (plain[c, "off"], plain[c, "on"]) for c in section.concepts}
+        families, {c: (plain[c, "off"], plain[c, "on"]) for c in plan.concepts}
     )
-    bootstrap_seed = seed_for(seed, "steer", "bootstrap")
-    scorer = Scorer(families, thresholds, frechet, section.bootstrap, bootstrap_seed)
-    records = []
-    for wish, plan in plans.items():
-        chance = outcome(scorer, plain[wish], measured[plan["reseed"][0]], *wish)["frechet"]
-        for method in searched(section):
-            for cell in plan[method]:
-                found = outcome(scorer, plain[wish], measured[cell], *wish)
-                values = {k: found[k] for k in SEARCH_KEYS}
-                values["frechet_ratio"] = found["frechet"] / max(chance, 1e-12)
-                at = {"concept": wish[0], "direction": wish[1], "method": method}
-                records.append({**at, **asdict(cell.settings[0]), **values})
-    table = pd.DataFrame(records)
+    scorer = Scorer(
+        families, thresholds, frechet, section.bootstrap, seed_for(seed, "steer", "bootstrap")
+    )
+    rows = []
+    for request, own in conditions.items():
+        chance = np.fmax.reduce([
+            outcome(scorer, plain[request], measured[own[name][0]], *request)["frechet"]
+            for name in subject.chance
+        ])  # fmt: skip
+        for method in searched_methods(subject.methods):
+            for condition in own[method]:
+                scores = outcome(scorer, plain[request], measured[condition], *request)
+                kept = (k for k in (*SEARCH_KEYS, "spectral_cost") if k in scores)
+                at = {"concept": request[0], "direction": request[1], "method": method}
+                rows.append({
+                    **at, **asdict(condition.settings[0]), **{k: scores[k] for k in kept},
+                    "frechet_ratio": scores["frechet"] / np.maximum(chance, 1e-12),
+                })  # fmt: skip
+    table = pd.DataFrame(rows)
     choices = choose(table, section)
     table["chosen"] = [
-        choices[row["method"], (row["concept"], row["direction"])] == _settings(row)
-        for _, row in table.iterrows()
+        choices[row["method"], (row["concept"], row["direction"])] == _settings(row) for row in rows
     ]
     return scorer, table, choices
 
 
+def _progress(title: str) -> Callable[[Iterator[Measurement], int], Iterable[Measurement]]:
+    return lambda done, total: tqdm(done, title, total, unit="condition", mininterval=1)
+
+
+# --- test -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that the report needs. Outcomes are computed once, when first read."""
+
+    plan: Plan
+    scorer: Scorer
+    search: pd.DataFrame
+    """One row per setting on validation data: concept, direction, method, the settings,
+    `SEARCH_KEYS`, frechet_ratio, chosen. Also the dose response."""
+    choices: Choices
+    tests: Mapping[Request, Conditions]
+    joints: Mapping[str, Conditions]
+    measured: Mapping[Condition, Measurement]
+
+    @cached_property
+    def outcomes(self) -> dict[tuple[str, str, Request], dict[str, Any]]:
+        """`evaluation.outcome` on test data by edit ("guitar off" or the pair), method, request."""
+        table = {}
+        for edit, conditions in self.edits.items():
+            for method, condition in conditions.items():
+                if method == "plain":
+                    continue  # against itself there is no change
+                for request in condition.requests or self.requests_of(edit):
+                    table[edit, method, request] = outcome(
+                        self.scorer, self.of(edit, "plain"), self.of(edit, method), *request
+                    )
+        return table
+
+    @property
+    def edits(self) -> dict[str, Conditions]:
+        """Conditions by edit: "guitar off", then pairs."""
+        return {" ".join(request): c for request, c in self.tests.items()} | dict(self.joints)
+
+    def requests_of(self, edit: str) -> tuple[Request, ...]:
+        """Requests that an edit fulfils."""
+        return parse_pair(edit) if edit in self.joints else (tuple(edit.rsplit(" ", 1)),)
+
+    def of(self, edit: str, method: str) -> Measurement:
+        """Measurement of a method on the samples of an edit."""
+        return self.measured[self.edits[edit][method]]
+
+    def advantages(self, request: Request) -> dict[str, dict[str, dict[str, float]]]:
+        """{"sae_minus": {method: success of sae minus success of the method}} as in COMPARED."""
+        edit = " ".join(request)
+        return {
+            f"{ours}_minus": {
+                other: advantage(
+                    self.scorer, self.of(edit, "plain"), self.of(edit, ours), self.of(edit, other),
+                    *request,
+                )
+                for other in others if other in self.tests[request]
+            }
+            for ours, others in COMPARED.items() if ours in self.tests[request]
+        }  # fmt: skip
+
+    def all_fulfilled(self, pair: str, method: str) -> dict[str, float]:
+        """Share of samples with all requests of a pair fulfilled, before and after."""
+        plain, steered = self.of(pair, "plain"), self.of(pair, method)
+        return all_fulfilled(self.scorer, plain, steered, self.requests_of(pair))
+
+
 def run(
-    section: Any, open_bench: Open, scratch: Path, frechet: Callable, processes: int, seed: int
+    section: Steer, open_context: Open, scratch: Path, frechet: Callable, processes: int, seed: int
 ) -> Result:
-    """The whole evaluation. Cells that an earlier, killed run finished are taken from `scratch`."""
-    bench: Bench = open_bench()
-    ahead = estimate(bench, *count_cells(section), processes)
-    print(f"{bench.model.name}: {ahead}", file=sys.stderr, flush=True)
-    scorer, table, choices = search(section, open_bench, scratch, frechet, processes, seed)
-    wishes = wishes_of(section)
-    tests = {wish: test_cells(section, wish, choices) for wish in wishes}
-    joints = {p: joint_cells(section, parse_pair(p), choices) for p in section.pairs}
-    groups = (*tests.values(), *joints.values())
-    cells = [cell for group in groups for cell in group.values()]
-    measured = run_cells(open_bench, scratch, cells, processes, _bar("test prompts"))
-    return Result(scorer, table, choices, tests, joints, measured)
+    """Run the whole evaluation; conditions that a killed run finished are read from `scratch`."""
+    context = open_context()
+    subject, name = context.subject, context.model.name
+    plan = make_plan(subject, section)
+    for edit, reason in plan.skipped.items():
+        print(f"{name}: {edit} is left out: {reason}", file=sys.stderr, flush=True)
+    scorer, table, choices = search(section, plan, open_context, scratch, frechet, processes, seed)
+    tests = {r: test_conditions(section, subject, r, s, choices) for r, s in plan.tests.items()}
+    joints = {p: joint_conditions(section, subject, p, s, choices) for p, s in plan.joints.items()}
+    flat = [c for own in (*tests.values(), *joints.values()) for c in own.values()]
+    title = f"test {subject.noun}"
+    measured = run_conditions(open_context, scratch, flat, processes, _progress(title))
+    return Result(plan, scorer, table, choices, tests, joints, measured)

@@ -1,1 +1,1 @@
-"""The interactive page: what it does (studio_logic), how it looks (studio_page), the command."""
+"""The interactive page: its logic, its layout in Gradio, and the command."""

@@ -1,9 +1,9 @@
-"""An interactive page on this machine: switch concepts off and on, and hear what it does.
+"""Serve an interactive page on this machine: switch concepts off and on, and listen.
 
     musicscope studio                     # then open the address that it prints
 
-Needs Gradio (pip install -e '.[studio]'). The page is served to this machine alone and asks no
-other for anything.
+Needs Gradio (pip install -e '.[studio]'). The page is served to this machine only and makes no
+requests to others.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import tempfile
 from typing import Any
 
 from musicscope.commands.generate import usual_guidance
-from musicscope.commands.studio import logic as logic
+from musicscope.commands.studio import logic
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "100mb"
-"""Of one file."""
+"""Largest uploaded file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``musicscope studio``."""
+    """Add the arguments of ``musicscope studio``."""
     add = parser.add_argument
-    add("--port", type=int, help="of the page; the first free one from 7860")
+    add("--port", type=int, help="port of the page; default the first free one from 7860")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--open", action="store_true", help="open it in the browser")
+    add("--open", action="store_true", help="open the page in the browser")
 
 
 def prepare(uploads: str) -> None:
-    """Settings that Gradio reads when it is imported: nothing leaves this machine.
+    """Set the environment that Gradio reads on import, so that nothing leaves this machine.
 
-    ValueError if it is not installed.
+    ValueError: Gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
@@ -41,14 +41,14 @@ def prepare(uploads: str) -> None:
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = uploads
-    # What Gradio asks itself when it starts must not go to a proxy.
+    # Gradio sends requests to itself when it starts; they must not go to a proxy.
     for name in ("no_proxy", "NO_PROXY"):
         known = [part for part in os.environ.get(name, "").split(",") if part]
         os.environ[name] = ",".join(dict.fromkeys([*known, HOST, "localhost"]))
 
 
 def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> tuple[Any, str]:
-    """The running page and its address; `prepare` comes first.
+    """Start the page and return it with its address; call `prepare` first.
 
     Raises:
         FileNotFoundError: no model has an SAE.
@@ -65,7 +65,7 @@ def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> t
     from musicscope.commands.studio import page as studio_page
 
     page = studio_page.build(models, device, usual_guidance())
-    # A page elsewhere whose name points here must not get in.
+    # Refuse pages of other hosts whose name resolves to this machine.
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     try:
         _, address, _ = page.queue(default_concurrency_limit=1, api_open=False).launch(

@@ -1,32 +1,35 @@
-"""A concept out of uploaded recordings, and its features ready to be steered."""
+"""Find a concept in uploaded recordings, and steer with its features."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from musicscope.commands.studio.logic import SLOT, open_model, sae_of
+from musicscope.commands.studio.logic import SLOT, open_session, sae_of
 from musicscope.finder.run import ConceptReport, find_concept
+from musicscope.models.interface import AudioBatch, Batch
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
-from musicscope.steering.pieces import Tick
+from musicscope.steering.session import Tick
+from musicscope.steering.subjects import Model
 
 MOST_FILES = 200
-"""Recordings a side."""
+"""Most recordings per side."""
 LEAST_FILES = 2
 AUDIBLE, MOMENTS = 16, 3
-"""So many of the best features can be steered; moments of each that tell how high it goes."""
+"""Number of best features that can be steered; moments per feature that give its peak."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A concept that can be steered, found in recordings."""
+class FoundConcept:
+    """Features of a concept in recordings, ready to steer with."""
 
     model: str
     slot: str
@@ -39,7 +42,7 @@ class Found:
 
 
 def gather(paths: Sequence[str] | None, folder: Path, what: str) -> None:
-    """Uploaded files under names that say which is which; ValueError for too few or too many."""
+    """Copy uploaded files under numbered names; ValueError for too few or too many."""
     paths = list(paths or ())
     if not LEAST_FILES <= len(paths) <= MOST_FILES:
         raise ValueError(
@@ -51,12 +54,12 @@ def gather(paths: Sequence[str] | None, folder: Path, what: str) -> None:
         shutil.copyfile(path, folder / f"{i:03d}-{Path(path).name}")
 
 
-def _listening(model: Any, tick: Tick, total: int) -> Any:
-    """The model, as far as `find_concept` asks for it, telling how many recordings it heard."""
-    heard = iter(range(1, 1 + 100 * total))
+def _with_progress(model: Model, tick: Tick, total: int) -> SimpleNamespace:
+    """Wrap a model for `find_concept`; `tick` gets the share of recordings that are encoded."""
+    count = itertools.count(1)
 
-    def encode(audio: Any, captions: Any) -> Any:
-        tick(min(1.0, next(heard) / total))
+    def encode(audio: np.ndarray, captions: Sequence[str | None]) -> Batch | AudioBatch:
+        tick(min(1.0, next(count) / total))
         return model.encode(audio, captions)
 
     return SimpleNamespace(
@@ -67,8 +70,8 @@ def _listening(model: Any, tick: Tick, total: int) -> Any:
 def find(
     model: str, with_: Sequence[str] | None, without: Sequence[str] | None, tick: Tick,
     seconds: float = 10.0, device: str = "cpu", slot: str = SLOT,
-) -> Found:  # fmt: skip
-    """Features that tell two lists of recordings apart; see `finder.run.find_concept`."""
+) -> FoundConcept:  # fmt: skip
+    """Find features that separate two lists of recordings; see `finder.run.find_concept`."""
     layer, sae = sae_of(model, slot, device)
     with TemporaryDirectory(prefix="musicscope-") as root:
         sides = [Path(root) / "with", Path(root) / "without"]
@@ -77,7 +80,7 @@ def find(
         ):
             gather(paths, side, what)
         total = len(with_ or ()) + len(without or ())
-        of = _listening(open_model(model, device), tick, total)
+        of = _with_progress(open_session(model, device).model, tick, total)
         tick(0.0)
         try:
             report = find_concept(
@@ -88,20 +91,20 @@ def find(
         return _found(report, model, slot, root)
 
 
-def _found(report: ConceptReport, model: str, slot: str, root: str) -> Found:
+def _found(report: ConceptReport, model: str, slot: str, root: str) -> FoundConcept:
     moments = report.moments[report.moments["dictionary"] == "sae"]
     peaks = {int(f): float(rows["value"].mean()) for f, rows in moments.groupby("feature")}
     text = report.text(rows=10).replace(f"{root}/", "")
-    return Found(model, slot, report.table, peaks, text, len(report.discoveries()))
+    return FoundConcept(model, slot, report.table, peaks, text, len(report.discoveries()))
 
 
 def plan_found(
-    found: Found | None, direction: str, n: float, strength: float, branch: str = "conditional",
-    device: str = "cpu",
+    found: FoundConcept | None, direction: str, n: float, strength: float,
+    branch: str = "conditional", device: str = "cpu",
 ) -> tuple[str, Steering]:  # fmt: skip
-    """Hook point and edit: the best `n` features ablated (off), or raised to their peaks (on).
+    """Make hook point and edit: the best `n` features ablated (off), or raised to their peaks (on).
 
-    Strength 1 goes all the way, 0 nowhere.
+    Strength 1 reaches these values, 0 changes nothing.
     """
     if found is None:
         raise ValueError("find a concept first")

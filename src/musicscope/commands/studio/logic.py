@@ -1,6 +1,6 @@
-"""What the studio does, without its page: runs, and is tested, without Gradio.
+"""Logic of the studio without its page; needs no Gradio.
 
-Bad input is a ValueError or FileNotFoundError whose text is for the user; `Cancelled` ends a job.
+Bad input raises ValueError or FileNotFoundError with a text for the user; `Cancelled` ends a job.
 """
 
 from __future__ import annotations
@@ -19,48 +19,58 @@ from musicscope.core.io import read_json
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import load_judges
 from musicscope.report.snippets import spectrogram_levels
-from musicscope.steering import pieces
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
-from musicscope.steering.pieces import Order, Piece, Scores, Tick
-from musicscope.steering.ready import load_steering, recipe_folder, sae_folder
-from musicscope.steering.recipes import load_recipe
+from musicscope.steering.recipes import load_recipe, load_steering, recipe_folder, sae_folder
+from musicscope.steering.session import (
+    KINDS,
+    Scores,
+    Session,
+    Sound,
+    TextInput,
+    Tick,
+    check_requests,
+    judge,
+    known_concepts,
+    known_models,
+    score_rows,
+)
 
 LONGEST = 30.0
-"""Seconds of a piece."""
+"""Maximum seconds per sound."""
 SLOT = "top1"
 
 
 class Cancelled(Exception):
-    """The user does not want the result any more."""
+    """The user has cancelled the job."""
 
 
-def ticking(told: Tick, cancelled: Callable[[], bool]) -> Tick:
-    """Pass the share on to `told`; `Cancelled` once `cancelled()` is true."""
+def ticking(report: Tick, cancelled: Callable[[], bool]) -> Tick:
+    """Pass the share to `report`; raise `Cancelled` once `cancelled()` is true."""
 
     def tick(share: float) -> None:
         if cancelled():
             raise Cancelled
-        told(share)
+        report(share)
 
     return tick
 
 
-# --- what there is ----------------------------------------------------------------------------
+# --- models and concepts ----------------------------------------------------------------------
 
 
 def models_with_sae(slot: str = SLOT) -> list[str]:
-    """Models under data/models that have an SAE to look into; first those with concepts."""
-    found = (m for m in pieces.known_models() if (sae_folder(m, slot) / "config.json").is_file())
-    return sorted(found, key=lambda model: not pieces.known_concepts(model))
+    """List models under data/models that have an SAE; models with concepts come first."""
+    models = (m for m in known_models() if (sae_folder(m, slot) / "config.json").is_file())
+    return sorted(models, key=lambda model: not known_concepts(model))
 
 
 def all_concepts(models: Sequence[str]) -> list[str]:
-    """Concepts that any of the models can be steered with."""
-    return list(dict.fromkeys(c for m in models for c in pieces.known_concepts(m)))
+    """List the concepts that any of the models can be steered with."""
+    return list(dict.fromkeys(c for m in models for c in known_concepts(m)))
 
 
 def sae_of(model: str, slot: str = SLOT, device: str = "cpu") -> tuple[str, TopKSAE]:
-    """Hook point and SAE of a slot."""
+    """Load hook point and SAE of a slot."""
     folder = sae_folder(model, slot)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is missing: run dvc repro train_sae, or dvc pull it")
@@ -70,27 +80,27 @@ def sae_of(model: str, slot: str = SLOT, device: str = "cpu") -> tuple[str, TopK
     return layer, TopKSAE.load(folder, device)
 
 
-open_model = lru_cache(maxsize=1)(pieces.open_model)
+open_session = lru_cache(maxsize=1)(Session.open)
 """One model at a time stays in memory."""
 open_judges = lru_cache(maxsize=1)(load_judges)
 
 
-# --- what is asked for ------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Knob:
+class FeatureEdit:
     """One operation on one feature."""
 
     feature: int
     op: str
     """One of `musicscope.steering.edit.TARGETS`."""
     value: float
-    """Times the feature's usual activation, the mean where it fires; of scale: the factor."""
+    """Multiple of the usual activation, the mean over frames where it fires; scale: the factor."""
 
 
-def order_of(prompt: Any, seconds: Any, seed: Any, guidance: Any) -> Order:
-    """What the fields say, checked; empty guidance is the model's own."""
+def input_of(prompt: Any, seconds: Any, seed: Any, guidance: Any) -> TextInput:
+    """Check the fields of the page; empty guidance is the model's own."""
     for name, value in (("seconds", seconds), ("seed", seed)):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name}: give a number")
@@ -98,61 +108,61 @@ def order_of(prompt: Any, seconds: Any, seed: Any, guidance: Any) -> Order:
         raise ValueError(f"seed {seed:g}: give a whole number")
     if seconds > LONGEST:
         raise ValueError(f"{seconds:g} seconds: up to {LONGEST:g} here")
-    return Order(str(prompt or "").strip(), float(seconds), int(seed), guidance)
+    return TextInput(str(prompt or "").strip(), float(seconds), int(seed), guidance)
 
 
-def knob_of(feature: Any, op: str, value: Any) -> Knob | None:
-    """One row of the page; None if it names no feature."""
+def feature_of(feature: Any, op: str, value: Any) -> FeatureEdit | None:
+    """Check one row of the page; None if it names no feature."""
     if feature is None or feature == "":
         return None
     if not isinstance(feature, int | float) or feature != int(feature) or feature < 0:
         raise ValueError(f"feature {feature}: give a whole number from 0")
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"feature {int(feature)}: give a value")
-    return Knob(int(feature), op, float(value))
+    return FeatureEdit(int(feature), op, float(value))
 
 
 def plan(
-    model: str, wishes: Mapping[str, tuple[str, float]], knobs: Sequence[Knob] = (),
+    model: str, requests: Mapping[str, tuple[str, float]], features: Sequence[FeatureEdit] = (),
     branch: str | None = None, device: str = "cpu",
 ) -> tuple[str, Steering]:  # fmt: skip
-    """Hook point and edits of {"guitar": ("off", 1.0)} and single features, at one layer.
+    """Make hook point and edits from {"guitar": ("off", 1.0)} and single features, at one layer.
 
-    A strength is in units of what was chosen on validation prompts.
+    A strength is a multiple of the strength chosen on validation prompts.
     """
-    directions = {concept: direction for concept, (direction, _) in wishes.items()}
-    if not directions and not knobs:
+    directions = {concept: direction for concept, (direction, _) in requests.items()}
+    if not directions and not features:
         raise ValueError("switch a concept off or on, or name a feature")
-    pieces.check_wishes(model, directions)
+    check_requests(model, directions)
     if directions:
         layer, steering = load_steering(model, directions, branch=branch, device=device)
-        strengths = [strength for _, strength in wishes.values()]
+        strengths = [strength for _, strength in requests.values()]
         concepts = tuple(
             replace(c, strength=c.strength * s)
             for c, s in zip(steering.concepts, strengths, strict=True)
         )
         steering = replace(steering, concepts=concepts)
     else:
-        recipe = load_recipe(recipe_folder(model), next(iter(pieces.known_concepts(model))))
+        recipe = load_recipe(recipe_folder(model), next(iter(known_concepts(model))))
         sae = TopKSAE.load(sae_folder(model, recipe.slot), device)
         layer, steering = recipe.layer, Steering(sae, (), branch or "conditional")
-    single = tuple(_knob_edit(knob, usual_values(model)) for knob in knobs)
+    single = tuple(_single_edit(edit, usual_values(model)) for edit in features)
     return layer, replace(steering, concepts=steering.concepts + single)
 
 
 def usual_values(model: str) -> np.ndarray:
-    """[F] mean activation of each feature where it fires, by the recipes' training clips."""
-    recipe = load_recipe(recipe_folder(model), next(iter(pieces.known_concepts(model))))
+    """Mean activation [F] of each feature where it fires, on the training clips of the recipes."""
+    recipe = load_recipe(recipe_folder(model), next(iter(known_concepts(model))))
     sides = (recipe.statistics[f"active_{side}"] for side in ("with", "without"))
     return np.maximum(*(side.numpy() for side in sides))
 
 
-def _knob_edit(knob: Knob, usual: np.ndarray) -> ConceptEdit:
-    if knob.feature >= len(usual):
-        raise ValueError(f"feature {knob.feature}: the SAE has 0 to {len(usual) - 1}")
-    value = knob.value * (1.0 if knob.op == "scale" else float(usual[knob.feature]))
-    values = () if knob.op == "ablate" else (value,)
-    return ConceptEdit(f"feature {knob.feature}", (Edit((knob.feature,), knob.op, values),))
+def _single_edit(edit: FeatureEdit, usual: np.ndarray) -> ConceptEdit:
+    if edit.feature >= len(usual):
+        raise ValueError(f"feature {edit.feature}: the SAE has 0 to {len(usual) - 1}")
+    value = edit.value * (1.0 if edit.op == "scale" else float(usual[edit.feature]))
+    values = () if edit.op == "ablate" else (value,)
+    return ConceptEdit(f"feature {edit.feature}", (Edit((edit.feature,), edit.op, values),))
 
 
 # --- plain and steered ------------------------------------------------------------------------
@@ -160,55 +170,45 @@ def _knob_edit(knob: Knob, usual: np.ndarray) -> ConceptEdit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one press of the button gave."""
+    """Result of one job."""
 
-    plain: Piece
-    steered: Piece
+    plain: Sound
+    steered: Sound
     scores: Scores | None
-    wishes: Mapping[str, str]
+    requests: Mapping[str, str]
     notes: tuple[str, ...]
 
 
-_last_plain: dict[tuple, Piece] = {}
-"""The plain piece of the last order: most presses change the edit alone."""
-
-
 def perform(
-    model: str, order: Order, layer: str, steering: Steering, wishes: Mapping[str, str],
+    model: str, source: TextInput, layer: str, steering: Steering, requests: Mapping[str, str],
     tick: Tick, device: str = "cpu",
 ) -> Outcome:  # fmt: skip
-    """Draw both pieces and ask the judges; `tick` is told the share of the whole."""
-    of, notes = open_model(model, device), []
-    key = (model, device, order)
-    if key not in _last_plain:
-        plain = pieces.draw(of, order, layer, tick=lambda share: tick(0.45 * share))
-        _last_plain.clear()
-        _last_plain[key] = plain
-    plain = _last_plain[key]
-    steered = pieces.draw(of, order, layer, steering, lambda share: tick(0.45 + 0.45 * share))
-    if np.array_equal(plain.audio, steered.audio):
-        notes.append("The edit changed nothing: both pieces are the same.")
+    """Draw both sounds and judge them; `tick` gets the share that is done."""
+    session, notes = open_session(model, device), []
+    pair = session.draw_pair(source, layer, steering, lambda share: tick(0.9 * share))
+    if pair[0].same_as(pair[1]):
+        notes.append("The edit changed nothing: both sounds are the same.")
     tick(0.9)
     try:
-        scores = pieces.judge(open_judges(JUDGES), (plain, steered))
+        scores = judge(open_judges(JUDGES), pair)
     except FileNotFoundError as error:
         scores = None
         notes.append(f"No scores: {error} (or fetch it: dvc pull {JUDGES}).")
     tick(1.0)
-    return Outcome(plain, steered, scores, dict(wishes), tuple(notes))
+    return Outcome(*pair, scores, dict(requests), tuple(notes))
 
 
-def int16(piece: Piece) -> tuple[int, np.ndarray]:
-    """(rate, int16 [samples]), as players take it."""
-    return piece.rate, np.round(32767 * np.clip(piece.audio, -1, 1)).astype(np.int16)
+def int16(sound: Sound) -> tuple[int, np.ndarray]:
+    """Convert to (rate, int16 [samples]) for players."""
+    return sound.rate, np.round(32767 * np.clip(sound.audio, -1, 1)).astype(np.int16)
 
 
-def picture(piece: Piece) -> np.ndarray:
-    """Mel spectrogram as grey uint8 [288, 640, 3]: 0 to 8 kHz from bottom to top, dark is loud.
+def picture(sound: Sound) -> np.ndarray:
+    """Draw a mel spectrogram in grey, uint8 [288, 640, 3]: 0 to 8 kHz upwards, dark is loud.
 
-    Noise of the codec alone is not drawn: 43 dB from the loudest point down.
+    The range is 43 dB from the loudest point, so that noise of the codec is not visible.
     """
-    levels = spectrogram_levels(piece.audio, piece.rate)
+    levels = spectrogram_levels(sound.audio, sound.rate)
     grey = 255 - levels[::-1].astype(np.uint16) * 17
     (height, width), (rows, columns) = (288, 640), grey.shape
     at = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)
@@ -216,21 +216,21 @@ def picture(piece: Piece) -> np.ndarray:
 
 
 def scores_html(outcome: Outcome) -> str:
-    """Both judges' scores as a table, with the notes; all names escaped."""
+    """Format both judges' scores as a table, with the notes; all names are escaped."""
     notes = "".join(f"<p>{escape(note)}</p>" for note in outcome.notes)
     if outcome.scores is None:
         return notes
     judges = [name.replace("_", " ") for name in outcome.scores]
-    head = "".join(f'<th scope="col">{escape(j)}, {k}</th>' for j in judges for k in pieces.KINDS)
+    head = "".join(f'<th scope="col">{escape(j)}, {k}</th>' for j in judges for k in KINDS)
     rows = "".join(
         f'<tr><th scope="row">{escape(label.replace("_", " "))}</th>'
         + "".join(f"<td>{'–' if v is None else f'{v:.2f}'}</td>" for v in values)
         + "</tr>"
-        for label, values in pieces.score_rows(outcome.scores, outcome.wishes)
+        for label, values in score_rows(outcome.scores, outcome.requests)
     )
     return (
         f'<table class="scores"><caption>Judges: probability of each family</caption><thead><tr>'
         f'<th scope="col">family</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        "<p>What was asked for, then the likeliest others. One piece's scores are rough.</p>"
+        "<p>Requested families, then the most probable others. Scores of one sound are rough.</p>"
         f"{notes}"
     )

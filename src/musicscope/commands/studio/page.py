@@ -1,7 +1,7 @@
-"""How the studio looks, in Gradio; all it does is in studio_logic and studio_found.
+"""The studio's page in Gradio; its logic is in `logic` and `finder`.
 
-One job at a time (one queue for all buttons that work the model). Cancel sets the event of the
-user's job, which the generation looks at before each step, and takes a waiting job off the queue.
+All buttons that use the model share one queue, which runs one job at a time. Cancel sets the event
+of the user's job, which generation checks before each step, and removes a waiting job.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import gradio as gr
 
 from musicscope.commands.studio import finder as finding
-from musicscope.commands.studio import logic as logic
+from musicscope.commands.studio import logic
 from musicscope.steering.edit import BRANCHES, TARGETS
-from musicscope.steering.pieces import known_concepts
+from musicscope.steering.session import known_concepts
 
-KNOBS = 3
-"""Single features at once."""
+SINGLE_FEATURES = 3
+"""Rows for single features."""
 MOST_STRENGTH = 4.0
 LEAD = (
-    "Both pieces are drawn with one seed, so they differ by the edit alone. Strength 1 is what "
-    "served best on validation prompts."
+    "Both sounds are generated with one seed, so they differ by the edit alone. Strength 1 is the "
+    "best strength on validation prompts."
 )
 CSS = """
 .scores table, table.scores { border-collapse: collapse; width: 100%; }
@@ -38,7 +38,7 @@ CSS = """
 
 
 def theme() -> Any:
-    """Gradio's plain theme in the system's own fonts: nothing is fetched."""
+    """Return Gradio's plain theme with system fonts, so that nothing is fetched."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.themes.Default(**fonts)
 
@@ -46,25 +46,25 @@ def theme() -> Any:
 # --- jobs -------------------------------------------------------------------------------------
 
 _jobs: dict[tuple[str | None, str], threading.Event] = {}
-"""(session, button) -> set when its running job is no longer wanted."""
+"""(session, button) -> event that is set when the job is cancelled."""
 
 
 def _work(
     request: gr.Request, button: str, progress: Any, outputs: int, job: Callable[[Any], Any]
 ) -> Any:
-    """Run `job(tick)`; what the user did wrong becomes a message, anything else a short one."""
-    key, wanted = (request.session_hash, button), threading.Event()
-    _jobs[key] = wanted
+    """Run `job(tick)`; show errors of the user in full, others by name."""
+    key, cancelled = (request.session_hash, button), threading.Event()
+    _jobs[key] = cancelled
     progress(0.0, desc="opening the model")
     shown = [-1.0]
 
-    def told(share: float) -> None:
+    def report(share: float) -> None:
         if share - shown[0] >= 0.02:  # each update redraws the page
             shown[0] = share
             progress(share, desc="working")
 
     try:
-        return job(logic.ticking(told, wanted.is_set))
+        return job(logic.ticking(report, cancelled.is_set))
     except logic.Cancelled:
         return [gr.skip()] * outputs if outputs > 1 else gr.skip()
     except (ValueError, FileNotFoundError) as error:
@@ -76,7 +76,7 @@ def _work(
             f"This did not work ({name}); see the terminal", print_exception=False
         ) from None
     finally:
-        if _jobs.get(key) is wanted:
+        if _jobs.get(key) is cancelled:
             del _jobs[key]
 
 
@@ -90,7 +90,7 @@ def _stopper(button: str) -> Callable[[gr.Request], None]:
 
 
 def _leave(request: gr.Request) -> None:
-    """The tab is closed: nobody waits for its jobs."""
+    """Cancel the jobs of a closed tab."""
     for (session, _), event in list(_jobs.items()):
         if session == request.session_hash:
             event.set()
@@ -99,8 +99,8 @@ def _leave(request: gr.Request) -> None:
 # --- parts of the page ------------------------------------------------------------------------
 
 
-def _order_fields(name: str, guidance: float | None) -> dict[str, Any]:
-    """Prompt, seed, seconds, guidance, branch."""
+def _input_fields(name: str, guidance: float | None) -> dict[str, Any]:
+    """Make fields for prompt, seed, seconds, guidance and branch."""
     prompt = gr.Textbox(
         "A slow, sparse piece with guitar and strings.", label="Prompt", elem_id=f"{name}-prompt",
         max_lines=3,
@@ -126,7 +126,7 @@ def _buttons(name: str, text: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _stage(name: str) -> list[Any]:
-    """Players and spectrograms of both pieces, and the scores."""
+    """Make players and spectrograms of both sounds, and the scores."""
     sounds, pictures = [], []
     with gr.Row():
         for kind in ("plain", "steered"):
@@ -148,8 +148,8 @@ def _shown(outcome: logic.Outcome) -> list[Any]:
     return [*map(logic.int16, both), *map(logic.picture, both), logic.scores_html(outcome)]
 
 
-def _order(fields: dict[str, Any], values: dict[Any, Any]) -> Any:
-    return logic.order_of(*(values[fields[k]] for k in ("prompt", "seconds", "seed", "guidance")))
+def _input(fields: dict[str, Any], values: dict[Any, Any]) -> Any:
+    return logic.input_of(*(values[fields[k]] for k in ("prompt", "seconds", "seed", "guidance")))
 
 
 def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model: Any) -> None:
@@ -157,7 +157,7 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
     known = set(known_concepts(models[0]))
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            fields = _order_fields("steer", guidance)
+            fields = _input_fields("steer", guidance)
             rows = []
             for i, concept in enumerate(concepts):
                 with gr.Row(visible=concept in known, elem_id=f"concept-{i}") as row:
@@ -172,11 +172,11 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
                 rows.append((concept, row, turn, strength))
             if not concepts:
                 gr.Markdown("No concepts: run `dvc repro steer`.")
-            knobs = []
+            singles = []
             with gr.Accordion("Single features", open=False, elem_id="knobs"):
-                for i in range(KNOBS):
+                for i in range(SINGLE_FEATURES):
                     with gr.Row():
-                        knobs.append((
+                        singles.append((
                             gr.Number(None, label="Feature", precision=0, elem_id=f"feature-{i}"),
                             gr.Dropdown(list(TARGETS), value="set", label="Operation"),
                             gr.Slider(0.0, 8.0, 1.0, step=0.1, label="Value (1: its usual one)"),
@@ -187,23 +187,25 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
 
     def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
         def job(tick: Any) -> list[Any]:
-            order = _order(fields, values)
-            wishes = {
+            source = _input(fields, values)
+            requests = {
                 concept: (values[turn], values[strength])
                 for concept, _, turn, strength in rows
                 if values[turn] in ("off", "on") and concept in known_concepts(values[model])
             }
-            wanted = [logic.knob_of(*(values[part] for part in knob)) for knob in knobs]
+            edits = [logic.feature_of(*(values[part] for part in single)) for single in singles]
             layer, steering = logic.plan(
-                values[model], wishes, [k for k in wanted if k is not None],
+                values[model], requests, [edit for edit in edits if edit is not None],
                 values[fields["branch"]] or None, device,
             )  # fmt: skip
-            asked = {concept: direction for concept, (direction, _) in wishes.items()}
-            return _shown(logic.perform(values[model], order, layer, steering, asked, tick, device))
+            asked = {concept: direction for concept, (direction, _) in requests.items()}
+            return _shown(
+                logic.perform(values[model], source, layer, steering, asked, tick, device)
+            )
 
         return _work(request, "steer", progress, len(outputs), job)
 
-    inputs = {model, *fields.values(), *(part for knob in knobs for part in knob)}
+    inputs = {model, *fields.values(), *(part for single in singles for part in single)}
     inputs |= {part for _, _, turn, strength in rows for part in (turn, strength)}
     _connect(go, cancel, "steer", generate, inputs, outputs)
 
@@ -227,15 +229,15 @@ def _find_tab(device: str, guidance: float | None, model: Any) -> None:
             without = gr.File(
                 label="Without it", file_count="multiple", elem_id="without", height=140
             )
-            window = gr.Slider(0.5, 30.0, 10.0, step=0.5, label="Seconds heard at a time")
+            window = gr.Slider(0.5, 30.0, 10.0, step=0.5, label="Seconds per window")
             search, stop_search = _buttons("find", "Find features")
         with gr.Column(scale=4, min_width=320):
-            told = gr.Textbox(label="Found", lines=12, max_lines=24, elem_id="found",
+            report = gr.Textbox(label="Found", lines=12, max_lines=24, elem_id="found",
                               interactive=False)  # fmt: skip
-    gr.Markdown("### Steer with what was found")
+    gr.Markdown("### Steer with these features")
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            fields = _order_fields("found", guidance)
+            fields = _input_fields("found", guidance)
             direction = gr.Radio(["off", "on"], value="off", label="Concept", elem_id="found-turn")
             n = gr.Slider(1, finding.AUDIBLE, 4, step=1, label="Features")
             strength = gr.Slider(0.0, MOST_STRENGTH, 1.0, step=0.1, label="Strength")
@@ -254,16 +256,16 @@ def _find_tab(device: str, guidance: float | None, model: Any) -> None:
 
     def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
         def job(tick: Any) -> list[Any]:
-            order, of = _order(fields, values), values[found]
+            source, of = _input(fields, values), values[found]
             branch = values[fields["branch"]] or "conditional"
             layer, steering = finding.plan_found(
                 of, values[direction], values[n], values[strength], branch, device
             )
-            return _shown(logic.perform(of.model, order, layer, steering, {}, tick, device))
+            return _shown(logic.perform(of.model, source, layer, steering, {}, tick, device))
 
         return _work(request, "found", progress, len(outputs), job)
 
-    _connect(search, stop_search, "find", look, {model, with_, without, window}, [found, told])
+    _connect(search, stop_search, "find", look, {model, with_, without, window}, [found, report])
     _connect(go, cancel, "found", generate,
              {found, direction, n, strength, *fields.values()}, outputs)  # fmt: skip
 
@@ -271,7 +273,7 @@ def _find_tab(device: str, guidance: float | None, model: Any) -> None:
 def _connect(
     go: gr.Button, cancel: gr.Button, name: str, work: Callable, inputs: set, outputs: list
 ) -> None:
-    """Both buttons of a job; all jobs wait in one queue."""
+    """Connect both buttons of a job; all jobs wait in one queue."""
     job = go.click(
         work, inputs, outputs, concurrency_id="model", concurrency_limit=1,
         api_visibility="private",
@@ -282,7 +284,7 @@ def _connect(
 
 
 def build(models: Sequence[str], device: str, guidance: float | None) -> gr.Blocks:
-    """The page for these models; guidance as in `generate.usual_guidance`."""
+    """Build the page for these models; guidance as in `generate.usual_guidance`."""
     with gr.Blocks(
         title="musicscope studio", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:

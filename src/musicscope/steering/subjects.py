@@ -1,0 +1,273 @@
+"""What an evaluation steers: prompts of a model that generates, or clips through an audio model.
+
+A `Subject` chooses samples for requests (`select`), names and groups them (`titles`, `groups`),
+renders them under a condition (`render`) and computes what a change costs (`costs`). It also has
+`methods`, and `chance`: methods whose Frechet distance from plain is the unit of the budget. The
+noise of a sample depends on the sample alone, so only the edit differs from plain.
+
+* `Prompts`: to switch a concept off, prompts name it; to switch it on, they do not. The cost is the
+  cross-entropy of the tokens under the unsteered model.
+* `Clips`: clips with the concept are to lose it, clips without it are to get it. "plain" is the
+  unedited reconstruction, so that the loss of the codec cancels. The cost is the spectral distance
+  from it (`musicscope.core.audio`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from musicscope.config.concepts import Steer
+from musicscope.core.audio import resample, spectra, spectral_distance
+from musicscope.core.seeding import seed_for
+from musicscope.data.clips import ClipStore, known_labels, main_clips
+from musicscope.models.interface import AudioBatch, AudioModel, Hook, MusicModel, is_audio_model
+from musicscope.steering.methods import METHODS, Condition, Request, Selection
+from musicscope.steering.prompts import edit_prompt, make_prompts
+
+Model = MusicModel | AudioModel
+LEAST_GROUPS = 2
+"""Groups of clips that an interval needs."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Samples under a condition."""
+
+    audio: np.ndarray
+    """float32 [n, samples] at the model's rate"""
+    codes: Tensor | None = None
+    """[n, K, T] of generated samples"""
+
+
+def frame_rate_at(model: Model, layer: str) -> float:
+    """Frames per second at a hook point; each point of an audio model has its own rate."""
+    return model.frame_rates[layer] if is_audio_model(model) else model.frame_rate
+
+
+def _sides(requests: Sequence[Request]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Concepts to switch off, and concepts to switch on."""
+    return tuple(tuple(c for c, d in requests if d == side) for side in ("off", "on"))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of a model that generates."""
+
+    seed: int
+    seconds: float
+    batch: int
+    """Prompts per batch."""
+    guidance: float
+    concepts: tuple[str, ...]
+    """All concepts that are steered."""
+    words: bool
+    """Whether methods on top of the edited prompt are evaluated."""
+
+    noun: ClassVar[str] = "prompts"
+    guided: ClassVar[bool] = True
+    chance: ClassVar[tuple[str, ...]] = ("reseed",)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, m in METHODS.items()
+            if name != "original" and (self.words or not (m.words and m.searched))
+        )
+
+    def check_concept(self, concept: str) -> None:
+        """Do nothing: any concept can be named."""
+
+    def select(self, split: str, n: int, requests: Sequence[Request]) -> Selection:
+        """Choose prompts that name what is to go.
+
+        If a concept is to come, they name no other of the concepts. So all requests to switch one
+        on have the same prompts, and share their plain samples.
+        """
+        named, comes = _sides(requests)
+        return Selection(
+            split, n, named, tuple(c for c in self.concepts if comes and c not in named)
+        )
+
+    def titles(self, selection: Selection) -> list[str]:
+        """Return the prompts."""
+        return make_prompts(selection, self.seed)
+
+    def groups(self, selection: Selection) -> None:
+        """Return None: every prompt is its own group."""
+
+    def batches(self, name: str, condition: Condition) -> Iterator[tuple[list[str], int]]:
+        """Prompts and seed per batch for the model `name`; only reseed has other seeds."""
+        texts = make_prompts(condition.selection, self.seed)
+        if METHODS[condition.method].words:
+            texts = [edit_prompt(text, dict(condition.requests)) for text in texts]
+        again = ("again",) if condition.method == "reseed" else ()
+        for first in range(0, len(texts), self.batch):
+            key = (name, condition.selection.split, first // self.batch, *again)
+            yield texts[first : first + self.batch], seed_for(self.seed, "steer", *key)
+
+    def render(
+        self, model: MusicModel, condition: Condition, hooks: Mapping[str, Hook]
+    ) -> Rendering:
+        """Generate audio and codes of all prompts."""
+        audio, codes = [], []
+        for texts, seed in self.batches(model.name, condition):
+            sound, tokens = model.generate(
+                texts, self.seconds, seed, dict(hooks), guidance_scale=self.guidance
+            )
+            audio.append(sound.float().cpu().numpy())
+            codes.append(tokens)
+        return Rendering(np.concatenate(audio), torch.cat(codes))
+
+    def costs(
+        self, model: MusicModel, condition: Condition, rendering: Rendering
+    ) -> dict[str, np.ndarray]:
+        """ce [n]: cross-entropy under the unsteered model, nats per code.
+
+        There is no caption: music with a concept that the prompt does not name is no worse for it.
+        """
+        parts = [
+            model.cross_entropy(model.with_captions(part, [None] * len(part))).mean((1, 2))
+            for part in rendering.codes.split(self.batch)
+        ]
+        return {"ce": torch.cat(parts).double().cpu().numpy()}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips through an audio model. There are no words to edit and no cross-entropy."""
+
+    seed: int
+    seconds: float
+    """Middle part of each clip that is used; all of a shorter clip."""
+    batch: int
+    """Clips per batch."""
+    store: ClipStore
+
+    noun: ClassVar[str] = "clips"
+    guided: ClassVar[bool] = False
+    chance: ClassVar[tuple[str, ...]] = ("reseed", "original")
+    methods: ClassVar[tuple[str, ...]] = tuple(n for n, m in METHODS.items() if not m.words)
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        return self.store.rows
+
+    def check_concept(self, concept: str) -> None:
+        """Raise ValueError unless train clips with and without the concept are known."""
+        _, labels = known_labels(self.rows, concept, main_clips(self.rows, "train"))
+        if not 0 < labels.sum() < len(labels):
+            raise ValueError(f"{labels.sum()} of {len(labels)} train clips have {concept}")
+
+    def select(self, split: str, n: int, requests: Sequence[Request]) -> Selection:
+        """Choose clips with all that is to go and without all that is to come.
+
+        ValueError: their groups are fewer than an interval needs.
+        """
+        named, without = _sides(requests)
+        at = self.candidates(Selection(split, n, named, without))
+        groups = self.rows["group"].iloc[at].nunique()
+        if groups < LEAST_GROUPS:
+            sides = [f"with {c}" for c in named] + [f"without {c}" for c in without]
+            raise ValueError(f"{len(at)} {split} clips {' and '.join(sides)}, of {groups} groups")
+        return Selection(split, min(n, len(at)), named, without)
+
+    def candidates(self, selection: Selection) -> np.ndarray:
+        """Row numbers of all clips of a split known to match; `n` does not count."""
+        at = main_clips(self.rows, selection.split)
+        sides = [*((c, True) for c in selection.named), *((c, False) for c in selection.without)]
+        for concept, has in sides:
+            at, labels = known_labels(self.rows, concept, at)
+            at = at[labels == has]
+        return at
+
+    def chosen(self, selection: Selection) -> np.ndarray:
+        """Up to `n` row numbers of `candidates` in random order.
+
+        Every group comes once before any comes twice. The first clips of a larger selection are the
+        smaller selection.
+        """
+        name = (selection.split, "+".join(selection.named), "-".join(selection.without))
+        rng = np.random.default_rng(seed_for(self.seed, "steer", "clips", *name))
+        at = rng.permutation(self.candidates(selection))
+        turn = self.rows.iloc[at].groupby("group").cumcount().to_numpy()
+        return at[np.argsort(turn, kind="stable")][: selection.n]
+
+    def titles(self, selection: Selection) -> list[str]:
+        """Return the ids of the clips."""
+        return [f"clip {name}" for name in self.rows["id"].iloc[self.chosen(selection)]]
+
+    def groups(self, selection: Selection) -> np.ndarray:
+        """Return the group of each clip."""
+        return self.rows["group"].iloc[self.chosen(selection)].to_numpy(str)
+
+    def audio(self, at: np.ndarray, rate: int) -> np.ndarray:
+        """Middle `seconds` of clips: float32 [n, samples] at `rate` Hz."""
+        audio, stored = self.store.audio(at), self.store.sample_rate
+        length = min(audio.shape[1], round(self.seconds * stored))
+        first = (audio.shape[1] - length) // 2
+        return resample(audio[:, first : first + length], stored, rate)
+
+    def play(
+        self, model: AudioModel, method: str, batch: AudioBatch, hooks: Mapping[str, Hook]
+    ) -> Tensor:
+        """Audio [n, samples] of a batch under a method."""
+        if method == "original":
+            return batch.audio
+        if method == "reseed":
+            return model.reconstruct(other_noise(batch, "again"))
+        return model.reconstruct(batch, dict(hooks))
+
+    def render(
+        self, model: AudioModel, condition: Condition, hooks: Mapping[str, Hook]
+    ) -> Rendering:
+        """Pass all clips through the model."""
+        at, parts = self.chosen(condition.selection), []
+        for first in range(0, len(at), self.batch):
+            batch = model.encode(self.audio(at[first : first + self.batch], model.sample_rate))
+            parts.append(finite_audio(self.play(model, condition.method, batch, hooks)))
+        return Rendering(np.concatenate(parts))
+
+    def costs(
+        self, model: AudioModel, condition: Condition, rendering: Rendering
+    ) -> dict[str, np.ndarray]:
+        """spectral [n]: distance from the plain reconstruction; ce [n] is NaN."""
+        plain = rendering
+        if condition.method != "plain":
+            plain = self.render(model, Condition(condition.selection), {})
+        pairs = zip(plain.audio, rendering.audio, strict=True)
+        distances = [spectral_distance(spectra(a), spectra(b)) for a, b in pairs]
+        return {"ce": np.full(len(distances), np.nan), "spectral": np.array(distances)}
+
+
+Subject = Prompts | Clips
+
+
+def make_subject(
+    model: Model, section: Steer, seed: int, clips: ClipStore | None = None
+) -> Subject:
+    """Make the subject for a model; an audio model needs `clips`."""
+    if is_audio_model(model):
+        return Clips(seed, section.seconds, section.batch, clips)
+    return Prompts(
+        seed, section.seconds, section.batch, section.guidance, section.concepts, section.words
+    )
+
+
+def other_noise(batch: AudioBatch, *names: object) -> AudioBatch:
+    """Give the same clips other noise, decided by `names`."""
+    return replace(batch, seeds=tuple(seed_for(seed, "steer", *names) for seed in batch.seeds))
+
+
+def finite_audio(audio: Tensor) -> np.ndarray:
+    """Convert audio [n, samples] to an array; a sample with infinity or NaN becomes silent."""
+    found = audio.float().cpu().numpy().copy()
+    found[~np.isfinite(found).all(1)] = 0.0
+    return found
