@@ -16,7 +16,7 @@ from musicscope.config import Params, load_params
 from musicscope.core import distributed
 from musicscope.core import io as artifacts
 from musicscope.core.io import folder_sha256
-from musicscope.models.sources import open_sources
+from musicscope.models.registry import open_sources
 
 CLIPS = "data/clips"
 

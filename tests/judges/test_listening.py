@@ -16,8 +16,7 @@ from musicscope.data.clips import ClipStore, write_clips
 from musicscope.dictionaries import fidelity as sae_losses
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import baselines
-from musicscope.models.registry import load_model
-from musicscope.models.sources import open_sources
+from musicscope.models.registry import load_model, open_sources
 from tests.conftest import build_tiny_musicgen
 from tests.support import rave_export
 

@@ -24,7 +24,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.core import audio as resampling
 from musicscope.core.seeding import seed_for
 from musicscope.models.hooks import on_frames
-from musicscope.models.interface import is_audio_model
+from musicscope.models.interface import AudioModel, LanguageModel
 from musicscope.models.rave.archive_check import check_archive
 from musicscope.models.rave.model import RaveModel
 from musicscope.models.registry import load_model
@@ -91,7 +91,8 @@ def same_noise(twin: nn.Module, audio: torch.Tensor, seed: int) -> tuple[torch.T
 
 
 def test_a_file_and_a_folder_load_and_tell_what_they_offer(folder, model):
-    assert is_audio_model(model)
+    assert isinstance(model, AudioModel)
+    assert not isinstance(model, LanguageModel)
     assert model.name == "one"
     assert load_model(folder / "a").name == "a"
     assert (model.sample_rate, model.ratio) == (1378, 64)
@@ -276,7 +277,7 @@ def test_bad_hooks_and_names_say_what_is_wrong(model):
 
 
 def test_what_makes_no_sense_for_an_autoencoder_is_not_there(model):
-    for name, hint in (("generate", "reconstruct"), ("cross_entropy", "spectral_distance")):
+    for name, hint in (("generate", "reconstruct"), ("cross_entropy", "use loss")):
         assert not hasattr(model, name)
         with pytest.raises(AttributeError, match=f"RAVE has no '{name}'.*{hint}"):
             getattr(model, name)
@@ -430,6 +431,24 @@ def test_spectral_distance_orders_edits_as_it_should():
     assert distances == sorted(distances)
     # Half the level: convergence .5 and ln 2 at every scale.
     assert distances[2] == pytest.approx(0.5 + np.log(2), rel=1e-3)
+
+
+def test_loss_is_the_distance_of_a_clip_to_its_reconstruction(model):
+    batch = model.encode(clips(2))
+    hooks = {"decoder.net.2": lambda x, positions: x * 0}
+    for edit in ({}, hooks):
+        pairs = zip(clips(2).numpy(), model.reconstruct(batch, edit).numpy(), strict=True)
+        expected = [rave_ablation.spectral_distance(*map(rave_ablation.spectra, p)) for p in pairs]
+        assert model.loss(batch, edit).tolist() == expected
+
+
+def test_kept_latents_give_the_same_sound(model):
+    batch = model.encode(clips(2))
+    kept = model.latents(batch)
+    for name in ("decoder.net.2", "latent", "posterior_mean"):
+        hooks = {name: lambda x, positions: x * 0.5}
+        whole = model.reconstruct(batch, hooks)
+        assert torch.equal(model.reconstruct(batch, hooks, kept), whole)
 
 
 def test_ablation_scores_are_distances_of_reconstructions(model):

@@ -16,7 +16,7 @@ from musicscope.ablation import language as ablation
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.models.interface import is_audio_model
-from musicscope.models.sources import open_sources
+from musicscope.models.registry import open_sources
 
 BATCH = 4  # the logits of a batch, 4 x 4 x 500 x 1024 floats, are held three times
 Sources = Callable[[], tuple[Any, Any]]

@@ -12,7 +12,7 @@ import torch
 from musicscope.core.seeding import seed_for
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
-from musicscope.maximisation.objective import Objective, gradient_of
+from musicscope.maximisation.objective import Objective
 from musicscope.maximisation.search import Codec, Settings, best_start, search
 
 NULL_VARIANTS = ("prior", "heard")
@@ -96,7 +96,7 @@ def run_job(open_run: Open, job: Job) -> Search:
     codec = None
     if job.survival is not None:
         model = instruments[0].model
-        codec = Codec(model, torch.tensor(job.survival), gradient_of(model).FIRST_HEARD)
+        codec = Codec(model, torch.tensor(job.survival), model.first_encoded)
     found = search(objective, start, job.settings, job.seed, codec)
     return Search(
         job.latent, job.variant, found.codes.cpu().numpy(), start.cpu().numpy(), found.objective

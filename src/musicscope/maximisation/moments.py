@@ -22,7 +22,7 @@ from musicscope.core.seeding import seed_for
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import by_batch
 from musicscope.features.selection import Latent
-from musicscope.maximisation.objective import BATCH, Target, gradient_of, window_means
+from musicscope.maximisation.objective import BATCH, Target, window_means
 from musicscope.models.registry import load_model
 
 SPLITS = ("train", "test")
@@ -237,7 +237,7 @@ def measure(
 
         batch = instrument.model.with_captions(part, [None] * len(part))
         loss = instrument.model.cross_entropy(batch, {instrument.layer: read})
-        x = gradient_of(instrument.model).at_frames(seen[0], batch.frames)
+        x = instrument.model.at_frames(seen[0], batch.frames)
         found = frame_values(instrument, latents, place, x.flatten(0, 1))
         curves.append(found.view(*x.shape[:2], len(latents)).cpu().numpy())
         log_prob.append(-loss.mean((1, 2)).cpu().numpy())

@@ -25,21 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models.delay_pattern import DelayPatternModel
-from musicscope.models.musicgen import gradient as musicgen_gradient
-from musicscope.models.token_gradient import TokenGradient
+from musicscope.models.interface import LanguageModel
 
 BATCH = 16  # sequences through the heads at once: 16 x 8 x 75 x 1024 logits are 39 MB
 
 
-def gradient_of(model: Any) -> TokenGradient | None:
-    """What a search needs of the model; None where there are no tokens to search over.
-
-    A model names its own as `gradient`. MusicGen's is not in its loader, on which every stage
-    depends: an edit there reruns searches alone.
-    """
-    own = musicgen_gradient if isinstance(model, DelayPatternModel) else None
-    return getattr(model, "gradient", own)
+def gradient_of(model: Any) -> LanguageModel | None:
+    """The model, if it has tokens to search over."""
+    return model if isinstance(model, LanguageModel) else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ def window_means(values: Tensor, window: int) -> Tensor:
 
 def _activation(target: Target, stream: Tensor, frames: int, window: int) -> Tensor:
     """Activation / scale [B] from the stream [B, S, d] of sequences of that many frames."""
-    read = gradient_of(target.model).at_frames(stream, frames)
+    read = target.model.at_frames(stream, frames)
     values = read @ target.weight.to(stream) + target.bias
     return window_means(values, window).amax(-1) / target.scale
 
@@ -174,18 +167,18 @@ def gains(objective: Objective, codes: Tensor) -> Gains:
     activation, log_prob = [], []
     for target in objective.targets:
         batch = _unconditional(target.model, codes[None])
-        known, natural = gradient_of(target.model), objective.naturalness > 0
+        natural = objective.naturalness > 0
         with torch.enable_grad():
-            inputs, stream, logits = known.traced(target.model, batch, target.layer, natural)
+            inputs, stream, logits = target.model.traced(batch, target.layer, natural)
             value = _activation(target, stream, frames, objective.window).sum()
             total = None if logits is None else _log_prob(logits, batch.codes).sum()
         (gradient,) = torch.autograd.grad(value, inputs, retain_graph=natural)
-        activation.append(known.substitution_gains(target.model, codes, gradient[0]))
+        activation.append(target.model.substitution_gains(codes, gradient[0]))
         if total is not None:
             (gradient,) = torch.autograd.grad(total, inputs)
             own = logits[0].detach().log_softmax(-1)
             own = own - own.gather(-1, codes[..., None])
-            later = known.substitution_gains(target.model, codes, gradient[0])
+            later = target.model.substitution_gains(codes, gradient[0])
             log_prob.append((own + later) / (books * frames))
     mean = torch.stack(activation).mean(0)
     return Gains(mean, torch.stack(log_prob) if log_prob else mean.new_zeros((0, *mean.shape)))

@@ -25,7 +25,6 @@ from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation.excerpts import clip_tokens, cut, excerpts, random_excerpts
 from musicscope.maximisation.jobs import Open, Plan, Search, jobs_of, run_job
-from musicscope.maximisation.objective import gradient_of
 from musicscope.maximisation.search import Codec, survived
 
 RANDOM_TOKENS = 16  # sequences of uniform codes: their log p and values hardly vary
@@ -95,9 +94,7 @@ def control_tokens(
     # the samples follow the very probabilities that the search is held to.
     captions = [None] * plan.samples
     samples = [
-        i.model.generate(
-            captions, seconds, seed("samples", i.name), **gradient_of(i.model).SAMPLING
-        )
+        i.model.generate(captions, seconds, seed("samples", i.name), **i.model.plain_sampling)
         for i in instruments
     ]
     generator = torch.Generator().manual_seed(seed("random tokens"))
@@ -178,7 +175,7 @@ def run(
 
     usual = [float(np.median(measured.log_prob)) for measured in controls["clips"]]
     model = instruments[0].model
-    codec = Codec(model, torch.ones(0), gradient_of(model).FIRST_HEARD)
+    codec = Codec(model, torch.ones(0), model.first_encoded)
     survival = survived(codec, tokens["samples"]).tolist()
     samples = tokens["samples"].cpu().numpy()
     jobs = jobs_of(plan, scales, usual, survival, samples, by_latent)

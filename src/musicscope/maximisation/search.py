@@ -75,7 +75,7 @@ class Codec:
     """[K] share of each codebook's codes that are the same after decoding and encoding."""
     first: int = 0
     """Codebooks before this one are left alone, since no sound has them: in YuE a mix becomes the
-    instrumental track and silence the vocal one (`TokenGradient.FIRST_HEARD`)."""
+    instrumental track and silence the vocal one (`LanguageModel.first_encoded`)."""
 
     def again(self, codes: Tensor) -> Tensor:
         """Tokens [B, K, T] of the audio that tokens [B, K, T] decode to."""

@@ -1,4 +1,4 @@
-"""What a RAVE export offers, found by running it once on noise rather than by trusting its name."""
+"""Find out by one run on noise which hook points, rates and caches a RAVE export has."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ POSTERIOR, LATENT = "posterior_mean", "latent"
 
 @dataclass(frozen=True)
 class Survey:
-    """Of one export."""
+    """Properties of one export."""
 
     sample_rate: int
     channels: int
     """Of the input; a mono clip is given to each."""
     ratio: int
-    """Samples a latent frame."""
+    """Samples per latent frame."""
     names: dict[int, str]
     """Address of a convolution's weight to its name."""
     stats: str | None
-    """The convolution whose output is posterior mean and scale, one above the other."""
+    """The convolution whose output channels are posterior mean, then scale."""
     hook_points: tuple[HookPoint, ...]
     """In the order in which they are computed."""
-    frame_rates: dict[str, float]
     encoding: frozenset[str]
     """Hook points that need no decoder."""
     caches: dict[str, Tensor]
     """Buffers that a pass changes, as they were in the file."""
     notes: tuple[str, ...]
-    """What the export does not offer, and why."""
+    """Missing hook points, with the reason."""
 
 
 @torch.no_grad()
 def survey(module: Any, name: str, device: torch.device) -> Survey:
-    """Run encode and decode once on seeded noise and record what passes.
+    """Run encode and decode once on seeded noise and record all activations.
 
     ValueError for a module without encode, decode or a sample rate, and for one that does not
     keep the length of whole frames.
@@ -54,8 +53,8 @@ def survey(module: Any, name: str, device: torch.device) -> Survey:
     rate = getattr(module, "sr", getattr(module, "sampling_rate", None))
     if rate is None:
         raise ValueError(f"{name} has no attribute sr; export it again with RAVE 2 or later")
-    told = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
-    channels, step = (1, 1) if told is None else (int(told[0]), int(told[3]))
+    known = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
+    channels, step = (1, 1) if known is None else (int(known[0]), int(known[3]))
     names = {
         weight.data_ptr(): key.removesuffix(".weight")
         for key, weight in module.named_parameters()
@@ -115,8 +114,10 @@ def survey(module: Any, name: str, device: torch.device) -> Survey:
         ratio=ratio,
         names=names,
         stats=None if mean is None else stats,
-        hook_points=tuple(HookPoint(key, values.shape[1]) for key, values in found.items()),
-        frame_rates={key: int(rate) * v.shape[-1] / samples for key, v in found.items()},
+        hook_points=tuple(
+            HookPoint(key, v.shape[1], int(rate) * v.shape[-1] / samples)
+            for key, v in found.items()
+        ),
         encoding=frozenset({*encoded, POSTERIOR, LATENT}),
         caches={k: before[k] for k, v in module.named_buffers() if not torch.equal(v, before[k])},
         notes=tuple(notes),
