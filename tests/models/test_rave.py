@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from musicscope.ablation import audio as rave_ablation
-from musicscope.ablation import language as ablation
+from musicscope.ablation import scores as ablation
 from musicscope.activations import extraction_plans
 from musicscope.activations.store import ActivationStore
 from musicscope.core import audio as resampling
@@ -453,14 +453,14 @@ def test_kept_latents_give_the_same_sound(model):
 
 def test_ablation_scores_are_distances_of_reconstructions(model):
     batch = model.encode(clips(2))
-    sums = rave_ablation.channel_sums(model, model.encode(clips(4, seed=9)))
-    halves = [rave_ablation.channel_sums(model, model.encode(clips(4, seed=9)[s]))
+    sums = rave_ablation.sums(model, model.encode(clips(4, seed=9)))
+    halves = [rave_ablation.sums(model, model.encode(clips(4, seed=9)[s]))
               for s in (slice(0, 1), slice(1, 4))]  # fmt: skip
     joined = (halves[0] + halves[1]).means
     for name, mean in sums.means.items():
         torch.testing.assert_close(mean, joined[name])
     train = model.capture(model.encode(clips(4, seed=9)), ["latent"])["latent"]
-    torch.testing.assert_close(sums.means["latent"], train.mean((0, 1)))
+    torch.testing.assert_close(sums.means["latent"][0], train.mean((0, 1)))
 
     scores = rave_ablation.ablate(model, batch, ("zero", "mean"), sums.means)
     plain = model.reconstruct(batch).numpy()
@@ -473,32 +473,32 @@ def test_ablation_scores_are_distances_of_reconstructions(model):
         ablated = model.reconstruct(batch, cut).numpy()
         j, i = scores.kinds.index(kind), scores.points.index("decoder.net.2")
         for c in range(2):
-            assert scores.change[j, i, c] == pytest.approx(distance(plain[c], ablated[c]))
-            rise = distance(clips(2)[c].numpy(), ablated[c]) - scores.distance[c]
-            assert scores.rise[j, i, c] == pytest.approx(rise)
+            assert scores["change"][j, i, c, 0] == pytest.approx(distance(plain[c], ablated[c]))
+            rise = distance(clips(2)[c].numpy(), ablated[c]) - scores.loss[c, 0]
+            assert scores["rise"][j, i, c, 0] == pytest.approx(rise)
     dead = scores.points.index("decoder.dead")
-    assert not scores.change[:, dead].any()
-    assert not scores.rise[:, dead].any()
-    assert (scores.change[:, scores.points.index("decoder.waveform")] > 0.1).all()
+    assert not scores["change"][:, dead].any()
+    assert not scores["rise"][:, dead].any()
+    assert (scores["change"][:, scores.points.index("decoder.waveform")] > 0.1).all()
 
     one = [rave_ablation.ablate(model, model.encode(clips(2)[i : i + 1]), ("zero", "mean"),
                                 sums.means) for i in range(2)]  # fmt: skip
-    np.testing.assert_array_equal(rave_ablation.join(one).change, scores.change)
-    table = rave_ablation.ablation_table(scores, ["a", "b"], bootstrap=50, seed=0)
-    metrics = rave_ablation.ablation_metrics(scores, table, ["a", "b"])
+    np.testing.assert_array_equal(ablation.join(one)["change"], scores["change"])
+    table = ablation.ablation_table(scores, ["a", "b"], bootstrap=50, seed=0)
+    metrics = ablation.ablation_metrics(scores, table, ["a", "b"]) | rave_ablation.summary(scores)
     chosen = ablation.select_layers(metrics, ["top1"], "mean", metrics["counterparts"]["kl"])
-    best = scores.change[1].mean(-1)
+    best = scores["change"][1].mean((-2, -1))
     assert chosen["top1"] == 1 + int(np.argmax(best[1:-1]))
     assert metrics["hook_points"][str(chosen["top1"])] == scores.points[chosen["top1"]]
-    low, high = metrics["layers"]["0"]["zero"]["change_low"], scores.change[0, 0].max()
-    assert low <= scores.change[0, 0].mean() <= high
-    assert len(rave_ablation.ablation_figure(table, "tiny").axes) == 2
+    low, high = metrics["layers"]["0"]["zero"]["change_low"], scores["change"][0, 0].max()
+    assert low <= scores["change"][0, 0].mean() <= high
+    assert len(ablation.ablation_figure(scores, table, "tiny").axes) == 2
 
 
 def test_ablations_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match=r"'skip'.*zero.*mean"):
         rave_ablation.replacing("skip")
-    with pytest.raises(ValueError, match="channel_sums"):
+    with pytest.raises(ValueError, match="audio.sums"):
         rave_ablation.replacing("mean")
 
 

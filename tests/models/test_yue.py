@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from musicscope.ablation import language as ablation
+from musicscope.ablation import language
 from musicscope.activations.extraction import extract, plan
 from musicscope.dictionaries.evaluation import replace_frames
 from musicscope.models import hooks
@@ -489,22 +489,24 @@ def naive_scores(model, batch, layer: int, replace) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_ablation(model, batch, layer):
-    scores = ablation.ablate(model, batch, kinds=["skip", "zero"])
+    scores = language.ablate(model, batch, kinds=["skip", "zero"])
     p = naive_scores(model, batch, layer, lambda x, y: y)
     for j, replace in enumerate((lambda x, y: x, lambda x, y: y * 0)):
         q = naive_scores(model, batch, layer, replace)
         kl = (p.exp() * (p - q)).sum(-1).mean(-1)
-        np.testing.assert_allclose(scores.kl[j, layer], kl, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(scores["kl"][j, layer], kl, rtol=1e-4, atol=1e-5)
         rise = (p - q).gather(-1, batch.codes[..., None])[..., 0].mean(-1)
-        np.testing.assert_allclose(scores.dce[j, layer], rise, rtol=1e-3, atol=1e-5)
-    assert scores.kl.mean((2, 3)).min() > 1e-3
+        np.testing.assert_allclose(scores["dce"][j, layer], rise, rtol=1e-3, atol=1e-5)
+    assert scores["kl"].mean((2, 3)).min() > 1e-3
 
 
 def test_mean_ablation_has_a_mean_for_each_kind_of_position(model, batch):
     prompt, labels = batch.text.shape[1], model.positions(batch)
     starts = [prompt - int(mask.sum()) for mask in batch.text_mask]
-    means = ablation.update_sums(model, batch).means
-    assert means.shape == (3, 4, 16)
+    means = language.sums(model, batch).means
+    assert [(name, tuple(mean.shape)) for name, mean in means.items()] == [
+        (n, (4, 16)) for n in NAMES
+    ]
     stream = model.layer_inputs(batch)
     update, kinds = stream[2] - stream[1], torch.full((3, len(labels)), 3)
     kinds[:, labels > 0], kinds[:, labels < 0] = 1, 2
@@ -512,12 +514,12 @@ def test_mean_ablation_has_a_mean_for_each_kind_of_position(model, batch):
         kinds[b, start] = 0
         kinds[b, :start] = -1
     for kind in range(4):
-        torch.testing.assert_close(means[1, kind], update[kinds == kind].mean(0))
-    scores = ablation.ablate(model, batch, kinds=["mean"], means=means)
+        torch.testing.assert_close(means["layers.1"][kind], update[kinds == kind].mean(0))
+    scores = language.ablate(model, batch, kinds=["mean"], means=means)
     p = naive_scores(model, batch, 1, lambda x, y: y)
-    q = naive_scores(model, batch, 1, lambda x, y: x + means[1][kinds])
+    q = naive_scores(model, batch, 1, lambda x, y: x + means["layers.1"][kinds])
     kl = (p.exp() * (p - q)).sum(-1).mean(-1)
-    np.testing.assert_allclose(scores.kl[0, 1], kl, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores["kl"][0, 1], kl, rtol=1e-4, atol=1e-5)
 
 
 class Clips:

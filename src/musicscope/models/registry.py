@@ -17,6 +17,9 @@ from musicscope.data.clips import ClipStore
 from musicscope.models import hub
 from musicscope.models.interface import MusicModel
 
+Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
+"""Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
+
 
 def _model_type(config: dict[str, Any]) -> str:
     return str(config.get("model_type", ""))

@@ -119,13 +119,13 @@ def measure(
         say(f"peak of the codec: {heard.fixed:,} bytes and {heard.per_clip:,} a clip")
     ablate, ablated = None, None
     if ablations:
-        from musicscope.ablation import language as ablation
+        from musicscope.ablation import language
 
-        means = ablation.update_sums(model, one).means
+        means = language.sums(model, one).means
 
         def score() -> None:
             nonlocal ablate
-            run = lambda: ablation.ablate(model, one, tuple(ablations), means)  # noqa: E731
+            run = lambda: language.ablate(model, one, tuple(ablations), means)  # noqa: E731
             ablate = seconds(run, device, 1)
 
         if memory:  # in the same run, the longest of all: counting takes microseconds an operation
