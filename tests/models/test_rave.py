@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from musicscope.ablation import audio as rave_ablation
 from musicscope.ablation import scores as ablation
-from musicscope.activations import extraction_plans
+from musicscope.activations import extraction
 from musicscope.activations.store import ActivationStore
 from musicscope.core import audio as resampling
 from musicscope.core.seeding import seed_for
@@ -535,13 +535,13 @@ def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monke
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     view = resampling.ResampledClips(Clips(), model.sample_rate)
     layers = {"top1": "posterior_mean", "top2": "decoder.net.2", "top3": "latent"}
-    plans = extraction_plans.plans(
+    plans = extraction.plan(
         model, view, layers, dtype="float16", shard_mb=0.001, batch_clips=2,
         model_sha256="m", clips_sha256="c",
     )  # fmt: skip
     assert [sorted(plan.layers) for plan in plans] == [["top1", "top3"], ["top2"]]
     folders = {slot: tmp_path / slot for slot in layers}
-    stores = extraction_plans.extract(plans, lambda: (model, view), folders)
+    stores = extraction.extract(plans, lambda: (model, view), folders)
     audio = resampling.resample(Clips().audio(range(5)), 1000, export.SR)
     assert audio.shape == (5, 689)
     found = model.capture(model.encode(audio), list(layers.values()))
@@ -553,11 +553,14 @@ def test_extraction_writes_stores_at_each_points_own_rate(model, tmp_path, monke
         for i in range(5):
             expected = found[layer][i].numpy().astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(store.clip(i), expected)
-    numbers = extraction_plans.summary(plans, stores)
+    numbers = extraction.summary(plans, stores)
     assert numbers["slots"]["top2"]["frame_rate"] == model.frame_rates["decoder.net.2"]
     assert numbers["frames"] == 5 * (11 + 44)
     with pytest.raises(ValueError, match=r"no \['layers.1'\].*posterior_mean"):
-        extraction_plans.plans(model, view, {"top1": "layers.1"})
+        extraction.plan(
+            model, view, {"top1": "layers.1"}, dtype="float16", shard_mb=1, batch_clips=2,
+            model_sha256="m", clips_sha256="c",
+        )  # fmt: skip
 
 
 # ---- the real package, where somebody has installed it

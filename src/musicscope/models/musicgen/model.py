@@ -25,7 +25,7 @@ class MusicgenModel(DelayPatternModel):
     """
 
     def __init__(self, hf: MusicgenForConditionalGeneration, tokenizer: Any, name: str) -> None:
-        self.hf, self.tokenizer = hf.eval(), tokenizer
+        self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
         decoder, codec = hf.config.decoder, hf.config.audio_encoder
         if decoder.audio_channels != 1 or codec.audio_channels != 1:
             raise ValueError(f"{name} is a stereo MusicGen; only mono models are supported")
