@@ -1,4 +1,4 @@
-"""Activations of the chosen layers for every clip: data/activations/<model>/<slot>.
+"""Extract activations of the chosen layers for every clip: data/activations/<model>/<slot>.
 
 Reads metrics/layers/<model>.yaml (slot: layer), data/clips and data/models/<model>.
 """

@@ -113,7 +113,7 @@ class LayerwiseModel:
         self.conditional_rows = slice(None)
         self._index = {point.name: i for i, point in enumerate(self.hook_points)}
 
-    # ---- parts that a family gives
+    # ---- parts that a family gives, beside the methods of `interface.LanguageModel`
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -134,10 +134,6 @@ class LayerwiseModel:
 
     def context(self, hidden: Tensor, batch: Batch) -> Context:
         """Inputs of every layer besides the stream `hidden` [B, S, d]."""
-        raise NotImplementedError
-
-    def at_frames(self, stream: Tensor, frames: int) -> Tensor:
-        """Select the positions of `frames` frames: a stream [B, S, d] to [B, T, d]."""
         raise NotImplementedError
 
     def places(self, book: int, frames: int) -> slice:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(module: Any, name: str, device: torch.device) -> Survey:
+def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> Survey:
     """Run encode and decode once on seeded noise and record all activations.
 
     ValueError for a module without encode, decode or a sample rate, and for one that does not
@@ -124,12 +123,12 @@ def survey(module: Any, name: str, device: torch.device) -> Survey:
     )
 
 
-def _discrete(module: Any) -> bool:
+def _discrete(module: torch.jit.ScriptModule) -> bool:
     return hasattr(module, "quantizer") or hasattr(getattr(module, "encoder", None), "rvq")
 
 
-def _posterior(module: Any, stats: Tensor, z: Tensor) -> Tensor | None:
-    """The posterior mean if z (drawn without noise) is its PCA; None for any other encoder."""
+def _posterior(module: torch.jit.ScriptModule, stats: Tensor, z: Tensor) -> Tensor | None:
+    """Find the posterior mean if z (drawn without noise) is its PCA; None for another encoder."""
     pca, centre = (getattr(module, key, None) for key in ("latent_pca", "latent_mean"))
     if pca is None or centre is None or stats.shape[1] != 2 * len(centre):
         return None

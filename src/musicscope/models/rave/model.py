@@ -61,7 +61,9 @@ class RaveModel:
 
     loss_name = "spectral"
 
-    def __init__(self, module: Any, name: str, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, module: torch.jit.ScriptModule, name: str, device: torch.device, seed: int = 0
+    ) -> None:
         self.module, self.name, self.device, self.seed = module, name, device, seed
         self.conditional_rows = slice(None)
         self.survey = survey(module, name, device)
@@ -212,7 +214,11 @@ class RaveModel:
         return torch.cat(drawn), torch.cat(decoded) if decode else None
 
     def _part(
-        self, method: Any, x: Tensor, act: Callable[[str, Tensor], Tensor], seed: int
+        self,
+        method: Callable[[Tensor], Tensor],
+        x: Tensor,
+        act: Callable[[str, Tensor], Tensor],
+        seed: int,
     ) -> Tensor:
         for key, value in self.survey.caches.items():
             *owners, leaf = key.split(".")

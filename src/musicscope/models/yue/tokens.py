@@ -22,12 +22,12 @@ TEXT_IDS = 32_000
 SOA, EOA = 32_001, 32_002
 """Start of audio, end of audio."""
 XCODEC = 32_016
-"""Says which codec's codes follow. Text that reads "<xcodec>" is not this id but five others."""
+"""Names the codec of the codes that follow. The text "<xcodec>" becomes five other ids."""
 FIRST_CODE = 45_334
 """Id of code 0 of the first xcodec codebook; codebook k (of 12) starts 1,024 k later."""
 CARD = 1024
 CODE_IDS = slice(FIRST_CODE, FIRST_CODE + CARD)
-"""45,334..46,357: all that stage 1 writes between SOA and EOA."""
+"""45,334..46,357: the ids that stage 1 writes between SOA and EOA."""
 PIECES = 83_734
 """Ids of tokenizer.model. YuE's wrapper counts 83,738, the logits are padded to 83,968."""
 TRACKS = ("vocal", "instrumental")
@@ -46,17 +46,17 @@ MARKS = {
 """Marks of the template that are plain text, and the pieces they must become."""
 INSTRUCTION = "Generate music from the given lyrics segment by segment."
 INSTRUMENTAL = "[verse]\n\n\n"
-"""A segment without words: how the authors ask for music without singing (YuE issue 18)."""
+"""A segment without words, the authors' request for music without singing (YuE issue 18)."""
 
 Tokenize = Callable[[str], Sequence[int]]
 """Text to ids, without marks at either end."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenize:
-    """YuE's `tokenizer.model` as a function, checked.
+    """Load and check YuE's `tokenizer.model`.
 
     Another file than the released one gives a warning, and is refused (ValueError) unless it has
-    the same number of pieces and cuts the template's marks as the released one does.
+    the same number of pieces and encodes the template's marks as the released one does.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,7 +98,7 @@ def interleave(codes: Tensor) -> Tensor:
 
 
 def deinterleave(ids: Tensor) -> Tensor:
-    """Inverse of `interleave`: ids [B, 2T] to codes [B, 2, T].
+    """Invert `interleave`: ids [B, 2T] to codes [B, 2, T].
 
     ValueError for an odd number of ids and for ids outside the first xcodec codebook.
     """
@@ -128,9 +128,9 @@ def prompt_ids(tokenize: Tokenize, genres: str, segment: str = INSTRUMENTAL) -> 
 
 
 def left_padded(rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids to ids [B, L] and mask [B, L], int64; padding (id 0, mask 0) stands first.
+    """Pad rows of ids to ids [B, L] and mask [B, L], int64; padding (id 0, mask 0) stands first.
 
-    So that in every row the codes begin at the same position.
+    In every row the codes then begin at the same position.
     """
     rows = list(rows)
     length = max(len(row) for row in rows)
