@@ -58,7 +58,7 @@ def measure(folder: str, slots: list[int], clips: int, seconds: float, budget: f
     layers = {f"top{n}": f"layers.{i}" for n, i in enumerate(slots, 1)}
     options = {"dtype": "float16", "shard_mb": 1024, "batch_clips": clips, "captions": False}
     hashes = {"model_sha256": "", "clips_sha256": ""}
-    plan = extraction.plan(model, source, layers, **options, **hashes)
+    (plan,) = extraction.plan(model, source, layers, **options, **hashes)
 
     audio, silent = source.audio(list(range(clips))), [None] * clips
     batch = model.encode(audio, silent)

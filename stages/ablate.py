@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from musicscope.ablation import run as ablation_run
+from musicscope.ablation.run import run
 from musicscope.config import load_params
 from musicscope.core import plots
 from musicscope.core.distributed import resolve_device
@@ -22,7 +22,7 @@ def main() -> None:
     section, device = params.ablate, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
 
-    metrics, table, figure = ablation_run.run(name, section, params.seed, device, processes)
+    metrics, table, figure = run(name, section, params.seed, device, processes)
     write_json(f"metrics/ablate/{name}.json", metrics)
     write_text(f"plots/ablate/{name}.csv", table.to_csv(index=False, float_format="%.6g"))
     plots.save_figure(figure, f"plots/ablate/{name}.png")

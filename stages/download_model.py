@@ -1,7 +1,7 @@
 """Bring a published model to data/models/<model>: from a hub id or a local folder.
 
-What to fetch stands in params.yaml, download_model.<model>; metrics/download_model/<model>.json
-says what came. A folder of that name which this stage did not make is refused, never replaced.
+The source is in params.yaml, download_model.<model>; metrics/download_model/<model>.json counts the
+files. A folder of that name which this stage did not make is refused, never replaced.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from musicscope.models.download import download
 
 
 def filled(folder: Path) -> bool:
-    """Whether a folder is there and not empty."""
+    """Tell whether a folder exists and is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def made_here(name: str, note: Path) -> bool:
-    """Whether data/models/<name> is of an earlier run: by dvc.lock, or by what that run noted."""
+    """Tell by dvc.lock, or by its note, whether an earlier run made data/models/<name>."""
     lock = Path("dvc.lock")
     tree = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
     return f"download_model@{name}" in tree.get("stages", {}) or note.is_file()

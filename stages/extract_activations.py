@@ -1,4 +1,4 @@
-"""Activations of the chosen layers for every clip: data/activations/<model>/<slot>.
+"""Extract activations of the chosen layers for every clip: data/activations/<model>/<slot>.
 
 Reads metrics/layers/<model>.yaml (slot: layer), data/clips and data/models/<model>.
 """
@@ -11,12 +11,11 @@ import sys
 
 from omegaconf import OmegaConf
 
-from musicscope.activations import extraction_plans
+from musicscope.activations import extraction
 from musicscope.config import Params, load_params
 from musicscope.core import distributed
-from musicscope.core import io as artifacts
-from musicscope.core.io import folder_sha256
-from musicscope.models.sources import open_sources
+from musicscope.core.io import folder_sha256, write_json
+from musicscope.models.registry import open_sources
 
 CLIPS = "data/clips"
 
@@ -39,10 +38,10 @@ def extract(name: str, params: Params, engine: distributed.Engine) -> None:
     folder = f"data/models/{name}"
     sources = functools.partial(open_sources, folder, CLIPS, engine.device)
     model, clips = sources()
-    plans = extraction_plans.plans(
+    plans = extraction.plan(
         model,
         clips,
-        extraction_plans.hook_names(model, {slot: chosen[slot] for slot in params.slots}),
+        extraction.hook_names(model, {slot: chosen[slot] for slot in params.slots}),
         captions=section.captions,
         dtype=section.dtype,
         shard_mb=section.shard_mb,
@@ -54,13 +53,11 @@ def extract(name: str, params: Params, engine: distributed.Engine) -> None:
         for plan in plans:
             print(f"{name}: {plan.describe()}", file=sys.stderr, flush=True)
     folders = {slot: f"data/activations/{name}/{slot}" for slot in params.slots}
-    stores = extraction_plans.extract(
+    stores = extraction.extract(
         plans, sources, folders, engine.processes, ranks=engine.ranks, workers=engine.workers
     )
     if engine.ranks.leads:
-        artifacts.write_json(
-            f"metrics/extract_activations/{name}.json", extraction_plans.summary(plans, stores)
-        )
+        write_json(f"metrics/extract_activations/{name}.json", extraction.summary(plans, stores))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ import torch
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
-from musicscope.core.audio import at_rate
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import folder_sha256
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import ClipStore, at_rate
 from musicscope.features.selection import Latent, choose, mismatched, read_features, universal
 from musicscope.maximisation.moments import open_models
 from musicscope.maximisation.report import write

@@ -1,7 +1,7 @@
-"""Which code a model runs on: data/model_code/<model>.json, digests of its family's loader files.
+"""Write digests of the loader files of a model's family: data/model_code/<model>.json.
 
-Stages that run the model depend on this file in place of every family's loader, so that an edit of
-one family reruns nothing of another. Reads data/models/<model> to tell the family.
+Stages that run the model depend on this file instead of every family's loader, so an edit of one
+family reruns nothing of another. Reads data/models/<model> to tell the family.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from musicscope.ablation.language import select_layers
+from musicscope.ablation.scores import select_layers
 from musicscope.config import load_params
 from musicscope.core.io import read_json, write_text
 

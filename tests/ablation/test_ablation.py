@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope.ablation import language as ablation
+from musicscope.ablation import language
+from musicscope.ablation import scores as ablation
+from musicscope.ablation.run import spread_clips
 from musicscope.models.musicgen.model import MusicgenModel
 from musicscope.models.registry import load_model
 from tests.conftest import CAPTIONS
@@ -25,13 +27,13 @@ def batches(model):
     return [model.encode(audio[:3], captions[:3]), model.encode(audio[3:], captions[3:])]
 
 
-def update_means(model, batches) -> torch.Tensor:
-    first, second = (ablation.update_sums(model, batch) for batch in batches)
+def update_means(model, batches) -> dict[str, torch.Tensor]:
+    first, second = (language.sums(model, batch) for batch in batches)
     return (first + second).means
 
 
-def ablate(model, batches, **options) -> ablation.AblationScores:
-    return ablation.join([ablation.ablate(model, batch, **options) for batch in batches])
+def ablate(model, batches, **options) -> ablation.Scores:
+    return ablation.join([language.ablate(model, batch, **options) for batch in batches])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,10 @@ def naive(model, batch, layer: int, replace) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
-@pytest.mark.parametrize("kind", ablation.KINDS)
+@pytest.mark.parametrize("kind", language.KINDS)
 def test_scores_are_those_of_whole_forwards(model, batches, means, scores, kind, layer):
     def mean_update(x, y):
-        start, rest = means[layer]
+        start, rest = means[f"layers.{layer}"]
         return torch.cat([x[:, :1] + start, x[:, 1:] + rest], 1)
 
     replace = {
@@ -86,8 +88,8 @@ def test_scores_are_those_of_whole_forwards(model, batches, means, scores, kind,
         ]
         rise.append(torch.stack(gain).view(batch.codes.shape).mean(-1))
     j = scores.kinds.index(kind)
-    np.testing.assert_allclose(scores.kl[j, layer], torch.cat(kl), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(scores.dce[j, layer], torch.cat(rise), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores["kl"][j, layer], torch.cat(kl), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores["dce"][j, layer], torch.cat(rise), rtol=1e-4, atol=1e-6)
 
 
 def test_mean_update_by_hand(model, batches, means):
@@ -97,8 +99,8 @@ def test_mean_update_by_hand(model, batches, means):
         update = stream[3] - stream[2]
         start.append(update[:, 0])
         rest.append(update[:, 1 : batch.frames + 1].flatten(0, 1))
-    torch.testing.assert_close(means[2, 0], torch.cat(start).mean(0))
-    torch.testing.assert_close(means[2, 1], torch.cat(rest).mean(0))
+    torch.testing.assert_close(means["layers.2"][0], torch.cat(start).mean(0))
+    torch.testing.assert_close(means["layers.2"][1], torch.cat(rest).mean(0))
 
 
 def test_position_groups_are_start_frames_and_tail(model, batches):
@@ -107,7 +109,7 @@ def test_position_groups_are_start_frames_and_tail(model, batches):
         tail = [-1] * (width - 1 - batch.frames)
         assert groups.tolist() == [[0] + [1] * batch.frames + tail] * len(batch)
         assert len(tail) == 2
-        assert ablation.update_sums(model, batch).counts.tolist() == [
+        assert language.sums(model, batch).counts["layers.1"].tolist() == [
             len(batch), len(batch) * batch.frames,
         ]  # fmt: skip
 
@@ -116,7 +118,7 @@ def test_cost_is_half_a_forward_a_layer(model, batches, means, scores):
     layers, clips = 4, 5
     a_kind = layers * (layers - 1) // 2
     assert scores.layer_forwards == clips * (layers + 3 * a_kind)
-    assert scores.full_forward_equivalents == 1 + 3 * (layers - 1) / 2
+    assert language.summary(scores)["full_forward_equivalents"] == 1 + 3 * (layers - 1) / 2
     # The count is of calls that torch saw, not of calls that were planned.
     calls = []
     handles = [
@@ -138,25 +140,25 @@ def test_skipping_a_layer_that_does_nothing_costs_nothing(tiny_musicgen, batches
         linear.weight.zero_()
     means = update_means(model, batches)
     scores = ablate(model, batches, means=means)
-    assert means[1].abs().max() == 0
+    assert means["layers.1"].abs().max() == 0
     for kind, idle_is_free in (("skip", True), ("mean", True), ("zero", False)):
         j = scores.kinds.index(kind)
-        assert (np.abs(scores.kl[j, 1]).max() == 0) == idle_is_free
-        assert (np.abs(scores.dce[j, 1]).max() == 0) == idle_is_free
-        assert scores.kl[j, 2].min() > 1e-3
+        assert (np.abs(scores["kl"][j, 1]).max() == 0) == idle_is_free
+        assert (np.abs(scores["dce"][j, 1]).max() == 0) == idle_is_free
+        assert scores["kl"][j, 2].min() > 1e-3
 
 
 def test_kl_is_not_negative_and_layers_differ(scores):
-    assert scores.kl.shape == (3, 4, 5, 4)
-    assert scores.kl.min() > -1e-6
-    assert scores.kl.mean((2, 3)).std(1).min() > 1e-3
+    assert scores["kl"].shape == (3, 4, 5, 4)
+    assert scores["kl"].min() > -1e-6
+    assert scores["kl"].mean((2, 3)).std(1).min() > 1e-3
 
 
 def test_table_and_metrics(scores):
     groups = ["a", "a", "b", "b", "c"]
     table = ablation.ablation_table(scores, groups, bootstrap=200, seed=1)
     assert len(table) == 12
-    for name, values in (("kl", scores.kl), ("dce", scores.dce)):
+    for name, values in (("kl", scores["kl"]), ("dce", scores["dce"])):
         row = table[(table["layer"] == 2) & (table["kind"] == "mean")].iloc[0]
         np.testing.assert_allclose(row[name], values[2, 2].mean())
         np.testing.assert_allclose(row[f"{name}_codebook_3"], values[2, 2, :, 3].mean())
@@ -164,7 +166,7 @@ def test_table_and_metrics(scores):
             assert (table[f"{column}_low"] <= table[column]).all()
             assert (table[column] <= table[f"{column}_high"]).all()
             assert (table[f"{column}_low"] < table[f"{column}_high"]).any()
-    metrics = ablation.ablation_metrics(scores, table, groups)
+    metrics = ablation.ablation_metrics(scores, table, groups) | language.summary(scores)
     assert metrics["groups"] == 3
     assert metrics["layers"]["3"]["zero"]["kl_low"] == table.iloc[7]["kl_low"]
     assert metrics["full_forward_equivalents_per_kind"] == pytest.approx(1.5)
@@ -176,7 +178,7 @@ def test_table_and_metrics(scores):
 def test_unknown_and_unready_kinds(model, batches):
     with pytest.raises(ValueError, match="swap"):
         ablate(model, batches, kinds=["swap"])
-    with pytest.raises(ValueError, match="update_sums"):
+    with pytest.raises(ValueError, match="language.sums"):
         ablate(model, batches, kinds=["mean"])
 
 
@@ -196,14 +198,14 @@ def test_spread_clips_takes_compositions_in_turn():
     rows = pd.DataFrame({"group": list("aaaaaabbbcc"), "split": "train", "kind": "clip"})
     rows["font"] = "timgm6mb"
     rows.loc[0, "kind"], rows.loc[6, "font"], rows.loc[9, "split"] = "pair", "fluidr3mono", "test"
-    chosen = ablation.spread_clips(rows, "train", 5, seed=0)
+    chosen = spread_clips(rows, "train", 5, seed=0)
     assert rows["group"].iloc[chosen].value_counts().to_dict() == {"a": 2, "b": 2, "c": 1}
     assert not {0, 6, 9} & set(chosen)
     assert list(chosen) == sorted(set(chosen))
-    other = [tuple(ablation.spread_clips(rows, "train", 5, seed)) for seed in range(8)]
+    other = [tuple(spread_clips(rows, "train", 5, seed)) for seed in range(8)]
     assert tuple(chosen) == other[0]
     assert len(set(other)) > 1
     with pytest.raises(ValueError, match=r"ablate.clips.*recordings\.limits"):
-        ablation.spread_clips(rows, "train", 9, seed=0)
+        spread_clips(rows, "train", 9, seed=0)
     rows["font"] = "recording"
-    assert len(ablation.spread_clips(rows, "train", 9, seed=0)) == 9
+    assert len(spread_clips(rows, "train", 9, seed=0)) == 9

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.activations import extraction, extraction_plans
+from musicscope.activations import extraction
 from musicscope.activations.alignment import (
     align,
     aligned_store,
@@ -312,8 +312,8 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     fast = extraction.extract(plan, lambda: (musicgen, clips), {"top1": tmp_path / "m"})["top1"]
     rave = load_model(rave_export.save(rave_export.TinyRave(), tmp_path / "tiny.ts"))
     view = ResampledClips(clips, rave.sample_rate)
-    plans = extraction_plans.plans(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
-    slow = extraction_plans.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
+    plans = extraction.plan(rave, view, {"top1": "posterior_mean"}, **options, **hashes)
+    slow = extraction.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
     assert (fast.frames[0], slow.frames[0]) == (50, 22)
     aligned = aligned_store(fast, slow, tmp_path / "x", fast_rate=musicgen.frame_rate)
     assert len(usae_data.pair([aligned, slow], "train")) == 2
@@ -392,11 +392,11 @@ class Bursts16k:
 
 def extracted(model, clips, layer: str, folder: Path) -> ActivationStore:
     heard = at_rate(clips, model.sample_rate)
-    plans = extraction_plans.plans(
+    plans = extraction.plan(
         model, heard, {"top1": layer}, dtype="float16", shard_mb=1, batch_clips=4,
         model_sha256=model.name, clips_sha256="bursts",
     )  # fmt: skip
-    return extraction_plans.extract(plans, lambda: (model, heard), {"top1": folder})["top1"]
+    return extraction.extract(plans, lambda: (model, heard), {"top1": folder})["top1"]
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ import pandas as pd
 import pytest
 import torch
 
-from musicscope.activations import extraction
 from musicscope.activations import token_cache as codes
 from musicscope.activations.extraction import Plan, extract, plan, summary
 from musicscope.activations.store import ActivationStore, StoreError
-from musicscope.core.io import folder_sha256, partial_dir
+from musicscope.core.io import folder_sha256, partial_dir, sole_user
 from musicscope.models.interface import HookPoint
 from musicscope.models.registry import load_model
 
@@ -58,7 +57,7 @@ class BatchModel:
     """Activations that depend on all clips of their batch, and no transformers to import."""
 
     name, sample_rate, frame_rate = "batch", RATE, 50.0
-    hook_points = (HookPoint("layers.0", 48), HookPoint("layers.2", 48))
+    hook_points = (HookPoint("layers.0", 48, 50.0), HookPoint("layers.2", 48, 50.0))
 
     def __init__(self, pause: float = 0.0) -> None:
         self.pause, self.passes = pause, 0
@@ -79,7 +78,7 @@ def batch_sources(pids: str, pause: float = 0.0):
     return BatchModel(pause), FakeClips()
 
 
-def make_plan(model, clips=None, **options) -> Plan:
+def make_plan(model, clips=None, **options) -> list[Plan]:
     # 48 dimensions, 20 frames: 1,920 bytes a clip, so three clips a shard and batches of 2 + 1.
     choices = {"dtype": "float16", "shard_mb": 3.2 * 1920 / 2**20, "batch_clips": 2}
     choices |= {"captions": False, "model_sha256": "m", "clips_sha256": "c", "layers": LAYERS}
@@ -108,7 +107,7 @@ def model(tiny_musicgen: Path):
 def test_stored_values_are_what_capture_gives(model, tmp_path):
     clips = FakeClips()
     todo = make_plan(model)
-    assert [list(span) for span in todo.spans] == [[0, 3], [3, 6], [6, 9], [9, 11]]
+    assert [list(span) for span in todo[0].spans] == [[0, 3], [3, 6], [6, 9], [9, 11]]
     stores = extract(todo, lambda: (model, clips), out(tmp_path / "a"))
     for slot, name in LAYERS.items():
         store = ActivationStore.open(tmp_path / "a" / slot)
@@ -207,13 +206,13 @@ if __name__ == "__main__":
         time.sleep(0.05)
     assert not any(map(running, workers))  # no orphan goes on writing
     kept = finished()
-    assert 0 < len(kept) < len(todo.spans)
+    assert 0 < len(kept) < len(todo[0].spans)
     assert not any(f.exists() for f in folders.values())  # nothing half done in its place
 
     rest = BatchModel()
     extract(todo, lambda: (rest, FakeClips()), folders)
     assert contents(folders) == contents(whole)
-    lost = [b - a for i, (a, b) in enumerate(todo.spans) if f"shard-{i:05d}" not in kept]
+    lost = [b - a for i, (a, b) in enumerate(todo[0].spans) if f"shard-{i:05d}" not in kept]
     assert rest.passes == sum(-(-clips // 2) for clips in lost)
     assert not list(scratch.glob("*/top*"))  # the scratch is gone
 
@@ -262,8 +261,8 @@ def test_the_hash_of_the_codec_sees_weights_and_settings_but_not_where_it_lies(m
 
 def test_a_second_run_waits_for_the_first(model, tmp_path, capsys):
     todo, folders = make_plan(model), out(tmp_path / "a")
-    scratch = partial_dir(todo.identity())
-    with extraction._sole_user(scratch):
+    scratch = partial_dir(todo[0].identity())
+    with sole_user(scratch):
         run = threading.Thread(target=extract, args=(todo, lambda: (model, FakeClips()), folders))
         run.start()
         run.join(0.3)
@@ -271,7 +270,7 @@ def test_a_second_run_waits_for_the_first(model, tmp_path, capsys):
         assert not folders["top1"].exists()
     run.join(30)
     assert ActivationStore.open(folders["top1"]).ids
-    assert "waiting for another run of this extraction" in capsys.readouterr().err
+    assert "waiting for another run" in capsys.readouterr().err
 
 
 def test_a_bad_clip_is_named_and_leaves_no_store(model, tmp_path):
@@ -303,15 +302,17 @@ def test_the_plan_knows_the_size_before_anything_runs(model, tmp_path):
     before = model.layer_calls
     todo = make_plan(model)
     size = CLIPS * FRAMES * 48 * 2
-    text = todo.describe()
+    text = todo[0].describe()
     assert "11 clips, 220 frames, 4 shards a slot" in text
     assert "top1: layers.2, 48 x float16, 0.000 GB" in text
-    assert todo.nbytes("top1") == size
+    assert todo[0].nbytes("top1") == size
     assert model.layer_calls == before
     stores = extract(todo, lambda: (model, FakeClips()), out(tmp_path / "a"))
     assert stores["top2"].nbytes == size
-    assert todo.identity() == make_plan(model).identity()
-    assert partial_dir(todo.identity()) != partial_dir(make_plan(model, captions=True).identity())
+    assert todo[0].identity() == make_plan(model)[0].identity()
+    assert partial_dir(todo[0].identity()) != partial_dir(
+        make_plan(model, captions=True)[0].identity()
+    )
 
 
 def test_impossible_plans_are_refused(model):

@@ -111,7 +111,7 @@ def test_a_folder_is_counted_and_a_missing_one_asks_for_clips(tmp_path):
 
 def test_planned_sizes_are_those_of_extraction(tiny_musicgen: Path, params):
     model, fake = load_model(tiny_musicgen), FakeClips()
-    todo = extraction.plan(
+    (todo,) = extraction.plan(
         model, fake, {"top1": "layers.1", "top2": "layers.2"}, dtype="float16", shard_mb=1,
         batch_clips=2, captions=False, model_sha256="", clips_sha256="",
     )  # fmt: skip

@@ -16,8 +16,7 @@ from musicscope.data.clips import ClipStore, ResampledClips, at_rate, write_clip
 from musicscope.dictionaries import fidelity as sae_losses
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import baselines
-from musicscope.models.registry import load_model
-from musicscope.models.sources import open_sources
+from musicscope.models.registry import load_model, open_sources
 from tests.conftest import build_tiny_musicgen
 from tests.support import rave_export
 
@@ -82,7 +81,7 @@ def test_extraction_and_its_tokens_hear_the_resampled_clips(here):
     expected = model.capture(batch, ["layers.1"])["layers.1"]
     for i in range(8):
         np.testing.assert_allclose(store.clip(i), expected[i].numpy(), atol=1e-2, rtol=1e-2)
-    with pytest.raises(ValueError, match=r"8000 Hz, tiny works at 3200 Hz; .*resampling.at_rate"):
+    with pytest.raises(ValueError, match=r"8000 Hz, tiny works at 3200 Hz; .*core.audio.at_rate"):
         extraction.plan(
             model, ClipStore.open(), {"top1": "layers.1"}, dtype="float16", shard_mb=1,
             batch_clips=4, captions=False, model_sha256="m", clips_sha256="c",

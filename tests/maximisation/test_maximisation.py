@@ -39,7 +39,6 @@ from musicscope.maximisation.search import (
     search,
 )
 from musicscope.models.interface import Batch
-from musicscope.models.musicgen.gradient import substitution_gains, traced
 from musicscope.models.registry import load_model
 from tests.conftest import ROOT, build_tiny_musicgen
 
@@ -98,7 +97,7 @@ def test_gradient_equals_finite_differences_through_the_embeddings(tiny_musicgen
         value = window_means(stream[:, 1 : T + 1] @ weight, 5).amax()
         return value, -F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="sum")
 
-    inputs, stream, logits = traced(double, batch, LAYER, logits=True)
+    inputs, stream, logits = double.traced(batch, LAYER, logits=True)
     assert torch.equal(logits, double.forward(batch))
     captured = double.capture(batch, [LAYER])[LAYER]
     assert torch.equal(stream[:, 1 : T + 1], captured)
@@ -123,7 +122,7 @@ def test_gradient_equals_finite_differences_through_the_embeddings(tiny_musicgen
 def test_without_logits_no_layer_behind_the_hook_runs(model):
     batch = model.with_captions(random_codes(model, 1, 3), [None])
     before = model.layer_calls
-    assert traced(model, batch, LAYER, logits=False)[2] is None
+    assert model.traced(batch, LAYER, logits=False)[2] is None
     assert model.layer_calls - before == 2
 
 
@@ -131,7 +130,7 @@ def test_substitution_gains_are_embedding_differences_at_the_right_place(model):
     codes = random_codes(model, 1, 2)[0]
     books = model.num_codebooks
     gradient = torch.randn(T + books - 1, 48, generator=torch.Generator().manual_seed(1))
-    found = substitution_gains(model, codes, gradient)
+    found = model.substitution_gains(codes, gradient)
     before = model.decoder.embed(model.sequence(model.with_captions(codes[None], [None])))[0]
     for k, t, v in [(0, 0, 5), (1, 3, 60), (3, 9, 0), (2, T - 1, 33), (3, T - 1, 8)]:
         changed = codes.clone()

@@ -398,23 +398,26 @@ def test_without_audiocraft_the_error_says_how_to_install_it(monkeypatch):
 
 SCRIPT = """
 import importlib, sys
-from musicscope.models import audiocraft_compat, load_model
+from musicscope.models import torchaudio_guard
+from musicscope.models.audiocraft import compat
+from musicscope.models.registry import load_model
+import musicscope.models.musicgen
 guard = sys.meta_path.pop(0)
-assert isinstance(guard, audiocraft_compat.TorchaudioGuard), guard
+assert isinstance(guard, torchaudio_guard.TorchaudioGuard), guard
 try:
     import torchaudio
     raise SystemExit("the wheel loads by itself: nothing is tested")
 except OSError:
     pass
-audiocraft_compat.install_guard()
-audiocraft_compat.install_guard()
-assert sum(isinstance(f, audiocraft_compat.TorchaudioGuard) for f in sys.meta_path) == 1
+torchaudio_guard.install_guard()
+torchaudio_guard.install_guard()
+assert sum(isinstance(f, torchaudio_guard.TorchaudioGuard) for f in sys.meta_path) == 1
 import torchaudio
 assert torchaudio.resample() == "plain torch works"
 assert not torchaudio._extension._IS_ALIGN_AVAILABLE
-for package in set(audiocraft_compat.ABSENT) - {"torchaudio"}:
+for package in set(compat.ABSENT) - {"torchaudio"}:
     sys.modules[package] = None  # as if it were not installed
-audiocraft_compat.import_audiocraft()
+compat.import_audiocraft()
 assert not {"librosa", "av", "spacy", "num2words"} & set(sys.modules)
 from transformers import MusicgenForConditionalGeneration
 import torch

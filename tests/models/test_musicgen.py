@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from musicscope.models import hooks
-from musicscope.models.musicgen.decoder import delayed, undelayed
-from musicscope.models.musicgen.generation import sample
+from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.musicgen.delay_pattern import delayed, sample, undelayed
 from musicscope.models.registry import load_model
 from tests.conftest import CAPTIONS, ROOT
 
@@ -177,6 +177,9 @@ def test_cross_entropy_is_the_loss_of_transformers(model, batch):
     entropy = model.cross_entropy(batch)
     assert entropy.shape == batch.codes.shape
     torch.testing.assert_close(entropy.mean(), loss, atol=1e-6, rtol=1e-6)
+    assert torch.equal(model.loss(batch), entropy.double().mean((1, 2)))
+    assert isinstance(model, LanguageModel)
+    assert not isinstance(model, AudioModel)
 
 
 def test_delay_is_the_pattern_of_transformers(model, batch):
@@ -373,7 +376,12 @@ def test_hook_tools(model, batch):
         rows.append(activations[:, 0, 0].tolist())
         return activations
 
-    only = hooks.chain(hooks.on_conditional(model, lambda a, _: torch.zeros_like(a)), spy)
+    def silence(activations, positions):
+        activations = activations.clone()
+        activations[model.conditional_rows] = 0
+        return activations
+
+    only = hooks.chain(silence, spy)
     model.generate(list(CAPTIONS[:2]), 0.1, 0, {"layers.0": only})
     assert all(r[:2] == [0, 0] and 0 not in r[2:] for r in rows)
     rows.clear()

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from musicscope.ablation import language as ablation
+from musicscope.ablation import language
 from musicscope.activations.extraction import extract, plan
 from musicscope.dictionaries.evaluation import replace_frames
 from musicscope.models import hooks
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import AudioModel, LanguageModel
 from musicscope.models.registry import load_model
 from musicscope.models.yue import tokens
 from musicscope.models.yue.decoder import frame_labels
@@ -72,12 +72,11 @@ def batch(model):
 
 
 def test_golden_document():
-    ids = tokens.document_ids(TEXTS.__getitem__, "guitar", ["[verse]\n\n\n"], [TRACKS], end=False)
-    assert ids == GOLDEN
-    assert len(ids) == 54
-    ended = tokens.document_ids(TEXTS.__getitem__, "guitar", ["[verse]\n\n\n"], [TRACKS])
-    assert ended == [*GOLDEN, 32000]
-    assert tokens.prompt_ids(TEXTS.__getitem__, " guitar\n") == GOLDEN[:40]
+    prompt = tokens.prompt_ids(TEXTS.__getitem__, " guitar\n")
+    assert prompt == GOLDEN[:40]
+    codes = tokens.interleave(TRACKS[None])[0].tolist()
+    end = tokens.MARKS["[end_of_segment]"]
+    assert [*prompt, *codes, tokens.EOA, *end] == GOLDEN
 
 
 def test_golden_ids_come_from_a_real_sentencepiece_model(tmp_path):
@@ -94,30 +93,6 @@ def test_golden_ids_come_from_a_real_sentencepiece_model(tmp_path):
         tokens.load_tokenizer(tmp_path / "short.model")
     with pytest.raises(FileNotFoundError, match=r"absent\.model.*branch YuE-v1"):
         tokens.load_tokenizer(tmp_path / "absent.model")
-
-
-def test_reference_and_segments_stand_where_the_models_were_trained():
-    segments = ["[verse]\nla\n\n", "[chorus]\nlo\n\n"]
-
-    def letters(text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    head = f"{tokens.INSTRUCTION}\n[Genre] pop\n[verse]\nla\n\n\n[chorus]\nlo\n\n"
-    expected = [
-        *letters(head), *letters("[start_of_reference]"), 32001, 32016, 45343, 45344, 32002,
-        *letters("[end_of_reference]"),
-        *letters("[start_of_segment][verse]\nla\n\n"), 32001, 32016, 45334, 45339, 45335, 45340,
-        46357, 45341, 32002, *letters("[end_of_segment]"),
-        *letters("[start_of_segment][chorus]\nlo\n\n"), 32001, 32016, 45337, 45338, 32002,
-        *letters("[end_of_segment]"), 32000,
-    ]  # fmt: skip
-    codes = [TRACKS, torch.tensor([[3], [4]])]
-    reference = torch.tensor([[9], [10]])
-    assert tokens.document_ids(letters, "pop", segments, codes, reference) == expected
-    assert tokens.split_lyrics("[verse]\n la\n\n[chorus] lo") == segments
-    assert tokens.split_lyrics("[intro]\n[verse]\n") == ["[intro]\n\n\n", tokens.INSTRUMENTAL]
-    with pytest.raises(ValueError, match=r"\[verse\]"):
-        tokens.split_lyrics("la la")
 
 
 @settings(max_examples=30, deadline=None)
@@ -272,7 +247,6 @@ def released_recipe(model, caption: str, frames: int, seed: int, **options):
         layer.register_forward_hook(lambda m, i, output, into=into: into.append(output.clone()))
         for layer, into in zip(model.hf.model.layers, seen, strict=True)
     ]
-    released = tokens.RELEASED_BLOCK
     settings = {"do_sample": True, "top_p": 0.93, "temperature": 1.0, "guidance_scale": 1.5}
     torch.manual_seed(seed)
     try:
@@ -284,7 +258,7 @@ def released_recipe(model, caption: str, frames: int, seed: int, **options):
             pad_token_id=tokens.EOA,
             # The script's two ranges, the second of them empty, then all that is no code.
             logits_processor=[
-                Forbid(released.start, released.stop), Forbid(32016, 32016),
+                Forbid(0, 32_002), Forbid(32_016, 32_016),
                 Forbid(32002, 45334), Forbid(46358, 83968),
             ],
             **settings | {"repetition_penalty": 1.1} | options,
@@ -366,11 +340,13 @@ def test_conditional_rows_are_those_with_the_caption(model):
         return activations
 
     def zero(activations, positions):
-        return torch.zeros_like(activations)
+        activations = activations.clone()
+        activations[model.conditional_rows] = 0
+        return activations
 
     rows = []
     watch = hooks.chain(
-        hooks.on_conditional(model, hooks.on_frames(zero)),
+        hooks.on_frames(zero),
         lambda a, p: (rows.append((p.tolist(), a[:, -1].abs().sum(-1) == 0)), a)[1],
     )
     model.generate(["guitar", "music"], 0.04, 0, {"layers.0": spy, "layers.1": watch})
@@ -513,25 +489,24 @@ def naive_scores(model, batch, layer: int, replace) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_ablation(model, batch, layer):
-    scores = ablation.ablate(model, batch, kinds=["skip", "zero"])
+    scores = language.ablate(model, batch, kinds=["skip", "zero"])
     p = naive_scores(model, batch, layer, lambda x, y: y)
     for j, replace in enumerate((lambda x, y: x, lambda x, y: y * 0)):
         q = naive_scores(model, batch, layer, replace)
         kl = (p.exp() * (p - q)).sum(-1).mean(-1)
-        np.testing.assert_allclose(scores.kl[j, layer], kl, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(scores["kl"][j, layer], kl, rtol=1e-4, atol=1e-5)
         rise = (p - q).gather(-1, batch.codes[..., None])[..., 0].mean(-1)
-        np.testing.assert_allclose(scores.dce[j, layer], rise, rtol=1e-3, atol=1e-5)
-    assert scores.kl.mean((2, 3)).min() > 1e-3
+        np.testing.assert_allclose(scores["dce"][j, layer], rise, rtol=1e-3, atol=1e-5)
+    assert scores["kl"].mean((2, 3)).min() > 1e-3
 
 
-@pytest.mark.skipif(
-    not hasattr(MusicModel, "position_groups"), reason="ablation knows one kind of sequence only"
-)
 def test_mean_ablation_has_a_mean_for_each_kind_of_position(model, batch):
     prompt, labels = batch.text.shape[1], model.positions(batch)
     starts = [prompt - int(mask.sum()) for mask in batch.text_mask]
-    means = ablation.update_sums(model, batch).means
-    assert means.shape == (3, 4, 16)
+    means = language.sums(model, batch).means
+    assert [(name, tuple(mean.shape)) for name, mean in means.items()] == [
+        (n, (4, 16)) for n in NAMES
+    ]
     stream = model.layer_inputs(batch)
     update, kinds = stream[2] - stream[1], torch.full((3, len(labels)), 3)
     kinds[:, labels > 0], kinds[:, labels < 0] = 1, 2
@@ -539,12 +514,12 @@ def test_mean_ablation_has_a_mean_for_each_kind_of_position(model, batch):
         kinds[b, start] = 0
         kinds[b, :start] = -1
     for kind in range(4):
-        torch.testing.assert_close(means[1, kind], update[kinds == kind].mean(0))
-    scores = ablation.ablate(model, batch, kinds=["mean"], means=means)
+        torch.testing.assert_close(means["layers.1"][kind], update[kinds == kind].mean(0))
+    scores = language.ablate(model, batch, kinds=["mean"], means=means)
     p = naive_scores(model, batch, 1, lambda x, y: y)
-    q = naive_scores(model, batch, 1, lambda x, y: x + means[1][kinds])
+    q = naive_scores(model, batch, 1, lambda x, y: x + means["layers.1"][kinds])
     kl = (p.exp() * (p - q)).sum(-1).mean(-1)
-    np.testing.assert_allclose(scores.kl[0, 1], kl, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores["kl"][0, 1], kl, rtol=1e-4, atol=1e-5)
 
 
 class Clips:
@@ -585,6 +560,8 @@ def test_extraction_stores_the_instrumental_positions(model, tmp_path, monkeypat
 
 def test_load(folder, tmp_path, batch):
     half = load(folder, dtype=torch.bfloat16)
+    assert isinstance(half, LanguageModel)
+    assert not isinstance(half, AudioModel)
     assert (half.name, half.sample_rate, half.frame_rate) == ("tiny-yue", 16000, 50.0)
     assert [(p.name, p.width) for p in half.hook_points] == [(n, 16) for n in NAMES]
     audio = torch.randn(3, 3200, generator=torch.Generator().manual_seed(1))

@@ -28,13 +28,10 @@ from musicscope.maximisation.objective import (
     activations,
     exact,
     gains,
-    gradient_of,
     log_probs,
 )
 from musicscope.maximisation.search import Codec, measure_survival, search
-from musicscope.models.musicgen import gradient as musicgen_gradient
 from musicscope.models.registry import load_model
-from musicscope.models.yue import gradient as yue_gradient
 from musicscope.models.yue.tokens import CODE_IDS, FIRST_CODE, XCODEC
 from tests.conftest import build_tiny_musicgen
 from tests.support.yue_export import build_tiny_yue
@@ -137,12 +134,12 @@ def test_gradient_equals_finite_differences_through_the_embeddings(double):
     batch = double.with_captions(codes, [None])
 
     def terms(stream, logits):
-        curve = yue_gradient.at_frames(stream, T) @ weight
+        curve = double.at_frames(stream, T) @ weight
         return curve[:, 3:7].mean(), -F.cross_entropy(
             logits.flatten(0, 2), codes.flatten(), reduction="sum"
         )
 
-    inputs, stream, logits = yue_gradient.traced(double, batch, LAYER, logits=True)
+    inputs, stream, logits = double.traced(batch, LAYER, logits=True)
     assert torch.equal(logits, double.forward(batch))
     gradients = [
         torch.autograd.grad(value, inputs, retain_graph=True)[0] for value in terms(stream, logits)
@@ -165,7 +162,7 @@ def test_gradient_equals_finite_differences_through_the_embeddings(double):
 def test_substitution_gains_are_embedding_differences_at_the_right_place(double):
     codes = random_codes(1, 2)[0]
     gradient = torch.randn(1 + 2 * T, 16, generator=torch.Generator().manual_seed(1)).double()
-    found = yue_gradient.substitution_gains(double, codes, gradient)
+    found = double.substitution_gains(codes, gradient)
     table = double.hf.model.embed_tokens.weight
     for k, t, v in [(0, 0, 5), (1, 3, 60), (1, 0, 0), (0, T - 1, 1023), (1, T - 1, 8)]:
         rise = table[FIRST_CODE + v] - table[FIRST_CODE + int(codes[k, t])]
@@ -204,7 +201,7 @@ def test_what_the_search_reads_is_capture_and_cross_entropy(model):
     found, streams = activations(objective, codes)
     assert model.layer_calls - before == NUMBER + 1
     captured = model.capture(batch, [LAYER])[LAYER]
-    assert torch.equal(yue_gradient.at_frames(streams[0], T), captured)
+    assert torch.equal(model.at_frames(streams[0], T), captured)
     curve = (captured @ weight + 0.5) / 2
     windows = torch.stack([curve[:, i : i + 4].mean(1) for i in range(T - 3)], 1)
     torch.testing.assert_close(found[0], windows.amax(1))
@@ -212,7 +209,7 @@ def test_what_the_search_reads_is_capture_and_cross_entropy(model):
     torch.testing.assert_close(natural, -model.cross_entropy(batch).mean((1, 2)))
     part = model.with_captions(codes[:1], [None])
     before = model.layer_calls
-    inputs, stream, logits = yue_gradient.traced(model, part, LAYER, logits=False)
+    inputs, stream, logits = model.traced(part, LAYER, logits=False)
     assert logits is None
     assert model.layer_calls - before == NUMBER + 1
     assert inputs.is_leaf
@@ -257,7 +254,7 @@ def test_a_search_by_ear_leaves_the_vocal_track_silent(model):
     target = Target(model, LAYER, direction().float(), 0.0, 1.0)
     objective = Objective((target,), window=4, naturalness=0.1)
     codes = random_codes(3, 12)
-    codec = Codec(model, torch.ones(2), yue_gradient.FIRST_HEARD)
+    codec = Codec(model, torch.ones(2), model.first_encoded)
     heard = codec.again(codes)
     assert torch.equal(heard[:, 0], model.silence(T).expand(3, T))
     # Only the instrumental track counts: what becomes of it beside silence.
@@ -282,8 +279,6 @@ def test_a_search_by_ear_leaves_the_vocal_track_silent(model):
 def test_models_are_searched_where_they_share_tokens(model, tmp_path):
     build_tiny_musicgen(tmp_path / "tiny")
     musicgen = load_model(tmp_path / "tiny")
-    assert gradient_of(model) is yue_gradient
-    assert gradient_of(musicgen) is musicgen_gradient
     one = mx.StudiedModel("yue", model, LAYER, None, None, 0, torch.zeros(16), 3)
     other = replace(one, name="musicgen", model=musicgen, mean=torch.zeros(48))
     assert mr.unsearchable((one,)) == ""

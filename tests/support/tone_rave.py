@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musicscope.activations import extraction_plans
+from musicscope.activations import extraction
 from musicscope.core.io import atomic_dir
 from musicscope.data.clips import ClipStore, at_rate, write_clips
 from musicscope.data.taxonomy import FAMILIES
@@ -133,12 +133,12 @@ def write_world(root: Path, rows: list[dict], noise: float = NOISE) -> None:
         write_clips(folder, made, STORED, round(SECONDS * STORED))
     clips, model = ClipStore.open(root / "data/clips"), load_model(root / "data/models/tone")
     view = at_rate(clips, SR)
-    plans = extraction_plans.plans(
+    plans = extraction.plan(
         model, view, {"top1": "latent"}, dtype="float16", shard_mb=1.0, batch_clips=4,
         model_sha256="m", clips_sha256="c",
     )  # fmt: skip
     folder = root / "data/activations/tone/top1"
-    extraction_plans.extract(plans, lambda: (model, view), {"top1": folder})
+    extraction.extract(plans, lambda: (model, view), {"top1": folder})
     tone_sae().save(root / "data/sae/tone/top1/seed-0", {"layer": "latent"})
     (root / "data/judge").mkdir()
     (root / "data/judge/none").write_text("the tests' judges are in tone_rave.py")

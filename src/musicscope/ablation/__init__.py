@@ -1,1 +1,1 @@
-"""Score of every layer by ablation, and hooks by name."""
+"""Layer scores by ablation, and the choice of layers."""

@@ -1,87 +1,119 @@
-"""Ablation of one model from clips to numbers, for text-to-music and for audio models alike."""
+"""Ablate one model, from clips to numbers: the same steps for language and audio models."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
-from musicscope.ablation import audio as rave_ablation
-from musicscope.ablation import language as ablation
+from musicscope.ablation import audio, language
+from musicscope.ablation.scores import (
+    Scores,
+    Sums,
+    ablation_figure,
+    ablation_metrics,
+    ablation_table,
+    join,
+)
+from musicscope.config.analysis import Ablate
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
-from musicscope.models.interface import is_audio_model
-from musicscope.models.sources import open_sources
+from musicscope.data.clips import main_clips
+from musicscope.models.interface import AudioModel, MusicModel
+from musicscope.models.registry import Sources, open_sources
 
 BATCH = 4  # the logits of a batch, 4 x 4 x 500 x 1024 floats, are held three times
-Sources = Callable[[], tuple[Any, Any]]
 
 
-def work(sources: Sources, kinds: tuple[str, ...], means: Any, rows: np.ndarray) -> Any:
-    """One batch: sums for the means as long as there are no `means`, then scores."""
+def method(model: MusicModel[Any]) -> ModuleType:
+    """The module with KINDS, sums, ablate and summary for a kind of model."""
+    return audio if isinstance(model, AudioModel) else language
+
+
+def work(
+    sources: Sources, kinds: Sequence[str], means: Mapping[str, Tensor] | None, rows: np.ndarray
+) -> Sums | Scores:
+    """Run one batch: sums for the means without `means`, else scores."""
     model, clips = sources()
     batch = model.encode(clips.audio(rows), clips.rows["caption"].iloc[rows].tolist())
-    if is_audio_model(model):
-        if means is None:
-            return rave_ablation.channel_sums(model, batch)
-        return rave_ablation.ablate(model, batch, kinds, means)
-    if means is None:
-        return ablation.update_sums(model, batch)
-    return ablation.ablate(model, batch, kinds, means)
+    how = method(model)
+    return how.sums(model, batch) if means is None else how.ablate(model, batch, kinds, means)
 
 
-def usable_kinds(model: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `kinds` that the model has: an audio model's layers cannot be skipped, since they
-    change width and rate. ValueError if none is left."""
-    if not is_audio_model(model):
-        return kinds
-    if not (kept := tuple(kind for kind in kinds if kind in rave_ablation.KINDS)):
+def usable_kinds(model: MusicModel[Any], kinds: Sequence[str]) -> tuple[str, ...]:
+    """Select the kinds that the model has. ValueError if none is left.
+
+    An audio model's layers cannot be skipped, since they change width and rate.
+    """
+    known = method(model).KINDS
+    if not (kept := tuple(kind for kind in kinds if kind in known)):
         raise ValueError(
             f"ablate.kinds = {list(kinds)}: {model.name} is an audio model and has only "
-            f"{list(rave_ablation.KINDS)}"
+            f"{list(known)}"
         )
     return kept
 
 
-def run(
-    name: str, section: Any, seed: int, device: str, processes: int
-) -> tuple[dict[str, Any], pd.DataFrame, Figure]:
-    """Metrics, table and figure of the model data/models/`name` on data/clips.
+def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.ndarray:
+    """Draw positions in `rows` of `count` single clips of a split, as evenly over groups as can be.
 
-    `section` is `ablate` of params.yaml. Kinds that an audio model does not have are left out, and
-    counted in the metrics under ``kinds_left_out`` (hook points that were not ablated so).
+    Of each composition a random clip in turn, so that intervals over compositions are as narrow
+    as the budget allows. Only clips that features are found on (`clips.main_clips`). ValueError
+    for more clips than there are.
+    """
+    positions = main_clips(rows, split)
+    if len(positions) < count:
+        raise ValueError(
+            f"{count} clips wanted but split {split} has {len(positions)}: lower ablate.clips or "
+            f"raise prepare_data.timgm6mb_clips.{split} (rendered clips) or "
+            "prepare_data.recordings.limits (recordings)"
+        )
+    shuffled = np.random.default_rng(seed).permutation(positions)
+    turn = rows["group"].iloc[shuffled].groupby(rows["group"].iloc[shuffled]).cumcount()
+    return np.sort(shuffled[np.argsort(turn.to_numpy(), kind="stable")[:count]])
+
+
+def run(
+    name: str, section: Ablate, seed: int, device: str, processes: int
+) -> tuple[dict[str, Any], pd.DataFrame, Figure]:
+    """Give metrics, table and figure of the model data/models/`name` on data/clips.
+
+    Kinds that an audio model does not have are left out, and counted in the metrics under
+    ``kinds_left_out`` (number of hook points not ablated).
     """
     sources = functools.partial(open_sources, f"data/models/{name}", "data/clips", device)
     model, clips = sources()
     kinds = usable_kinds(model, section.kinds)
     train, scored = (
-        ablation.spread_clips(
-            clips.rows, split, section.clips, seed_for(seed, "ablate", "clips", split)
-        )
+        spread_clips(clips.rows, split, section.clips, seed_for(seed, "ablate", "clips", split))
         for split in ("train", section.split)
     )
 
-    def each_batch(run_each: Any, rows: np.ndarray, means: Any, what: str) -> list:
+    def each_batch(
+        run_each: Callable[[Callable[..., Any], Iterable[Any]], Iterator[Any]],
+        rows: np.ndarray,
+        means: Mapping[str, Tensor] | None,
+        what: str,
+    ) -> list[Any]:
         batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         results = run_each(functools.partial(work, sources, kinds, means), batches)
         return list(tqdm(results, f"{name}: {what}", len(batches), unit="batch", mininterval=1))
 
-    how = rave_ablation if is_audio_model(model) else ablation
     with workers(processes) as run_each:
         sums = each_batch(run_each, train, None, "means")
-        means = functools.reduce(type(sums[0]).__add__, sums).means
-        scores = how.join(each_batch(run_each, scored, means, "ablations"))
+        means = functools.reduce(Sums.__add__, sums).means
+        scores = join(each_batch(run_each, scored, means, "ablations"))
 
     groups = clips.rows["group"].iloc[scored].tolist()
-    table = how.ablation_table(
-        scores, groups, section.bootstrap, seed_for(seed, "ablate", "bootstrap")
-    )
-    metrics = how.ablation_metrics(scores, table, groups)
+    table = ablation_table(scores, groups, section.bootstrap, seed_for(seed, "ablate", "bootstrap"))
+    metrics = ablation_metrics(scores, table, groups) | method(model).summary(scores)
     if left_out := [kind for kind in section.kinds if kind not in kinds]:
         metrics["kinds_left_out"] = {kind: len(model.hook_points) for kind in left_out}
-    return metrics, table, how.ablation_figure(table, name)
+    return metrics, table, ablation_figure(scores, table, name)

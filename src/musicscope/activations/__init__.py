@@ -1,1 +1,1 @@
-"""From clips to stored activations: extraction, the store, engines, alignment by time."""
+"""From clips to stored activations: extraction, the store, alignment by time."""

@@ -1,17 +1,16 @@
-"""Activations of models with different frame rates, paired by time in seconds.
+"""Pair activations of models with different frame rates by time in seconds.
 
 Frame t of a model with frame rate r covers the seconds t / r to (t + 1) / r. The faster model's
 frames are averaged inside each frame of the slower one, weighted by how long they overlap: the
-mean of the faster stream, taken as constant within a frame, over the slower frame. A store made
-like that has the slower store's clips, order and frame counts, so that pairing by (clip id, frame)
-then works as it does for two models of one rate.
+mean of the faster stream, taken as constant within a frame, over the slower frame. An aligned
+store has the slower store's clips, order and frame counts, so that pairing by (clip id, frame) then
+works as for two models of one rate.
 
 Index pairing would be wrong by 28.5 frames of MusicGen (50 Hz) after one second of RAVE (21.5 Hz).
 """
 
 from __future__ import annotations
 
-import fcntl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,13 @@ from tqdm import tqdm
 
 from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, StoreError, storage
 from musicscope.activations.writer import StoreWriter, shard_spans
-from musicscope.core import io as artifacts
+from musicscope.core.io import atomic_dir, partial_dir, sha256, sole_user
 
 
 def align(
     values: np.ndarray, rate: float, to_rate: float, frames: int, offset_s: float = 0.0
 ) -> np.ndarray:
-    """Values [T, d] at `rate` Hz averaged in time within `frames` frames at `to_rate` Hz.
+    """Average values [T, d] at `rate` Hz within `frames` frames at `to_rate` Hz.
 
     Slower frame s takes the mean over the seconds s / to_rate + offset_s to (s + 1) / to_rate +
     offset_s, as far as the clip goes; `offset_s` < 0 where the slower model answers late (a
@@ -59,7 +58,7 @@ def _check_rates(rate: float, to_rate: float) -> None:
 
 
 def outside(length: int, rate: float, to_rate: float, frames: int, offset_s: float = 0.0) -> int:
-    """How many of `frames` slower frames overlap none of `length` faster ones."""
+    """Count the slower frames, of `frames`, that overlap none of `length` faster ones."""
     begin, end = _edges(rate, to_rate, frames, offset_s)
     return int(((end <= 1e-6) | (begin >= length - 1e-6)).sum())
 
@@ -73,7 +72,7 @@ def _edges(
 
 
 def frame_rate(store: ActivationStore, given: float | None = None) -> float:
-    """Frames a second of a store: `given`, or what its manifest says. StoreError if neither."""
+    """Frames per second of a store: `given`, else its manifest's. StoreError without both."""
     rate = store.config.get("frame_rate") if given is None else given
     if rate is None:
         raise StoreError(
@@ -136,7 +135,7 @@ def aligned_store(
     spans = shard_spans(slow.frames.tolist(), fast.width, fast.dtype, shard_mb)
     size = int(slow.frames.sum()) * fast.width * storage(fast.dtype).itemsize
     print(f"{folder}: {len(slow):,} clips, {size / 1e9:.3f} GB", file=sys.stderr)
-    with artifacts.atomic_dir(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         writer = StoreWriter(
             temporary, width=fast.width, dtype=fast.dtype, clips=table, spans=spans, config=config
         )
@@ -148,8 +147,8 @@ def aligned_store(
 
 
 def slowest(stores: Sequence[ActivationStore]) -> int:
-    """Which of several stores has the fewest frames a second; of equals the one with the fewest
-    frames in all, then the first."""
+    """Find the store with the fewest frames per second; of equals the one with the fewest frames in
+    all, then the first."""
     rates = [frame_rate(store) for store in stores]
     return min(range(len(stores)), key=lambda i: (rates[i], int(stores[i].frames.sum()), i))
 
@@ -159,10 +158,10 @@ def _same_frames(store: ActivationStore, other: ActivationStore) -> bool:
 
 
 def common_frames(folders: Sequence[str | Path]) -> tuple[str, ...]:
-    """Folders of the same activations in the same frames: the given ones where all agree already.
+    """Give folders of the same activations in the same frames: the given ones if all agree.
 
     Else every store is aligned to the `slowest` one (`aligned_store`), kept in scratch under the
-    hash of both (artifacts.partial_dir), where the next stage finds it; deleting it costs time
+    hash of both (`core.io.partial_dir`), where the next stage finds it; deleting it costs time
     only. Several processes may ask at once: one writes, the others wait.
     """
     stores = [ActivationStore.open(folder) for folder in folders]
@@ -176,10 +175,9 @@ def common_frames(folders: Sequence[str | Path]) -> tuple[str, ...]:
             found.append(folder)
             continue
         hashes = {"fast": store.manifest["sha256"], "slow": slow.manifest["sha256"]}
-        code = artifacts.sha256(__file__)
-        scratch = artifacts.partial_dir({"stage": "align", **hashes, "code": code})
-        with open(scratch.with_name(f"{scratch.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        code = sha256(__file__)
+        scratch = partial_dir({"stage": "align", **hashes, "code": code})
+        with sole_user(scratch):
             if not (scratch / "store" / "manifest.json").is_file():
                 aligned_store(store, slow, scratch / "store")
         found.append(str(scratch / "store"))

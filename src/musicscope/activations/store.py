@@ -7,8 +7,8 @@ This docstring is the normative description of the format. A store is a folder w
     frames of a clip are consecutive; clips follow one another in the order of the clip table and
     are never split between shards.
 ``manifest.json``, written last: a folder without it is not a store.
-    ``format``/``format_version``; ``config`` (what the writer was asked for: model, hashes,
-    layer ...) and ``config_sha256``, the hash of config + width + dtype + clip table + spans;
+    ``format``/``format_version``; ``config`` (the writer's request: model, hashes, layer ...) and
+    ``config_sha256``, the hash of config + width + dtype + clip table + spans;
     ``shards`` (file, first and last clip, rows, sha256); ``clips`` (columns of the clip table,
     with ``frames`` and ``first_row``, the row over all shards where the clip begins); ``train``
     (number of frames, per-dimension mean and population standard deviation, mean norm: over the
@@ -16,8 +16,8 @@ This docstring is the normative description of the format. A store is a folder w
     the manifest itself.
 
 While a store is being written each finished shard has a ``shard-00000.json`` beside it, so that a
-killed writer can keep it (store_writer.py). Shard i depends on the configuration and on i only:
-any process may write any shard, in any order, twice.
+rerun after a kill keeps it (`activations.writer`). Shard i depends on the configuration and on i
+only: any process may write any shard, in any order, twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from musicscope.core import io as artifacts
+from musicscope.core.io import read_json, sha256
+from musicscope.core.seeding import seed_for
 
 FORMAT, FORMAT_VERSION = "musicscope.activations", 1
 CLIP_COLUMNS = ("id", "split", "font", "kind", "group", "frames")
@@ -41,7 +42,7 @@ FLOAT16_MAX = 65504.0
 
 
 class StoreError(ValueError):
-    """A store that is missing, incomplete, damaged, or asked for what it cannot hold."""
+    """A store that is missing, incomplete, damaged, or cannot hold the values asked for."""
 
 
 def encode(values: np.ndarray, dtype: str, name: str = "activations") -> np.ndarray:
@@ -121,7 +122,7 @@ class ActivationStore:
         if not path.is_file():
             raise StoreError(f"{path} is missing, so {folder} is not a finished store; {remedy}")
         try:
-            manifest = artifacts.read_json(path)
+            manifest = read_json(path)
         except ValueError as error:
             raise StoreError(str(error)) from error
         found = (manifest.get("format"), manifest.get("format_version"))
@@ -149,7 +150,7 @@ class ActivationStore:
         wrong = [
             str(self.folder / s["file"])
             for s in self.shards
-            if artifacts.sha256(self.folder / s["file"]) != s["sha256"]
+            if sha256(self.folder / s["file"]) != s["sha256"]
         ]
         if wrong:
             raise StoreError(
@@ -263,7 +264,7 @@ class ActivationStore:
         epoch, skip = divmod(step * batch_size, total)
         batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
         while step < steps:
-            rng = np.random.default_rng(artifacts.seed_for(seed, "shuffle", epoch))
+            rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
             for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
                 # Drawn even where it is skipped: a resumed epoch must use the same numbers.
                 order = rng.permutation(int(counts[window].sum()))

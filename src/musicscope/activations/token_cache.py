@@ -1,6 +1,6 @@
-"""Codec tokens of a clip collection, computed once for all models that share a codec.
+"""Cache the codec tokens of a clip collection for all models that share a codec.
 
-EnCodec's encoder costs several times what a small decoder does on the same clip. Its tokens are a
+EnCodec's encoder costs several times as much as a small decoder on the same clip. Its tokens are a
 function of codec and audio alone, so they are kept under the hash of both, beside the other
 scratch, where any model with the same codec finds them. Deleting them costs time only.
 """
@@ -10,27 +10,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from musicscope.core import io as artifacts
+from musicscope.core.io import atomic_file, partial_dir
+from musicscope.models.interface import MusicModel
+from musicscope.models.registry import Sources
 
 CHUNK = 8  # clips encoded together: fixed, so that tokens never depend on who asks for them
 # Says where a config was saved, not what the codec computes.
 INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
-def codec_sha256(model: Any) -> str | None:
-    """Hash of the codec's weights and settings; None where the model has no separate codec."""
-    codec = getattr(model, "codec", None) or getattr(
-        getattr(model, "hf", None), "audio_encoder", None
-    )
+def codec_sha256(model: MusicModel[Any]) -> str | None:
+    """Hash the codec's weights and settings; None where the model has no separate codec."""
+    codec = getattr(model, "codec", None)
     if codec is None:
         return None
     if hasattr(codec, "config"):
@@ -45,12 +44,12 @@ def codec_sha256(model: Any) -> str | None:
     return hasher.hexdigest()
 
 
-def codes_dir(model: Any, clips_sha256: str) -> Path | None:
-    """Where this model's tokens of this collection are kept; None if it has no codec."""
+def codes_dir(model: MusicModel[Any], clips_sha256: str) -> Path | None:
+    """Folder of this model's tokens of this collection; None if it has no codec."""
     codec = codec_sha256(model)
     device = str(getattr(model, "device", "cpu")).split(":")[0]  # floats differ between kinds
     key = {"codes": 1, "codec": codec, "clips": clips_sha256, "chunk": CHUNK, "device": device}
-    return artifacts.partial_dir(key) if codec else None
+    return partial_dir(key) if codec else None
 
 
 def _file(folder: Path, chunk: int) -> Path:
@@ -59,7 +58,7 @@ def _file(folder: Path, chunk: int) -> Path:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path) -> np.ndarray | None:
-    """Tokens [clips, K, T] of one file; None if absent or damaged (zip files carry a checksum)."""
+    """Read tokens [clips, K, T] of one file; None if absent or damaged (zip has checksums)."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive["codes"]
@@ -68,18 +67,15 @@ def _read(path: Path) -> np.ndarray | None:
 
 
 def missing(folder: Path, clips: int) -> list[int]:
-    """Chunks of a collection of `clips` clips that are not there yet."""
+    """List the chunks of a collection of `clips` clips that are not there yet."""
     _read.cache_clear()
     absent = [c for c in range(-(-clips // CHUNK)) if _read(_file(folder, c)) is None]
     _read.cache_clear()  # another process may write one of them before it is asked for again
     return absent
 
 
-def write_chunk(sources: Callable[[], tuple[Any, Any]], folder: Path, chunk: int) -> int:
-    """Encode one chunk of clips and keep its tokens; the number of its clips.
-
-    `sources` opens (model, clip store), as in `musicscope.activations.extraction`.
-    """
+def write_chunk(sources: Sources, folder: Path, chunk: int) -> int:
+    """Encode one chunk of clips and keep its tokens; return its number of clips."""
     model, clips = sources()
     rows = list(range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(clips.rows))))
     try:
@@ -87,19 +83,14 @@ def write_chunk(sources: Callable[[], tuple[Any, Any]], folder: Path, chunk: int
     except Exception as error:
         error.add_note(f"while encoding the clips {clips.rows['id'].iloc[rows].tolist()}")
         raise
-    temporary = folder / f".codes-{chunk:05d}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as stream:
-            np.savez(stream, codes=codes.astype(np.int32))
-        os.replace(temporary, _file(folder, chunk))
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(_file(folder, chunk)) as temporary:
+        np.savez(temporary, codes=codes.astype(np.int32))
     _read.cache_clear()
     return len(rows)
 
 
 def read_codes(folder: Path, rows: Sequence[int]) -> torch.Tensor:
-    """Tokens of the given clips, int64 [n, K, T]. ValueError names a file that is not whole."""
+    """Read tokens of the given clips, int64 [n, K, T]. ValueError names a damaged file."""
     found = []
     for row in rows:
         path = _file(folder, row // CHUNK)

@@ -1,10 +1,9 @@
-"""Writing an activation store: shards that may be written in any order, twice, and be killed."""
+"""Write an activation store: its shards in any order, twice, with kills in between."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ from musicscope.activations.store import (
     encode,
     storage,
 )
-from musicscope.core import io as artifacts
+from musicscope.core.io import atomic_file, read_json, sha256, write_text
 
 
 def shard_spans(
     frames: Sequence[int], width: int, dtype: str, shard_mb: float
 ) -> list[tuple[int, int]]:
-    """Half-open clip ranges whose shards hold at most `shard_mb` MiB (but at least one clip)."""
+    """Cut clips into half-open ranges of at most `shard_mb` MiB each, but at least one clip."""
     if shard_mb <= 0:
         raise StoreError(f"shard_mb is {shard_mb}; give a positive size, tens of MB are best")
     limit = shard_mb * 2**20 / (width * storage(dtype).itemsize)
@@ -45,7 +44,7 @@ def shard_spans(
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of rows [n, d], in float64, mergeable."""
+    """Count, mean and sum of squared deviations of rows [n, d], in float64; `+` merges."""
 
     count: int
     mean: np.ndarray
@@ -83,10 +82,10 @@ class Moments:
 
 
 class StoreWriter:
-    """Writes the shards of one store, idempotently; `finish` turns the folder into a store.
+    """Write the shards of one store, idempotently; `finish` turns the folder into a store.
 
     `clips` has the columns of CLIP_COLUMNS; `spans` are clip ranges from `shard_spans`; `config`
-    is any JSON-able description of where the values come from and becomes part of the identity.
+    is any JSON-able description of the source of the values and becomes part of the identity.
     """
 
     def __init__(
@@ -130,19 +129,19 @@ class StoreWriter:
         return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
     def _finished(self, shard: int) -> dict[str, Any] | None:
-        """The record of a shard that an earlier writer of this configuration left whole."""
+        """Read the record of a shard that an earlier writer of this configuration left whole."""
         data, note = self._files(shard)
         if not (data.exists() and note.exists()):
             return None
         try:
-            record = artifacts.read_json(note)
+            record = read_json(note)
         except ValueError:
             return None
         same = isinstance(record, dict) and record.get("config_sha256") == self.config_sha256
-        return record if same and artifacts.sha256(data) == record["sha256"] else None
+        return record if same and sha256(data) == record["sha256"] else None
 
     def has(self, shard: int) -> bool:
-        """True where the shard is on disk for this configuration and its hash is right."""
+        """Tell whether the shard is on disk for this configuration with the right hash."""
         return self._finished(shard) is not None
 
     def write(self, shard: int, arrays: Sequence[np.ndarray]) -> None:
@@ -151,30 +150,25 @@ class StoreWriter:
         if len(arrays) != stop - first:
             raise StoreError(f"shard {shard} takes {stop - first} clips, got {len(arrays)}")
         data, note = self._files(shard)
-        temporary = data.with_name(f".{data.name}.{os.getpid()}.tmp")
         hasher, moments = hashlib.sha256(), Moments.of(np.empty((0, self.width)))
-        try:
-            with open(temporary, "wb") as stream:
-                for clip, values in zip(range(first, stop), arrays, strict=True):
-                    name, shape = self.clips["id"][clip], (self.clips["frames"][clip], self.width)
-                    if values.shape != shape:
-                        raise StoreError(f"clip {name!r}: got {values.shape}, expected {shape}")
-                    words = encode(values, self.dtype, f"clip {name!r}")
-                    if self.clips["split"][clip] == "train":
-                        moments += Moments.of(decode(words, self.dtype))
-                    content = words.tobytes()
-                    hasher.update(content)
-                    stream.write(content)
-            os.replace(temporary, data)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(data) as temporary, open(temporary, "wb") as stream:
+            for clip, values in zip(range(first, stop), arrays, strict=True):
+                name, shape = self.clips["id"][clip], (self.clips["frames"][clip], self.width)
+                if values.shape != shape:
+                    raise StoreError(f"clip {name!r}: got {values.shape}, expected {shape}")
+                words = encode(values, self.dtype, f"clip {name!r}")
+                if self.clips["split"][clip] == "train":
+                    moments += Moments.of(decode(words, self.dtype))
+                content = words.tobytes()
+                hasher.update(content)
+                stream.write(content)
         record = {
             "config_sha256": self.config_sha256,
             "sha256": hasher.hexdigest(),
             "moments": moments.to_json(),
         }
-        # Not artifacts.write_json: the moments keep all their digits.
-        artifacts.write_text(note, json.dumps(record))
+        # Not write_json: the moments keep all their digits.
+        write_text(note, json.dumps(record))
 
     def finish(self) -> ActivationStore:
         """Merge the statistics, write the manifest last, and open the store."""
@@ -206,7 +200,7 @@ class StoreWriter:
             "train": train,
         }
         manifest["sha256"] = digest(manifest)
-        artifacts.write_text(self.folder / "manifest.json", json.dumps(manifest, sort_keys=True))
-        for leftover in [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp")]:
+        write_text(self.folder / "manifest.json", json.dumps(manifest, sort_keys=True))
+        for leftover in [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp*")]:
             leftover.unlink(missing_ok=True)
         return ActivationStore.open(self.folder)

@@ -15,7 +15,7 @@ from musicscope.core.audio import spectra, spectral_distance
 from musicscope.dictionaries import evaluation as metrics
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.interface import AudioBatch, AudioModel, is_audio_model
-from musicscope.models.sources import open_sources
+from musicscope.models.registry import open_sources
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.pooling import by_batch
 from musicscope.dictionaries.usae import UniversalSAE
 from musicscope.features.selection import Latent
-from musicscope.maximisation.objective import BATCH, Target, gradient_of, window_means
+from musicscope.maximisation.objective import BATCH, Target, window_means
 from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
 
@@ -38,7 +38,7 @@ class StudiedModel:
 
     name: str
     model: MusicModel
-    """Searches need a token gradient (`objective.gradient_of`), moments need hooks only."""
+    """Searches need a `LanguageModel`, moments need hooks only."""
     layer: str
     """Hook point."""
     sae: TopKSAE | None
@@ -185,7 +185,7 @@ def measure(
 
         batch = studied.model.with_captions(part, [None] * len(part))
         loss = studied.model.cross_entropy(batch, {studied.layer: read})
-        x = gradient_of(studied.model).at_frames(streams[0], batch.frames)
+        x = studied.model.at_frames(streams[0], batch.frames)
         values = frame_values(studied, latents, place, x.flatten(0, 1))
         curves.append(values.view(*x.shape[:2], len(latents)).cpu().numpy())
         log_prob.append(-loss.mean((1, 2)).cpu().numpy())

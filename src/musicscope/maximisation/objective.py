@@ -22,30 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models.delay_pattern import DelayPatternModel
-from musicscope.models.interface import Batch, MusicModel
-from musicscope.models.musicgen import gradient as musicgen_gradient
-from musicscope.models.token_gradient import TokenGradient
+from musicscope.models.interface import Batch, LanguageModel
 
 BATCH = 16  # sequences through the heads at once: 16 x 8 x 75 x 1024 logits are 39 MB
-
-
-def gradient_of(model: MusicModel) -> TokenGradient | None:
-    """Return the model's token gradient; None where there are no tokens to search over.
-
-    A model names its own as `gradient`. MusicGen's is kept out of its loader, so that an edit
-    reruns searches only.
-    """
-    own = musicgen_gradient if isinstance(model, DelayPatternModel) else None
-    return getattr(model, "gradient", own)
 
 
 @dataclass(frozen=True)
 class Target:
     """A feature of one model, as the affine pre-activation weight . x + bias."""
 
-    model: MusicModel
-    """Has a token gradient (`gradient_of`); all models of one search share a codec."""
+    model: LanguageModel
+    """All models of one search share a codec."""
     layer: str
     """Hook point whose activations the feature reads."""
     weight: Tensor
@@ -95,12 +82,12 @@ def window_means(values: Tensor, window: int) -> Tensor:
 
 def _activation(target: Target, stream: Tensor, frames: int, window: int) -> Tensor:
     """Activation / scale [B] from the stream [B, S, d] of sequences of `frames` frames."""
-    read = gradient_of(target.model).at_frames(stream, frames)
+    read = target.model.at_frames(stream, frames)
     values = read @ target.weight.to(stream) + target.bias
     return window_means(values, window).amax(-1) / target.scale
 
 
-def _unconditional(model: MusicModel, codes: Tensor) -> Batch:
+def _unconditional(model: LanguageModel, codes: Tensor) -> Batch:
     return model.with_captions(codes, [None] * len(codes))
 
 
@@ -172,18 +159,18 @@ def gains(objective: Objective, codes: Tensor) -> Gains:
     activation, log_prob = [], []
     for target in objective.targets:
         batch = _unconditional(target.model, codes[None])
-        rules, natural = gradient_of(target.model), objective.naturalness > 0
+        natural = objective.naturalness > 0
         with torch.enable_grad():
-            inputs, stream, logits = rules.traced(target.model, batch, target.layer, natural)
+            inputs, stream, logits = target.model.traced(batch, target.layer, natural)
             value = _activation(target, stream, frames, objective.window).sum()
             total = None if logits is None else _log_prob(logits, batch.codes).sum()
         (gradient,) = torch.autograd.grad(value, inputs, retain_graph=natural)
-        activation.append(rules.substitution_gains(target.model, codes, gradient[0]))
+        activation.append(target.model.substitution_gains(codes, gradient[0]))
         if total is not None:
             (gradient,) = torch.autograd.grad(total, inputs)
             own = logits[0].detach().log_softmax(-1)
             own = own - own.gather(-1, codes[..., None])
-            later = rules.substitution_gains(target.model, codes, gradient[0])
+            later = target.model.substitution_gains(codes, gradient[0])
             log_prob.append((own + later) / (books * frames))
     mean = torch.stack(activation).mean(0)
     return Gains(mean, torch.stack(log_prob) if log_prob else mean.new_zeros((0, *mean.shape)))

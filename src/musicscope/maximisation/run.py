@@ -29,9 +29,9 @@ from musicscope.data.clips import ClipStore, main_clips
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation.moments import Measured, Moment, StudiedModel
-from musicscope.maximisation.objective import Objective, gradient_of
+from musicscope.maximisation.objective import Objective
 from musicscope.maximisation.search import Codec, best_start, measure_survival, search
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import LanguageModel, MusicModel
 
 NULL_VARIANTS = ("prior", "heard")
 SOUND = ("heard", "alone")
@@ -147,7 +147,7 @@ OpenModels = Callable[[], tuple[StudiedModel, ...]]
 def unsearchable(models: Sequence[StudiedModel]) -> str:
     """Explain why these models share no tokens to search over; "" if they do."""
     for studied in models:
-        if gradient_of(studied.model) is None:
+        if not isinstance(studied.model, LanguageModel):
             return (
                 f"{studied.name} is a {type(studied.model).__name__}: token search needs "
                 "gradients through the embeddings of tokens, which MusicGen and YuE have"
@@ -239,7 +239,7 @@ def run_job(open_models: OpenModels, job: Job) -> Search:
 
 def _codec(models: Sequence[StudiedModel], survival: Tensor) -> Codec:
     model = models[0].model
-    return Codec(model, survival, gradient_of(model).FIRST_HEARD)
+    return Codec(model, survival, model.first_encoded)
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def control_tokens(
     samples = [
         s.model.generate(
             captions, plan.frames / first.frame_rate, seed("samples", s.name),
-            **gradient_of(s.model).SAMPLING,
+            **s.model.plain_sampling,
         )
         for s in models
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A model's folder out of hub ids and local folders, whole or absent."""
+"""Make a model's folder from hub ids and local folders, whole or absent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from musicscope.config.data import DownloadModel, Part
 from musicscope.core.io import atomic_dir
 from musicscope.models import hub
 from musicscope.models.registry import detect_system, fetch_model
@@ -16,9 +17,10 @@ from musicscope.models.registry import detect_system, fetch_model
 def folder_of(
     source: str, revision: str, files: Sequence[str], system: str | None, family: bool
 ) -> Path:
-    """The folder that a source stands for: with a revision a hub id, without one a local folder.
+    """Find the folder of a source: a hub id with a revision, a local folder without.
 
-    `family`: of a hub id take what its family needs where `files` is "*", else the files alone.
+    `family`: where `files` is "*", fetch only the files of a hub id that its family needs.
+    FileNotFoundError without such a folder.
     """
     if not revision:
         folder = Path(source).expanduser()
@@ -33,10 +35,10 @@ def folder_of(
 
 
 def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
-    """Copy the files below `folder` whose name or path fits a pattern, hidden ones left out.
+    """Copy the files below `folder` whose name or path fits a pattern, except hidden ones.
 
-    Links are followed: the hub's cache consists of them. The number of files; FileNotFoundError
-    if there is none.
+    Links are followed: the hub's cache consists of them. Returns the number of files;
+    FileNotFoundError if there is none.
     """
     count = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -52,8 +54,8 @@ def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
     return count
 
 
-def _check_apart(parts: Sequence[Any], target: Path) -> None:
-    """ValueError for a local folder that overlaps the one which is replaced."""
+def _check_apart(parts: Sequence[DownloadModel | Part], target: Path) -> None:
+    """Refuse (ValueError) a local folder that overlaps `target`, which is replaced."""
     real = target.resolve()
     for part in parts:
         folder = Path(part.source).expanduser().resolve()
@@ -64,14 +66,13 @@ def _check_apart(parts: Sequence[Any], target: Path) -> None:
             )
 
 
-def download(entry: Any, target: str | Path) -> dict[str, Any]:
-    """Bring a model to the folder `target`, replacing what is there; numbers for
-    metrics/download_model/<name>.json.
+def download(entry: DownloadModel, target: str | Path) -> dict[str, Any]:
+    """Replace the folder `target` by the model of `entry`.
 
-    `entry` is a section of download_model in params.yaml. A hub id is fetched into the hub's own
-    cache, which goes on where it was cut off, and copied. The folder appears once it is complete
-    and known to be a model. ValueError for a hub id without a revision that pins, for a folder that
-    is not of the family that `entry` names, and for a source that is, holds or lies in `target`.
+    Returns numbers for metrics/download_model/<name>.json. A hub id is fetched into the hub's own
+    cache, which resumes after an interruption, and copied. The folder appears once it is complete
+    and known to be a model. ValueError for a hub id without a revision that pins, for a folder of
+    another family than `entry` names, and for a source that is, holds or lies in `target`.
     """
     for part in entry.parts:
         if ".." in Path(part.into).parts or Path(part.into).is_absolute():

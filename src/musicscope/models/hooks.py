@@ -1,15 +1,28 @@
-"""Small tools that make hooks out of hooks; see `musicscope.models.interface.Hook`."""
+"""Apply and combine hooks; see `musicscope.models.interface.Hook`."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from musicscope.models.interface import Hook, MusicModel
+from musicscope.models.interface import Hook
+
+
+def apply(name: str, hook: Hook, activations: Tensor, positions: Tensor) -> Tensor:
+    """Call the hook at hook point `name` on activations [rows, S, d].
+
+    The result keeps their type. ValueError for a result of another shape.
+    """
+    result = hook(activations, positions)
+    if not isinstance(result, Tensor) or result.shape != activations.shape:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result)
+        raise ValueError(
+            f"the hook at {name} must return activations {list(activations.shape)}, got {got}"
+        )
+    return result.to(activations.dtype)
 
 
 def chain(*hooks: Hook) -> Hook:
-    """One hook that applies `hooks` from left to right."""
+    """Combine hooks into one that applies them from left to right."""
 
     def chained(activations: Tensor, positions: Tensor) -> Tensor:
         for hook in hooks:
@@ -20,11 +33,11 @@ def chain(*hooks: Hook) -> Hook:
 
 
 def on_frames(hook: Hook, first: int = 0, last: int | None = None) -> Hook:
-    """`hook` on frames first..last-1 only; the rest keeps its activations.
+    """Restrict a hook to frames first..last-1; other positions keep their activations.
 
-    Frame t is position t + 1, so with the defaults all but the start column, which is no frame: its
-    activations are the same in every clip, and nothing that learns from frames has seen them.
-    `hook` is given the chosen positions alone, and is not called when a step has none.
+    Frame t has label t + 1. The defaults leave out only the start column, which is no frame: its
+    activations are the same in every clip, and no dictionary has seen them. `hook` gets the chosen
+    positions alone; it is not called for a step without any. ValueError unless 0 <= first <= last.
     """
     if first < 0 or (last is not None and last < first):
         raise ValueError(f"need 0 <= first <= last, got {first} and {last}")
@@ -38,23 +51,5 @@ def on_frames(hook: Hook, first: int = 0, last: int | None = None) -> Hook:
         changed = activations.clone()
         changed[:, chosen] = hook(activations[:, chosen], positions[chosen]).to(changed.dtype)
         return changed
-
-    return limited
-
-
-def on_conditional(model: MusicModel, hook: Hook) -> Hook:
-    """`hook` on the rows with the caption only, in guided generation; on all rows otherwise.
-
-    Guidance adds (conditional - unconditional) several times over, so an edit of the conditional
-    rows alone is amplified with it, while an edit of both halves cancels in the difference.
-    """
-
-    def limited(activations: Tensor, positions: Tensor) -> Tensor:
-        rows = model.conditional_rows
-        if rows == slice(None):
-            return hook(activations, positions)
-        size = len(range(*rows.indices(len(activations))))
-        head, tail = activations[:size], activations[size:]
-        return torch.cat([hook(head, positions), tail])
 
     return limited

@@ -1,7 +1,7 @@
-"""Fetching models from the hub into its local cache: a pinned revision, only the files needed.
+"""Fetch models from the hub into its local cache: a pinned revision, only the files needed.
 
-Everything behind this works on a local folder, so that a hub id and a copied folder load alike,
-and a second load with the network off (``HF_HUB_OFFLINE=1``) finds the cache.
+Loaders work on local folders, so a hub id and a copied folder load alike, and a second load with
+the network off (``HF_HUB_OFFLINE=1``) finds the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def fetch(name: str, revision: str | None, patterns: Sequence[str] | None = None) -> Path:
-    """Folder of the files of hub model `name` ("owner/model") that fit `patterns` (None: all).
+    """Fetch files of hub model `name` ("owner/model") that fit `patterns` (None: all); the folder.
 
     ValueError without a `revision` that pins (a branch moves); FileNotFoundError with the remedy
     if hub and cache have none.
@@ -47,7 +47,7 @@ def fetch(name: str, revision: str | None, patterns: Sequence[str] | None = None
 
 
 def fetch_model(name: str, revision: str | None, system: str) -> Path:
-    """Folder with what the family `system` loads; all files for families not in `FILES`."""
+    """Fetch the files that the family `system` loads (all if not in `FILES`); the folder."""
     if system not in FILES:
         return fetch(name, revision)
     for patterns in FILES[system]:

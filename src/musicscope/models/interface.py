@@ -1,22 +1,30 @@
-"""What a model of any family offers: `MusicModel`, and `AudioModel` for models without tokens."""
+"""Interfaces of all models: `MusicModel`, and its kinds `LanguageModel` and `AudioModel`.
+
+Frame t of a stream at rate r covers the seconds t / r to (t + 1) / r. Code outside
+`musicscope.models` uses what these protocols name, and nothing else of a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Hook = Callable[[Tensor, Tensor], Tensor]
 """(activations [rows, S, d], positions [S]) -> activations of the same shape.
 
-Called with the output of one hook point; what it returns goes on to the next layer. `positions`
-are frame labels: frame t is t + 1, anything that is no frame is 0 or less, or beyond T. In teacher
-forcing they are of all S positions, in generation of the one position of the step. A hook must not
-write into its argument. See `MusicModel.conditional_rows` for guided generation.
+A hook gets the output of one hook point; its result goes to the next layer. `positions` are frame
+labels: frame t is t + 1; a position that is no frame is 0 or less, or beyond T. In teacher forcing
+a hook gets all S positions, in generation the one position of the step. A hook must not write into
+its argument. See `MusicModel.conditional_rows` for guided generation.
 """
+Hooks = Mapping[str, Hook] | None
+"""Hook point to hook."""
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,13 @@ class HookPoint:
     """Such as "layers.3": the output of decoder layer 3, before the final norm."""
     width: int
     """Dimensions d of the activation."""
+    rate: float
+    """Frames per second."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips as the decoder sees them; made by `encode`, text and codec run once."""
+    """Clips as a decoder gets them; `encode` runs text encoder and codec once."""
 
     codes: Tensor
     """[B, K, T] int64, frame by frame (no delay, no start column)."""
@@ -51,47 +61,96 @@ class Batch:
         return self.codes.shape[-1]
 
 
-class MusicModel(Protocol):
-    """What a model must offer. Frame t <-> the position whose newest input is codebook 0 of t."""
+@dataclass(frozen=True)
+class AudioBatch:
+    """Clips as an audio model gets them."""
+
+    audio: Tensor
+    """[B, n] float32 at the model's sample rate, mono."""
+    seeds: tuple[int, ...]
+    """Seed of the noise in each clip's pass, from the clip's samples: independent of its place."""
+
+    def __len__(self) -> int:
+        return self.audio.shape[0]
+
+
+@runtime_checkable
+class MusicModel(Protocol[B]):
+    """Every model; B is its kind of batch."""
 
     name: str
     sample_rate: int
-    frame_rate: float
-    num_codebooks: int
+    """Hz."""
+    device: torch.device
+    """Where batches and results are."""
     hook_points: tuple[HookPoint, ...]
-    layer_calls: int
-    """Layer evaluations since loading: what an experiment cost, counted rather than assumed."""
+    """In the order in which they are computed."""
+    frame_rate: float
+    """Hz; of an audio model that of its latents."""
+    frame_rates: Mapping[str, float]
+    """Hook point to Hz."""
     conditional_rows: slice
-    """Rows conditioned on the caption in what hooks are being given: the first half of
+    """Rows conditioned on the caption in the argument of a hook: the first half of
     [conditional; unconditional] during guided generation, else all."""
+    loss_name: str
+    """Measure of `loss`: "ce" (cross-entropy, nats per code) or "spectral" (distance)."""
+
+    def encode(self, audio: Tensor | np.ndarray, captions: Sequence[str | None]) -> B:
+        """Turn audio [B, n] at `sample_rate` and captions (None: unconditional) into a batch."""
+
+    def capture(self, batch: B, names: Sequence[str], hooks: Hooks = None) -> dict[str, Tensor]:
+        """Read activations [B, T, d] of the named hook points in one pass.
+
+        T = ceil(seconds * rate of the hook point). With hooks, activations are read after them.
+        """
+
+    def loss(self, batch: B, hooks: Hooks = None) -> Tensor:
+        """Measure per clip how badly the model predicts or reproduces it: [B] float64, CPU."""
+
+
+@runtime_checkable
+class LanguageModel(MusicModel[Batch], Protocol):
+    """A decoder over K codebooks of `card` codes each, conditioned on text.
+
+    Frame t is the sequence position whose newest input is codebook 0 of frame t (YuE: the
+    instrumental code). S is the number of positions of a sequence, L the number of layers.
+    """
+
+    num_codebooks: int
+    card: int
+    layer_calls: int
+    """Layer evaluations since loading."""
     num_position_groups: int
     """G: kinds of positions that have a mean of their own in mean ablation."""
+    weight_bytes: int
+    """Bytes of all parameters and buffers."""
+    plain_sampling: Mapping[str, float]
+    """Options of `generate` under which codes are drawn from the model's own probabilities: no
+    guidance, no truncation, no penalty."""
+    first_encoded: int
+    """First codebook that `encode` fills from audio; those before it are the same for all audio."""
 
     def position_groups(self, batch: Batch) -> Tensor:
-        """[B, S] int64 in 0..G-1: the kind of each position (1: a frame); -1: in no mean."""
+        """Tell the kind of each position: [B, S] int64 in 0..G-1 (1: a frame); -1: in no mean."""
 
-    def encode(self, audio: Tensor | np.ndarray, captions: Sequence[str | None]) -> Batch:
-        """Audio [B, n] at `sample_rate` and captions (None: unconditional) to a batch."""
+    def at_frames(self, stream: Tensor, frames: int) -> Tensor:
+        """Select the positions of `frames` frames: a stream [B, S, d] to [B, T, d]."""
+
+    def with_captions(self, codes: Tensor, captions: Sequence[str | None]) -> Batch:
+        """Make a batch of existing codes [B, K, T]."""
 
     def forward(
-        self, batch: Batch, hooks: dict[str, Hook] | None = None, stop_after: str | None = None
+        self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
     ) -> Tensor | None:
         """Logits [B, K, T, card]; [b, k, t] predicts codes[b, k, t]. None if stopped early."""
-
-    def capture(
-        self, batch: Batch, names: Sequence[str], hooks: dict[str, Hook] | None = None
-    ) -> dict[str, Tensor]:
-        """Activations [B, T, d] of the named hook points from one pass, deepest one last run."""
 
     def layer_inputs(self, batch: Batch) -> list[Tensor]:
         """Input of each layer [B, S, d] over all positions, then the last layer's output."""
 
-    def forward_from(
-        self, batch: Batch, layer: int, hidden: Tensor, hooks: dict[str, Hook] | None = None
-    ) -> Tensor:
+    def forward_from(self, batch: Batch, layer: int, hidden: Tensor, hooks: Hooks = None) -> Tensor:
         """Logits as in `forward`, from the input `hidden` [B, S, d] of layer number `layer`."""
 
-    def cross_entropy(self, batch: Batch, hooks: dict[str, Hook] | None = None) -> Tensor:
+    def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
         """-log p(codes) in nats, [B, K, T]."""
 
     def generate(
@@ -99,60 +158,75 @@ class MusicModel(Protocol):
         captions: Sequence[str | None],
         seconds: float,
         seed: int,
-        hooks: dict[str, Hook] | None = None,
+        hooks: Hooks = None,
         guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int = 250,
     ) -> tuple[Tensor, Tensor]:
-        """Audio [B, n] and codes [B, K, T]."""
+        """Draw audio [B, n] and codes [B, K, T]; one generator of `seed` draws everything."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Turn codes [B, K, T] into audio [B, n]."""
+
+    def codec_latents(self, codes: Tensor) -> Tensor:
+        """Look up the codec's quantised latents [B, T, D] of codes [B, K, T]."""
+
+    def traced(
+        self, batch: Batch, layer: str, logits: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run `forward` with autograd, from embedded inputs that are a leaf of the graph.
+
+        Returns embedded inputs [B, S, d], stream behind `layer` [B, S, d], logits
+        [B, K, T, card]. Without `logits` no layer behind `layer` runs and None takes their place.
+        """
+
+    def substitution_gains(self, codes: Tensor, gradient: Tensor) -> Tensor:
+        """First-order change of a number J if code v were at (k, t): [K, T, card].
+
+        0 where v is there already. `codes` [K, T]; `gradient` [S, d] of J with respect to the
+        embedded inputs of a batch without captions. See HotFlip (Ebrahimi et al. 2018, arXiv
+        1712.06751).
+        """
 
 
-@dataclass(frozen=True)
-class AudioBatch:
-    """Clips as an audio model takes them."""
+@runtime_checkable
+class AudioModel(MusicModel[AudioBatch], Protocol):
+    """An autoencoder: audio in, audio out, one clip per pass.
 
-    audio: Tensor
-    """[B, n] float32 at the model's sample rate, mono."""
-    seeds: tuple[int, ...]
-    """Of the noise in each clip's pass: from the clip's samples, so its place does not matter."""
-
-    def __len__(self) -> int:
-        return self.audio.shape[0]
-
-
-class AudioModel(Protocol):
-    """Audio in, audio out; hooks as in `musicscope.models.interface.Hook`, one clip at a time.
-
-    There is no start column, but frame t is position t + 1 here too, so that
-    `hooks.on_frames` counts frames alike in every model. Hook points have frame rates
-    of their own; frame t of rate r covers the seconds t / r to (t + 1) / r.
+    There is no start column, but frame t has label t + 1 here too, so `hooks.on_frames` counts
+    frames alike in every model. `encode` ignores captions. Hook points differ in rate.
     """
 
-    name: str
-    sample_rate: int
-    frame_rate: float
-    """Of the latents, in Hz."""
-    hook_points: tuple[HookPoint, ...]
-    """In the order in which they are computed."""
-    frame_rates: dict[str, float]
-    """Of every hook point, in Hz."""
-    conditional_rows: slice
-    """Always slice(None): nothing is guided."""
+    def latents(self, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
+        """Draw the latents [B, T, D] of a batch."""
 
-    def encode(
-        self, audio: Tensor | np.ndarray, captions: Sequence[str | None] | None = None
-    ) -> AudioBatch:
-        """Audio [B, n] at `sample_rate` to a batch; captions are accepted and ignored."""
+    def decode(self, latents: Tensor, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
+        """Turn (edited) latents of `batch` into audio [B, n], with the batch's noise and length."""
 
-    def capture(
-        self, batch: AudioBatch, names: Sequence[str], hooks: dict[str, Hook] | None = None
-    ) -> dict[str, Tensor]:
-        """Activations [B, T, d] of the named points, T = ceil(seconds * frame_rates[name])."""
+    def reconstruct(
+        self, batch: AudioBatch, hooks: Hooks = None, latents: Tensor | None = None
+    ) -> Tensor:
+        """Encode, edit and decode: audio [B, n].
 
-    def reconstruct(self, batch: AudioBatch, hooks: dict[str, Hook] | None = None) -> Tensor:
-        """Audio [B, n] after encoding, edits and decoding."""
+        With the batch's own `latents` the encoder runs only where a hook acts in it.
+        """
 
 
-def is_audio_model(model: Any) -> bool:
-    """True for an `AudioModel`, False for a `MusicModel`."""
-    return hasattr(model, "reconstruct") and not hasattr(model, "generate")
+def check_audio(audio: Tensor | np.ndarray) -> Tensor:
+    """Take audio as every `encode` does: float32 [clips, samples].
+
+    ValueError for another shape, for integers, and for NaN or infinity (the rows are named).
+    """
+    audio = torch.as_tensor(audio)
+    if audio.ndim != 2 or 0 in audio.shape:
+        raise ValueError(f"audio must be [clips, samples], got {list(audio.shape)}")
+    if not audio.is_floating_point():
+        raise ValueError(f"audio must be floating point in -1..1, got {audio.dtype}")
+    if bad := torch.nonzero(~torch.isfinite(audio).all(1)).flatten().tolist():
+        raise ValueError(f"audio holds NaN or infinity in rows {bad}")
+    return audio.float()
+
+
+def is_audio_model(model: MusicModel[Any]) -> bool:
+    """Tell an `AudioModel` from a `LanguageModel`."""
+    return isinstance(model, AudioModel)

@@ -1,7 +1,8 @@
-"""Model families, and loading a model of any of them."""
+"""Load a model of any family; the table of families."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 
 from musicscope.core.io import read_json
-from musicscope.models.audiocraft import compat  # noqa: F401 (its guard: before transformers)
+from musicscope.data.clips import ClipStore, ResampledClips, at_rate
+from musicscope.models import hub
 from musicscope.models.interface import MusicModel
+
+Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
+"""Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
 
 
 def _model_type(config: dict[str, Any]) -> str:
@@ -24,14 +29,14 @@ class System:
     """A model family."""
 
     loader: str
-    """module:class, imported when needed; its `load(folder or file, device=, dtype=, **options)`
-    gives the model. A string, so that stages depend on the loaders of their own models alone
+    """module:class, imported when needed, with `load(folder or file, device=, dtype=, **options)`.
+    A string, so that a stage depends on the loaders of its own models alone
     (`tools.import_closure`)."""
     detect: Callable[[Path, dict[str, Any]], bool]
-    """(folder or file, its config.json, {} if there is none) -> whether it is one of this system"""
+    """(folder or file, its config.json or {}) -> whether it holds a model of this family."""
 
-    def load(self, path: Path, **options: Any) -> Any:
-        """The model in a folder or file."""
+    def load(self, path: Path, **options: Any) -> MusicModel:
+        """Load the model in a folder or file."""
         module, name = self.loader.split(":")
         return getattr(importlib.import_module(module), name).load(path, **options)
 
@@ -53,7 +58,7 @@ SYSTEMS: dict[str, System] = {
         "musicscope.models.yue.model:YueModel", lambda path, config: _model_type(config) == "llama"
     ),
 }
-"""Model families in the order in which a folder is asked; the first that knows it loads it."""
+"""Model families; the first that detects a folder as its own loads it."""
 
 
 def load_model(
@@ -66,12 +71,12 @@ def load_model(
 ) -> MusicModel:
     """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
-    What the folder holds decides the family (`SYSTEMS`); `system` names one where it holds two (the
-    MusicGen hub pages hold transformers' files and audiocraft's). `dtype` is that of the decoder;
-    codec and text encoder stay in float32. `revision` pins a hub id to a commit or tag and is
-    needed there. `options` go to the family's loader, such as `device_map` of MusicGen.
+    The folder's files decide the family (`SYSTEMS`); `system` names one where there are two (the
+    MusicGen hub pages hold transformers' files and audiocraft's). The decoder is loaded in `dtype`;
+    codec and text encoder stay in float32. A hub id needs a `revision`: a commit or tag. `options`
+    go to the family's loader, such as `device_map` of MusicGen.
 
-    FileNotFoundError says what was looked for, ValueError what is not supported.
+    FileNotFoundError names the missing files, ValueError the property that is not supported.
     """
     path = next((p for p in (Path(name), Path("data/models") / name) if p.exists()), None)
     on_hub = path is None
@@ -92,19 +97,29 @@ def load_model(
     return model
 
 
-def fetch_model(name: str, revision: str | None, system: str | None = None) -> Path:
-    """Folder in the hub's local cache with what a model's family needs of hub id `name`.
+@functools.cache
+def open_sources(
+    model: str, clips: str, device: str = "cpu"
+) -> tuple[MusicModel, ClipStore | ResampledClips]:
+    """Load a model and open the clips at its sample rate, once per process.
 
-    Errors as of `musicscope.models.hub.fetch`.
+    Give it to workers through functools.partial.
     """
-    from musicscope.models import hub
+    loaded = load_model(model, device=device)
+    return loaded, at_rate(ClipStore.open(clips), loaded.sample_rate)
 
+
+def fetch_model(name: str, revision: str | None, system: str | None = None) -> Path:
+    """Fetch the files of hub id `name` that its family needs; the folder in the hub's local cache.
+
+    Errors as in `musicscope.models.hub.fetch`.
+    """
     system = system or detect_system(hub.fetch(name, revision, ("config.json",)))
     return hub.fetch_model(name, revision, system)
 
 
 def detect_system(path: Path) -> str:
-    """The family of the model in a folder or file: a key of SYSTEMS. FileNotFoundError if none."""
+    """Tell the family (key of SYSTEMS) of a folder or file. FileNotFoundError if it is of none."""
     file = path / "config.json"
     config = read_json(file) if file.is_file() else {}
     for name, system in SYSTEMS.items():

@@ -184,13 +184,13 @@ def measure(
         peaks |= {f"{key}_fixed_bytes": cost.fixed, f"{key}_clip_bytes": cost.per_clip}
     ablate = None
     if ablations:
-        from musicscope.ablation import language as ablation
+        from musicscope.ablation import language
 
-        means = ablation.update_sums(model, one).means
+        means = language.sums(model, one).means
 
         def score() -> None:
             nonlocal ablate
-            run = lambda: ablation.ablate(model, one, tuple(ablations), means)  # noqa: E731
+            run = lambda: language.ablate(model, one, tuple(ablations), means)  # noqa: E731
             ablate = seconds(run, device, 1)
 
         if memory:  # in the same run, the longest of all: counting takes microseconds per operation

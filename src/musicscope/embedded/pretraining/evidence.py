@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from musicscope.ablation.language import ablate, ablation_table, join, update_sums
+from musicscope.ablation import language
+from musicscope.ablation.scores import ablation_table, join
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import percentile_interval, resample_weights
 from musicscope.embedded.nano.evaluation import caption_ce, log_mel_distance, si_sdr
@@ -270,10 +271,10 @@ def layer_rows(model: MusicgenModel, train: Coded, held_out: Coded, boot: Bootst
             codes = torch.from_numpy(coded.codes[part].astype(np.int64))
             yield model.with_captions(codes, coded.captions[part])
 
-    sums = [update_sums(model, batch) for batch in batches(train)]
+    sums = [language.sums(model, batch) for batch in batches(train)]
     means = sum(sums[1:], sums[0]).means
     kinds = ("mean", "skip")
-    scores = join([ablate(model, batch, kinds, means) for batch in batches(held_out)])
+    scores = join([language.ablate(model, batch, kinds, means) for batch in batches(held_out)])
     table = ablation_table(scores, held_out.groups, boot.n, boot.seed).set_index(["kind", "layer"])
     rows = []
     for layer in range(model.num_layers):

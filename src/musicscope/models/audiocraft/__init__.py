@@ -1,1 +1,1 @@
-"""models/audiocraft"""
+"""MusicGen in audiocraft, and conversion between the layouts of audiocraft and transformers."""

@@ -1,4 +1,4 @@
-"""The settings of a MusicGen in audiocraft's words and in transformers': see audiocraft_convert."""
+"""Convert the settings of a MusicGen between audiocraft and transformers, for `convert`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 
 def audiocraft_configs(hf: Any, text_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config of the language model, config of the codec) for a transformers MusicGen."""
+    """Make (config of the language model, config of the codec) for a transformers MusicGen."""
     decoder, codec = hf.config.decoder, hf.config.audio_encoder
     if codec.norm_type != "weight_norm" or codec.codebook_dim != codec.hidden_size:
         raise ValueError("only an EnCodec with weight norm and full-width codebooks can be written")
@@ -73,7 +73,7 @@ def audiocraft_configs(hf: Any, text_name: str) -> tuple[dict[str, Any], dict[st
 
 
 def transformers_config(language: DictConfig, compression: DictConfig, text: Any) -> Any:
-    """The MusicgenConfig of audiocraft's two configs and a T5 config."""
+    """Make the MusicgenConfig of audiocraft's two configs and a T5 config."""
     from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig
 
     lm, sea = language.transformer_lm, compression.seanet

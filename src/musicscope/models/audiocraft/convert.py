@@ -1,4 +1,4 @@
-"""MusicGen between the layouts of transformers and audiocraft, both ways, without audiocraft.
+"""Convert MusicGen between the layouts of transformers and audiocraft, without audiocraft.
 
 The two hold the same tensors under other names, except that audiocraft stacks the three input
 projections of an attention into one. Mono text-to-music models with the plain delay pattern.
@@ -31,6 +31,7 @@ from musicscope.models.audiocraft.loading import (
     read_checkpoint,
     text_encoder_folder,
 )
+from musicscope.models.musicgen.loading import load_parts
 
 State = dict[str, Tensor]
 CORE, LAYERS = "decoder.model.decoder.", "transformer.layers."
@@ -63,9 +64,9 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...], forward: bool) -> st
 
 
 def decoder_to_audiocraft(state: State) -> State:
-    """audiocraft's language-model weights from a whole transformers state dict.
+    """Turn a whole transformers state dict into audiocraft's language-model weights.
 
-    KeyError for a decoder weight that has no place there; codec and T5 are passed over.
+    KeyError for a decoder weight without a counterpart; codec and T5 are passed over.
     """
     found: State = {}
     for name, value in state.items():
@@ -87,7 +88,7 @@ def decoder_to_audiocraft(state: State) -> State:
 
 
 def decoder_to_transformers(state: State) -> State:
-    """Inverse of `decoder_to_audiocraft`. KeyError for biases and what else has no place there."""
+    """Invert `decoder_to_audiocraft`. KeyError for weights without a counterpart (biases)."""
     found: State = {}
     for name, value in state.items():
         if ".conditioners.description.t5." in name:  # a T5 that was trained along: see `_text`
@@ -115,7 +116,7 @@ def _upsamplers(ratios: list[int], residual: int) -> set[int]:
 
 
 def codec_to_audiocraft(state: State, ratios: list[int], residual: int) -> State:
-    """audiocraft's EnCodec weights from those of transformers' EncodecModel."""
+    """Turn weights of transformers' EncodecModel into audiocraft's."""
     found: State = {}
     for name, value in state.items():
         if name.startswith("quantizer."):
@@ -134,7 +135,7 @@ def codec_to_audiocraft(state: State, ratios: list[int], residual: int) -> State
 
 
 def codec_to_transformers(state: State) -> State:
-    """Inverse of `codec_to_audiocraft`."""
+    """Invert `codec_to_audiocraft`."""
     found: State = {}
     for name, value in state.items():
         new = re.sub(r"^(encoder|decoder)\.model\.", r"\1.layers.", name)
@@ -165,8 +166,6 @@ def _new(source: str | Path, out: str | Path) -> AbstractContextManager[NewFolde
 
 
 def _to_audiocraft(source: str | Path, folder: Path) -> None:
-    from musicscope.models.musicgen.loading import load_parts
-
     hf, tokenizer = load_parts(Path(source), torch.device("cpu"), torch.float32)
     language, compression = audiocraft_configs(hf, "t5-base")
     weights = decoder_to_audiocraft(hf.state_dict())
@@ -255,7 +254,7 @@ def main() -> None:
         else:
             to_transformers(given.source, given.out, given.text_revision)
     except OutputError as error:
-        sys.exit(f"audiocraft_convert: {error}")
+        sys.exit(f"audiocraft.convert: {error}")
 
 
 if __name__ == "__main__":

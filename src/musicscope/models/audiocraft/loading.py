@@ -1,4 +1,4 @@
-"""Reading MusicGen in audiocraft's own format: checkpoints, their configs, and what is supported.
+"""Read MusicGen in audiocraft's own format: checkpoints, their configs, and checks of both.
 
 A folder holds ``state_dict.bin`` (the language model) and ``compression_state_dict.bin`` (EnCodec).
 Each is a ``torch.save`` of a dict: ``best_state`` (the weights) and ``xp.cfg`` (the whole config of
@@ -23,20 +23,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from musicscope.models import hub
 from musicscope.models.audiocraft.compat import import_audiocraft
 
 MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.bin", "text_encoder"
 
 
 class _Record:
-    """Stands for any object of OmegaConf in a pickle: `__dict__` is what was stored in it."""
+    """Stand-in for any object of OmegaConf in a pickle: `__dict__` holds its stored values."""
 
     def __new__(cls, *args: Any) -> _Record:
         return super().__new__(cls)
 
 
 def _empty(*args: Any) -> dict:
-    """Stands for ``collections.defaultdict``, in which OmegaConf caches resolvers."""
+    """Stand-in for ``collections.defaultdict``, in which OmegaConf caches resolvers."""
     return {}
 
 
@@ -58,7 +59,7 @@ ALLOWED = [*((_Record, name) for name in RECORDS), (_empty, "collections.default
 
 
 def _plain(node: Any) -> Any:
-    """Dicts, lists and values of a config that was read as `_Record`s."""
+    """Turn a config that was read as `_Record`s into dicts, lists and values."""
     if isinstance(node, _Record):
         stored = node.__dict__
         return _plain(stored["_content"] if "_content" in stored else stored.get("_val"))
@@ -70,7 +71,7 @@ def _plain(node: Any) -> Any:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
-    """(weights, config) of one file, exported or as training wrote it.
+    """Read (weights, config) of one file, exported or as training wrote it.
 
     FileNotFoundError if it is missing; ValueError if it is damaged, would need other objects than
     tensors and configs, refers to a codec by name instead of holding it, or lacks a part.
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
     if "pretrained" in package:
         raise ValueError(
             f"{path} only names the codec {package['pretrained']!r}; replace it by that codec's "
-            "own checkpoint, or convert a folder in transformers' layout (audiocraft_convert)"
+            "own checkpoint, or convert a folder in transformers' layout (audiocraft.convert)"
         )
     weights = package.get("fsdp_best_state") or package.get("best_state")
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
@@ -185,7 +186,7 @@ def _local_t5(conditioners: Any, folder: Path, width: int) -> Iterator[None]:
 
 
 def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) -> Path:
-    """Where the T5 is: in the model's folder, else on the hub under the name in the config."""
+    """Find the T5: in the model's folder, else on the hub under the name in the config."""
     folder = source / TEXT_FOLDER
     if folder.is_dir():
         return folder
@@ -195,15 +196,13 @@ def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) 
             f"{source} holds no {TEXT_FOLDER}/ (a T5 as save_pretrained writes it): put {name} "
             "there, or give text_revision=, the commit of its hub page to take it from"
         )
-    from musicscope.models.hub import fetch_model
-
-    return fetch_model(name if "/" in name else f"google-t5/{name}", revision, "t5")
+    return hub.fetch_model(name if "/" in name else f"google-t5/{name}", revision, "t5")
 
 
 def build_language_model(
     path: Path, text: Path | None, text_revision: str | None, dtype: torch.dtype
 ) -> tuple[Any, DictConfig]:
-    """(audiocraft's LMModel in `dtype`, its config) of the checkpoint at `path`; T5 in float32."""
+    """Build (audiocraft's LMModel in `dtype`, its config) from a checkpoint; T5 in float32."""
     weights, config = read_checkpoint(path)
     check_supported(config, path)
     import_audiocraft()
@@ -229,8 +228,8 @@ def build_language_model(
 
 
 def build_codec(path: Path, config: DictConfig) -> Any:
-    """audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of the
-    language model) uses."""
+    """Build audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of
+    the language model) uses."""
     weights, own = read_checkpoint(path)
     import_audiocraft()
     from audiocraft.models import builders

@@ -1,18 +1,18 @@
-"""MusicGen in audiocraft behind `MusicModel`: the weights as they were released.
+"""MusicGen in audiocraft as a `LanguageModel`: the weights as they were released.
 
-Hook points, frames and sampling are those of `musicscope.models.musicgen.model`; what runs are
-audiocraft's modules. Two things differ from transformers, both audiocraft's own choice or ours:
+Hook points, frames and sampling are as in `musicscope.models.musicgen.delay_pattern`; audiocraft's
+own modules run. Two things differ from `MusicgenModel`:
 
 - An empty caption counts as none, as in audiocraft's T5 conditioner.
-- audiocraft's cross-attention has no mask: in a batch, a short caption is diluted by the zeros that
-  pad it to the longest one. Here each clip is computed as audiocraft computes it alone, so that
-  activations do not depend on which captions share a batch.
+- audiocraft's cross-attention has no mask: in a batch, padding dilutes a short caption. Here each
+  clip is computed as audiocraft computes it alone, so that activations do not depend on the other
+  captions of a batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from musicscope.models.audiocraft.loading import (
     build_codec,
     build_language_model,
 )
-from musicscope.models.delay_pattern import DelayPatternModel, text_states
 from musicscope.models.interface import Hook
-from musicscope.models.musicgen.decoder import Context, Step, run_layers
+from musicscope.models.language_model import run_layers
+from musicscope.models.musicgen.decoder import Context, Step, spans
+from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
 
 
 class AudiocraftModel(DelayPatternModel):
-    """`MusicModel` over audiocraft's LMModel (`.lm`) and EncodecModel (`.codec`)."""
+    """`LanguageModel` over audiocraft's LMModel (`.lm`) and EncodecModel (`.codec`)."""
 
     def __init__(self, lm: Any, codec: Any, name: str, device: torch.device) -> None:
         self.lm, self.codec = lm.to(device), codec.to(device)
@@ -69,7 +70,7 @@ class AudiocraftModel(DelayPatternModel):
         text_encoder: Path | None = None,
         text_revision: str | None = None,
     ) -> AudiocraftModel:
-        """From a folder with state_dict.bin and compression_state_dict.bin.
+        """Load a folder with state_dict.bin and compression_state_dict.bin.
 
         The T5 is not in them (unless it was trained along): it is read from `text_encoder`, else
         from ``text_encoder/`` in the folder, else from the hub at `text_revision`. The decoder is
@@ -90,7 +91,7 @@ class AudiocraftModel(DelayPatternModel):
 
     @torch.no_grad()
     def encode_signal(self, signal: Tensor) -> Tensor:
-        codes, scale = self.codec.encode(signal)
+        codes, scale = self.codec.encode(signal[:, None])
         if scale is not None:
             raise ValueError(f"{self.name}: a codec that renormalizes is not supported")
         return codes
@@ -116,8 +117,10 @@ class AudiocraftModel(DelayPatternModel):
 
 
 class AudiocraftDecoder:
-    """Embedding, layers and heads of audiocraft's LMModel as separate steps, as
-    `musicscope.models.musicgen.decoder.LayerwiseDecoder` does for transformers."""
+    """Embedding, layers and heads of audiocraft's LMModel as separate steps.
+
+    The counterpart of `musicscope.models.musicgen.decoder.LayerwiseDecoder`.
+    """
 
     def __init__(self, lm: Any, conditioner: Any, device: torch.device) -> None:
         from audiocraft.modules.transformer import create_sin_embedding
@@ -135,7 +138,7 @@ class AudiocraftDecoder:
         return list(self.lm.emb)
 
     def embed(self, ids: Tensor, past: int = 0) -> Tensor:
-        """Ids [rows, K, S] to the input of layer 0 [rows, S, d]."""
+        """Turn ids [rows, K, S] into the input of layer 0 [rows, S, d]."""
         tokens = sum(table(ids[:, k]) for k, table in enumerate(self.lm.emb))
         positions = torch.arange(ids.shape[-1], device=ids.device).view(1, -1, 1) + past
         transformer = self.lm.transformer
@@ -148,68 +151,52 @@ class AudiocraftDecoder:
     def context(self, hidden: Tensor, text: Tensor, text_mask: Tensor) -> Context:
         """`text_mask` of the result: None where no caption is padded, else bool [rows, L]."""
         text = self._project(text.to(self._project.weight.dtype)) * text_mask[..., None]
-        said = text_mask.bool()
+        words = text_mask.bool()
         # Without a caption all states are zero, and so is what attention finds, wherever it looks.
-        said = said | ~said.any(1, keepdim=True)
+        words = words | ~words.any(1, keepdim=True)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        return Context(positions, text, None if bool(said.all()) else said, None)
+        return Context(positions, text, None if bool(words.all()) else words, None)
 
     @contextlib.contextmanager
     def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
-        """Generation, as in `LayerwiseDecoder.steps`: audiocraft's layers keep keys and values."""
+        """Give the step function of a generation; audiocraft's layers keep keys and values."""
         past = 0
         first: list[Context] = []
 
-        def step(ids: Tensor, hooks: dict[int, Hook]) -> Tensor:
+        def step(ids: Tensor, hooks: Mapping[int, Hook]) -> Tensor:
             nonlocal past
             hidden = self.embed(ids, past=past)
             if not first:
                 first.append(self.context(hidden, text, text_mask))
             context = replace(first[0], positions=first[0].positions + past)
             past += 1
-            return self.run(hidden, context, hooks)
+            return run_layers(self, hidden, context, hooks)
 
         with self.lm.transformer.streaming():
             yield step
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Layer `index` on hidden [rows, S, d]."""
+        """Run layer `index` on hidden [rows, S, d]."""
         block = self.lm.transformer.layers[index]
         if context.text_mask is None:
             return block(hidden, cross_attention_src=context.text)
         # The same three steps, with the mask that audiocraft's cross-attention does not take.
         hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))
-        heard = _attend(block.cross_attention, block.norm_cross(hidden), context)
-        hidden = hidden + block.layer_scale_cross(heard)
+        mixed = _attend(block.cross_attention, block.norm_cross(hidden), context)
+        hidden = hidden + block.layer_scale_cross(mixed)
         return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
 
-    def run(
-        self,
-        hidden: Tensor,
-        context: Context,
-        hooks: dict[int, Hook],
-        first: int = 0,
-        last: int | None = None,
-        inputs: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Layers `first` to `last` (inclusive) on hidden [rows, S, d]; fills `inputs` if given."""
-        return run_layers(self, hidden, context, hooks, first, last, inputs)
-
     def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
-        """Final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
+        """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
 
         `frames` None: all positions, as is.
         """
-        hidden = self.lm.out_norm(hidden)
-        spans = (
-            hidden if frames is None else hidden[:, k : k + frames]
-            for k in range(self.num_codebooks)
-        )
-        return torch.stack([head(s) for head, s in zip(self.lm.linears, spans, strict=True)], 1)
+        read = spans(self.lm.out_norm(hidden), frames, self.num_codebooks)
+        return torch.stack([head(s) for head, s in zip(self.lm.linears, read, strict=True)], 1)
 
 
 def _attend(attention: Any, query: Tensor, context: Context) -> Tensor:
-    """audiocraft's cross-attention of query [rows, S, d], keeping to the captions' tokens."""
+    """Run audiocraft's cross-attention of query [rows, S, d], masked to the captions' tokens."""
     inner = attention if attention.custom else attention.mha
     weights = inner.in_proj_weight.chunk(3)
     biases = (None,) * 3 if inner.in_proj_bias is None else inner.in_proj_bias.chunk(3)
@@ -218,5 +205,5 @@ def _attend(attention: Any, query: Tensor, context: Context) -> Tensor:
         F.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for source, weight, bias in zip(sources, weights, biases, strict=True)
     )
-    heard = F.scaled_dot_product_attention(q, k, v, attn_mask=context.text_mask[:, None, None])
-    return inner.out_proj(heard.transpose(1, 2).flatten(-2))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=context.text_mask[:, None, None])
+    return inner.out_proj(mixed.transpose(1, 2).flatten(-2))

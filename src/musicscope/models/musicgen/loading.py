@@ -1,8 +1,8 @@
-"""Reading a MusicGen folder in transformers' layout: dtypes, device maps, both weight formats.
+"""Read a MusicGen folder in transformers' layout: dtypes, device maps, both weight formats.
 
 Two layouts are in use on the hub: ``*.safetensors`` and ``pytorch_model*.bin``, each whole or in
-shards with an index. The second is a pickle and read with ``weights_only``, so that a file can name
-no object but tensors. Both may spell EnCodec's weight norm the old way (``weight_g``, ``weight_v``)
+shards with an index. The second is a pickle, read with ``weights_only``, so that a file can name no
+object but tensors. Both may spell EnCodec's weight norm the old way (``weight_g``, ``weight_v``)
 and hold the table of positions, which newer versions compute.
 """
 
@@ -40,7 +40,7 @@ _Musicgen = type(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is not a whole mono text-to-music MusicGen, naming the file and the remedy.
+    """Refuse all but a whole mono text-to-music MusicGen, naming the file and the remedy.
 
     FileNotFoundError for a missing file, ValueError for melody, stereo and other models.
     """
@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> None:
 
 
 def stored_names(folder: Path) -> set[str]:
-    """Names of the weights in a folder, as the files spell them; no weight is read."""
+    """List the names of the weights in a folder, as the files spell them; read no weight."""
     names: set[str] = set()
     for index in folder.glob("*.index.json"):
         names.update(read_json(index)["weight_map"])
@@ -93,7 +93,7 @@ def load_parts(
     device_map: str | dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[MusicgenForConditionalGeneration, Any]:
-    """(model, tokenizer) of a save_pretrained folder, frozen.
+    """Load (model, tokenizer) of a save_pretrained folder, frozen.
 
     The decoder is read in `dtype` (float32, bfloat16 or float16) without a float32 copy of the
     whole; codec and text encoder stay in float32. With a `device_map` ("auto", or module name to
@@ -136,7 +136,7 @@ def load_parts(
 
 
 def main_device(hf: MusicgenForConditionalGeneration) -> torch.device:
-    """Where codec and text encoder run and batches live: the device, or the map's first one."""
+    """Find the device of codec, text encoder and batches: the model's, or the map's first one."""
     placed = getattr(hf, "hf_device_map", None)
     if not placed:
         return hf.device

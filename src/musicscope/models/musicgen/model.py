@@ -1,4 +1,4 @@
-"""MusicGen in transformers behind `musicscope.models.interface.MusicModel`."""
+"""MusicGen in transformers as a `musicscope.models.interface.LanguageModel`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from transformers import MusicgenForConditionalGeneration
 
-from musicscope.models.delay_pattern import DelayPatternModel, text_states
 from musicscope.models.interface import Batch
+from musicscope.models.language_model import by_clip
 from musicscope.models.musicgen.decoder import LayerwiseDecoder
+from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
 from musicscope.models.musicgen.loading import load_parts, main_device
 
 
 class MusicgenModel(DelayPatternModel):
-    """`MusicModel` over `MusicgenForConditionalGeneration`; `.hf` is the model itself.
+    """`LanguageModel` over `MusicgenForConditionalGeneration`; `.hf` is the model itself.
 
-    Mono text-to-music models only (small, medium, large). All methods run without autograd and
-    return ordinary tensors.
+    Mono text-to-music models only (small, medium, large).
     """
 
     def __init__(self, hf: MusicgenForConditionalGeneration, tokenizer: Any, name: str) -> None:
-        self.hf, self.tokenizer = hf.eval(), tokenizer
+        self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
         decoder, codec = hf.config.decoder, hf.config.audio_encoder
         if decoder.audio_channels != 1 or codec.audio_channels != 1:
             raise ValueError(f"{name} is a stereo MusicGen; only mono models are supported")
@@ -52,7 +52,7 @@ class MusicgenModel(DelayPatternModel):
         device_map: str | dict[str, Any] | None = None,
         **options: Any,
     ) -> MusicgenModel:
-        """From a save_pretrained folder; see `musicscope.models.musicgen.loading.load_parts`."""
+        """Load a save_pretrained folder; see `musicscope.models.musicgen.loading.load_parts`."""
         hf, tokenizer = load_parts(source, device, dtype, device_map, **options)
         return cls(hf, tokenizer, source.name)
 
@@ -62,7 +62,7 @@ class MusicgenModel(DelayPatternModel):
 
     @torch.no_grad()
     def encode_signal(self, signal: Tensor) -> Tensor:
-        codes = self.hf.audio_encoder.encode(signal).audio_codes
+        codes = self.hf.audio_encoder.encode(signal[:, None]).audio_codes
         if codes.shape[0] != 1 or codes.shape[2] != self.num_codebooks:
             raise ValueError(
                 f"{self.name}: the codec gave codes {list(codes.shape)}, need one chunk of "
@@ -84,14 +84,11 @@ class MusicgenModel(DelayPatternModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        codes = codes.to(self.device)
-        # One piece at a time on a CPU, as in `encode`: twice as fast as 32 together.
-        parts = codes.split(1 if self.device.type == "cpu" else max(1, len(codes)))
-        decode = self.hf.audio_encoder.decode
+        decode, parts = self.hf.audio_encoder.decode, by_clip(codes.to(self.device))
         return torch.cat([decode(part[None], [None]).audio_values[:, 0] for part in parts])
 
     def trace(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
-        """An nnsight view of the model and the inputs that make it see `batch` as `forward` does.
+        """Give an nnsight view of the model, and the inputs with which it repeats `forward`.
 
         For interactive work; the stages use hooks. Needs ``pip install nnsight``. Put it in a file
         or a notebook cell (nnsight reads the source of the block)::

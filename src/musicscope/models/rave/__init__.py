@@ -1,1 +1,1 @@
-"""models/rave"""
+"""RAVE from TorchScript exports."""

@@ -1,15 +1,15 @@
-"""Opening TorchScript files from strangers: what a file may hold, checked before it is loaded.
+"""Check the contents of TorchScript files from strangers before they are loaded.
 
-What is safe and what is not. A TorchScript archive is a zip of weights, of program text in a
+Limits of the check. A TorchScript archive is a zip of weights, of program text in a
 subset of Python, and of two pickles that describe the objects. `torch.jit.load` does not unpickle
 with Python: its own reader knows tensors, plain containers and the classes defined in the archive,
 so no function of Python's is ever called. It does run the *program*, though: methods such as
 ``__setstate__`` at once, ``encode`` and ``decode`` when asked. Nearly all operators a program can
 call compute on tensors, but a few reach outside: ``torch.save`` writes any file that the user may
 write, ``torch.from_file`` maps files for reading and writing, ``ops.<library>`` calls whatever
-extension is loaded. `check_archive` refuses programs that name these. What is left is a program
-that may compute for ever or fill the memory, and bugs of torch's own reader: load files from
-people you trust, or in a container. Never give such a file to ``torch.load(weights_only=False)``,
+extension is loaded. `check_archive` refuses programs that name these. A program may still compute
+for ever or fill the memory, and torch's own reader may have bugs: load files from people you trust,
+or in a container. Never give such a file to ``torch.load(weights_only=False)``,
 which would unpickle it with Python.
 """
 
@@ -42,7 +42,7 @@ OUTSIDE = re.compile(
 
 
 def check_archive(path: str | Path) -> None:
-    """Refuse a file that is no TorchScript archive, or one with more in it than torch writes.
+    """Refuse a file that is no TorchScript archive, or holds more than torch writes.
 
     Reads the zip without running or unpickling anything.
 
@@ -93,7 +93,7 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _check_program(path: Path, name: str, text: str) -> None:
-    """No operator of OUTSIDE, however the text is spaced, broken or commented."""
+    """Refuse operators of OUTSIDE, however the text is spaced, broken or commented."""
     try:
         tokens = [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     except (tokenize.TokenError, SyntaxError) as error:
@@ -107,7 +107,7 @@ def _check_program(path: Path, name: str, text: str) -> None:
 
 
 def _check_pickle(path: Path, name: str, content: bytes) -> None:
-    """Every name that a pickle asks for must be torch's own; the pickle is read, not run."""
+    """Refuse a pickle that names anything but torch's own; it is read, not run."""
     try:
         for opcode, argument, _ in pickletools.genops(content):
             # torch writes protocol 2, whose names are literal; other opcodes could hide one.
@@ -124,7 +124,7 @@ def _check_pickle(path: Path, name: str, content: bytes) -> None:
 
 
 def load_archive(path: str | Path, device: torch.device) -> torch.jit.ScriptModule:
-    """A checked TorchScript module on `device`, in evaluation mode.
+    """Load a checked TorchScript module on `device`, in evaluation mode.
 
     ValueError as in `check_archive`, and for an archive that torch itself cannot read.
     """

@@ -1,8 +1,8 @@
-"""Hooks on the convolutions of a TorchScript module, and its noise seeded.
+"""Hook the convolutions of a TorchScript module, and seed its noise.
 
 Python hooks do not fire inside a ScriptModule. Its operators do go through torch's dispatcher,
-though, where a dispatch mode sees each call, and the identity of the weight tells which
-convolution it is. So the module's own program runs, whatever else is in it.
+where a dispatch mode sees each call; the identity of the weight tells the convolution. So the
+module's own program runs, whatever else is in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from musicscope.models.hooks import apply
 from musicscope.models.interface import Hook
 
 # Above autograd the last three are taken apart into the first; under inference_mode they are not.
@@ -28,20 +29,15 @@ NORMAL = {torch.ops.aten.randn, torch.ops.aten.randn_like, torch.ops.aten.normal
 
 
 def edited(name: str, hook: Hook, values: Tensor) -> Tensor:
-    """What `hook` makes of activations [1, d, T]; ValueError unless it keeps their shape."""
+    """Apply a hook to activations [1, d, T]. ValueError unless it keeps their shape."""
     rows = values.transpose(1, 2)
-    result = hook(rows, torch.arange(1, rows.shape[1] + 1, device=rows.device))
-    if not isinstance(result, Tensor) or result.shape != rows.shape:
-        got = list(result.shape) if isinstance(result, Tensor) else type(result)
-        raise ValueError(
-            f"the hook at {name} must return activations {list(rows.shape)}, got {got}"
-        )
-    return result.to(values.dtype).transpose(1, 2).contiguous()
+    positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    return apply(name, hook, rows, positions).transpose(1, 2).contiguous()
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded for a while, then as they were: exports draw from them."""
+    """Seed torch's global generators, from which exports draw, and restore them afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
@@ -56,7 +52,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Convolutions(TorchDispatchMode):
-    """Passes the output of each convolution with a known weight through `act(name, output)`.
+    """Pass the output of each convolution with a known weight through `act(name, output)`.
 
     Works inside TorchScript, whose operators go through the same dispatcher. `silent` makes every
     normal draw zero. An exception in `act` is kept in `error`: the interpreter would lose its type.

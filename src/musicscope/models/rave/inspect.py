@@ -1,11 +1,10 @@
-"""What a RAVE export offers, found by running it once on noise rather than by trusting its name."""
+"""Find out by one run on noise which hook points, rates and caches a RAVE export has."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +19,30 @@ POSTERIOR, LATENT = "posterior_mean", "latent"
 
 @dataclass(frozen=True)
 class Survey:
-    """Of one export."""
+    """Properties of one export."""
 
     sample_rate: int
     channels: int
     """Of the input; a mono clip is given to each."""
     ratio: int
-    """Samples a latent frame."""
+    """Samples per latent frame."""
     names: dict[int, str]
     """Address of a convolution's weight to its name."""
     stats: str | None
-    """The convolution whose output is posterior mean and scale, one above the other."""
+    """The convolution whose output channels are posterior mean, then scale."""
     hook_points: tuple[HookPoint, ...]
     """In the order in which they are computed."""
-    frame_rates: dict[str, float]
     encoding: frozenset[str]
     """Hook points that need no decoder."""
     caches: dict[str, Tensor]
     """Buffers that a pass changes, as they were in the file."""
     notes: tuple[str, ...]
-    """What the export does not offer, and why."""
+    """Missing hook points, with the reason."""
 
 
 @torch.no_grad()
-def survey(module: Any, name: str, device: torch.device) -> Survey:
-    """Run encode and decode once on seeded noise and record what passes.
+def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> Survey:
+    """Run encode and decode once on seeded noise and record all activations.
 
     ValueError for a module without encode, decode or a sample rate, and for one that does not
     keep the length of whole frames.
@@ -54,8 +52,8 @@ def survey(module: Any, name: str, device: torch.device) -> Survey:
     rate = getattr(module, "sr", getattr(module, "sampling_rate", None))
     if rate is None:
         raise ValueError(f"{name} has no attribute sr; export it again with RAVE 2 or later")
-    told = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
-    channels, step = (1, 1) if told is None else (int(told[0]), int(told[3]))
+    known = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
+    channels, step = (1, 1) if known is None else (int(known[0]), int(known[3]))
     names = {
         weight.data_ptr(): key.removesuffix(".weight")
         for key, weight in module.named_parameters()
@@ -115,20 +113,22 @@ def survey(module: Any, name: str, device: torch.device) -> Survey:
         ratio=ratio,
         names=names,
         stats=None if mean is None else stats,
-        hook_points=tuple(HookPoint(key, values.shape[1]) for key, values in found.items()),
-        frame_rates={key: int(rate) * v.shape[-1] / samples for key, v in found.items()},
+        hook_points=tuple(
+            HookPoint(key, v.shape[1], int(rate) * v.shape[-1] / samples)
+            for key, v in found.items()
+        ),
         encoding=frozenset({*encoded, POSTERIOR, LATENT}),
         caches={k: before[k] for k, v in module.named_buffers() if not torch.equal(v, before[k])},
         notes=tuple(notes),
     )
 
 
-def _discrete(module: Any) -> bool:
+def _discrete(module: torch.jit.ScriptModule) -> bool:
     return hasattr(module, "quantizer") or hasattr(getattr(module, "encoder", None), "rvq")
 
 
-def _posterior(module: Any, stats: Tensor, z: Tensor) -> Tensor | None:
-    """The posterior mean if z (drawn without noise) is its PCA; None for any other encoder."""
+def _posterior(module: torch.jit.ScriptModule, stats: Tensor, z: Tensor) -> Tensor | None:
+    """Find the posterior mean if z (drawn without noise) is its PCA; None for another encoder."""
     pca, centre = (getattr(module, key, None) for key in ("latent_pca", "latent_mean"))
     if pca is None or centre is None or stats.shape[1] != 2 * len(centre):
         return None

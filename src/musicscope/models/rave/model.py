@@ -4,8 +4,8 @@ An export is ``encode(x [B, C, n]) -> z [B, D, n / ratio]`` and ``decode(z) -> [
 encode: PQMF, encoder (posterior mean and scale), a noise draw, less ``latent_mean``, PCA, and only
 the leading D dimensions are kept; decode fills the rest with noise before it turns the PCA back,
 and its decoder may synthesise noise of its own. Streaming exports keep the end of what they saw in
-caches. Hence each clip runs alone, with caches as in the file as it was loaded and with the noise
-seeded from the clip's samples: the result depends neither on other clips nor on their order.
+caches. Hence each clip runs alone, with the caches as in the file and with noise seeded from the
+clip's samples: the result depends neither on other clips nor on their order.
 
 Hook points are ``posterior_mean`` (before the draw and the PCA: deterministic, and of the same
 width whatever fidelity the export kept), ``latent`` (z), and every convolution of encoder and
@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.core import io as artifacts
-from musicscope.models.interface import AudioBatch, Hook
+from musicscope.core.audio import spectra, spectral_distance
+from musicscope.core.seeding import seed_for
+from musicscope.models.interface import AudioBatch, Hook, Hooks, check_audio
 from musicscope.models.rave.archive_check import load_archive
 from musicscope.models.rave.hooks import Convolutions, edited, seeded
 from musicscope.models.rave.inspect import LATENT, POSTERIOR, survey
@@ -43,7 +44,7 @@ NOT_OFFERED = {
     "forward": "an autoencoder has no logits; use reconstruct",
     "forward_from": "layers cannot be run from the middle; use latents and decode",
     "layer_inputs": "use capture with the names of hook points",
-    "cross_entropy": "it predicts no codes; rave_ablation.spectral_distance takes its place",
+    "cross_entropy": "it predicts no codes; use loss, a spectral distance",
     "generate": "it makes audio from audio only, not from captions; use encode and reconstruct",
     "with_captions": "it has neither codes nor captions; use encode",
     "num_codebooks": "it has no codes",
@@ -54,20 +55,24 @@ NOT_OFFERED = {
 class RaveModel:
     """`musicscope.models.interface.AudioModel` over a TorchScript export (`.module`).
 
-    All methods run without autograd. `ratio` is samples a latent frame, `notes` what the export
-    does not offer. Every clip is a pass of its own: hooks see [1, T, d].
+    All methods run without autograd. `ratio` is samples per latent frame; `notes` names missing
+    hook points. Every clip is a pass of its own: hooks get [1, T, d].
     """
 
-    def __init__(self, module: Any, name: str, device: torch.device, seed: int = 0) -> None:
+    loss_name = "spectral"
+
+    def __init__(
+        self, module: torch.jit.ScriptModule, name: str, device: torch.device, seed: int = 0
+    ) -> None:
         self.module, self.name, self.device, self.seed = module, name, device, seed
         self.conditional_rows = slice(None)
         self.survey = survey(module, name, device)
         self.sample_rate, self.ratio = self.survey.sample_rate, self.survey.ratio
         self.frame_rate = self.sample_rate / self.ratio
         self.hook_points = self.survey.hook_points
-        self.frame_rates = self.survey.frame_rates
+        self.frame_rates = {point.name: point.rate for point in self.hook_points}
         self.notes = self.survey.notes
-        # Caches are known by having changed; what else a module may keep shows here.
+        # Caches are known by having changed; any other state that a module keeps shows here.
         noise = torch.randn(1, 4 * self.ratio, generator=torch.Generator().manual_seed(0)) * 0.1
         first, second = (self.reconstruct(self.encode(noise)) for _ in range(2))
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
@@ -84,9 +89,9 @@ class RaveModel:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> RaveModel:
-        """From a .ts file, or a folder that holds exactly one.
+        """Load a .ts file, or a folder that holds exactly one.
 
-        `seed` is that of all noise. ValueError for another dtype than float32 (exports are), for
+        `seed` seeds all noise. ValueError for another dtype than float32 (exports are), for
         several files, and as in `musicscope.models.rave.archive_check`.
         """
         source = Path(source)
@@ -101,7 +106,7 @@ class RaveModel:
         return cls(load_archive(files[0], device), name, device, seed)
 
     def __getattr__(self, name: str) -> Any:
-        # AttributeError, so that hasattr() tells an audio model from a text-to-music model.
+        # AttributeError, so that this is no `LanguageModel`.
         why = NOT_OFFERED.get(name)
         raise AttributeError(
             f"RAVE has no {name!r}: {why}" if why else f"RaveModel has no attribute {name!r}"
@@ -112,26 +117,19 @@ class RaveModel:
     def encode(
         self, audio: Tensor | np.ndarray, captions: Sequence[str | None] | None = None
     ) -> AudioBatch:
-        """Audio [B, n] float at `sample_rate`; captions mean nothing here and are ignored.
+        """Make a batch of audio [B, n] float at `sample_rate`; captions are ignored.
 
         ValueError for another shape or type, and for NaN or infinity (the rows are named).
         """
-        audio = torch.as_tensor(audio)
-        if audio.ndim != 2 or 0 in audio.shape or not audio.is_floating_point():
-            raise ValueError(
-                f"audio must be float [clips, samples], got {audio.dtype} {list(audio.shape)}"
-            )
-        audio = audio.float().cpu()
-        if bad := torch.nonzero(~torch.isfinite(audio).all(1)).flatten().tolist():
-            raise ValueError(f"audio holds NaN or infinity in rows {bad}")
+        audio = check_audio(audio).cpu()
         digests = (hashlib.sha256(clip.numpy().tobytes()).hexdigest() for clip in audio)
-        seeds = tuple(artifacts.seed_for(self.seed, "noise", digest) for digest in digests)
+        seeds = tuple(seed_for(self.seed, "noise", digest) for digest in digests)
         return AudioBatch(audio.to(self.device), seeds)
 
     def capture(
-        self, batch: AudioBatch, names: Sequence[str], hooks: dict[str, Hook] | None = None
+        self, batch: AudioBatch, names: Sequence[str], hooks: Hooks = None
     ) -> dict[str, Tensor]:
-        """Activations [B, T, d] of the named hook points in one pass, after their own edits.
+        """Read activations [B, T, d] of the named hook points in one pass, after their own edits.
 
         T = ceil(n * frame_rates[name] / sample_rate): frames of the padding alone are left out.
         The decoder runs only if one of its points is asked for.
@@ -141,23 +139,34 @@ class RaveModel:
         self._run(batch, hooks or {}, seen, decode=not self.survey.encoding.issuperset(names))
         return {name: torch.cat(values) for name, values in seen.items()}
 
-    def latents(self, batch: AudioBatch, hooks: dict[str, Hook] | None = None) -> Tensor:
-        """z [B, ceil(n / ratio), D], as the export draws it, for edits outside hooks."""
+    def latents(self, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
+        """Draw z [B, ceil(n / ratio), D] as the export does, for edits outside hooks."""
         return self._run(batch, hooks or {}, {}, decode=False)[0]
 
-    def decode(
-        self, latents: Tensor, batch: AudioBatch, hooks: dict[str, Hook] | None = None
-    ) -> Tensor:
-        """Audio [B, n] of (edited) latents [B, T, D] of `batch`, whose noise and length it has."""
+    def decode(self, latents: Tensor, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
+        """Turn (edited) latents [B, T, D] of `batch` into audio [B, n], with its noise."""
         return self._run(batch, hooks or {}, {}, latents=latents)[1]
 
-    def reconstruct(self, batch: AudioBatch, hooks: dict[str, Hook] | None = None) -> Tensor:
-        """Audio [B, n] through encoder, edits and decoder; several channels are averaged.
+    def reconstruct(
+        self, batch: AudioBatch, hooks: Hooks = None, latents: Tensor | None = None
+    ) -> Tensor:
+        """Encode, edit and decode: audio [B, n]; several channels are averaged.
 
         The noise is the same with and without hooks, so an edit that changes nothing changes no
-        sample.
+        sample. With the batch's own `latents` the encoder runs only where a hook acts in it.
         """
-        return self._run(batch, hooks or {}, {})[1]
+        if self.survey.encoding.intersection(hooks or {}):
+            latents = None
+        return self._run(batch, hooks or {}, {}, latents=latents)[1]
+
+    def loss(self, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
+        """Spectral distance of each clip to its reconstruction, [B] float64 on the CPU."""
+        pairs = zip(batch.audio.cpu().numpy(), self.reconstruct(batch, hooks).cpu().numpy(),
+                    strict=True)  # fmt: skip
+        return torch.tensor(
+            [spectral_distance(spectra(clip), spectra(audio)) for clip, audio in pairs],
+            dtype=torch.float64,
+        )
 
     def _known(self, names: Iterable[str]) -> None:
         if unknown := [name for name in names if name not in self.frame_rates]:
@@ -169,12 +178,12 @@ class RaveModel:
     def _run(
         self,
         batch: AudioBatch,
-        hooks: dict[str, Hook],
+        hooks: Mapping[str, Hook],
         seen: dict[str, list[Tensor]],
         decode: bool = True,
         latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents and audio; fills `seen` [names] with one activation [1, T, d] a clip."""
+        """Give latents and audio; fill `seen` [names] with one activation [1, T, d] per clip."""
         self._known(hooks)
         samples = batch.audio.shape[1]
 
@@ -190,22 +199,26 @@ class RaveModel:
             return values
 
         padded = F.pad(batch.audio, (0, -samples % self.ratio))
-        drawn, heard = [], []
+        drawn, decoded = [], []
         for i, seed in enumerate(batch.seeds):
             if latents is None:
                 x = padded[i].expand(1, self.survey.channels, -1)
-                z = self._part(self.module.encode, x, act, artifacts.seed_for(seed, "encode"))
+                z = self._part(self.module.encode, x, act, seed_for(seed, "encode"))
                 z = act(LATENT, z)
             else:
                 z = latents[i : i + 1].transpose(1, 2).to(padded).contiguous()
             drawn.append(z.transpose(1, 2))
             if decode:
-                y = self._part(self.module.decode, z, act, artifacts.seed_for(seed, "decode"))
-                heard.append(y.mean(1)[:, :samples])
-        return torch.cat(drawn), torch.cat(heard) if decode else None
+                y = self._part(self.module.decode, z, act, seed_for(seed, "decode"))
+                decoded.append(y.mean(1)[:, :samples])
+        return torch.cat(drawn), torch.cat(decoded) if decode else None
 
     def _part(
-        self, method: Any, x: Tensor, act: Callable[[str, Tensor], Tensor], seed: int
+        self,
+        method: Callable[[Tensor], Tensor],
+        x: Tensor,
+        act: Callable[[str, Tensor], Tensor],
+        seed: int,
     ) -> Tensor:
         for key, value in self.survey.caches.items():
             *owners, leaf = key.split(".")

@@ -6,10 +6,9 @@ at P + 2t. The position whose newest input is the instrumental code of frame t i
 odd one counted from the first code, and that one is called frame t. It has seen both tracks of
 frames up to t.
 
-What hooks are told about a position is its frame rather than its place in the sequence, for
-prompts differ in length: t + 1 at frame t (as in every other model), -(t + 1) where the newest
-input is the vocal code of frame t, 0 in the prompt. So tools that act on frames leave vocal
-positions and prompt alone.
+Hooks get a position's frame rather than its place in the sequence, for prompts differ in length:
+t + 1 at frame t (as in every other model), -(t + 1) where the newest input is the vocal code of
+frame t, 0 in the prompt. So tools that act on frames leave vocal positions and prompt alone.
 
 Prompts of different lengths are padded on the left; every row's RoPE counts from its own start.
 """
@@ -24,16 +23,15 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from musicscope.models.interface import Hook
 from musicscope.models.yue.tokens import CODE_IDS
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs besides the stream; the same for all layers."""
+    """Inputs of every layer besides the stream; the same for all layers."""
 
     positions: Tensor
-    """[S] what hooks are told, see `frame_labels`."""
+    """[S] labels for hooks, see `frame_labels`."""
     places: Tensor
     """[rows, S] place in its own row, for RoPE."""
     rotary: tuple[Tensor, Tensor]
@@ -53,7 +51,7 @@ NUM_POSITION_GROUPS = 4
 
 
 def position_groups(prompt_mask: Tensor, codes: int) -> Tensor:
-    """[B, P + codes]: which positions are alike, for means over them.
+    """Group alike positions, for means over them: [B, P + codes].
 
     0 the first of a row (the same in all clips, and where attention rests), 1 frames, 2 vocal
     codes, 3 the rest of the prompt, -1 padding. `prompt_mask` [B, P] is 0 on padding.
@@ -82,13 +80,17 @@ class LayerwiseLlama:
             )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids [rows, S] to the input of layer 0 [rows, S, d]."""
+        """Turn ids [rows, S] into the input of layer 0 [rows, S, d]."""
         return self.hf.model.embed_tokens(ids)
 
     def context(
         self, hidden: Tensor, positions: Tensor, valid: Tensor, cache: Cache | None = None
     ) -> Context:
-        """`valid` [rows, past + S]: 1 where an id is, 0 on padding, the cached positions first."""
+        """Inputs of every layer besides hidden [rows, S, d].
+
+        `positions` [S] are labels for hooks. `valid` [rows, past + S] is 1 where an id is, 0 on
+        padding, the cached positions first.
+        """
         count, total = hidden.shape[1], valid.shape[1]
         valid = valid.to(hidden.device)
         places = (valid.cumsum(1) - 1).clamp(min=0)[:, total - count :]
@@ -103,43 +105,21 @@ class LayerwiseLlama:
                 mask = mask | square.tril(total - count).triu(total - count)
         return Context(positions, places, self.hf.model.rotary_emb(hidden, places), mask, cache)
 
-    def run(
-        self,
-        hidden: Tensor,
-        context: Context,
-        hooks: dict[int, Hook],
-        first: int = 0,
-        last: int | None = None,
-        inputs: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Layers `first` to `last` (inclusive) on hidden [rows, S, d]; fills `inputs` if given."""
-        for i in range(first, self.num_layers if last is None else last + 1):
-            if inputs is not None:
-                inputs.append(hidden)
-            hidden = self.hf.model.layers[i](
-                hidden,
-                attention_mask=context.mask,
-                position_ids=context.places,
-                past_key_values=context.cache,
-                use_cache=context.cache is not None,
-                position_embeddings=context.rotary,
-            )
-            self.calls += 1
-            if i in hooks:
-                hooked = hooks[i](hidden, context.positions.to(hidden.device))
-                if not isinstance(hooked, Tensor) or hooked.shape != hidden.shape:
-                    got = list(hooked.shape) if isinstance(hooked, Tensor) else type(hooked)
-                    raise ValueError(
-                        f"the hook at layers.{i} must return activations {list(hidden.shape)}, "
-                        f"got {got}"
-                    )
-                hidden = hooked.to(hidden.dtype)
-        return hidden
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Run layer `index` on hidden [rows, S, d]."""
+        return self.hf.model.layers[index](
+            hidden,
+            attention_mask=context.mask,
+            position_ids=context.places,
+            past_key_values=context.cache,
+            use_cache=context.cache is not None,
+            position_embeddings=context.rotary,
+        )
 
     def logits(self, hidden: Tensor, frames: int) -> Tensor:
-        """Final norm and head: [rows, P + 2 frames, d] to [rows, 2, frames, 1024].
+        """Run final norm and head: [rows, P + 2 frames, d] to [rows, 2, frames, 1024].
 
-        Of the head's 83,968 rows only those of stage-1 codes are used, and only at positions that
+        Only the head's rows of stage-1 codes (of 83,968) are used, and only at positions that
         predict a code: [b, k, t] predicts code t of track k.
         """
         hidden = self.hf.model.norm(hidden[:, -2 * frames - 1 : -1])

@@ -1,20 +1,20 @@
-"""YuE stage 1 (Yuan et al. 2025, arXiv 2503.08638) behind `musicscope.models.interface.MusicModel`.
+"""YuE stage 1 (Yuan et al. 2025, arXiv 2503.08638) as a `LanguageModel`.
 
-A Llama writes two tracks of xcodec codes in turn, vocal and instrumental, 50 frames a second each.
-"Codebook" 0 of the interface is the vocal track, 1 the instrumental one; both use the first xcodec
-codebook only. Frames are the instrumental positions; sequence layout, and what hooks are told about
-positions, are in `musicscope.models.yue.decoder`, ids and template in `yue_tokens`.
+A Llama writes two tracks of xcodec codes in turn, vocal and instrumental, 50 frames per second
+each. "Codebook" 0 of the interface is the vocal track, 1 the instrumental one; both use the first
+xcodec codebook only. Frames are the instrumental positions. The sequence layout and the labels that
+hooks get are in `musicscope.models.yue.decoder`, ids and template in `yue.tokens`.
 
 Stage 2 (codebooks 1..7) and the upsampler are out of scope: they add sound quality, not content.
 Audio is decoded from the one codebook of stage 1, good enough to listen to.
 
-A caption stands where YuE has its genre tags, in a piece of one segment without words. None means
-no text at all: the sequence begins with `<xcodec>`, as in the unconditional half of guidance.
+A caption takes the place of YuE's genre tags, in a song of one segment without words. None means no
+text at all: the sequence begins with `<xcodec>`, as in the unconditional half of guidance.
 
 Folder layout (as on the hub, and two additions)::
 
     config.json, generation_config.json, model-0000i-of-0000n.safetensors, ...
-    tokenizer.model         if the hub page has none: from the authors' code, see yue_tokens
+    tokenizer.model         if the hub page has none: from the authors' code, see yue.tokens
     xcodec/                 the codec for transformers' XcodecModel, such as hub id Manel/YuE-XCodec
 """
 
@@ -27,26 +27,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, XcodecModel
+from transformers.cache_utils import DynamicCache
 
-from musicscope.models.interface import Batch, Hook, HookPoint
+from musicscope.models.interface import Batch, Hooks, check_audio
+from musicscope.models.language_model import LayerwiseModel, by_clip, run_layers
 from musicscope.models.yue import codec as yue_codec
 from musicscope.models.yue import decoder as yue_decoder
-from musicscope.models.yue import generation, tokens
-from musicscope.models.yue import gradient as yue_gradient
+from musicscope.models.yue import tokens
 
-Hooks = dict[str, Hook] | None
+GUIDANCE = 1.5
+"""Scale of the released script in the first segment of a song (later ones: 1.2)."""
+TOP_K, TOP_P, REPETITION_PENALTY = 50, 0.93, 1.1
 
 
-class YueModel:
-    """`MusicModel` over `LlamaForCausalLM`; `.hf` is the Llama, `.codec` the XcodecModel.
+class YueModel(LayerwiseModel):
+    """`LanguageModel` over `LlamaForCausalLM`; `.hf` is the Llama, `.codec` the XcodecModel.
 
-    All methods run without autograd and return ordinary tensors. `segment` is the lyric text of
-    the one segment, with its section head.
+    `segment` is the lyric text of the one segment, with its section head.
+
+    Both tracks can be searched, as the model writes both. Audio fills one of them only: `encode`
+    takes a mix for the instrumental track and silence for the vocal one (`first_encoded`).
     """
 
-    gradient = yue_gradient  # what a search over tokens needs
+    num_position_groups = yue_decoder.NUM_POSITION_GROUPS
+    plain_sampling = {"guidance_scale": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    first_encoded = 1
 
     def __init__(
         self,
@@ -64,16 +70,18 @@ class YueModel:
         # The mask of padded prompts needs an attention that takes one.
         hf.set_attn_implementation("sdpa")
         self.hf, self.codec, self.tokenize = hf.eval(), codec.eval(), tokenize
-        self.name, self.segment, self.conditional_rows = name, segment, slice(None)
-        self.sample_rate: int = yue_codec.SAMPLE_RATE
-        self.frame_rate: float = yue_codec.SAMPLE_RATE / yue_codec.HOP
-        self.num_codebooks, self.card = len(tokens.TRACKS), tokens.CARD
-        self.num_position_groups = yue_decoder.NUM_POSITION_GROUPS
-        self.num_layers, self.width = hf.config.num_hidden_layers, hf.config.hidden_size
-        self.decoder = yue_decoder.LayerwiseLlama(hf)
-        self._index = {f"layers.{i}": i for i in range(self.num_layers)}
-        self.hook_points = tuple(HookPoint(name, self.width) for name in self._index)
+        self.segment = segment
         self._silence: dict[int, Tensor] = {}
+        super().__init__(
+            name,
+            yue_decoder.LayerwiseLlama(hf),
+            device=codec.device,
+            sample_rate=yue_codec.SAMPLE_RATE,
+            frame_rate=yue_codec.SAMPLE_RATE / yue_codec.HOP,
+            num_codebooks=len(tokens.TRACKS),
+            width=hf.config.hidden_size,
+            card=tokens.CARD,
+        )
 
     @classmethod
     def load(
@@ -86,7 +94,7 @@ class YueModel:
         device_map: str | dict[str, Any] | None = None,
         **options: Any,
     ) -> YueModel:
-        """From a folder laid out as above; see `musicscope.models.registry.load_model`.
+        """Load a folder laid out as above; see `musicscope.models.registry.load_model`.
 
         `codec` and `tokenizer` name them elsewhere. `device_map` ("auto", or modules to devices)
         spreads the Llama through accelerate; codec, inputs and results stay on `device`, the codec
@@ -103,19 +111,8 @@ class YueModel:
         return cls(hf.requires_grad_(False), audio, tokenize, source.name)
 
     @property
-    def layer_calls(self) -> int:
-        return self.decoder.calls
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, the codec's included."""
-        parts = (*self.hf.parameters(), *self.hf.buffers(), *self.codec.state_dict().values())
-        return sum(part.nbytes for part in parts)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs and results are; layers may be elsewhere (`device_map`)."""
-        return self.codec.device
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return self.hf, self.codec
 
     # ---- inputs
 
@@ -126,41 +123,43 @@ class YueModel:
         captions: Sequence[str | None],
         vocals: Tensor | np.ndarray | None = None,
     ) -> Batch:
-        """Audio [B, n] float at 16 kHz through xcodec, captions through the tokenizer.
+        """Run audio [B, n] float at 16 kHz through xcodec, captions through the tokenizer.
 
         With `vocals` [B, n], `audio` is the instrumental stem. Without, `audio` is a whole mix: it
-        is given as the instrumental track, with the codec's own codes for silence as the vocal
-        one. YuE was trained on separated stems, so a mix with singing is off its distribution.
+        becomes the instrumental track, with the codec's own codes for silence as the vocal one.
+        YuE was trained on separated stems, so a mix with singing is off its distribution.
         ValueError for another shape, for NaN or infinity, and for a caption count other than B.
         """
-        instrumental = yue_codec.encode_track(self.codec, audio)
+        instrumental = self._track(audio)
         if vocals is None:
             vocal = self.silence(instrumental.shape[1]).expand_as(instrumental)
         else:
-            vocal = yue_codec.encode_track(self.codec, vocals)
+            vocal = self._track(vocals)
             if vocal.shape != instrumental.shape:
                 raise ValueError("vocals and audio must have the same number of clips and samples")
         return self.with_captions(torch.stack([vocal, instrumental], 1), captions)
 
+    def _track(self, audio: Tensor | np.ndarray) -> Tensor:
+        parts = by_clip(check_audio(audio).to(self.device))
+        return torch.cat([yue_codec.encode_track(self.codec, part) for part in parts])
+
     def silence(self, frames: int) -> Tensor:
-        """The codec's codes [T] of silence, computed once for each length."""
+        """The codec's codes [T] of silence (not always one code throughout), kept per length."""
         if frames not in self._silence:
-            self._silence[frames] = yue_codec.silence(self.codec, frames)
+            self._silence[frames] = self._track(torch.zeros(1, frames * yue_codec.HOP))[0]
         return self._silence[frames]
 
     @torch.no_grad()
     def with_captions(self, codes: Tensor, captions: Sequence[str | None]) -> Batch:
-        """A batch from codes [B, 2, T] (vocal, instrumental) that are there already.
+        """Make a batch of existing codes [B, 2, T] (vocal, instrumental).
 
         `text` of the batch holds the prompts' ids [B, L], `text_mask` 0 where padded on the left.
+        ValueError as in `LayerwiseModel`, and for more positions than the model has.
         """
-        codes = codes.to(self.device, torch.int64)
-        tokens.interleave(codes)  # refuses other shapes and values
-        if isinstance(captions, str) or len(captions) != len(codes):
-            raise ValueError(f"need one caption (or None) for each of {len(codes)} clips")
-        text, mask = self.encode_text(captions)
-        self.decoder.check_length(text.shape[1], codes.shape[2])
-        return Batch(codes, text, mask, tuple(captions))
+        tokens.interleave(codes)  # names the tracks for another shape
+        batch = super().with_captions(codes, captions)
+        self.decoder.check_length(batch.text.shape[1], batch.frames)
+        return batch
 
     def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """Prompts: ids [B, L] and mask [B, L], padded on the left; `<xcodec>` alone for None."""
@@ -171,131 +170,152 @@ class YueModel:
         )
         return ids.to(self.device), mask.to(self.device)
 
+    # ---- sequence
+
     def sequence(self, batch: Batch) -> Tensor:
         """Llama input ids [B, P + 2T]: prompt (padding is id 0), then v0 i0 v1 i1 ..."""
         return torch.cat([batch.text, tokens.interleave(batch.codes)], 1)
 
     def positions(self, batch: Batch) -> Tensor:
-        """What hooks are told [P + 2T]: 0 in the prompt, -(t + 1) at v_t, t + 1 at frame t."""
+        """Labels for hooks [P + 2T]: 0 in the prompt, -(t + 1) at v_t, t + 1 at frame t."""
         return yue_decoder.frame_labels(batch.text.shape[1], 2 * batch.frames).to(self.device)
 
     def position_groups(self, batch: Batch) -> Tensor:
-        """[B, P + 2T]: which positions share a mean, see `yue_decoder.position_groups`."""
+        """[B, P + 2T]: the positions that share a mean, see `yue.decoder.position_groups`."""
         return yue_decoder.position_groups(batch.text_mask, 2 * batch.frames)
 
-    def _layer(self, name: str) -> int:
-        if name not in self._index:
-            raise ValueError(f"{self.name} has no hook point {name!r}; known: {list(self._index)}")
-        return self._index[name]
-
-    def by_layer(self, hooks: Hooks) -> dict[int, Hook]:
-        return {self._layer(name): hook for name, hook in (hooks or {}).items()}
-
     def context(self, hidden: Tensor, batch: Batch) -> yue_decoder.Context:
-        """What every layer needs besides the stream `hidden` [B, P + 2T, d]."""
         codes = batch.text_mask.new_ones(len(batch), 2 * batch.frames)
         valid = torch.cat([batch.text_mask, codes], 1)
         return self.decoder.context(hidden, self.positions(batch), valid)
 
-    # ---- teacher forcing
+    def at_frames(self, stream: Tensor, frames: int) -> Tensor:
+        """Frame t is the position of its instrumental code, P + 2t + 1."""
+        return stream[:, 1 - 2 * frames :: 2]
+
+    def places(self, book: int, frames: int) -> slice:
+        """Code (k, t) is fed at P + 2t + k; the last predicts nothing, but its frame is read."""
+        return slice(book - 2 * frames, None, 2)
+
+    def table(self, book: int) -> Tensor:
+        """Embeddings [1024, d], the same for both tracks."""
+        # Through the module: with a device map its weights may be there only while it runs.
+        ids = torch.arange(tokens.CODE_IDS.start, tokens.CODE_IDS.stop, device=self.device)
+        return self.decoder.embed(ids)
+
+    # ---- generation
 
     @torch.no_grad()
-    def forward(
-        self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
-    ) -> Tensor | None:
-        """Logits [B, 2, T, 1024], [b, k, t] predicting codes[b, k, t], among codes of stage 1.
-
-        With `stop_after` the layers behind that hook point do not run and None comes back.
-        """
-        last = None if stop_after is None else self._layer(stop_after)
-        wanted, hidden = self.by_layer(hooks), self.decoder.embed(self.sequence(batch))
-        hidden = self.decoder.run(hidden, self.context(hidden, batch), wanted, last=last)
-        if stop_after is not None:
-            return None
-        return self.decoder.logits(hidden, batch.frames).to(self.device)
-
-    def capture(self, batch: Batch, names: Sequence[str], hooks: Hooks = None) -> dict[str, Tensor]:
-        """Activations {name: [B, T, d]} from one pass that ends after the deepest layer named.
-
-        Frame t is the position of its instrumental code. With `hooks`, read after them.
-        """
-        if not names:
-            raise ValueError("capture needs at least one hook point")
-        wanted, found = self.by_layer(hooks), {}
-
-        def reader(name: str) -> Hook:
-            edit = wanted.get(self._layer(name))
-
-            def read(activations: Tensor, positions: Tensor) -> Tensor:
-                if edit is not None:
-                    activations = edit(activations, positions)
-                found[name] = activations[:, positions > 0].to(self.device)
-                return activations
-
-            return read
-
-        deepest = max(names, key=self._layer)
-        self.forward(batch, {**(hooks or {}), **{n: reader(n) for n in names}}, deepest)
-        return {name: found[name] for name in names}
-
-    @torch.no_grad()
-    def layer_inputs(self, batch: Batch) -> list[Tensor]:
-        """L + 1 tensors [B, P + 2T, d]: the input of every layer and the last layer's output."""
-        hidden = self.decoder.embed(self.sequence(batch))
-        inputs: list[Tensor] = []
-        output = self.decoder.run(hidden, self.context(hidden, batch), {}, inputs=inputs)
-        return [stream.to(self.device) for stream in [*inputs, output]]
-
-    @torch.no_grad()
-    def forward_from(self, batch: Batch, layer: int, hidden: Tensor, hooks: Hooks = None) -> Tensor:
-        """Logits [B, 2, T, 1024] from the input `hidden` [B, P + 2T, d] of layer `layer`.
-
-        `layer` may be L: then only the final norm and the head run. Hooks of earlier layers are
-        an error, since they could not act.
-        """
-        if not 0 <= layer <= self.num_layers:
-            raise ValueError(f"{self.name} has layers 0..{self.num_layers - 1}, got {layer}")
-        wanted = self.by_layer(hooks)
-        if wanted and min(wanted) < layer:
-            raise ValueError(f"a hook at layers.{min(wanted)} cannot act: starting at {layer}")
-        hidden = self.decoder.run(hidden, self.context(hidden, batch), wanted, first=layer)
-        return self.decoder.logits(hidden, batch.frames).to(self.device)
-
-    @torch.no_grad()
-    def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
-        """-log p(codes) [B, 2, T] in nats, float32, p among the 1,024 codes of stage 1.
-
-        Ids that are no codes, which generation forbids, have no share in p.
-        """
-        logits = self.forward(batch, hooks).float().movedim(-1, 1)
-        return F.cross_entropy(logits, batch.codes, reduction="none")
-
-    # ---- generation and listening
-
     def generate(
         self,
         captions: Sequence[str | None],
         seconds: float,
         seed: int,
         hooks: Hooks = None,
-        guidance_scale: float = generation.GUIDANCE[0],
+        guidance_scale: float | None = None,
         temperature: float = 1.0,
-        top_k: int = generation.TOP_K,
-        top_p: float = generation.TOP_P,
-        repetition_penalty: float = generation.REPETITION_PENALTY,
+        top_k: int = TOP_K,
+        top_p: float = TOP_P,
+        repetition_penalty: float = REPETITION_PENALTY,
     ) -> tuple[Tensor, Tensor]:
-        """Audio [B, n] and codes [B, 2, T]; see `musicscope.models.yue.generation`."""
-        sampling = (guidance_scale, temperature, top_k, top_p, repetition_penalty)
-        return generation.generate(self, captions, seconds, seed, hooks, *sampling)
+        """Draw audio [B, n] at 16 kHz and codes [B, 2, T] for B captions, T = round(seconds * 50).
+
+        With guidance the model runs 2B rows, [conditional; unconditional]; hooks get both, and
+        `conditional_rows` (slice(0, B)) tells them apart. The unconditional rows know nothing
+        before `<xcodec>`, as in the script. With guidance_scale 1 only the B conditional rows run.
+
+        Hooks get the whole prompt once, [rows, P, d] with labels 0, then [rows, 1, d] with the
+        label of the code just written: -1, 1, -2, 2, ..., T, the last included.
+
+        Sampling follows the released script (branch YuE-v1, inference/infer.py), in the order in
+        which transformers applies it: guidance on log-probabilities, repetition penalty, forbidden
+        ids, temperature, top-k 50 (transformers' own default, which the script leaves in place),
+        top-p .93. A test holds the tokens equal to those of transformers' `generate()` for the
+        same seed. Two differences, both because the number of frames is given here: every id but
+        the codes of stage 1 is forbidden (the script forbids text ids only, and discards ids that
+        are no codes), among them EOA, with which the script's segments end; and there is a single
+        segment.
+
+        The repetition penalty reads the codes written so far, so a steered run may drift for that
+        reason alone: give a run and its control the same `repetition_penalty`. ValueError for a
+        bad request.
+        """
+        scale = GUIDANCE if guidance_scale is None else guidance_scale
+        frames = self._frames(captions, seconds, temperature, top_k, scale)
+        if not 0 < top_p <= 1 or repetition_penalty <= 0:
+            raise ValueError("top_p must be above 0 and at most 1, repetition_penalty above 0")
+        count, guide = len(captions), scale != 1
+        ids, valid = self.encode_text([*captions, *[None] * (count if guide else 0)])
+        prompt = ids.shape[1]
+        self.decoder.check_length(prompt, frames)
+        valid = torch.cat([valid, valid.new_ones(len(valid), 2 * frames)], 1)
+        labels = yue_decoder.frame_labels(prompt, 2 * frames).to(ids.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        decoder, wanted = self.decoder, self.by_layer(hooks)
+        cache = DynamicCache(config=self.hf.config)
+        seen = torch.zeros(count, tokens.CARD, dtype=torch.bool, device=ids.device)
+        written: list[Tensor] = []
+        with self._conditional(slice(0, count) if guide else slice(None)):
+            for step in range(2 * frames + 1):
+                end = prompt + step
+                hidden = decoder.embed(ids)
+                now = labels[end - ids.shape[1] : end]
+                context = decoder.context(hidden, now, valid[:, :end], cache)
+                hidden = run_layers(decoder, hidden, context, wanted)
+                if step == 2 * frames:
+                    break  # the last code predicts nothing, it ran for the hooks
+                scores = decoder.next_scores(hidden).to(seen.device)
+                scores = guided(scores, scale) if guide else scores
+                codes = penalised(scores[:, tokens.CODE_IDS], seen, repetition_penalty)
+                if temperature == 0:
+                    drawn = codes.argmax(-1, keepdim=True)
+                else:
+                    # Over all ids, so that the draws are those of transformers' generate().
+                    probabilities = torch.zeros_like(scores)
+                    probabilities[:, tokens.CODE_IDS] = nucleus(codes, temperature, top_k, top_p)
+                    drawn = torch.multinomial(probabilities, 1, generator=generator)
+                    drawn = drawn - tokens.FIRST_CODE
+                seen.scatter_(1, drawn, True)
+                written.append(drawn + tokens.FIRST_CODE)
+                ids = written[-1].repeat(2, 1) if guide else written[-1]
+        codes = tokens.deinterleave(torch.cat(written, 1))
+        return self.decode(codes), codes
+
+    # ---- codec
 
     def codec_latents(self, codes: Tensor) -> Tensor:
-        """xcodec's quantised latents [B, T, D] of the instrumental track of codes [B, 2, T]."""
+        """Look up xcodec's latents [B, T, D] of the instrumental track of codes [B, 2, T]."""
         return yue_codec.latents(self.codec, codes[:, 1])
 
     def decode_tracks(self, codes: Tensor) -> Tensor:
-        """Codes [B, 2, T] to the audio [B, 2, n] of vocal and instrumental track."""
+        """Turn codes [B, 2, T] into the audio [B, 2, n] of vocal and instrumental track."""
         return yue_codec.decode_tracks(self.codec, codes)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, 2, T] to audio [B, n], the sum of the tracks (which may exceed -1..1)."""
+        """Turn codes [B, 2, T] into audio [B, n], the sum of the tracks (may exceed -1..1)."""
         return self.decode_tracks(codes).sum(1)
+
+
+def guided(scores: Tensor, scale: float) -> Tensor:
+    """Scores [2B, V], rows [conditional; unconditional], to [B, V]: u + scale (c - u) in logs."""
+    conditional, unconditional = scores.log_softmax(-1).chunk(2)
+    return scale * (conditional - unconditional) + unconditional
+
+
+def penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Lower scores [B, V] where `seen` [B, V] (Keskar et al. 2019, arXiv 1909.05858)."""
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def nucleus(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Probabilities [B, V] after temperature, top-k (0: all) and top-p (1: all)."""
+    scores = scores / temperature
+    if 0 < top_k < scores.shape[-1]:
+        floor = scores.topk(top_k).values[..., -1:]
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    if top_p < 1:
+        ascending, order = scores.sort(-1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        scores = scores.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return scores.softmax(-1)

@@ -8,7 +8,6 @@ instrumental, vocal, ... Frame t of the first track is the 2t-th code, of the se
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,18 +19,15 @@ from musicscope.core.io import sha256
 
 TEXT_IDS = 32_000
 """Ids 0..31,999 are text."""
-EOD, SOA, EOA = 32_000, 32_001, 32_002
-"""End of document, start of audio, end of audio."""
+SOA, EOA = 32_001, 32_002
+"""Start of audio, end of audio."""
 XCODEC = 32_016
-"""Says which codec's codes follow. Text that reads "<xcodec>" is not this id but five others."""
+"""Names the codec of the codes that follow. The text "<xcodec>" becomes five other ids."""
 FIRST_CODE = 45_334
 """Id of code 0 of the first xcodec codebook; codebook k (of 12) starts 1,024 k later."""
 CARD = 1024
 CODE_IDS = slice(FIRST_CODE, FIRST_CODE + CARD)
-"""45,334..46,357: all that stage 1 writes between SOA and EOA."""
-RELEASED_BLOCK = range(0, 32_002)
-"""Ids that the released script forbids while sampling. It names a second range, from 32,016 to
-32,016, whose end is exclusive: empty, so the script leaves `XCODEC` itself allowed."""
+"""45,334..46,357: the ids that stage 1 writes between SOA and EOA."""
 PIECES = 83_734
 """Ids of tokenizer.model. YuE's wrapper counts 83,738, the logits are padded to 83,968."""
 TRACKS = ("vocal", "instrumental")
@@ -50,17 +46,17 @@ MARKS = {
 """Marks of the template that are plain text, and the pieces they must become."""
 INSTRUCTION = "Generate music from the given lyrics segment by segment."
 INSTRUMENTAL = "[verse]\n\n\n"
-"""A segment without words: how the authors ask for music without singing (YuE issue 18)."""
+"""A segment without words, the authors' request for music without singing (YuE issue 18)."""
 
 Tokenize = Callable[[str], Sequence[int]]
 """Text to ids, without marks at either end."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenize:
-    """YuE's `tokenizer.model` as a function, checked.
+    """Load and check YuE's `tokenizer.model`.
 
     Another file than the released one gives a warning, and is refused (ValueError) unless it has
-    the same number of pieces and cuts the template's marks as the released one does.
+    the same number of pieces and encodes the template's marks as the released one does.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +98,7 @@ def interleave(codes: Tensor) -> Tensor:
 
 
 def deinterleave(ids: Tensor) -> Tensor:
-    """Inverse of `interleave`: ids [B, 2T] to codes [B, 2, T].
+    """Invert `interleave`: ids [B, 2T] to codes [B, 2, T].
 
     ValueError for an odd number of ids and for ids outside the first xcodec codebook.
     """
@@ -121,62 +117,20 @@ def deinterleave(ids: Tensor) -> Tensor:
 # ---- template
 
 
-def split_lyrics(lyrics: str) -> list[str]:
-    """Lyrics with [section] heads to one text a segment, as YuE is given them."""
-    found = re.findall(r"\[(\w+)\](.*?)(?=\[|\Z)", lyrics, re.DOTALL)
-    if not found:
-        raise ValueError(f"lyrics need section heads such as [verse], got {lyrics[:40]!r}")
-    return [f"[{name}]\n{body.strip()}\n\n" for name, body in found]
-
-
-def head_ids(
-    tokenize: Tokenize, genres: str, segments: Sequence[str], reference: Tensor | None = None
-) -> list[int]:
-    """What comes before the first segment: instruction, genre tags and all lyrics.
-
-    `reference` [2, T]: codes of a recording to imitate (the in-context variant, models "-icl").
-    """
-    text = f"{INSTRUCTION}\n[Genre] {' '.join(genres.split())}\n" + "\n".join(segments)
-    ids = list(tokenize(text))
-    if reference is not None:
-        audio = [SOA, XCODEC, *interleave(reference[None])[0].tolist(), EOA]
-        ids += [*tokenize("[start_of_reference]"), *audio, *tokenize("[end_of_reference]")]
-    return ids
-
-
-def opening_ids(tokenize: Tokenize, segment: str) -> list[int]:
-    """What comes before the codes of a segment."""
-    return [*tokenize("[start_of_segment]"), *tokenize(segment), SOA, XCODEC]
-
-
 def prompt_ids(tokenize: Tokenize, genres: str, segment: str = INSTRUMENTAL) -> list[int]:
-    """Everything before the first code of a piece that is a single segment."""
-    return head_ids(tokenize, genres, [segment]) + opening_ids(tokenize, segment)
+    """Everything before the first code of a song that is a single segment.
 
-
-def document_ids(
-    tokenize: Tokenize,
-    genres: str,
-    segments: Sequence[str],
-    codes: Sequence[Tensor],
-    reference: Tensor | None = None,
-    end: bool = True,
-) -> list[int]:
-    """A whole training document: head, then each segment's text and codes [2, T] in turn.
-
-    Layout of finetune/core/preprocess_data_conditional_xcodec_segment.py; `end` adds EOD.
+    Layout of finetune/core/preprocess_data_conditional_xcodec_segment.py: a head of instruction,
+    genre tags and lyrics, then the opening of the segment.
     """
-    ids = head_ids(tokenize, genres, segments, reference)
-    for segment, tracks in zip(segments, codes, strict=True):
-        ids += opening_ids(tokenize, segment)
-        ids += [*interleave(tracks[None])[0].tolist(), EOA, *tokenize("[end_of_segment]")]
-    return [*ids, EOD] if end else ids
+    head = tokenize(f"{INSTRUCTION}\n[Genre] {' '.join(genres.split())}\n{segment}")
+    return [*head, *tokenize("[start_of_segment]"), *tokenize(segment), SOA, XCODEC]
 
 
 def left_padded(rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids to ids [B, L] and mask [B, L], int64; padding (id 0, mask 0) stands first.
+    """Pad rows of ids to ids [B, L] and mask [B, L], int64; padding (id 0, mask 0) stands first.
 
-    So that in every row the codes begin at the same position.
+    In every row the codes then begin at the same position.
     """
     rows = list(rows)
     length = max(len(row) for row in rows)

@@ -1,0 +1,180 @@
+"""Ablation scores of any model: means for ablations, tables, metrics, figure, choice of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from musicscope.core import plots
+from musicscope.core.stats import bootstrap_groups
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Running sums for the mean at every hook point; `+` joins two sets of clips.
+
+    G: groups of positions that have a mean of their own.
+    """
+
+    sums: Mapping[str, Tensor]
+    """Hook point to [G, d] float64."""
+    counts: Mapping[str, Tensor]
+    """Hook point to positions [G]."""
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            {name: value + other.sums[name] for name, value in self.sums.items()},
+            {name: count + other.counts[name] for name, count in self.counts.items()},
+        )
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """Hook point to means [G, d], float32."""
+        return {
+            name: (value / self.counts[name][:, None].clamp(min=1)).float()
+            for name, value in self.sums.items()
+        }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The two scores of a kind of models."""
+
+    titles: Mapping[str, str]
+    """Score to title: how far the output moves, and how much worse it becomes."""
+    unit: str
+    height: float
+    """Of the figure, in inches."""
+    numbered: bool
+    """Whether hook points are known by number alone (layers of a decoder)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores per clip, averaged over its frames. Parts are codebooks, or one for audio models."""
+
+    scale: Scale
+    kinds: tuple[str, ...]
+    points: tuple[str, ...]
+    """Names of the hook points."""
+    loss: np.ndarray
+    """[clips, parts] of the model as it is."""
+    values: Mapping[str, np.ndarray]
+    """Score to [kinds, points, clips, parts]."""
+    layer_forwards: int = 0
+    """Layer evaluations that were made, each on one clip."""
+
+    def __getitem__(self, score: str) -> np.ndarray:
+        return self.values[score]
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """Join scores of several batches, in order."""
+    return replace(
+        parts[0],
+        loss=np.concatenate([part.loss for part in parts]),
+        values={name: np.concatenate([p[name] for p in parts], 2) for name in parts[0].values},
+        layer_forwards=sum(part.layer_forwards for part in parts),
+    )
+
+
+def ablation_table(
+    scores: Scores, groups: Sequence[str], bootstrap: int, seed: int
+) -> pd.DataFrame:
+    """Tabulate estimate and 95 % interval of each score, one row per hook point and kind.
+
+    Columns: layer (number of the hook point), hook_point unless numbered, kind, and per score
+    ``kl, kl_low, kl_high`` over all parts and, for several parts, ``kl_codebook_0, ...`` over one
+    each. Intervals resample `groups` [clips] (compositions), in one common draw. ValueError for
+    another number of groups than clips.
+    """
+    if len(groups) != len(scores.loss):
+        raise ValueError(f"{len(groups)} groups for {len(scores.loss)} clips")
+    rows: dict[tuple[int, str], dict[str, Any]] = {
+        (i, kind): {"layer": i, **({} if scores.scale.numbered else {"hook_point": point})}
+        | {"kind": kind}
+        for kind in scores.kinds
+        for i, point in enumerate(scores.points)
+    }
+    for name, values in scores.values.items():
+        # The mean over parts joins the single parts as one more column: [clips, ...].
+        columns = [values.mean(-1, keepdims=True), *([values] if values.shape[-1] > 1 else [])]
+        joined = np.moveaxis(np.concatenate(columns, -1), 2, 0)
+        lows, highs = bootstrap_groups(joined, groups, n=bootstrap, seed=seed)
+        estimates = joined.mean(0)
+        for j, i, column in np.ndindex(estimates.shape):
+            key = name if column == 0 else f"{name}_codebook_{column - 1}"
+            at = (j, i, column)
+            rows[i, scores.kinds[j]] |= {
+                key: estimates[at],
+                f"{key}_low": lows[at],
+                f"{key}_high": highs[at],
+            }
+    return pd.DataFrame(rows.values())
+
+
+def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str]) -> dict[str, Any]:
+    """Nest numbers for `dvc metrics`: clips, groups, layers.<i>.<kind>.{kl,kl_low,kl_high,...}."""
+    shown = [f"{name}{end}" for name in scores.values for end in ("", "_low", "_high")]
+    layers: dict[str, dict[str, dict[str, float]]] = {}
+    for row in table.to_dict("records"):
+        layers.setdefault(str(row["layer"]), {})[row["kind"]] = {key: row[key] for key in shown}
+    return {"clips": len(groups), "groups": len(set(groups)), "layers": layers}
+
+
+def ablation_figure(scores: Scores, table: pd.DataFrame, name: str) -> Figure:
+    """Draw each score against the hook point, one line per kind, with intervals."""
+    scale = scores.scale
+    figure, axes = plots.new_figure(1, 2, size=(9.0, scale.height), sharex=True)
+    for axis, (score, title) in zip(axes[0], scale.titles.items(), strict=True):
+        for series, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
+            low, high = rows[f"{score}_low"], rows[f"{score}_high"]
+            plots.interval_curve(axis, rows["layer"], rows[score], low, high, kind, series)
+        axis.set(title=f"{name}: {title}", ylabel=scale.unit)
+        if scale.numbered:
+            axis.set(xlabel="layer")
+            axis.set_xticks(sorted(table["layer"].unique()))
+        else:
+            axis.set_xticks(range(len(scores.points)), scores.points, rotation=90, fontsize=6)
+    axes[0, 0].legend()
+    return figure
+
+
+def select_layers(
+    metrics: Mapping[str, Any],
+    slots: Sequence[str],
+    kind: str,
+    score: str,
+    skip_first: bool = True,
+    skip_last: bool = True,
+) -> dict[str, int]:
+    """Fill slots with layers, the highest `score` under `kind` first; of equals the earlier layer.
+
+    In an audio model layers are numbers of hook points, and `score` stands for its counterpart
+    (``counterparts`` in the metrics).
+
+    `skip_first`: layer 0 turns the sum of code embeddings into a stream. Its loss hurts every model
+    (it tops music-sae's sweeps too), since all later layers then get input they were not made for.
+    That says little about its output, which holds hardly more than the codes. `skip_last`: the last
+    output goes straight to the heads, so its features are next codes and no layer is left to act on
+    an edit. ValueError for a kind that was not run, and for more slots than layers.
+    """
+    score = metrics.get("counterparts", {}).get(score, score)
+    if absent := [layer for layer, entry in metrics["layers"].items() if kind not in entry]:
+        known = sorted(metrics["layers"][absent[0]])
+        raise ValueError(f"select_layers.kind = {kind!r}: this model's ablations are {known}")
+    values = {int(layer): entry[kind][score] for layer, entry in metrics["layers"].items()}
+    allowed = sorted(values)[1 if skip_first else 0 : len(values) - (1 if skip_last else 0)]
+    if len(allowed) < len(slots):
+        raise ValueError(
+            f"{len(slots)} slots but only layers {allowed} to choose from: shorten slots, or set "
+            "select_layers.skip_first or select_layers.skip_last to false"
+        )
+    ranked = sorted(allowed, key=lambda layer: (-values[layer], layer))
+    return dict(zip(slots, ranked, strict=False))
