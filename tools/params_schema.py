@@ -53,12 +53,14 @@ def schema() -> str:
     whole = TypeAdapter(Params).json_schema()
     for cls in dict.fromkeys(_sections(Params)):
         _finish(whole if cls is Params else whole["$defs"][cls.__name__], cls)
-    types = typing.get_type_hints(Params)
     for name, base in BASES.items():
-        section = dict(whole["$defs"][types[name].__name__])
+        cls = typing.get_type_hints(Params)[name].__name__
+        section = dict(whole["$defs"][cls])
         del section["required"]
         section["description"] += f" Holds only what differs from {base}."
         whole["properties"][name] = section
+        if f'"#/$defs/{cls}"' not in json.dumps(whole):
+            del whole["$defs"][cls]
     whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}
     return json.dumps(whole, indent=1) + "\n"
 
