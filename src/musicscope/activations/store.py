@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from musicscope.core import io as artifacts
+from musicscope.core.io import read_json, sha256
+from musicscope.core.seeding import seed_for
 
 FORMAT, FORMAT_VERSION = "musicscope.activations", 1
 CLIP_COLUMNS = ("id", "split", "font", "kind", "group", "frames")
@@ -121,7 +122,7 @@ class ActivationStore:
         if not path.is_file():
             raise StoreError(f"{path} is missing, so {folder} is not a finished store; {remedy}")
         try:
-            manifest = artifacts.read_json(path)
+            manifest = read_json(path)
         except ValueError as error:
             raise StoreError(str(error)) from error
         found = (manifest.get("format"), manifest.get("format_version"))
@@ -149,7 +150,7 @@ class ActivationStore:
         wrong = [
             str(self.folder / s["file"])
             for s in self.shards
-            if artifacts.sha256(self.folder / s["file"]) != s["sha256"]
+            if sha256(self.folder / s["file"]) != s["sha256"]
         ]
         if wrong:
             raise StoreError(
@@ -263,7 +264,7 @@ class ActivationStore:
         epoch, skip = divmod(step * batch_size, total)
         batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
         while step < steps:
-            rng = np.random.default_rng(artifacts.seed_for(seed, "shuffle", epoch))
+            rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
             for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
                 # Drawn even where it is skipped: a resumed epoch must use the same numbers.
                 order = rng.permutation(int(counts[window].sum()))
