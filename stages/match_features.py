@@ -18,8 +18,7 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import report as match_report
 from musicscope.features import run as match_run
 from musicscope.features import table as feature_table

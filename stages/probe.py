@@ -19,8 +19,8 @@ from musicscope.core.distributed import resolve_device
 from musicscope.core.io import folder_sha256
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
+from musicscope.dictionaries.codes import pool_store
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.pooling import pool_store
 from musicscope.features import probe_report, probes
 from musicscope.features.baselines import baseline_pools
 from musicscope.models.registry import load_model

@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from musicscope.activations import token_cache as codes
 from musicscope.core import plots, stats
-from musicscope.dictionaries import pooling
-from musicscope.dictionaries import runs as sae_runs
+from musicscope.dictionaries import data
+from musicscope.dictionaries.codes import pool_store
 from musicscope.features import baselines, probe_report, probes
 from musicscope.features.logistic import Standardiser, fit_logistic
 from musicscope.models.registry import load_model
@@ -228,8 +228,8 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
         ):
             same = (rows["split"] == split) & (rows["font"] == font) & (rows["kind"] == kind)
             np.testing.assert_array_equal(sets[name], np.flatnonzero(same))
-            if name in (sae_runs.TRAIN, sae_runs.TEST, sae_runs.HELDOUT_FONT):
-                np.testing.assert_array_equal(sae_runs.mask(store, name), same)
+            if name in (data.TRAIN, data.TEST, data.HELDOUT_FONT):
+                np.testing.assert_array_equal(data.select(store, name).mask, same)
 
 
 def test_unknown_labels_are_no_negatives():
@@ -328,7 +328,7 @@ class FakeStore:
 def test_pooled_sparse_codes_equal_dense_computation():
     store = FakeStore()
     sae = SimpleNamespace(width=5, n_latents=9, encode=store.encode)
-    pools = pooling.pool_store(store, [4, 0, 1, 2], sae, workers=2)
+    pools = pool_store(store, [4, 0, 1, 2], sae, workers=2)
     for row, clip in enumerate([4, 0, 1, 2]):
         x = store.clip(clip)
         values, indices = store.encode(torch.from_numpy(x))
@@ -338,7 +338,7 @@ def test_pooled_sparse_codes_equal_dense_computation():
         np.testing.assert_allclose(pools["dense"]["mean"][row], x.mean(0), rtol=1e-5)
         np.testing.assert_array_equal(pools["dense"]["max"][row], x.max(0))
     with pytest.raises(ValueError, match="rerun train_sae"):
-        pooling.pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
+        pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
 
 
 def test_log_mel_statistics_ignore_level_and_see_timbre():

@@ -15,8 +15,7 @@ from scipy.stats import mannwhitneyu
 from musicscope.commands import cli
 from musicscope.config import ParamsError, load_params
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder import plots as concept_plots
 from musicscope.finder import queries as concept_clips
 from musicscope.finder import recordings as reading

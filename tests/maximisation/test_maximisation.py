@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from musicscope.activations import extraction
 from musicscope.config import MaximizeActivation, ParamsError, load_params
 from musicscope.data.clips import ClipStore, write_clips
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.features.selection import Latent, choose, mismatched, read_features, universal
 from musicscope.maximisation import jobs as mj
 from musicscope.maximisation import moments as mx
@@ -356,7 +355,7 @@ def test_values_are_the_sparse_codes_and_pre_activations_where_active(instrument
             torch.testing.assert_close(found[:, column], z.relu(), atol=1e-4, rtol=1e-4)
             continue
         dictionary = instrument.sae if latent.kind == "sae" else instrument.usae
-        codes = dictionary.encode(x) if latent.kind == "sae" else dictionary.encode(0, x)
+        codes = dictionary.encode(x) if latent.kind == "sae" else dictionary.encode(x, 0)
         dense = torch.zeros(50, 32).scatter_add_(1, codes[1], codes[0])[:, latent.features[0]]
         assert torch.equal(found[:, column], dense)
         active = dense > 0

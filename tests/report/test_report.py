@@ -25,8 +25,7 @@ from matplotlib import image
 from musicscope.activations.writer import StoreWriter
 from musicscope.data.clips import ClipStore, write_clips
 from musicscope.dictionaries.codes import encode_clips, pool_clips
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.features import table as feature_table
 from musicscope.report import build as report
 from musicscope.report import cards as report_cards
@@ -413,7 +412,7 @@ def make_inputs(root: Path) -> None:
     parts, tops = [], []
     for kind in ("sae", "usae"):
         for i, model in enumerate(MODELS):
-            encode = saes[model].encode if kind == "sae" else lambda x, i=i: usae.encode(i, x)
+            encode = saes[model].encode if kind == "sae" else lambda x, i=i: usae.encode(x, i)
             codes = encode_clips(stores[model], range(CLIPS), encode, LATENTS, 1, "cpu")
             top = feature_table.top_clips(pool_clips(codes), [r["id"] for r in table], 50.0, 5)
             n = np.arange(LATENTS)
@@ -521,7 +520,7 @@ def test_curves_equal_the_dense_code(inputs):
     for ((kind, model, number), clip), found in curves.items():
         x = torch.from_numpy(bench.stores[model].clip(int(clip[-1])))
         i = MODELS.index(model)
-        code = bench.saes[model].encode(x) if kind == "sae" else bench.usae.encode(i, x)
+        code = bench.saes[model].encode(x) if kind == "sae" else bench.usae.encode(x, i)
         dense = torch.zeros(FRAMES, LATENTS).scatter_(1, code[1], code[0])
         assert np.array_equal(found, dense[:, number].numpy())
         assert found.any()

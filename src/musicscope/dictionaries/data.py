@@ -1,4 +1,4 @@
-"""Activations of several models on the same frames: pairing by (clip id, frame), mispairing, order.
+"""Training and test data of dictionaries: clips of one store, or the same clips in several.
 
 A pair is one clip in every model's store. Nothing is ever zipped by position alone: ids that one
 store lacks, or clips with other frame counts, are an error that names them.
@@ -8,12 +8,100 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from musicscope.activations.store import STORAGE, ActivationStore, StoreError, decode, encode
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import main_clips
+from musicscope.data.clips import HELD_OUT_FONT, main_clips
+
+TRAIN, TEST = "train", "test"
+HELDOUT_FONT = "heldout_font"
+
+
+class Data(Protocol):
+    """Frames to train on, the same ones in one or several stores."""
+
+    @property
+    def stores(self) -> tuple[ActivationStore, ...]:
+        """One per model."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Dimensions of each model's activations."""
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        samples: int,
+        *,
+        start_step: int = 0,
+        rows: slice | None = None,
+    ) -> Iterator[list[np.ndarray]]:
+        """Yield shuffled rows, float32 [batch_size, d_j] per model, samples // batch_size times.
+
+        The order depends on `seed` alone: ``start_step=n`` gives what an unbroken run gives from
+        batch n on. With `rows`, a slice from start to stop, only those rows of each batch come.
+        """
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some clips of one store."""
+
+    store: ActivationStore
+    mask: np.ndarray
+    """[clips of the store] bool"""
+
+    @property
+    def stores(self) -> tuple[ActivationStore, ...]:
+        """The one store."""
+        return (self.store,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of the one store."""
+        return (self.store.width,)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """[n] frames of each clip."""
+        return self.store.frames[self.mask]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[n] composition of each clip."""
+        return self.store.rows["group"].to_numpy()[self.mask]
+
+    def clips(self) -> Iterator[np.ndarray]:
+        """Yield the activations [frames, d] of every clip, in order."""
+        return (self.store.clip(int(i)) for i in np.flatnonzero(self.mask))
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        samples: int,
+        *,
+        start_step: int = 0,
+        rows: slice | None = None,
+    ) -> Iterator[list[np.ndarray]]:
+        """Yield shuffled rows as `Data.batches`, by `ActivationStore.train_batches`."""
+        stream = self.store.train_batches(
+            batch_size, seed, samples, self.mask, start_step=start_step, rows=rows
+        )
+        return ([batch] for batch in stream)
+
+
+def select(store: ActivationStore, wanted: str) -> Selected:
+    """Select clips of TRAIN or TEST, or test clips of HELDOUT_FONT (recordings have none)."""
+    rows = store.rows
+    if wanted == HELDOUT_FONT:
+        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
+        return Selected(store, (held_out & (rows["split"] == TEST)).to_numpy())
+    return Selected(store, np.isin(np.arange(len(rows)), main_clips(rows, wanted)))
 
 
 @dataclass(frozen=True)
@@ -37,17 +125,43 @@ class Paired:
         return tuple(store.width for store in self.stores)
 
     def clip(self, n: int) -> list[np.ndarray]:
-        """Activations of pair n in every model, float32 [frames, d_j] each."""
+        """Read pair n in every model, float32 [frames, d_j] each."""
         parts = zip(self.stores, self.members[n], strict=True)
         return [store.clip(int(i))[: self.frames[n]] for store, i in parts]
 
     def clips(self) -> Iterator[list[np.ndarray]]:
-        """Every pair in order, as `clip`."""
+        """Yield every pair in order, as `clip`."""
         return (self.clip(n) for n in range(len(self)))
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        samples: int,
+        *,
+        start_step: int = 0,
+        rows: slice | None = None,
+        buffer_mb: float = 512.0,
+    ) -> Iterator[list[np.ndarray]]:
+        """Yield shuffled paired rows as `Data.batches`.
+
+        Every epoch visits each frame once; batches run on across epoch ends. In each epoch the
+        clips are permuted and taken into windows of at most `buffer_mb` MiB over all models (at
+        least one clip), each emitted in uniformly random order: an exact uniform permutation where
+        all fits into one window. Memory is one window plus one batch. The orders depend on
+        (seed, epoch) alone.
+        """
+        steps = samples // batch_size
+        if batch_size < 1 or steps < 1:
+            raise StoreError(f"{samples} samples give no batch of {batch_size}")
+        row_bytes = sum(s.width * STORAGE[s.dtype].itemsize for s in self.stores)
+        limit = max(1.0, buffer_mb * 2**20 / row_bytes)
+        part = rows or slice(0, batch_size)
+        return _stream(self, batch_size, part, seed, start_step, steps, limit)
 
 
 def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
-    """The clips of a split (`clips.main_clips`), matched by id in every store.
+    """Match the clips of a split (`clips.main_clips`) by id in every store.
 
     In the order of the first store. StoreError where a store lacks a clip, or where frame counts or
     compositions differ.
@@ -90,10 +204,10 @@ def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
 
 
 def mispair(paired: Paired, seed: int) -> Paired:
-    """The null: each clip of the first model beside clips of other compositions in the others.
+    """Permute the clips of all models but the first: the null of unrelated music.
 
-    Every clip stays in use once a model; within a pair all compositions differ. The place in the
-    clip stays paired, so that what both models say about time alone is not counted as shared
+    Every model keeps each of its clips once; within a pair all compositions differ. Frames stay
+    paired by their place in the clip, so that agreement about time alone is not counted as shared
     music. Clips of unequal length are cut to the shorter. StoreError with too few compositions.
     """
     rng = np.random.default_rng(seed)
@@ -114,34 +228,6 @@ def mispair(paired: Paired, seed: int) -> Paired:
         members[circle, j] = paired.members[np.roll(circle, shift), j]
     lengths = [s.frames[members[:, j]] for j, s in enumerate(paired.stores)]
     return replace(paired, members=members, frames=np.minimum.reduce(lengths))
-
-
-def batches(
-    paired: Paired,
-    batch_size: int,
-    seed: int,
-    samples: int,
-    *,
-    start_step: int = 0,
-    buffer_mb: float = 512.0,
-    rows: slice | None = None,
-) -> Iterator[list[np.ndarray]]:
-    """Shuffled paired rows, float32 [batch_size, d_j] a model, ``samples // batch_size`` times.
-
-    Every epoch visits each frame once; batches run on across epoch ends. In each epoch the clips
-    are permuted and taken into windows of at most `buffer_mb` MiB over all models (at least one
-    clip), each emitted in uniformly random order: an exact uniform permutation where all fits into
-    one window. Memory is one window plus one batch. The orders depend on (seed, epoch) alone:
-    ``start_step=n`` gives exactly what an unbroken run gives from batch n on. With `rows`, a slice
-    from start to stop, only those rows of each batch are decoded and given.
-    """
-    steps = samples // batch_size
-    if batch_size < 1 or steps < 1:
-        raise StoreError(f"{samples} samples give no batch of {batch_size}")
-    row_bytes = sum(s.width * STORAGE[s.dtype].itemsize for s in paired.stores)
-    limit = max(1.0, buffer_mb * 2**20 / row_bytes)
-    part = rows or slice(0, batch_size)
-    return _stream(paired, batch_size, part, seed, start_step, steps, limit)
 
 
 def _stream(
@@ -190,7 +276,7 @@ def _empty(paired: Paired, rows: int) -> list[np.ndarray]:
 
 
 def _load(paired: Paired, window: np.ndarray) -> list[np.ndarray]:
-    """Storage words [rows, d_j] of some pairs, half the memory of float32."""
+    """Read storage words [rows, d_j] of some pairs, half the memory of float32."""
     rows = int(paired.frames[window].sum())
     buffers = [np.empty((rows, s.width), STORAGE[s.dtype]) for s in paired.stores]
     at = 0

@@ -20,7 +20,7 @@ from musicscope.activations import token_cache as codes
 from musicscope.core import audio
 from musicscope.core import io as artifacts
 from musicscope.core.audio import at_rate
-from musicscope.dictionaries.pooling import Pools, by_batch
+from musicscope.dictionaries.codes import Pools, by_batch
 from musicscope.models.interface import is_audio_model
 from musicscope.models.rave.inspect import POSTERIOR
 

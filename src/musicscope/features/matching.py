@@ -271,5 +271,5 @@ def raw_decoder(usae: Any, i: int) -> np.ndarray:
     device, large = usae.decoder(i).device, 1000.0  # large: the mean's digits must not count
     latents = torch.arange(usae.n_latents, device=device)[:, None]
     values = torch.full(latents.shape, large, device=device)
-    added = usae.decode(i, values, latents) - usae.decode(i, 0 * values, latents)
+    added = usae.decode(values, latents, i) - usae.decode(0 * values, latents, i)
     return added.cpu().double().numpy() / large

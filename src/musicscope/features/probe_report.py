@@ -21,7 +21,7 @@ from musicscope.data.splits import (
     known_sets,
     label_matrix,
 )
-from musicscope.dictionaries.pooling import Pools
+from musicscope.dictionaries.codes import Pools
 from musicscope.features.probes import rank_features
 
 LABELS = {

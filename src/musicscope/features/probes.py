@@ -29,7 +29,7 @@ from musicscope.data.splits import (
     label_matrix,
     select_concepts,
 )
-from musicscope.dictionaries.pooling import Pools
+from musicscope.dictionaries.codes import Pools
 from musicscope.features.logistic import Standardiser, fit_logistic
 
 

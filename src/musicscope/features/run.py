@@ -120,7 +120,7 @@ def encode_all(
     for i, s in enumerate(subjects):
         jobs += [(s, "sae", s.saes[0].encode, s.saes[0].n_latents)]
         jobs += [(s, "sae-1", s.saes[1].encode, s.saes[1].n_latents)]
-        jobs += [(s, "usae", partial(usae.encode, i), usae.n_latents)]
+        jobs += [(s, "usae", partial(usae.encode, model=i), usae.n_latents)]
     return {
         (s.name, kind): {
             name: encode_clips(s.store, rows, encode, F, settings.workers, settings.device)

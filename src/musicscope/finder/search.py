@@ -16,8 +16,7 @@ import pandas as pd
 
 from musicscope.core.seeding import seed_for
 from musicscope.data.sources.recordings import Problem
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder import recordings as reading
 from musicscope.finder import statistics as concept_stats
 from musicscope.finder.recordings import Plan

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core.seeding import seed_for
+from musicscope.dictionaries.codes import by_batch
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.pooling import by_batch
 from musicscope.features.selection import Latent
 from musicscope.maximisation.objective import BATCH, Target, gradient_of, window_means
 from musicscope.models.registry import load_model
@@ -57,7 +57,7 @@ def open_instruments(
 
     Once a process. ValueError where a model is not one of the USAE's.
     """
-    from musicscope.dictionaries.usae import UniversalSAE
+    from musicscope.dictionaries.core import UniversalSAE
 
     folder = "data/usae/seed-0"
     usae = UniversalSAE.load(folder, device)
@@ -94,7 +94,7 @@ def pre_activation(instrument: Instrument, latent: Latent, place: int) -> tuple[
     point = instrument.mean[None].clone().requires_grad_()
     with torch.enable_grad():
         if latent.kind == "usae":
-            value = instrument.usae.pre_activations(instrument.index, point)[0, number]
+            value = instrument.usae.pre_activations(point, instrument.index)[0, number]
         else:
             value = instrument.sae.pre_activations(point)[0, number]
         (weight,) = torch.autograd.grad(value, point)
@@ -112,7 +112,7 @@ def frame_values(
     wanted = {latent.kind for latent in latents}
     codes = {}
     if "usae" in wanted:
-        codes["usae"] = instrument.usae.encode(instrument.index, x)
+        codes["usae"] = instrument.usae.encode(x, instrument.index)
     if "sae" in wanted:
         codes["sae"] = instrument.sae.encode(x)
     for column, latent in enumerate(latents):

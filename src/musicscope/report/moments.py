@@ -20,8 +20,7 @@ from tqdm import tqdm
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.report import snippets as media
 from musicscope.report.parts import Moment, plain, short
 
@@ -76,7 +75,7 @@ def feature_curves(
         if kind == "sae":
             values, indices = bench.saes[model].encode(x)
         else:
-            values, indices = bench.usae.encode(bench.usae.names.index(model), x)
+            values, indices = bench.usae.encode(x, bench.usae.names.index(model))
         for number in sorted(numbers):
             found = (values * (indices == number)).sum(1)
             curves[(kind, model, number), clip] = found.numpy()

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from musicscope.core import plots
 from musicscope.core.io import read_json
-from musicscope.dictionaries import usae_metrics
+from musicscope.dictionaries import evaluation
 from musicscope.features import report as match_report
 from musicscope.finder import plots as concept_plots
 from musicscope.judges import training as judge_training
@@ -134,7 +134,7 @@ def shared_numbers(models: Sequence[str], metrics: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("usae", "crosscoder"):
         numbers = _read(metrics / f"train_{name}.json", f"train_{name}")
-        found |= {f"{name}.{k}": v for k, v in usae_metrics.summary_keys(numbers).items()}
+        found |= {f"{name}.{k}": v for k, v in evaluation.summary_keys(numbers).items()}
     found |= match_report.summary_keys(_read(metrics / "match_features.json", "match_features"))
     for model in models:
         path = metrics / "maximize_activation" / f"{model}.json"
