@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(params.compute.threads)
     with distributed.start(params.compute) as engine:
         plan = runs.sae_plan(
-            section, model, slot, params.seed, engine.device, f"{stem}-live", (rows, groups)
+            section, model, slot, params.seed, engine.device, f"{stem}-live", rows, groups
         )
         runs.execute(
             plan, engine, f"data/sae/{model}/{slot}", f"metrics/train_sae/{model}-{slot}.json",

@@ -17,7 +17,7 @@ from musicscope.activations.extraction import extract
 from musicscope.activations.store import ActivationStore
 from musicscope.core import distributed
 from musicscope.core.distributed import ALONE, Ranks
-from musicscope.dictionaries.data import TRAIN, select
+from musicscope.dictionaries.data import TRAIN, pair
 from musicscope.dictionaries.training import train
 from tests.activations.test_extraction import BatchModel, FakeClips, contents, make_plan, out
 from tests.support.dictionaries import sae_section, sae_weights, write_planted
@@ -132,7 +132,7 @@ def train_together(ranks: Ranks, folder: str, root: Path, die_at: int | None = N
             os.kill(os.getpid(), 9)
 
     trained = train(
-        select(ActivationStore.open(folder), TRAIN), sae_section(**SETTINGS), "sae", 5,
+        pair([ActivationStore.open(folder)], TRAIN), sae_section(**SETTINGS), "sae", 5,
         checkpoint=root / "c.pt", checkpoint_every=16, on_log=mortal, ranks=ranks,
     )  # fmt: skip
     torch.save([sae_weights(trained.dictionary), trained.history], root / f"sae-{ranks.rank}.pt")

@@ -15,7 +15,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
 from musicscope.dictionaries import data, evaluation
 from musicscope.dictionaries.core import UniversalSAE
-from musicscope.dictionaries.data import TEST, TRAIN, Selected, select
+from musicscope.dictionaries.data import TEST, TRAIN, pair
 from musicscope.dictionaries.evaluation import evaluate
 from musicscope.dictionaries.step import initial_state, step
 from musicscope.dictionaries.training import (
@@ -46,8 +46,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return write_planted(tmp_path_factory.mktemp("store"))
 
 
+def held_out_clips(store: ActivationStore):
+    return (x for (x,) in pair([store], TEST).clips())
+
+
 def fit_sae(store: ActivationStore, seed: int = 0, **changes):
-    return train(select(store, TRAIN), sae_section(**changes), "sae", seed)
+    return train(pair([store], TRAIN), sae_section(**changes), "sae", seed)
 
 
 def test_recovers_a_planted_dictionary(store: ActivationStore):
@@ -55,7 +59,7 @@ def test_recovers_a_planted_dictionary(store: ActivationStore):
     dictionary = planted_frames(1, 0)[1]
     best = (torch.from_numpy(dictionary).float() @ result.dictionary.W_dec.T).amax(1)
     assert (best > 0.97).float().mean() > 0.9
-    test = evaluate(result.dictionary, select(store, TEST).clips())
+    test = evaluate(result.dictionary, held_out_clips(store))
     assert test.explained_variance > 0.9
     assert test.l0 == pytest.approx(3, abs=0.01)
     assert result.history[-1]["loss"] < 0.1 < result.history[0]["loss"]
@@ -69,7 +73,7 @@ def test_saved_decoder_has_unit_norm_and_bias_is_in_activation_units(store: Acti
 
 def test_batchtopk_threshold_keeps_k_on_average(store: ActivationStore):
     sae = fit_sae(store, activation="batchtopk", samples=200 * 256, batch_size=256).dictionary
-    clips = list(select(store, TEST).clips())
+    clips = list(held_out_clips(store))
     found = evaluate(sae, clips)
     assert sae.threshold > 0
     assert found.l0 == pytest.approx(3, rel=0.05)
@@ -80,7 +84,7 @@ def test_batchtopk_threshold_keeps_k_on_average(store: ActivationStore):
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_resumed_equals_unbroken_bit_for_bit(store, tmp_path: Path, activation):
     settings = sae_section(activation=activation, samples=100 * 128, dead_after_samples=1000)
-    fit = functools.partial(train, select(store, TRAIN), settings, "sae", 5)
+    fit = functools.partial(train, pair([store], TRAIN), settings, "sae", 5)
     whole = fit(on_log=live_logger(tmp_path / "whole"))
 
     class Killed(Exception):
@@ -117,23 +121,11 @@ def test_seeds_differ(store: ActivationStore):
 
 
 def test_checkpoint_of_another_sae_is_refused(store: ActivationStore, tmp_path: Path):
-    chosen = select(store, TRAIN)
+    chosen = pair([store], TRAIN)
     train(chosen, sae_section(samples=256), "sae", 0, checkpoint=tmp_path / "c.pt")
     other = sae_section(samples=256, expansion=4)
     with pytest.raises(ValueError, match=r"c\.pt is of another dictionary"):
         train(chosen, other, "sae", 0, checkpoint=tmp_path / "c.pt")
-
-
-def test_nan_activations_stop_training():
-    """A store refuses to hold NaN, so this takes a stand-in for one damaged on disk."""
-    bad = np.zeros((16, WIDTH), np.float32)
-    bad[2, 3] = np.nan
-    stand_in = SimpleNamespace(
-        width=WIDTH, mean=np.zeros(WIDTH), std=np.ones(WIDTH), folder="data/activations/m/top1",
-        train_batches=lambda *_, **__: iter([bad]),
-    )  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"step 0 on data/activations/m/top1.*NaN"):
-        train(Selected(stand_in, None), sae_section(samples=128), "sae", 0)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -295,18 +287,21 @@ def test_three_widths_train_and_resume_to_the_bit(stores, tmp_path: Path, method
         assert {row["drawn"] for row in whole.history} == {0, 1, 2}
 
 
-def test_nan_activations_stop_shared_training(stores, monkeypatch):
+@pytest.mark.parametrize("method", ["sae", "paper", "crosscoder"])
+def test_nan_activations_stop_training(stores, monkeypatch, method):
     """A store refuses to hold NaN, so this takes a stand-in for one damaged on disk."""
-    paired = data.pair(stores, TRAIN)
+    section = sae_section if method == "sae" else usae_section
+    paired = data.pair(stores[:1] if method == "sae" else stores, TRAIN)
 
     def damaged(*_, **__):
-        xs = [np.zeros((128, d), np.float32) for d in WIDTHS]
-        xs[1][2, 3] = np.nan
+        xs = [np.zeros((128, d), np.float32) for d in paired.widths]
+        xs[-1][2, 3] = np.nan
         return iter([xs])
 
     monkeypatch.setattr(data.Paired, "batches", damaged)
-    with pytest.raises(FloatingPointError, match=r"step 0 on .*m1.*NaN"):
-        fit(paired, samples=128)
+    last = f"m{len(paired.stores) - 1}"
+    with pytest.raises(FloatingPointError, match=rf"step 0 on .*{last}.*NaN"):
+        train(paired, section(samples=128), method, 0, ["a", "b", "c"], "top1")
 
 
 def test_a_constant_layer_and_an_unknown_method_are_errors(stores):

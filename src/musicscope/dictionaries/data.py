@@ -1,16 +1,16 @@
-"""Training and test data of dictionaries: clips of one store, or the same clips in several.
+"""Training and test data of dictionaries: the same clips in the stores of one or several models.
 
-A pair is one clip in every model's store. Nothing is ever zipped by position alone: ids that one
-store lacks, or clips with other frame counts, are an error that names them.
+Clips meet by id. Nothing is ever zipped by position alone: ids that one store lacks, or clips with
+other frame counts, are an error that names them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
+import pandas as pd
 
 from musicscope.activations.store import STORAGE, ActivationStore, StoreError, decode, encode
 from musicscope.core.seeding import seed_for
@@ -20,93 +20,9 @@ TRAIN, TEST = "train", "test"
 HELDOUT_FONT = "heldout_font"
 
 
-class Data(Protocol):
-    """Frames to train on, the same ones in one or several stores."""
-
-    @property
-    def stores(self) -> tuple[ActivationStore, ...]:
-        """One per model."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Dimensions of each model's activations."""
-
-    def batches(
-        self,
-        batch_size: int,
-        seed: int,
-        samples: int,
-        *,
-        start_step: int = 0,
-        rows: slice | None = None,
-    ) -> Iterator[list[np.ndarray]]:
-        """Yield shuffled rows, float32 [batch_size, d_j] per model, samples // batch_size times.
-
-        The order depends on `seed` alone: ``start_step=n`` gives what an unbroken run gives from
-        batch n on. With `rows`, a slice from start to stop, only those rows of each batch come.
-        """
-
-
-@dataclass(frozen=True)
-class Selected:
-    """Some clips of one store."""
-
-    store: ActivationStore
-    mask: np.ndarray
-    """[clips of the store] bool"""
-
-    @property
-    def stores(self) -> tuple[ActivationStore, ...]:
-        """The one store."""
-        return (self.store,)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The width of the one store."""
-        return (self.store.width,)
-
-    @property
-    def frames(self) -> np.ndarray:
-        """[n] frames of each clip."""
-        return self.store.frames[self.mask]
-
-    @property
-    def groups(self) -> np.ndarray:
-        """[n] composition of each clip."""
-        return self.store.rows["group"].to_numpy()[self.mask]
-
-    def clips(self) -> Iterator[np.ndarray]:
-        """Yield the activations [frames, d] of every clip, in order."""
-        return (self.store.clip(int(i)) for i in np.flatnonzero(self.mask))
-
-    def batches(
-        self,
-        batch_size: int,
-        seed: int,
-        samples: int,
-        *,
-        start_step: int = 0,
-        rows: slice | None = None,
-    ) -> Iterator[list[np.ndarray]]:
-        """Yield shuffled rows as `Data.batches`, by `ActivationStore.train_batches`."""
-        stream = self.store.train_batches(
-            batch_size, seed, samples, self.mask, start_step=start_step, rows=rows
-        )
-        return ([batch] for batch in stream)
-
-
-def select(store: ActivationStore, wanted: str) -> Selected:
-    """Select clips of TRAIN or TEST, or test clips of HELDOUT_FONT (recordings have none)."""
-    rows = store.rows
-    if wanted == HELDOUT_FONT:
-        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
-        return Selected(store, (held_out & (rows["split"] == TEST)).to_numpy())
-    return Selected(store, np.isin(np.arange(len(rows)), main_clips(rows, wanted)))
-
-
 @dataclass(frozen=True)
 class Paired:
-    """The same clips in several stores."""
+    """The same clips in M stores."""
 
     stores: tuple[ActivationStore, ...]
     members: np.ndarray
@@ -125,12 +41,12 @@ class Paired:
         return tuple(store.width for store in self.stores)
 
     def clip(self, n: int) -> list[np.ndarray]:
-        """Read pair n in every model, float32 [frames, d_j] each."""
+        """Read clip n in every store, float32 [frames, d_j] each."""
         parts = zip(self.stores, self.members[n], strict=True)
         return [store.clip(int(i))[: self.frames[n]] for store, i in parts]
 
     def clips(self) -> Iterator[list[np.ndarray]]:
-        """Yield every pair in order, as `clip`."""
+        """Yield every clip in order, as `clip`."""
         return (self.clip(n) for n in range(len(self)))
 
     def batches(
@@ -143,14 +59,24 @@ class Paired:
         rows: slice | None = None,
         buffer_mb: float = 512.0,
     ) -> Iterator[list[np.ndarray]]:
-        """Yield shuffled paired rows as `Data.batches`.
+        """Yield shuffled rows, float32 [batch_size, d_j] per model, samples // batch_size times.
 
-        Every epoch visits each frame once; batches run on across epoch ends. In each epoch the
-        clips are permuted and taken into windows of at most `buffer_mb` MiB over all models (at
-        least one clip), each emitted in uniformly random order: an exact uniform permutation where
-        all fits into one window. Memory is one window plus one batch. The orders depend on
-        (seed, epoch) alone.
+        Every epoch visits each frame once; batches run on across epoch ends. The order depends on
+        (seed, epoch) alone: ``start_step=n`` gives what an unbroken run gives from batch n on. With
+        `rows`, a slice from start to stop, only those rows of each batch come.
+
+        One store: the order of `ActivationStore.train_batches`. Several: in each epoch the clips
+        are permuted and taken into windows of at most `buffer_mb` MiB over all models
+        (at least one clip), each emitted in uniformly random order: an exact uniform permutation
+        where all fits into one window. Memory is one window plus one batch.
         """
+        if len(self.stores) == 1:
+            store = self.stores[0]
+            mask = np.isin(np.arange(len(store)), self.members)
+            stream = store.train_batches(
+                batch_size, seed, samples, mask, start_step=start_step, rows=rows
+            )
+            return ([batch] for batch in stream)
         steps = samples // batch_size
         if batch_size < 1 or steps < 1:
             raise StoreError(f"{samples} samples give no batch of {batch_size}")
@@ -160,19 +86,30 @@ class Paired:
         return _stream(self, batch_size, part, seed, start_step, steps, limit)
 
 
-def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
-    """Match the clips of a split (`clips.main_clips`) by id in every store.
+def clip_rows(rows: pd.DataFrame, wanted: str) -> np.ndarray:
+    """Return positions of a split's `main_clips`, or of test clips of HELDOUT_FONT.
+
+    Recordings have no held-out font.
+    """
+    if wanted == HELDOUT_FONT:
+        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
+        return np.flatnonzero(held_out & (rows["split"] == TEST))
+    return main_clips(rows, wanted)
+
+
+def pair(stores: Sequence[ActivationStore], wanted: str) -> Paired:
+    """Match the clips of a split, or of HELDOUT_FONT (`clip_rows`), by id in every store.
 
     In the order of the first store. StoreError where a store lacks a clip, or where frame counts or
     compositions differ.
     """
     tables = []
     for store in stores:
-        keep = main_clips(store.rows, split)
+        keep = clip_rows(store.rows, wanted)
         tables.append(dict(zip(np.array(store.ids)[keep].tolist(), keep, strict=True)))
     first = stores[0]
     if not tables[0]:
-        raise StoreError(f"{first.folder} has no clips of split {split}")
+        raise StoreError(f"{first.folder} has no clips of {wanted}")
     for store, index in zip(stores, tables, strict=True):
         for a, b, here, there in (
             (tables[0], index, first, store),
@@ -184,14 +121,10 @@ def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
                     f"{missing[0]}): extract both models' activations from the same data/clips"
                 )
     members = np.array([[index[name] for index in tables] for name in tables[0]])
+    columns = {"frames": lambda s: s.frames, "group": lambda s: s.rows["group"].to_numpy()}
     for j, store in enumerate(stores):
-        for what, ours, theirs in (
-            ("frames", first.frames[members[:, 0]], store.frames[members[:, j]]),
-            (
-                "group",
-                *(s.rows["group"].to_numpy()[members[:, m]] for s, m in ((first, 0), (store, j))),
-            ),
-        ):
+        for what, column in columns.items():
+            ours, theirs = column(first)[members[:, 0]], column(store)[members[:, j]]
             if (wrong := np.flatnonzero(ours != theirs)).size:
                 n = wrong[0]
                 raise StoreError(

@@ -31,11 +31,10 @@ from musicscope.dictionaries.data import (
     HELDOUT_FONT,
     TEST,
     TRAIN,
-    Data,
     Paired,
+    clip_rows,
     mispair,
     pair,
-    select,
 )
 from musicscope.dictionaries.fidelity import CE, Losses, ce_recovered, measure_losses
 from musicscope.dictionaries.training import (
@@ -134,15 +133,15 @@ class Plan:
         """Return the seed of one run."""
         raise NotImplementedError
 
-    def data(self, name: str) -> Data:
-        """Return the training frames of one run."""
-        raise NotImplementedError
+    def data(self, name: str) -> Paired:
+        """Return the training clips of one run."""
+        return pair(self.open_stores(), TRAIN)
 
     def on_log(self, name: str) -> Callable[[LogRow], None] | None:
         """Return a further consumer of one run's history."""
         return None
 
-    def evaluate(self, name: str, trained: Trained, folder: Path, data: Data) -> Outcome:
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> Outcome:
         """Evaluate the dictionary saved in `folder`, which was trained on `data`."""
         raise NotImplementedError
 
@@ -256,7 +255,7 @@ def execute(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def control_sample(data: Data, seed: int) -> list[np.ndarray]:
+def control_sample(data: Paired, seed: int) -> list[np.ndarray]:
     """Draw the training frames to which controls are fitted, [CONTROL_FRAMES, d_j] per model."""
     stream = data.batches(CONTROL_BATCH, seed_for(seed, "controls"), CONTROL_FRAMES)
     return [np.concatenate(parts) for parts in zip(*stream, strict=True)]
@@ -269,17 +268,12 @@ class SaePlan(Plan):
     live: str
     """Folder for DVCLive."""
     loss_rows: tuple[int, ...] = ()
-    """Rows of the clip store on which the model's losses are measured; none: not measured."""
+    """Rows of data/clips on which the model's losses are measured; none: not measured."""
     loss_groups: tuple[str, ...] = ()
     """Composition of each."""
-    model_folder: str = ""
-    clips_folder: str = ""
 
     def seed_of(self, name: str) -> int:
         return seed_for(self.seed, "train_sae", self.names[0], self.slot, _index(name))
-
-    def data(self, name: str) -> Data:
-        return select(self.open_stores()[0], TRAIN)
 
     def on_log(self, name: str) -> Callable[[LogRow], None]:
         return live_logger(f"{self.live}/{name}")
@@ -289,13 +283,12 @@ class SaePlan(Plan):
         own |= {"lr": self.config.learning_rate, "steps": count_steps(self.config)}
         return super().trainer(name) | own | {"seed": _index(name)}
 
-    def evaluate(self, name: str, trained: Trained, folder: Path, data: Data) -> SaeOutcome:
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SaeOutcome:
         """Evaluate on held-out compositions and on the held-out soundfont, if there is one."""
-        store, sae = self.open_stores()[0], TopKSAE.load(folder)
-        test = evaluation.evaluate(sae, select(store, TEST).clips())
-        held_out, font = select(store, HELDOUT_FONT), None
-        if held_out.mask.any():
-            font = evaluation.evaluate(sae, held_out.clips())
+        stores, sae = self.open_stores(), TopKSAE.load(folder)
+        test, font = evaluation.evaluate(sae, _single(pair(stores, TEST))), None
+        if len(clip_rows(stores[0].rows, HELDOUT_FONT)):
+            font = evaluation.evaluate(sae, _single(pair(stores, HELDOUT_FONT)))
         print(
             f"{name}: explained variance {test.explained_variance:.4f}, dead "
             f"{test.dead_fraction:.4f}",
@@ -304,8 +297,8 @@ class SaePlan(Plan):
         losses, measure = None, CE
         if name == FIRST and self.loss_rows:
             losses, measure = measure_losses(
-                self.model_folder, self.clips_folder, self.loss_rows, store, sae.to(self.device),
-                self.device,
+                f"data/models/{self.names[0]}", "data/clips", self.loss_rows, stores[0],
+                sae.to(self.device), self.device,
             )  # fmt: skip
         return SaeOutcome(
             name, trained.history, trained.dead_fraction, sae, test, font, losses, measure
@@ -313,8 +306,8 @@ class SaePlan(Plan):
 
     def report(self, outcomes: Sequence[SaeOutcome]) -> Metrics:
         """Return the metrics. Headline numbers are of FIRST, the one used downstream."""
-        first, store = outcomes[0], self.open_stores()[0]
-        learnt, test = select(store, TRAIN), select(store, TEST)
+        first, stores = outcomes[0], self.open_stores()
+        store, learnt, test = stores[0], pair(stores, TRAIN), pair(stores, TEST)
         bootstrap = seed_for(self.seed, "bootstrap")
         low, high = first.test.interval(test.groups, BOOTSTRAP, bootstrap)
         (sample,) = control_sample(learnt, self.seed)
@@ -336,9 +329,9 @@ class SaePlan(Plan):
             **numbers(first),
             "explained_variance_low": low,
             "explained_variance_high": high,
-            "explained_variance_pca": evaluation.explained_variance(components, test.clips()),
+            "explained_variance_pca": evaluation.explained_variance(components, _single(test)),
             "explained_variance_random": evaluation.evaluate(
-                random, test.clips()
+                random, _single(test)
             ).explained_variance,
             **evaluation.stability(
                 [o.sae.W_dec.numpy() for o in outcomes], seed_for(self.seed, "stability")
@@ -359,6 +352,11 @@ def _index(name: str) -> int:
     return int(name.rsplit("-", 1)[1])
 
 
+def _single(data: Paired) -> Iterator[np.ndarray]:
+    """Yield the clips of one store."""
+    return (x for (x,) in data.clips())
+
+
 @dataclass(frozen=True)
 class SharedPlan(Plan):
     """Universal SAEs or crosscoders, and the same trained on mispaired clips."""
@@ -374,7 +372,7 @@ class SharedPlan(Plan):
         return seed_for(self.seed, self.method, name)
 
     def data(self, name: str) -> Paired:
-        paired = pair(self.open_stores(), TRAIN)
+        paired = super().data(name)
         if name.startswith(MISPAIRED):
             return mispair(paired, seed_for(self.seed, self.method, name, "pairs"))
         return paired
@@ -383,7 +381,7 @@ class SharedPlan(Plan):
         layers = [store.config["layer"] for store in self.open_stores()]
         return super().trainer(name) | {"method": self.method, "name": name, "layers": layers}
 
-    def evaluate(self, name: str, trained: Trained, folder: Path, data: Data) -> SharedOutcome:
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SharedOutcome:
         """Evaluate on paired clips of held-out compositions; for FIRST also the controls."""
         test, usae = pair(self.open_stores(), TEST), UniversalSAE.load(folder, self.device)
         measure = partial(evaluation.evaluate_shared, tau=self.config.fire_threshold)
@@ -471,16 +469,13 @@ def sae_plan(
     seed: int,
     device: str,
     live: str,
-    losses: tuple[Sequence[int], Sequence[str]] = ((), ()),
+    loss_rows: Sequence[int] = (),
+    loss_groups: Sequence[str] = (),
 ) -> SaePlan:
-    """Plan the SAEs of a model and slot; paths are relative to the repository root.
-
-    `losses`: rows of data/clips on which the model's losses are measured, and their compositions.
-    """
-    rows, groups = (tuple(part) for part in losses)
+    """Plan the SAEs of a model and slot; paths are relative to the repository root."""
     return SaePlan(
         (model,), slot, (f"data/activations/{model}/{slot}",), section, SAE, seed, device, live,
-        rows, groups, f"data/models/{model}", "data/clips",
+        tuple(loss_rows), tuple(loss_groups),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import atomic_file
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries.core import CROSSCODER, ModelWeights, TopKSAE, UniversalSAE
-from musicscope.dictionaries.data import Data
+from musicscope.dictionaries.data import Paired
 from musicscope.dictionaries.step import RULES, Result, State, initial_state, join, split, step
 
 SAE = "sae"
@@ -111,7 +111,7 @@ def normalisation(stores: Sequence[ActivationStore]) -> tuple[list[np.ndarray], 
 
 
 def train(
-    data: Data,
+    data: Paired,
     config: Config,
     method: str,
     seed: int,
