@@ -46,8 +46,7 @@ from benchmarks.gpu_steps import (
     sae_methods,
     usae_methods,
 )
-from musicscope.dictionaries import step as sae_step
-from musicscope.dictionaries import usae_step
+from musicscope.dictionaries import step
 from musicscope.dictionaries.step import Weights
 
 BLOCK = 4
@@ -108,7 +107,7 @@ def same_codes(found: Tensor, weights: Weights, x: Tensor, k: int) -> float:
 
 @torch.no_grad()
 def check_sae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
-    """sae_step.gradients in a precision against dense float64 autograd on the same latents.
+    """step.gradients of one model against dense float64 autograd on the same latents.
 
     The choice of latents is compared by itself (equal_codes): another choice at the k-th place is
     no error of the gradients.
@@ -116,7 +115,7 @@ def check_sae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
     weights, x = random_weights(size, device, 1), activations(size, device, 2) + 0.5
     scratch = x.new_full((size.batch, size.latents), torch.nan)
     with precision(name, device):
-        found = sae_step.gradients(weights, x, size.k, "topk", None, scratch)
+        found = step.gradients([weights], [x], size.k, scratch=scratch)
     wait(device)
     where = on_reference(size, device)
     exact, signal = leaves(weights, torch.float64, where), x.to(where, torch.float64)
@@ -128,10 +127,10 @@ def check_sae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
     return {
         "size": size.name,
         "z_error": relative_error(scratch, z),
-        "loss_error": abs(float(found.loss) / float(loss) - 1),
+        "loss_error": abs(float(found.losses[0]) / float(loss) - 1),
         "gradient_errors": {
             field: relative_error(ours, leaf.grad)
-            for field, ours, leaf in zip(Weights._fields, found.gradients, exact, strict=True)
+            for field, ours, leaf in zip(Weights._fields, found.gradients[0], exact, strict=True)
         },
         "equal_codes": same_codes(chosen, exact, signal, size.k),
     }
@@ -139,12 +138,12 @@ def check_sae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_usae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
-    """usae_step.gradients of two models, both decoders learning, as `check_sae`."""
+    """step.gradients of two models, both decoders learning, as `check_sae`."""
     weights = [random_weights(size, device, seed) for seed in (3, 4)]
     xs = [activations(size, device, seed) + 0.5 for seed in (5, 6)]
     scratch = xs[0].new_full((size.batch, size.latents), torch.nan)
     with precision(name, device):
-        found = usae_step.gradients(weights, xs, 0, size.k, (0, 1), None, scratch)
+        found = step.gradients(weights, xs, size.k, learning=(0, 1), scratch=scratch)
     wait(device)
     where = on_reference(size, device)
     exact = [leaves(w, torch.float64, where) for w in weights]
@@ -154,9 +153,10 @@ def check_usae(size: Size, device: torch.device, name: str) -> dict[str, Any]:
         codes = dense_codes(exact[0], signals[0], size.k, chosen)
         loss = sum(dense_loss(w, x, codes) for w, x in zip(exact, signals, strict=True))
         loss.backward()
-    pairs = {"W_enc": (found.encoder[0], exact[0].W_enc), "b_enc": (found.encoder[1], exact[0][1])}
-    for j, (W_dec, b_dec) in found.decoders.items():
-        pairs |= {f"W_dec {j}": (W_dec, exact[j].W_dec), f"b_dec {j}": (b_dec, exact[j].b_dec)}
+    own = found.gradients[0]
+    pairs = {"W_enc": (own.W_enc, exact[0].W_enc), "b_enc": (own.b_enc, exact[0].b_enc)}
+    for j, (made, leaf) in enumerate(zip(found.gradients, exact, strict=True)):
+        pairs |= {f"W_dec {j}": (made.W_dec, leaf.W_dec), f"b_dec {j}": (made.b_dec, leaf.b_dec)}
     z = linear(signals[0] - exact[0].b_dec, exact[0].W_enc, exact[0].b_enc)
     return {
         "size": size.name,
@@ -287,7 +287,7 @@ def pieces(record: Record, size: Size, device: torch.device) -> None:
     def inputs() -> tuple[Any, ...]:
         weights, x = random_weights(size, device, 8), activations(size, device, 9)
         z = torch.addmm(weights.b_enc, x - weights.b_dec, weights.W_enc.T)
-        codes = sae_step.select(z, k, "topk")
+        codes = step.select(z, k, "topk")
         grad = torch.randn(B, size.width, device=device)
         adam = torch.optim.Adam([w.clone() for w in weights], lr=LR, fused=True)
         for parameter in adam.param_groups[0]["params"]:
@@ -329,7 +329,7 @@ def pieces(record: Record, size: Size, device: torch.device) -> None:
         return torch.bmm(weights.W_dec[columns], grad.unsqueeze(2)).squeeze(2)
 
     def by_bag() -> Callable[[Tensor, Tensor], Tensor]:
-        return usae_step._sum_by_latent(codes, F)
+        return step.sum_by_latent(codes, F)
 
     def unit_rows() -> None:
         along = torch.einsum("fd,fd->f", weights.W_enc, weights.W_dec)
@@ -342,7 +342,7 @@ def pieces(record: Record, size: Size, device: torch.device) -> None:
         "topk": lambda: z.topk(k, sorted=False),
         "topk bfloat16": lambda: z16.topk(k, sorted=False),
         "topk in two stages": group_maxima,
-        "decode": lambda: sae_step.decode(codes, weights.W_dec),
+        "decode": lambda: step.decode(codes, weights.W_dec),
         "decode int64": lambda: embedding_bag(
             columns, weights.W_dec, mode="sum", per_sample_weights=codes.values.view(B, k)
         ),

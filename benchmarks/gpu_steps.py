@@ -2,7 +2,7 @@
 
 * product: x W_enc^T alone, the one product that no TopK step can avoid. For bfloat16 both operands
   are stored so.
-* ours: sae_step.step, usae_step.step (rule "paper"); ours_auxk with 10 % of latents dead, kept dead
+* ours: dictionaries.step (rule "paper"); ours_auxk with 10 % of latents dead, kept dead
   by a bias of -1000.
 * dense: autograd through dense codes, fused Adam, decoder rows back to unit norm.
 * sparsify, dictionary_learning: a step as their trainers take it, without AuxK in sparsify.
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu_parts import PRECISIONS
-from musicscope.dictionaries import step as sae_step
-from musicscope.dictionaries import usae_step
+from musicscope.dictionaries import step
 from musicscope.dictionaries.step import Weights
 
 DEAD_BIAS = -1000.0
@@ -125,18 +124,18 @@ def product(size: Size, device: torch.device, name: str) -> Run:
 
 
 def ours(size: Size, device: torch.device, dead: bool) -> Run:
-    xs, state = batches(size, device), sae_step.initial_state(size.latents, size.width, 0, device)
+    xs, state = batches(size, device), step.initial_state(size.latents, [size.width], 0, device)
     gone = slice(0, size.latents // 10 if dead else 0)
-    state.weights.b_enc[gone] = DEAD_BIAS
+    state.weights[0].b_enc[gone] = DEAD_BIAS
     state.unfired[gone] = 10**9
     state.scratch = xs[0].new_full((size.batch, size.latents), torch.nan)
 
     def run(number: int) -> Tensor:
         x = xs[number % len(xs)]
-        return sae_step.step(
-            state, x, LR, size.k, aux_k=size.width // 2, aux_weight=1 / 32 if dead else 0.0,
+        return step.step(
+            state, [x], LR, size.k, aux_k=size.width // 2, aux_weight=1 / 32 if dead else 0.0,
             dead_after=10**8,
-        ).loss  # fmt: skip
+        ).losses[0]  # fmt: skip
 
     return run
 
@@ -144,7 +143,7 @@ def ours(size: Size, device: torch.device, dead: bool) -> Run:
 def dense(size: Size, device: torch.device) -> Run:
     xs = batches(size, device)
     weights = leaves(
-        sae_step.initial_state(size.latents, size.width, 0, device).weights, xs[0].dtype
+        step.initial_state(size.latents, [size.width], 0, device).weights[0], xs[0].dtype
     )
     adam = torch.optim.Adam(weights, lr=LR, fused=True)
 
@@ -169,12 +168,12 @@ def pairs(size: Size, device: torch.device) -> list[list[Tensor]]:
 
 def ours_usae(size: Size, device: torch.device) -> Run:
     xs = pairs(size, device)
-    state = usae_step.initial_state(size.latents, (size.width, size.width), 0, device)
+    state = step.initial_state(size.latents, (size.width, size.width), 0, device)
     state.scratch = xs[0][0].new_full((size.batch, size.latents), torch.nan)
 
     def run(number: int) -> Tensor:
         batch = xs[number % len(xs)]
-        return usae_step.step(state, batch, number % 2, "paper", LR, size.k).losses
+        return step.step(state, batch, LR, size.k, drawn=number % 2).losses
 
     return run
 
@@ -183,7 +182,7 @@ def dense_usae(size: Size, device: torch.device) -> Run:
     xs = pairs(size, device)
     models = [
         leaves(
-            sae_step.initial_state(size.latents, size.width, seed, device).weights, torch.float32
+            step.initial_state(size.latents, [size.width], seed, device).weights[0], torch.float32
         )
         for seed in range(2)
     ]

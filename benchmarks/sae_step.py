@@ -156,22 +156,22 @@ def dictionary_learning_step(width: int, latents: int, dead: bool):
 
 
 def ours_step(width: int, latents: int, dead: bool):
-    state = initial_state(latents, width, 0, "cpu")
+    state = initial_state(latents, [width], 0, "cpu")
     if dead:
-        state.weights.b_enc[: latents // 10] = DEAD_BIAS
+        state.weights[0].b_enc[: latents // 10] = DEAD_BIAS
         state.unfired[: latents // 10] = 10**9
 
     def update(x: Tensor) -> None:
-        step(state, x, 1e-4, K, aux_k=width // 2, aux_weight=1 / 32, dead_after=10**8)
+        step(state, [x], 1e-4, K, aux_k=width // 2, aux_weight=1 / 32, dead_after=10**8)
 
     return update
 
 
 def gradients_only(width: int, latents: int):
-    state = initial_state(latents, width, 0, "cpu")
+    state = initial_state(latents, [width], 0, "cpu")
     scratch = torch.empty(BATCH, latents)
     none = Aux(torch.empty(0, dtype=torch.int64), 0, 0.0)
-    return lambda x: gradients(state.weights, x, K, "topk", none, scratch)
+    return lambda x: gradients(state.weights, [x], K, aux=none, scratch=scratch)
 
 
 def measure(width: int, latents: int, seconds: float) -> dict:

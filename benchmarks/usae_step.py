@@ -7,7 +7,7 @@ One thread, process CPU time (robust to other processes), implementations interl
 loading is left out; every step includes forward, backward, optimiser and decoder norm.
 
 * gemm: x_i W_enc_i^T alone for the drawn model, the floor.
-* paper, all_decoders: usae_step; paper_auxk with 10 % of latents dead, kept dead by a
+* paper, all_decoders: step; paper_auxk with 10 % of latents dead, kept dead by a
   bias of -1000. crosscoder: one step on both models, whose own floor is both products (gemm_both).
 * released: the step of the USAE paper's released code, written here from its description, since
   the original trains on images with CUDA: encoder Linear -> BatchNorm -> ReLU -> TopK to dense
@@ -32,8 +32,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from benchmarks.sae_step import activations  # noqa: E402
-from musicscope.dictionaries import step as sae_step
-from musicscope.dictionaries import usae_step
+from musicscope.dictionaries.step import initial_state, join, step  # noqa: E402
 
 RESULT = "benchmarks/results/usae_step.json"
 
@@ -82,7 +81,7 @@ def released(widths: tuple[int, ...], latents: int) -> Update:
 
 
 def ours(widths: tuple[int, ...], latents: int, rule: str, dead: bool = False) -> Update:
-    state = usae_step.initial_state(latents, widths, 0, "cpu")
+    state = initial_state(latents, widths, 0, "cpu")
     gone = slice(0, latents // 10 if dead else 0)
     for model in state.weights:
         model.b_enc[gone] = DEAD_BIAS
@@ -90,18 +89,21 @@ def ours(widths: tuple[int, ...], latents: int, rule: str, dead: bool = False) -
     aux_k = sum(widths) // len(widths) // 2
 
     def update(xs: list[Tensor], drawn: int) -> None:
-        usae_step.step(state, xs, drawn, rule, 1e-4, K, aux_k, 1 / 32, dead_after=10**8)
+        step(
+            state, xs, 1e-4, K, drawn=drawn, rule=rule, aux_k=aux_k, aux_weight=1 / 32,
+            dead_after=10**8,
+        )  # fmt: skip
 
     return update
 
 
 def crosscoder(widths: tuple[int, ...], latents: int) -> Update:
     """A step already covers both models: it is taken where the first is drawn."""
-    state = sae_step.initial_state(latents, sum(widths), 0, "cpu")
+    state = initial_state(latents, [sum(widths)], 0, "cpu")
 
     def update(xs: list[Tensor], drawn: int) -> None:
         if drawn == 0:
-            sae_step.step(state, usae_step.join(xs), 1e-4, K)
+            step(state, [join(xs)], 1e-4, K)
 
     return update
 
@@ -114,7 +116,7 @@ def measure(widths: tuple[int, ...], latents: int, seconds: float) -> dict:
 
     def gemm_both(xs: list[Tensor], drawn: int) -> None:
         if drawn == 0:
-            torch.mm(usae_step.join(xs), joint.T, out=out)
+            torch.mm(join(xs), joint.T, out=out)
 
     steps: dict[str, Update] = {
         "gemm": lambda xs, drawn: torch.mm(xs[drawn], encoders[drawn].T, out=out),

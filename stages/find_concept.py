@@ -20,8 +20,7 @@ from musicscope.core import plots
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import plot_concepts
 from musicscope.finder.run import Subject, find_all
 

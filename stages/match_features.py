@@ -17,8 +17,7 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import moments, report, table
 from musicscope.features.run import REPORT, Inputs, ModelSAEs, compare, describe_features
 

@@ -19,8 +19,8 @@ from musicscope.core.io import folder_sha256, write_json
 from musicscope.data.clips import ClipStore
 from musicscope.data.splits import clip_sets
 from musicscope.data.taxonomy import FAMILIES
+from musicscope.dictionaries.codes import pool_store
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.pooling import pool_store
 from musicscope.features import report
 from musicscope.features.baselines import baseline_pools
 from musicscope.features.probes import run_probes

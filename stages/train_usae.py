@@ -1,49 +1,37 @@
-"""Universal sparse autoencoders over all models of params.yaml: data/usae/{seed,mispaired}-<i>.
+"""Dictionaries of all models of params.yaml: data/<kind>/{seed,mispaired}-<i>.
 
-Trains on timgm6mb clips of split train, paired by (clip id, frame); evaluates on split test.
+<kind> is usae (universal sparse autoencoders) or crosscoder. Trains on split train (of rendered
+clips: soundfont timgm6mb), paired by (clip id, frame); evaluates on split test.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+from functools import partial
 
 import torch
 
-from musicscope.config import Params, load_params
+from musicscope.config import load_params
 from musicscope.core import distributed
-from musicscope.core import io as artifacts
-from musicscope.dictionaries import usae_plots, usae_runs
-from musicscope.dictionaries.runs import sole_user
+from musicscope.dictionaries import plots, runs
+from musicscope.dictionaries.core import CROSSCODER, KINDS
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    params = load_params()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS, help="what to train")
+    kind = parser.parse_args().kind
+    params, stage = load_params(), f"train_{kind}"
     torch.set_num_threads(params.compute.threads)
+    if kind == CROSSCODER:
+        section, method, draw = params.train_crosscoder, CROSSCODER, plots.draw_crosscoder
+    else:
+        section, method, draw = params.train_usae, params.train_usae.rule, plots.draw_usae
     with distributed.start(params.compute) as engine:
-        train(params, engine)
-
-
-def train(params: Params, engine: distributed.Engine) -> None:
-    """Train, report and publish; every rank comes here, the first one writes."""
-    section, ranks = params.train_usae, engine.ranks
-    plan = usae_runs.plan_of(
-        section, section.rule, params.models, section.slot, params.seed, engine.device
-    )
-    scratch = artifacts.partial_dir(usae_runs.scratch_key(plan))
-    with sole_user(scratch, ranks):
-        jobs = usae_runs.jobs_of(plan, scratch)
-        outcomes = usae_runs.run_all(jobs, engine.processes, ranks, engine.workers)
-        if not ranks.leads:
-            return
-        found = usae_runs.report(plan, outcomes)
-        usae_plots.write_r2("plots/train_usae", found)
-        usae_plots.write_entropy("plots/train_usae", outcomes)
-        usae_plots.write_loss("plots/train_usae", outcomes)
-        artifacts.publish_dir(scratch / "out", "data/usae")
-        artifacts.write_json("metrics/train_usae.json", found)
-        shutil.rmtree(scratch, ignore_errors=True)
+        plan = runs.shared_plan(section, method, params.models, params.seed, engine.device)
+        runs.execute(
+            plan, engine, f"data/{kind}", f"metrics/{stage}.json", partial(draw, f"plots/{stage}")
+        )
 
 
 if __name__ == "__main__":

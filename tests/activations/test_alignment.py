@@ -23,12 +23,12 @@ from musicscope.activations.alignment import (
 from musicscope.activations.store import ActivationStore, StoreError
 from musicscope.activations.writer import StoreWriter, shard_spans
 from musicscope.data.clips import ResampledClips, at_rate
-from musicscope.dictionaries import usae_data
-from musicscope.dictionaries.training import SAEConfig
-from musicscope.dictionaries.usae_training import train
+from musicscope.dictionaries import data
+from musicscope.dictionaries.training import train
 from musicscope.models.registry import load_model
 from tests.conftest import ROOT
 from tests.support import rave_export
+from tests.support.dictionaries import usae_section
 
 SLOW = 44100 / 2048  # RAVE: 21.53 Hz
 
@@ -142,7 +142,7 @@ def test_an_aligned_store_pairs_with_the_slower_one(tmp_path):
     reordered = {n: slow_clips[n] for n in ["c4", "c0", "c5", "c2", "c1"]}  # and one clip fewer
     slow = write(tmp_path / "slow", reordered, SLOW)
     with pytest.raises(StoreError):
-        usae_data.pair([fast, slow], "train")
+        data.pair([fast, slow], "train")
     found = aligned_store(fast, slow, tmp_path / "aligned", shard_mb=0.001)
     assert found.ids == slow.ids
     assert found.frames.tolist() == slow.frames.tolist()
@@ -161,7 +161,7 @@ def test_an_aligned_store_pairs_with_the_slower_one(tmp_path):
     found.verify()
     again = aligned_store(fast, slow, tmp_path / "again", shard_mb=0.001)
     assert again.manifest == found.manifest
-    assert len(usae_data.pair([found, slow], "train")) == 3
+    assert len(data.pair([found, slow], "train")) == 3
     assert slowest([fast, slow]) == 1
 
 
@@ -175,7 +175,7 @@ def test_two_models_of_one_rate_lose_only_what_the_shorter_lacks(tmp_path):
     found = aligned_store(first, second, tmp_path / "x", fast_rate=50.0, slow_rate=50.0)
     for i in range(4):
         np.testing.assert_array_equal(found.clip(i), first.clip(i)[:-1])
-    assert len(usae_data.pair([found, second], "train")) == 3
+    assert len(data.pair([found, second], "train")) == 3
 
 
 def test_what_cannot_be_aligned_is_named(tmp_path):
@@ -257,18 +257,18 @@ def test_a_linear_map_finds_the_shared_signal_only_when_aligned_by_seconds(plant
 
 
 def test_a_universal_sae_shares_its_code_only_when_aligned_by_seconds(planted):
-    config = SAEConfig(
-        n_latents=16, k=6, batch_size=256, samples=256 * 250, learning_rate=0.01,
+    config = usae_section(
+        expansion=2, k=6, batch_size=256, samples=256 * 250, learning_rate=0.01,
         dead_after_samples=5000,
     )  # fmt: skip
     scores = {}
     for name in ("aligned", "by_index"):
-        paired = usae_data.pair([planted[name], planted["slow"]], "train")
-        found = train(paired, config, "paper", 0, (name, "slow"), "top1").usae
+        paired = data.pair([planted[name], planted["slow"]], "train")
+        found = train(paired, config, "paper", 0, (name, "slow"), "top1").dictionary
         x, y = (torch.from_numpy(all_frames(planted[k], "test")) for k in (name, "slow"))
         with torch.no_grad():
-            from_fast = found.decode(1, *found.encode(0, x))
-            from_slow = found.decode(0, *found.encode(1, y))
+            from_fast = found.decode(*found.encode(x, 0), 1)
+            from_slow = found.decode(*found.encode(y, 1), 0)
         scores[name] = (
             explained(from_fast.numpy(), y.numpy()),
             explained(from_slow.numpy(), x.numpy()),
@@ -316,7 +316,7 @@ def test_musicgen_and_rave_see_a_burst_in_the_same_aligned_frame(
     slow = extraction.extract(plans, lambda: (rave, view), {"top1": tmp_path / "r"})["top1"]
     assert (fast.frames[0], slow.frames[0]) == (50, 22)
     aligned = aligned_store(fast, slow, tmp_path / "x", fast_rate=musicgen.frame_rate)
-    assert len(usae_data.pair([aligned, slow], "train")) == 2
+    assert len(data.pair([aligned, slow], "train")) == 2
 
     def change(store: ActivationStore) -> np.ndarray:
         return np.linalg.norm(store.clip(0) - store.clip(1), axis=1)
@@ -345,7 +345,7 @@ def test_stores_of_other_rates_are_brought_to_the_slowest_and_others_left_alone(
     np.testing.assert_array_equal(
         stores[0].clip(2), aligned_store(fast, slow, tmp_path / "by hand").clip(2)
     )
-    assert len(usae_data.pair(stores, "train")) == 3
+    assert len(data.pair(stores, "train")) == 3
     written = (Path(found[0]) / "manifest.json").stat().st_mtime_ns
     assert common_frames([fast.folder, slow.folder]) == found  # kept, not written again
     assert (Path(found[0]) / "manifest.json").stat().st_mtime_ns == written
@@ -423,19 +423,19 @@ def test_a_universal_sae_over_nano_and_rave_shares_what_sounds_in_both(tmp_path,
     ]
     stores = [ActivationStore.open(folder) for folder in common_frames(folders)]
     assert {int(n) for s in stores for n in s.frames} == {int(np.ceil(2 * min(rates) - 1e-6))}
-    learn, test = (usae_data.pair(stores, split) for split in ("train", "test"))
-    config = SAEConfig(
-        n_latents=32, k=4, batch_size=128, samples=128 * 300, learning_rate=0.005,
+    learn, test = (data.pair(stores, split) for split in ("train", "test"))
+    config = usae_section(
+        expansion=1, k=4, batch_size=128, samples=128 * 300, learning_rate=0.005,
         dead_after_samples=5000,
     )  # fmt: skip
     scores = {}
-    for name, paired in (("paired", learn), ("mispaired", usae_data.mispair(learn, 5))):
-        found = train(paired, config, "paper", 0, ("a", "b"), "top1").usae
+    for name, paired in (("paired", learn), ("mispaired", data.mispair(learn, 5))):
+        found = train(paired, config, "paper", 0, ("a", "b"), "top1").dictionary
         x, y = (torch.from_numpy(np.concatenate(p)) for p in zip(*test.clips(), strict=True))
         with torch.no_grad():
             scores[name] = (
-                explained(found.decode(1, *found.encode(0, x)).numpy(), y.numpy()),
-                explained(found.decode(0, *found.encode(1, y)).numpy(), x.numpy()),
+                explained(found.decode(*found.encode(x, 0), 1).numpy(), y.numpy()),
+                explained(found.decode(*found.encode(y, 1), 0).numpy(), x.numpy()),
             )
     for paired, mispaired in zip(*scores.values(), strict=True):
         assert paired > max(0.1, mispaired + 0.1)
@@ -466,7 +466,7 @@ def test_musicgen_and_yue_tell_the_same_planted_sounds_at_the_same_frames(
     sounds = np.abs(clips.all.reshape(len(clips.all), 100, 320)).mean(2) > 0.02
 
     def frames(split: str) -> tuple[list[np.ndarray], np.ndarray]:
-        pairs = usae_data.pair(stores, split)
+        pairs = data.pair(stores, split)
         rows = [int(stores[0].ids[i][1:]) for i in pairs.members[:, 0]]
         parts = [np.concatenate(part) for part in zip(*pairs.clips(), strict=True)]
         return parts, sounds[rows].ravel().astype(float)

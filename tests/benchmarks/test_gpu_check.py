@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_check, gpu_dictionaries, gpu_models, gpu_parts, gpu_steps
 from musicscope.core.io import read_json, write_json
-from musicscope.dictionaries import step as sae_step
+from musicscope.dictionaries import step
 
 CPU = torch.device("cpu")
 ABSENT = ("omegaconf", "pydantic", "dvc", "dvclive", "soundfile", "symusic", "tinysoundfont",
@@ -100,7 +100,7 @@ def test_a_step_that_fails_does_not_stop_the_race(record, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel for int32")
 
-    monkeypatch.setattr(sae_step, "gradients", broken)
+    monkeypatch.setattr(step, "gradients", broken)
     methods = gpu_steps.sae_methods(SIZE, CPU)
     gpu_dictionaries.race(record, "sae", methods, SIZE, CPU, 0.002)
     assert "no kernel" in record.found["steps/sae/ours float32"]["error"]
@@ -111,26 +111,26 @@ def test_a_step_that_fails_does_not_stop_the_race(record, monkeypatch):
 
 @pytest.mark.parametrize("field", ["W_enc", "b_enc", "W_dec", "b_dec"])
 def test_check_sees_a_wrong_gradient(field, monkeypatch):
-    right = sae_step.gradients
+    right = step.gradients
 
     def wrong(*arguments, **options):
         found = right(*arguments, **options)
-        getattr(found.gradients, field).mul_(1.01)
+        getattr(found.gradients[0], field).mul_(1.01)
         return found
 
-    monkeypatch.setattr(sae_step, "gradients", wrong)
+    monkeypatch.setattr(step, "gradients", wrong)
     errors = gpu_dictionaries.check_sae(SIZE, CPU, "float32")["gradient_errors"]
     assert {name for name, error in errors.items() if error > 1e-4} == {field}
 
 
 def test_check_sees_unwritten_pre_activations_and_other_codes(monkeypatch):
     def elsewhere(z, k, activation):
-        codes = sae_step.Codes(*right(z, k, activation))
+        codes = step.Codes(*right(z, k, activation))
         z[0, 0] = torch.nan
         return codes._replace(columns=(codes.columns + 1) % z.shape[1])
 
-    right = sae_step.select
-    monkeypatch.setattr(sae_step, "select", elsewhere)
+    right = step.select
+    monkeypatch.setattr(step, "select", elsewhere)
     found = gpu_dictionaries.check_sae(SIZE, CPU, "float32")
     assert found["z_error"] != found["z_error"]
     assert found["equal_codes"] < 0.5

@@ -140,13 +140,6 @@ def test_values_that_do_not_fit_together(tmp_path, overrides, keys):
         assert key in str(caught.value)
 
 
-def test_more_active_latents_than_latents_is_refused():
-    sae = dataclasses.replace(load_params(PARAMS).train_sae, k=65, expansion=4)
-    assert sae.latents(17) == 68
-    with pytest.raises(ParamsError, match=r"train_sae\.k = 65 .* at most 64"):
-        sae.latents(16)
-
-
 @pytest.mark.parametrize("key", ["train_sae.k", "train_sae", "seed"])
 def test_missing_key_is_named(tmp_path, key):
     with pytest.raises(ParamsError, match=rf"{key} is missing"):

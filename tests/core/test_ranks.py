@@ -17,9 +17,10 @@ from musicscope.activations.extraction import extract
 from musicscope.activations.store import ActivationStore
 from musicscope.core import distributed
 from musicscope.core.distributed import ALONE, Ranks
+from musicscope.dictionaries.data import TRAIN, pair
 from musicscope.dictionaries.training import train
 from tests.activations.test_extraction import BatchModel, FakeClips, contents, make_plan, out
-from tests.dictionaries.test_training import config, store, weights  # noqa: F401 (store: a fixture)
+from tests.support.dictionaries import sae_section, sae_weights, write_planted
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -113,7 +114,12 @@ def test_two_ranks_write_the_bytes_of_one_also_after_one_was_killed(tmp_path, mo
     assert int((tmp_path / "again-1").read_text()) == 5 - 2
 
 
-SETTINGS = {"samples": 60 * 128, "dead_after_samples": 700, "aux_weight": 0.25, "n_latents": 96}
+SETTINGS = {"samples": 60 * 128, "dead_after_samples": 700, "aux_weight": 0.25, "expansion": 4}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ActivationStore:
+    return write_planted(tmp_path_factory.mktemp("store"))
 
 
 def train_together(ranks: Ranks, folder: str, root: Path, die_at: int | None = None) -> None:
@@ -126,14 +132,14 @@ def train_together(ranks: Ranks, folder: str, root: Path, die_at: int | None = N
             os.kill(os.getpid(), 9)
 
     trained = train(
-        ActivationStore.open(folder), config(**SETTINGS), 5, checkpoint=root / "c.pt",
-        checkpoint_every=16, on_log=mortal, ranks=ranks,
+        pair([ActivationStore.open(folder)], TRAIN), sae_section(**SETTINGS), "sae", 5,
+        checkpoint=root / "c.pt", checkpoint_every=16, on_log=mortal, ranks=ranks,
     )  # fmt: skip
-    torch.save([weights(trained.sae), trained.history], root / f"sae-{ranks.rank}.pt")
+    torch.save([sae_weights(trained.dictionary), trained.history], root / f"sae-{ranks.rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_sae_of_one_also_after_one_died(store, tmp_path):  # noqa: F811
+def test_two_ranks_train_the_sae_of_one_also_after_one_died(store, tmp_path):
     call = f"t.train_together(ranks, {str(store.folder)!r}, Path({{!r}}), {{}})"
     for name in ("killed", "whole", "alone"):
         (tmp_path / name).mkdir()
@@ -158,7 +164,7 @@ def test_two_ranks_train_the_sae_of_one_also_after_one_died(store, tmp_path):  #
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_each_rank_reads_its_part_of_the_batches(store):  # noqa: F811
+def test_each_rank_reads_its_part_of_the_batches(store):
     whole = list(store.train_batches(96, 3, 96 * 110))  # over the end of an epoch of 10,000 rows
     for size in (2, 3):
         parts = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,32 +14,22 @@ import torch
 import yaml
 
 from musicscope.activations.store import ActivationStore
-from musicscope.activations.writer import StoreWriter
-from musicscope.data.clips import ClipStore, write_clips
+from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
-from musicscope.dictionaries import runs as sae_runs
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.training import SAEConfig
-from musicscope.models.registry import load_model
+from musicscope.dictionaries import plots, runs
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.evaluation import summary_keys
+from tests.support.dictionaries import (
+    ROOT,
+    make_workspace,
+    sae_section,
+    usae_section,
+    write_embedded,
+    write_store,
+)
 from tests.support.source_archives import configured, encoded, tone
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-
-ROOT = Path(__file__).resolve().parents[2]
-FONTS = ("timgm6mb", "fluidr3mono")
-
-
-def write_embedded(folder: Path) -> None:
-    """Noise as in the embedded set: two soundfonts, no unknown label."""
-    rng = np.random.default_rng(0)
-    places = [("train", FONTS[0])] * 10 + [("test", FONTS[0])] * 4 + [("test", FONTS[1])] * 2
-    rows = [
-        {"id": f"c{i}", "group": f"g{i // 2}", "split": split, "font": font, "kind": "clip",
-         "caption": "flute"}
-        for i, (split, font) in enumerate(places)
-    ]  # fmt: skip
-    folder.mkdir(parents=True)
-    write_clips(folder, ((0.3 * rng.standard_normal(3200), r) for r in rows), 3200, 3200)
 
 
 def write_folder(folder: Path) -> None:
@@ -60,44 +49,15 @@ def write_folder(folder: Path) -> None:
     write_recordings(folder, config, seed=0)
 
 
-def make_workspace(root: Path, tiny_musicgen: Path, write: Callable[[Path], None]) -> Path:
-    """A checkout with clips, a tiny model, its activations and a small params.yaml."""
-    (root / "data/models").mkdir(parents=True)
-    (root / "data/models/tiny").symlink_to(tiny_musicgen)
-    write(root / "data/clips")
-    clips, model = ClipStore.open(root / "data/clips"), load_model(tiny_musicgen)
-    with torch.no_grad():
-        batch = model.encode(clips.audio(range(len(clips))), [None] * len(clips))
-        activations = model.capture(batch, ["layers.1"])["layers.1"].numpy()
-    writer = StoreWriter(
-        root / "data/activations/tiny/top1", width=48, dtype="float16", spans=[(0, len(clips))],
-        clips=clips.rows.assign(frames=activations.shape[1]),
-        config={"layer": "layers.1", "captions": False},
-    )  # fmt: skip
-    writer.write(0, list(activations))
-    writer.finish()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["models"] = ["tiny"]
-    params["compute"] |= {"device": "cpu", "threads": 1, "processes": 1}
-    params["train_sae"] |= {
-        "k": 4, "expansion": 2, "batch_size": 64, "samples": 64 * 60, "seeds": 2, "ce_clips": 4
-    }  # fmt: skip
-    params["probe"] |= {
-        "k_sparse": [1, 4], "c_grid": [0.01], "min_positive": 3, "null_seeds": 1, "bootstrap": 40
-    }  # fmt: skip
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
-    return root
-
-
 @pytest.fixture(scope="module")
 def workspace(tiny_musicgen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"), tiny_musicgen, write_embedded)
 
 
-def run_stage(workspace: Path, monkeypatch, name: str = "train_sae") -> None:
+def run_stage(workspace: Path, monkeypatch, name: str = "train_sae", *arguments: str) -> None:
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("DVC_ROOT", str(workspace))
-    monkeypatch.setattr(sys, "argv", [name, "tiny", "top1"])
+    monkeypatch.setattr(sys, "argv", [name, *(arguments or ("tiny", "top1"))])
     importlib.import_module(f"stages.{name}").main()
 
 
@@ -160,25 +120,132 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_bytes_as_one(workspace: Path, tmp_path: Path):
-    store = ActivationStore.open(workspace / "data/activations/tiny/top1")
-    config = SAEConfig(n_latents=64, k=3, samples=40 * 64, batch_size=64)
+def test_two_processes_give_the_same_bytes_as_one(workspace: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    section = sae_section(expansion=2, k=3, samples=40 * 64, batch_size=64, seeds=2)
     for processes in (1, 2):
-        jobs = sae_runs.seed_jobs(
-            str(store.folder), config, [11, 12], tmp_path / f"{processes}",
-            str(tmp_path / f"live-{processes}"), "cpu", "nano",
-        )  # fmt: skip
-        outcomes = sae_runs.run_all(jobs, processes)
-        found = sae_runs.report(store, outcomes, [], seed=20)
+        live = str(tmp_path / f"live-{processes}")
+        plan = runs.sae_plan(section, "tiny", "top1", 20, "cpu", live)
+        outcomes = runs.run_all(plan, tmp_path / f"{processes}", processes)
+        found = plan.report(outcomes)
         assert "ce_recovered" not in found
-        sae_runs.write_plots(tmp_path / f"plots-{processes}" / "m-top1", outcomes)
+        plots.draw_sae(tmp_path / f"plots-{processes}" / "m-top1", outcomes)
         assert found["l0"] == pytest.approx(3)
         assert found["stability"] > found["stability_null"]
         assert found["explained_variance"] > found["explained_variance_random"]
         assert found["explained_variance_low"] <= found["explained_variance"]
-    for name in ("1/sae", "live-1", "plots-1"):
+    for name in ("1/out", "live-1", "plots-1"):
         files = [p for p in (tmp_path / name).rglob("*.*") if p.is_file()]
         assert len(files) >= 4
         for path in files:
             other = tmp_path / name.replace("1", "2") / path.relative_to(tmp_path / name)
             assert path.read_bytes() == other.read_bytes(), path
+
+
+# --- several models ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paired_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models' stores over the same 24 train and 8 test clips, their SAEs, small params."""
+    root = tmp_path_factory.mktemp("workspace")
+    n, T = 32, 40
+    rng = np.random.default_rng(0)
+    shared = [rng.standard_normal((T, 6)) for _ in range(n)]
+    ids, split = [f"c{i}" for i in range(n)], ["train"] * 24 + ["test"] * 8
+    groups = [f"g{i // 2}" for i in range(n)]
+    for model, d in (("a", 12), ("b", 16)):
+        mix = rng.standard_normal((6, d))
+        clips = [(s @ mix + 0.3 * rng.standard_normal((T, d))).astype(np.float32) for s in shared]
+        folder = root / f"data/activations/{model}/top1"
+        write_store(folder, clips, ids, split=split, group=groups)
+        W = torch.nn.functional.normalize(torch.randn(2 * d, d), dim=1)
+        sae = TopKSAE(W, torch.zeros(2 * d), W, torch.zeros(d), 3)
+        sae.save(root / f"data/sae/{model}/top1/seed-0")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["models"] = ["a", "b"]
+    params["compute"] |= {"device": "cpu", "threads": 1, "processes": 1}
+    small = {"k": 6, "expansion": 2, "batch_size": 64, "samples": 64 * 150, "seeds": 3}
+    small |= {"null_seeds": 2, "bootstrap": 30, "learning_rate": 0.01}
+    for section in ("train_usae", "train_crosscoder"):
+        params[section] |= small
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    return root
+
+
+def run_shared(kind: str, workspace: Path, monkeypatch) -> dict[Path, bytes]:
+    """Every file that the stage made."""
+    run_stage(workspace, monkeypatch, "train_usae", kind)
+    name = f"train_{kind}"
+    places = [workspace / f for f in (f"data/{kind}", f"plots/{name}", f"metrics/{name}.json")]
+    files = [p for place in places for p in (place, *place.rglob("*")) if p.is_file()]
+    return {path.relative_to(workspace): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plot", "keys"),
+    [
+        (
+            "usae",
+            "firing_entropy",
+            ("r2_0_1", "firing_entropy_median", "cofire_proportion_1"),
+        ),
+        ("crosscoder", "relative_norm", ("r2_0", "norm_shared", "norm_own_1")),
+    ],
+)
+def test_shared_stage_writes_all_and_repeats(paired_workspace, monkeypatch, kind, plot, keys):
+    workspace, name = paired_workspace, f"train_{kind}"
+    first = run_shared(kind, workspace, monkeypatch)
+    found = json.loads(first[Path(f"metrics/{name}.json")])
+    assert found["models"] == {"0": "a", "1": "b"}
+    assert set(found["seeds"]) == {"seed-0", "seed-1", "seed-2"}
+    flat = summary_keys(found)
+    for key in keys:
+        assert flat[key] == found["seeds"]["seed-0"][key]
+        over = [seed[key] for seed in found["seeds"].values()]
+        assert flat[f"{key}_sd_of_seeds"] == pytest.approx(np.std(over, ddof=1), rel=1e-3, abs=1e-5)
+        nulls = [found["null_seeds"][f"mispaired-{i}"][key] for i in range(2)]
+        assert flat[f"null_mispaired_{key}"] == pytest.approx(np.mean(nulls), rel=1e-4)
+        assert f"null_random_{key}" in flat
+    assert flat[f"{keys[0]}_ci_low"] < flat[keys[0]] < flat[f"{keys[0]}_ci_high"]
+    assert flat["independent_r2_1"] < 1
+    assert not any(isinstance(value, dict | list) for value in flat.values())
+    for suffix in ("csv", "png"):
+        assert Path(f"plots/{name}/{plot}.{suffix}") in first
+    loaded = UniversalSAE.load(workspace / f"data/{kind}/seed-0")
+    assert (loaded.names, loaded.slot, loaded.widths) == (("a", "b"), "top1", (12, 16))
+    assert (workspace / f"data/{kind}/mispaired-1").is_dir()
+    assert [p for p in (workspace / ".dvc/tmp/partial").rglob("*") if p.suffix != ".lock"] == []
+    assert run_shared(kind, workspace, monkeypatch) == first
+
+
+def test_shared_structure_shows_against_every_null(paired_workspace, monkeypatch):
+    """The two models are linear maps of the same 6 numbers: cross R2 far above the nulls."""
+    first = run_shared("usae", paired_workspace, monkeypatch)
+    flat = summary_keys(json.loads(first[Path("metrics/train_usae.json")]))
+    assert flat["r2_0_1"] > 0.3
+    for null in ("mispaired", "shuffled", "random"):
+        assert flat["r2_0_1"] > flat[f"null_{null}_r2_0_1"] + 0.2
+    assert flat["cofire_proportion_0"] > flat["null_shuffled_cofire_proportion_0"] + 0.1
+    assert flat["cofire_proportion_0"] > flat["null_mispaired_cofire_proportion_0"] + 0.1
+
+
+def test_one_model_alone_and_too_large_a_k_are_errors(paired_workspace, monkeypatch):
+    monkeypatch.chdir(paired_workspace)
+    with pytest.raises(ValueError, match="compares models"):
+        runs.shared_plan(usae_section(), "paper", ["a"], 0, "cpu")
+    with pytest.raises(ValueError, match="k = 17 is out of range: allowed is at most 16"):
+        runs.shared_plan(usae_section(k=17, expansion=1), "paper", ["a", "b"], 0, "cpu")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_shared_code_of_one(paired_workspace, monkeypatch):
+    workspace = paired_workspace
+    one = run_shared("usae", workspace, monkeypatch)
+    params = workspace / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("processes: 1", "processes: 2"))
+    try:
+        assert run_shared("usae", workspace, monkeypatch) == one
+    finally:
+        params.write_text(before)

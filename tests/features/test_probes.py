@@ -14,8 +14,8 @@ from musicscope.activations import token_cache as codes
 from musicscope.config.analysis import Probe
 from musicscope.core import plots, stats
 from musicscope.data.splits import clip_sets, select_concepts
-from musicscope.dictionaries import pooling
-from musicscope.dictionaries import runs as sae_runs
+from musicscope.dictionaries import data
+from musicscope.dictionaries.codes import pool_store
 from musicscope.features import baselines, probes, report
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
@@ -225,7 +225,7 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
     table = Path(__file__).parents[2] / "data/clips/clips.parquet"
     planned = clip_table(np.random.default_rng(0))
     for rows in [planned, *([pd.read_parquet(table)] if table.is_file() else [])]:
-        sets, store = clip_sets(rows), SimpleNamespace(rows=rows)
+        sets = clip_sets(rows)
         for name, split, font, kind in (
             ("train", "train", "timgm6mb", "clip"),
             ("validation", "validation", "timgm6mb", "clip"),
@@ -236,8 +236,8 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
         ):
             same = (rows["split"] == split) & (rows["font"] == font) & (rows["kind"] == kind)
             np.testing.assert_array_equal(sets[name], np.flatnonzero(same))
-            if name in (sae_runs.TRAIN, sae_runs.TEST, sae_runs.HELDOUT_FONT):
-                np.testing.assert_array_equal(sae_runs.mask(store, name), same)
+            if name in (data.TRAIN, data.TEST, data.HELDOUT_FONT):
+                np.testing.assert_array_equal(data.clip_rows(rows, name), np.flatnonzero(same))
 
 
 def test_clips_without_a_label_are_no_negatives():
@@ -336,7 +336,7 @@ class FakeStore:
 def test_pooled_sparse_codes_equal_dense_computation():
     store = FakeStore()
     sae = SimpleNamespace(width=5, n_latents=9, encode=store.encode)
-    pools = pooling.pool_store(store, [4, 0, 1, 2], sae, workers=2)
+    pools = pool_store(store, [4, 0, 1, 2], sae, workers=2)
     for row, clip in enumerate([4, 0, 1, 2]):
         x = store.clip(clip)
         values, indices = store.encode(torch.from_numpy(x))
@@ -346,7 +346,7 @@ def test_pooled_sparse_codes_equal_dense_computation():
         np.testing.assert_allclose(pools["dense"]["mean"][row], x.mean(0), rtol=1e-5)
         np.testing.assert_array_equal(pools["dense"]["max"][row], x.max(0))
     with pytest.raises(ValueError, match="rerun train_sae"):
-        pooling.pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
+        pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
 
 
 def test_log_mel_statistics_ignore_level_and_see_timbre():

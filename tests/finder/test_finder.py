@@ -12,8 +12,7 @@ import yaml
 from musicscope.commands import cli
 from musicscope.config import ParamsError, load_params
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import examine, summary_keys
 from musicscope.finder.queries import concept_sets, select_query
 from musicscope.finder.recordings import plan_recordings, read_windows

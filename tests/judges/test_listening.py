@@ -13,7 +13,7 @@ from musicscope.activations import extraction
 from musicscope.activations import token_cache as codes
 from musicscope.core.audio import resample
 from musicscope.data.clips import ClipStore, ResampledClips, at_rate, write_clips
-from musicscope.dictionaries import fidelity as sae_losses
+from musicscope.dictionaries import fidelity
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import baselines
 from musicscope.models.registry import load_model, open_sources
@@ -124,14 +124,12 @@ def test_a_lossless_sae_costs_an_audio_model_nothing_and_a_mean_something(here):
     batch = model.encode(clips.audio([0, 3, 5]))
     point = model.hook_points[2]
     mean = model.capture(batch, [point.name])[point.name].mean((0, 1))
-    found = sae_losses.spectral_distances(model, point.name, identity(point.width), mean, [batch])
+    found = fidelity.spectral_distances(model, point.name, identity(point.width), mean, [batch])
     np.testing.assert_allclose(found["sae"], found["clean"], rtol=1e-4)
     assert np.abs(found["ablated"] - found["clean"]).max() > 1e-3
     rows = {"clean": [1.0, 2.0], "ablated": [3.0, 4.0], "sae": [2.0, 3.0]}
     losses = {name: np.array(values) for name, values in rows.items()}
-    numbers = sae_losses.metrics.ce_recovered(
-        losses, ["a", "b"], 20, 0, sae_losses.metrics.SPECTRAL
-    )
+    numbers = fidelity.ce_recovered(losses, ["a", "b"], 20, 0, fidelity.SPECTRAL)
     assert numbers["spectral_recovered"] == pytest.approx(0.5)
     assert numbers["ce_recovered"] is None
     assert numbers["spectral_ablated"] == 3.5

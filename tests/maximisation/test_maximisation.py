@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from musicscope.activations import extraction
 from musicscope.config import MaximizeActivation, ParamsError, load_params
 from musicscope.data.clips import ClipStore, write_clips
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.features.selection import Latent, choose, mismatched, read_features, universal
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation import report

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from musicscope.ablation import language
 from musicscope.activations.extraction import extract, plan
-from musicscope.dictionaries.evaluation import replace_frames
+from musicscope.dictionaries.fidelity import replace_frames
 from musicscope.models import hooks
 from musicscope.models.interface import AudioModel, LanguageModel
 from musicscope.models.registry import load_model

@@ -24,7 +24,7 @@ NO_SECTION = {
 }
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
-    "train_usae", "train_crosscoder", "match_features", "maximize_activation", "maximize_shared",
+    "train_usae", "match_features", "maximize_activation", "maximize_shared",
     "find_concept", "steer", "summarize", "report",
 )  # fmt: skip
 
@@ -41,6 +41,9 @@ def instances(*names: str) -> set[str]:
     values = {"model": params.models, "slot": params.slots}
     found = set()
     for name in names:
+        if "@" in name:
+            found.add(name)
+            continue
         if "foreach" in EACH[name]:
             found |= {f"{name}@{key}" for key in params.download_model}
             continue
@@ -48,6 +51,21 @@ def instances(*names: str) -> set[str]:
         axes = [m if isinstance(m, list) else values[axis] for axis, m in matrix.items()]
         found |= {"@".join([name, *filter(None, ["-".join(c)])]) for c in itertools.product(*axes)}
     return found
+
+
+def expanded(text: str, stage: dict) -> list[str]:
+    """`text` for every value of the matrix axes that dvc.yaml itself lists."""
+    texts = [text]
+    for axis, values in stage.get("matrix", {}).items():
+        if isinstance(values, list) and f"${{item.{axis}}}" in text:
+            texts = [t.replace(f"${{item.{axis}}}", value) for t in texts for value in values]
+    return texts
+
+
+def declared_params(stage: dict) -> set[str]:
+    """Keys of params.yaml that a stage declares."""
+    keys = (p.removesuffix(".${key}") for p in stage.get("params", []) if isinstance(p, str))
+    return {key for text in keys for key in expanded(text, stage)}
 
 
 def downstream(index, changed) -> set[str]:
@@ -72,7 +90,7 @@ def reads_param(key: str):
         ("train_sae.k", ("train_sae", "probe", *BEHIND_SAES)),
         ("probe.bootstrap", ("probe", "summarize", "report")),
         ("train_judge.epochs", ("train_judge", "steer", "summarize", "report")),
-        ("train_crosscoder.k", ("train_crosscoder", "summarize", "report")),
+        ("train_crosscoder.k", ("train_usae@crosscoder", "summarize", "report")),
         ("extract_activations.dtype", ("extract_activations", "train_sae", "probe", *BEHIND_SAES)),
     ],
 )
@@ -113,16 +131,17 @@ def test_stage_script_section_and_metrics_share_one_name(name):
     stage = STAGES[name]
     assert stage_script(stage["cmd"]) == name
     assert (ROOT / "stages" / f"{name}.py").is_file()
-    declared = {p.removesuffix(".${key}") for p in stage.get("params", []) if isinstance(p, str)}
+    declared = declared_params(stage)
     if name in NO_SECTION:
         assert name not in Params.__dataclass_fields__
     else:
         assert name in declared
+    folders = tuple(f"metrics/{n}{end}" for n in {name, *declared} for end in ("/", ".json"))
     for metric in stage.get("metrics", []):
-        path = next(iter(metric))
-        assert path.startswith((f"metrics/{name}/", f"metrics/{name}.json")) or (
-            name == "summarize" and path == "metrics/summary.json"
-        )
+        for path in expanded(next(iter(metric)), stage):
+            assert path.startswith(folders) or (
+                name == "summarize" and path == "metrics/summary.json"
+            )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -136,7 +155,7 @@ def test_params_that_a_script_reads_are_declared(name):
         and node.value.id == "params"
     } & set(Params.__dataclass_fields__)
     # A key of a section counts for it: match_features reads train_sae.seeds and no more.
-    declared = {p.split(".")[0] for p in STAGES[name].get("params", []) if isinstance(p, str)}
+    declared = {p.split(".")[0] for p in declared_params(STAGES[name])}
     undeclared = read - declared - {"compute"}
     if not STAGES[name].get("frozen"):
         assert not undeclared, f"add to the params of {name} in dvc.yaml"

@@ -15,8 +15,7 @@ import torch
 
 from musicscope.config.concepts import FindConcept
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 
 SHARED, CLOCK, OWN, DEAD, K, FRAMES = 12, 1, 4, 2, 16, 30
 BOTH = SHARED + CLOCK

@@ -16,8 +16,7 @@ import torch
 
 from musicscope.data.clips import write_clips
 from musicscope.dictionaries.codes import Codes, pool_clips, to_csr
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import ModelWeights, UniversalSAE
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.features import moments
 from musicscope.features import table as feature_table
 from musicscope.report.build import page
@@ -146,7 +145,7 @@ def make_inputs(root: Path) -> dict[tuple[str, str], Codes]:
     for kind in ("sae", "usae"):
         for i, model in enumerate(MODELS):
             x = activations[model]
-            code = saes[model].encode(x) if kind == "sae" else usae.encode(i, x)
+            code = saes[model].encode(x) if kind == "sae" else usae.encode(x, i)
             codes = Codes(to_csr(*code, LATENTS), np.full(CLIPS, FRAMES))
             coded[model, kind] = codes
             top = feature_table.top_clips(pool_clips(codes), ids, RATE_OF_FRAMES, 5)

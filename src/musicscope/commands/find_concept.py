@@ -16,8 +16,7 @@ import pandas as pd
 
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.recordings import list_files
 from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
 

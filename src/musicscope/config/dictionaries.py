@@ -62,16 +62,6 @@ class TrainSae(Training):
     ce_clips: PositiveInt
     """Held-out clips for the recovered cross-entropy."""
 
-    def latents(self, width: int) -> int:
-        """Number of latents over activations of `width` dimensions; ParamsError if below k."""
-        total = self.expansion * width
-        if self.k > total:
-            raise ParamsError(
-                f"train_sae.k = {self.k} is out of range: allowed is at most {total}, the latents "
-                f"that train_sae.expansion = {self.expansion} gives over width {width}"
-            )
-        return total
-
 
 @dataclass(frozen=True)
 class TrainCrosscoder(Training):

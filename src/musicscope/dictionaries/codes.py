@@ -1,23 +1,28 @@
-"""Sparse codes of whole clips: one CSR matrix [frames, latents] a dictionary, and its pools.
+"""Sparse codes of whole clips: one CSR matrix [frames, latents] per dictionary, and its pools.
 
-Nothing here is [frames, latents] and dense. A matrix takes 8 bytes a nonzero: 31 MB for 240 clips
+Nothing here is [frames, latents] and dense. A matrix takes 8 bytes per nonzero: 31 MB for 240 clips
 of 500 frames with 32 active latents each, whatever the size of the dictionary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array, vstack
 
-from musicscope.dictionaries.pooling import by_batch
+from musicscope.activations.store import ActivationStore
+from musicscope.dictionaries.core import SparseCode, TopKSAE
 
-Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+T = TypeVar("T")
+Encode = Callable[[torch.Tensor], SparseCode]
 """Activations [N, d] -> values [N, k] >= 0 and latent indices [N, k]."""
+Pools = dict[str, np.ndarray]
+"""Pooling ("mean", "max", ...) -> one row per clip, float32 [clips, dimensions]."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Codes:
 
     @property
     def n_latents(self) -> int:
+        """Latents F."""
         return self.matrix.shape[1]
 
     @property
@@ -57,7 +63,7 @@ class Codes:
 
 
 def to_csr(values: torch.Tensor, indices: torch.Tensor, latents: int) -> csr_array:
-    """Codes (values [N, k] >= 0, indices [N, k]) as a matrix [N, latents] of what is active."""
+    """Convert codes (values [N, k] >= 0, indices [N, k]) to a matrix [N, latents]."""
     data, columns = values.float().cpu().numpy(), indices.cpu().numpy()
     active = data > 0  # TopK pads with zeros where fewer than k pre-activations are positive
     starts = np.append(0, np.cumsum(active.sum(1)))
@@ -67,13 +73,36 @@ def to_csr(values: torch.Tensor, indices: torch.Tensor, latents: int) -> csr_arr
     return matrix
 
 
+def by_batch(
+    function: Callable[[list[int]], T], rows: Sequence[int], workers: int, batch: int = 8
+) -> list[T]:
+    """Return `function(rows of a batch)` for all batches, in order, `workers` threads at once.
+
+    Batches do not depend on the number of workers, and each computes with one torch thread, so
+    neither does the result.
+    """
+    batches = [[int(r) for r in rows[i : i + batch]] for i in range(0, len(rows), batch)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(function, batches))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def encode_clips(
-    store: Any, clips: Sequence[int], encode: Encode, latents: int, workers: int, device: str
+    store: ActivationStore,
+    clips: Sequence[int],
+    encode: Encode,
+    latents: int,
+    workers: int,
+    device: str,
 ) -> Codes:
-    """Codes of the named clips (positions in an ActivationStore), in that order.
+    """Encode the named clips (positions in the store), in that order.
 
     `encode` belongs to a dictionary of `latents` latents on `device`; `workers` threads share the
-    clips, and the result does not depend on how many.
+    clips, and the result does not depend on their number.
     """
 
     @torch.no_grad()
@@ -89,7 +118,7 @@ def encode_clips(
 
 @dataclass(frozen=True)
 class ClipPools:
-    """One row a clip, one column a latent."""
+    """One row per clip, one column per latent."""
 
     mean: np.ndarray
     """[clips, F] float32, over all frames of the clip"""
@@ -100,7 +129,7 @@ class ClipPools:
 
 
 def pool_clips(codes: Codes) -> ClipPools:
-    """Mean, maximum and the exact frame of the maximum of every latent in every clip."""
+    """Compute mean, maximum and the exact frame of the maximum per latent and clip."""
     clips, F = len(codes.frames), codes.n_latents
     per_frame = np.diff(codes.matrix.indptr)
     starts = np.cumsum(codes.frames) - codes.frames
@@ -118,3 +147,36 @@ def pool_clips(codes: Codes) -> ClipPools:
     mean = total / np.maximum(codes.frames, 1)[:, None]
     shape = (clips, F)
     return ClipPools(mean.astype(np.float32), highest.reshape(shape), frame.reshape(shape))
+
+
+def pool_store(
+    store: ActivationStore,
+    clips: Sequence[int],
+    sae: TopKSAE,
+    workers: int = 1,
+    device: str = "cpu",
+) -> dict[str, Pools]:
+    """Pool the named clips (positions in the store), read once: {"dense": pools, "sae": pools}.
+
+    `workers` threads each hold the frames of 8 clips and their codes. `device` is the SAE's.
+    """
+    if sae.width != store.width:
+        raise ValueError(
+            f"{store.folder} is {store.width} wide, the SAE {sae.width}: rerun train_sae for it"
+        )
+
+    @torch.no_grad()
+    def pool_batch(rows: list[int]) -> list[np.ndarray]:
+        frames = [store.clip(row) for row in rows]
+        mean = np.stack([f.mean(0, dtype=np.float64) for f in frames]).astype(np.float32)
+        values, indices = sae.encode(torch.from_numpy(np.concatenate(frames)).to(device))
+        lengths = np.array([len(f) for f in frames])
+        pools = pool_clips(Codes(to_csr(values, indices, sae.n_latents), lengths))
+        return [mean, np.stack([f.max(0) for f in frames]), pools.mean, pools.highest]
+
+    parts = zip(*by_batch(pool_batch, clips, workers), strict=True)
+    mean, highest, code_mean, code_max = map(np.concatenate, parts)
+    return {
+        "dense": {"mean": mean, "max": highest},
+        "sae": {"mean": code_mean, "max": code_max},
+    }

@@ -1,28 +1,37 @@
-"""TopK and BatchTopK sparse autoencoders: weights, sparse codes, files.
+"""Sparse dictionaries: TopK SAEs, universal SAEs and crosscoders. Weights, sparse codes, files.
 
 TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024 (arXiv 2412.06410).
+USAE: Thasarathan et al. 2025 (arXiv 2502.03714, eq. 3-4); every model has an encoder and a decoder,
+and the code that encoder i computes from model i is read by the decoders of all models.
+Crosscoder: Lindsey et al. 2024; one code is computed from all models, z = TopK(sum of encoders).
 Codes are (values, indices) throughout; a dense [N, F] code is never returned.
 """
 
 from __future__ import annotations
 
 import io
-import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
-from musicscope.core.io import read_json, write_json
+from musicscope.core.io import atomic_file, read_json, write_json
 
 CHUNK = 4096  # frames encoded at once: 4096 x 8192 latents in float32 are 128 MB
 DICTIONARY_CLASSES = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}
+CROSSCODER = "crosscoder"
+KINDS = ("usae", CROSSCODER)
+USAE_FILE = "usae.safetensors"
+
+SparseCode = tuple[Tensor, Tensor]
+"""Values [N, n] >= 0 and latent indices [N, n] int64 of N frames, unordered."""
 
 
 def _k_of_row(z: Tensor, k: int) -> Tensor:
@@ -59,9 +68,95 @@ def largest_k(z: Tensor, k: int) -> Tensor:
     return candidates.gather(1, _k_of_row(z.gather(1, candidates), k))
 
 
+class SparseDictionary:
+    """Encoders and decoders of one or several models that share a sparse code.
+
+    Subclasses are frozen dataclasses. `model` is an index; a dictionary of one model has index 0.
+    Activations are in their own units on both sides.
+    """
+
+    k: int
+    """Active latents per frame; for batchtopk their average."""
+
+    @property
+    def n_latents(self) -> int:
+        """Latents F."""
+        raise NotImplementedError
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Dimensions of each model's activations."""
+        raise NotImplementedError
+
+    def pre_activations(self, x: Tensor, model: int = 0) -> Tensor:
+        """Compute latents before the selection and ReLU, [N, F], from activations x [N, d]."""
+        raise NotImplementedError
+
+    def decode(self, values: Tensor, indices: Tensor, model: int = 0) -> Tensor:
+        """Decode codes (values [N, n], indices [N, n]) to activations [N, d] of a model."""
+        raise NotImplementedError
+
+    def decoder(self, model: int = 0) -> Tensor:
+        """Return the dictionary rows of a model, [F, d]."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, model: int = 0) -> SparseCode:
+        """Encode activations [N, d] of a model to values [N, n] >= 0 and indices [N, n] int64.
+
+        n = k; for batchtopk n is the largest count among the frames given, and rows with fewer
+        latents are padded with value 0 at index 0. Values carry gradients where x does.
+        """
+        return self._encode(len(x), lambda rows: self.pre_activations(x[rows], model))
+
+    def reconstruct(self, x: Tensor, model: int = 0) -> Tensor:
+        """Decode the code of x [..., d] for the same model."""
+        code = self.encode(x.reshape(-1, x.shape[-1]), model)
+        return self.decode(*code, model).reshape(x.shape)
+
+    def _encode(self, frames: int, pre_activations: Callable[[slice], Tensor]) -> SparseCode:
+        """Select latents in chunks of frames."""
+        starts = range(0, max(1, frames), CHUNK)
+        parts = [self._select(pre_activations(slice(s, s + CHUNK))) for s in starts]
+        if len(parts) == 1:
+            return parts[0]
+        n = max(values.shape[1] for values, _ in parts)
+        padded = [[pad(t, (0, n - t.shape[1])) for t in part] for part in parts]
+        values, indices = (torch.cat(column) for column in zip(*padded, strict=True))
+        return values, indices
+
+    def _select(self, z: Tensor) -> SparseCode:
+        """Keep the k largest latents of each row of z [N, F], then ReLU."""
+        indices = largest_k(z.detach(), self.k) if len(z) else z[:, : self.k].long()
+        return z.gather(1, indices).relu(), indices
+
+
+def _check(owner: str, weights: Mapping[str, Tensor], k: int, latents: int, width: int) -> None:
+    """Raise ValueError where a weight has another shape, NaN or infinity, or k is out of range."""
+    shapes = {"W_enc": (latents, width), "b_enc": (latents,), "scale": ()}
+    shapes |= {"W_dec": (latents, width), "b_dec": (width,), "mean": (width,)}
+    for name, weight in weights.items():
+        if tuple(weight.shape) != shapes[name]:
+            raise ValueError(f"{owner} {name} is {tuple(weight.shape)}, expected {shapes[name]}")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{owner} {name} holds NaN or infinity: train again")
+    if not 1 <= k <= latents:
+        raise ValueError(f"{owner} k = {k} must lie in 1..{latents} (number of latents)")
+
+
+def _require(paths: Sequence[Path], stages: str) -> None:
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: run {stages} for {path.parent}")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 @dataclass(frozen=True)
-class TopKSAE:
-    """A trained autoencoder on raw activations: z = act(W_enc (x - b_dec) + b_enc), x' = z W_dec.
+class TopKSAE(SparseDictionary):
+    """A trained SAE of one model: z = select(W_enc (x - b_dec) + b_enc), x' = z W_dec + b_dec.
 
     Centring and scale of training are folded in, so values are in units of the activations.
     """
@@ -75,23 +170,15 @@ class TopKSAE:
     b_dec: Tensor
     """[d], near the mean activation"""
     k: int
-    """Active latents a frame; for batchtopk their average."""
+    """Active latents per frame; for batchtopk their average."""
     activation: str = "topk"
     """topk or batchtopk"""
     threshold: float = -1.0
     """batchtopk at inference: a latent is active above it. Below 0: not calibrated."""
 
     def __post_init__(self) -> None:
-        F, d = self.W_enc.shape
-        shapes = {"W_enc": (F, d), "b_enc": (F,), "W_dec": (F, d), "b_dec": (d,)}
-        for name, shape in shapes.items():
-            weight = getattr(self, name)
-            if tuple(weight.shape) != shape:
-                raise ValueError(f"SAE weight {name} is {tuple(weight.shape)}, expected {shape}")
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"SAE weight {name} holds NaN or infinity: retrain the SAE")
-        if not 1 <= self.k <= F:
-            raise ValueError(f"SAE k = {self.k} must lie in 1..{F} (number of latents)")
+        weights = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        _check("SAE weight", weights, self.k, *self.W_enc.shape)
         if self.activation not in DICTIONARY_CLASSES:
             raise ValueError(f"SAE activation {self.activation!r}: known {[*DICTIONARY_CLASSES]}")
 
@@ -101,42 +188,30 @@ class TopKSAE:
         return self.W_enc.shape[1]
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of the one model."""
+        return (self.width,)
+
+    @property
     def n_latents(self) -> int:
         """Latents F."""
         return self.W_enc.shape[0]
 
     def to(self, device: str | torch.device) -> TopKSAE:
-        """The same SAE with weights on `device`."""
+        """Copy the SAE with its weights on `device`."""
         names = ("W_enc", "b_enc", "W_dec", "b_dec")
         return replace(self, **{n: getattr(self, n).to(device) for n in names})
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x - b_dec) + b_enc, [N, F], for x [N, d] in activation units."""
+    def pre_activations(self, x: Tensor, model: int = 0) -> Tensor:
+        """Compute W_enc (x - b_dec) + b_enc, [N, F], for x [N, d] in activation units."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise ValueError(f"activations are {tuple(x.shape)}, this SAE takes [N, {self.width}]")
         # Subtract first: a mean far from 0 would cost precision inside the product.
         return torch.addmm(self.b_enc, x.to(self.W_enc.dtype) - self.b_dec, self.W_enc.T)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations [N, d] to values [N, n] >= 0 and latent indices [N, n] int64, unordered.
-
-        topk: n = k. batchtopk: every latent above the threshold; n is the largest count among
-        the frames given, rows with fewer are padded with value 0 at index 0.
-        """
-        if len(x) == 0:
-            empty = x.new_zeros((0, self.k), dtype=self.W_enc.dtype)
-            return empty, empty.long()
-        parts = [self._encode_chunk(part) for part in x.split(CHUNK)]
-        n = max(values.shape[1] for values, _ in parts)
-        padded = [[torch.nn.functional.pad(t, (0, n - t.shape[1])) for t in part] for part in parts]
-        values, indices = (torch.cat(column) for column in zip(*padded, strict=True))
-        return values, indices
-
-    def _encode_chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.pre_activations(x)
-        if self.activation == "topk":
-            indices = largest_k(z, self.k)
-            return z.gather(1, indices).relu_(), indices
+    def _select(self, z: Tensor) -> SparseCode:
+        if self.activation == "topk" or not len(z):
+            return super()._select(z)
         if self.threshold < 0:
             raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
         rows, columns = (z > self.threshold).nonzero().unbind(1)
@@ -148,18 +223,18 @@ class TopKSAE:
         values[rows, place] = z[rows, columns]
         return values, indices
 
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Codes (values [N, n], indices [N, n]) to activations [N, d]."""
+    def decode(self, values: Tensor, indices: Tensor, model: int = 0) -> Tensor:
+        """Decode codes (values [N, n], indices [N, n]) to activations [N, d]."""
         return self.b_dec + embedding_bag(
             indices, self.W_dec, per_sample_weights=values, mode="sum"
         )
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """decode(encode(x)) for x [..., d]."""
-        return self.decode(*self.encode(x.reshape(-1, x.shape[-1]))).reshape(x.shape)
+    def decoder(self, model: int = 0) -> Tensor:
+        """Return the dictionary rows [F, d], of unit norm."""
+        return self.W_dec
 
     def fold(self, mean: Tensor, scale: float) -> TopKSAE:
-        """From an SAE on (x - mean) / scale to the same SAE on x; the decoder stays unit norm."""
+        """Turn an SAE on (x - mean) / scale into the same SAE on x; rows stay of unit norm."""
         return replace(
             self,
             b_enc=self.b_enc * scale,
@@ -168,7 +243,7 @@ class TopKSAE:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors under dictionary_learning's names."""
+        """Return the tensors under dictionary_learning's names."""
         return {
             "encoder.weight": self.W_enc.cpu().contiguous(),
             "encoder.bias": self.b_enc.cpu().contiguous(),
@@ -178,13 +253,12 @@ class TopKSAE:
             "threshold": torch.tensor(self.threshold, dtype=torch.float32),
         }
 
-    def save(self, folder: str | Path, trainer: dict[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
         """Write ae.pt + config.json (dictionary_learning loads them) and sae.safetensors.
 
         `trainer` is added to config.json's "trainer" section (lr, steps, seed, lm_name ...).
         """
         folder, tensors = Path(folder), self.state_dict()
-        folder.mkdir(parents=True, exist_ok=True)
         # Through memory: torch.save puts the file's own name inside, here a temporary one.
         torch.save(tensors, buffer := io.BytesIO())
         _write_bytes(folder / "ae.pt", buffer.getvalue())
@@ -199,23 +273,23 @@ class TopKSAE:
         write_json(folder / "config.json", {"trainer": {**(trainer or {}), **config}})
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE:
-        """Read sae.safetensors, or else ae.pt (a dictionary_learning SAE), beside config.json."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read sae.safetensors, or else ae.pt (a dictionary_learning SAE), beside config.json.
+
+        FileNotFoundError and ValueError name the file and what it lacks.
+        """
         folder = Path(folder)
         safe, pickled, config = folder / "sae.safetensors", folder / "ae.pt", folder / "config.json"
-        found = safe if safe.exists() else pickled
-        for path in (config, found):
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: run the train_sae stage for {folder}")
+        path = safe if safe.exists() else pickled
+        _require((config, path), "the stage train_sae")
         kinds = {name: activation for activation, name in DICTIONARY_CLASSES.items()}
         kind = read_json(config)["trainer"]["dict_class"]
         if kind not in kinds:
             raise ValueError(f"{config}: trainer.dict_class {kind!r}: known {sorted(kinds)}")
-        tensors = (
-            load_file(safe)
-            if found == safe
-            else torch.load(pickled, map_location="cpu", weights_only=True)
-        )
+        if path == safe:
+            tensors = load_file(safe)
+        else:
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
         try:
             sae = cls(
                 W_enc=tensors["encoder.weight"],
@@ -227,17 +301,162 @@ class TopKSAE:
                 threshold=float(tensors["threshold"]) if "threshold" in tensors else -1.0,
             )
         except KeyError as error:
-            raise ValueError(f"{found} has no tensor {error}: not a TopK SAE") from error
+            raise ValueError(f"{path} has no tensor {error}: not a TopK SAE") from error
         except ValueError as error:
-            raise ValueError(f"{found}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
         return sae.to(device)
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of one model in a shared code, on normalised u = (x - mean) / scale."""
+
+    W_enc: Tensor
+    """[F, d]"""
+    b_enc: Tensor
+    """[F]; a crosscoder's one bias is the sum over the models"""
+    W_dec: Tensor
+    """[F, d]; rows of unit norm for a usae, unit norm over all models together for a crosscoder"""
+    b_dec: Tensor
+    """[d]; subtracted before the encoder, added after the decoder"""
+    mean: Tensor
+    """[d] in activation units"""
+    scale: Tensor
+    """[] > 0"""
+
+
+@dataclass(frozen=True)
+class UniversalSAE(SparseDictionary):
+    """A USAE or a crosscoder: the activations of several models in one shared sparse code.
+
+    The mean of the normalisation is per dimension. The scale is one number per model, which gives
+    every model the same mean squared norm, the models' mean width: a unit of the code means as
+    much in each of them. Values are in that shared, normalised unit.
+    """
+
+    names: tuple[str, ...]
+    """Models, in the order of every model index."""
+    slot: str
+    """Layer of each, such as top1."""
+    kind: str
+    """usae: any one model gives the code; crosscoder: all of them together."""
+    k: int
+    """Active latents per frame."""
+    weights: tuple[ModelWeights, ...]
+    """One per model."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r}: known {', '.join(KINDS)}")
+        if not self.names or len(self.names) != len(self.weights):
+            raise ValueError(f"{len(self.names)} names for the weights of {len(self.weights)}")
+        for name, side in zip(self.names, self.weights, strict=True):
+            _check(f"{name}:", vars(side), self.k, self.n_latents, side.W_enc.shape[-1])
+            if side.scale <= 0:
+                raise ValueError(f"{name}: scale is {float(side.scale)}, must be above 0")
+
+    @property
+    def n_latents(self) -> int:
+        """Latents F."""
+        return len(self.weights[0].b_enc)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Dimensions of each model's activations."""
+        return tuple(len(side.mean) for side in self.weights)
+
+    @property
+    def joint(self) -> bool:
+        """Whether one code is computed from all models together (a crosscoder)."""
+        return self.kind == CROSSCODER
+
+    def to(self, device: str | torch.device) -> UniversalSAE:
+        """Copy the dictionary with its weights on `device`."""
+        moved = (
+            ModelWeights(**{name: weight.to(device) for name, weight in vars(side).items()})
+            for side in self.weights
+        )
+        return replace(self, weights=tuple(moved))
+
+    def pre_activations(self, x: Tensor, model: int = 0) -> Tensor:
+        """Compute W_enc (u - b_dec) + b_enc, [N, F], from x [N, d]; for a crosscoder its summand.
+
+        ValueError where x has another width, NaN or infinity.
+        """
+        side, name = self.weights[model], self.names[model]
+        if x.ndim != 2 or x.shape[1] != len(side.mean):
+            raise ValueError(
+                f"activations are {tuple(x.shape)}, {name} takes [N, {len(side.mean)}]"
+            )
+        if not torch.isfinite(x).all():
+            raise ValueError(f"activations of {name} hold NaN or infinity")
+        # Subtract first: a mean far from 0 would cost precision inside the product.
+        centred = (x.to(side.W_enc.dtype) - side.mean) / side.scale - side.b_dec
+        return torch.addmm(side.b_enc, centred, side.W_enc.T)
+
+    def encode(self, x: Tensor, model: int = 0) -> SparseCode:
+        """Encode activations [N, d] of a model, as `SparseDictionary.encode`; n = k."""
+        if self.joint:
+            raise ValueError("a crosscoder encodes all models together: use encode_all")
+        return super().encode(x, model)
+
+    def encode_all(self, xs: Sequence[Tensor]) -> SparseCode:
+        """Encode paired activations [N, d_j] of all models to the joint code of a crosscoder."""
+        if not self.joint:
+            raise ValueError("a usae encodes one model at a time: use encode(x, model)")
+        if len(xs) != len(self.names) or len({len(x) for x in xs}) != 1:
+            raise ValueError(
+                f"shapes {[tuple(x.shape) for x in xs]}: expected as many rows from each of "
+                f"{', '.join(self.names)}"
+            )
+
+        def summed(rows: slice) -> Tensor:
+            z = self.pre_activations(xs[0][rows])
+            for model, x in enumerate(xs[1:], 1):
+                z = z + self.pre_activations(x[rows], model)
+            return z
+
+        return self._encode(len(xs[0]), summed)
+
+    def decode(self, values: Tensor, indices: Tensor, model: int = 0) -> Tensor:
+        """Decode codes (values [N, n], indices [N, n]) to activations [N, d] of a model."""
+        side = self.weights[model]
+        u = embedding_bag(indices, side.W_dec, per_sample_weights=values, mode="sum") + side.b_dec
+        return side.mean + side.scale * u
+
+    def decoder(self, model: int = 0) -> Tensor:
+        """Return the rows of a model, [F, d], in normalised units (unit norm for a usae)."""
+        return self.weights[model].W_dec
+
+    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
+        """Write usae.safetensors and config.json; `trainer` goes under its "trainer" key."""
+        folder = Path(folder)
+        tensors = {
+            f"{i}.{name}": weight.detach().cpu().contiguous()
+            for i, side in enumerate(self.weights)
+            for name, weight in vars(side).items()
+        }
+        _write_bytes(folder / USAE_FILE, to_safetensors(tensors))
+        names = ("kind", "names", "slot", "k", "n_latents", "widths")
+        config = {name: getattr(self, name) for name in names}
+        write_json(folder / "config.json", {**config, "trainer": trainer or {}})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read what `save` wrote; errors name the file and what it lacks."""
+        folder = Path(folder)
+        path = folder / USAE_FILE
+        _require((folder / "config.json", path), "the stage train_usae")
+        config, tensors = read_json(folder / "config.json"), load_file(path)
+        try:
+            weights = tuple(
+                ModelWeights(**{f.name: tensors[f"{i}.{f.name}"] for f in fields(ModelWeights)})
+                for i in range(len(config["names"]))
+            )
+            head = (tuple(config["names"]), config["slot"], config["kind"], config["k"])
+            usae = cls(*head, weights)
+        except KeyError as error:
+            raise ValueError(f"{folder}: {error} is missing in config.json or {path}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return usae.to(device)

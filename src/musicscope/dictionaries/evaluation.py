@@ -1,13 +1,20 @@
-"""How good an SAE is, on activations it was not trained on, and against what controls.
+"""Evaluate dictionaries on activations they were not trained on, with the controls.
 
-explained_variance is 1 - (sum of squared errors) / (sum of squares about the per-dimension mean
-of the same frames), both sums over all frames: predicting that mean gives exactly 0.
+explained_variance (r2 per model in a shared code) is 1 - (sum of squared errors) / (sum of squares
+about the per-dimension mean of the same frames), both sums over all frames: predicting that mean
+gives exactly 0.
+
+Shared codes: after Thasarathan et al. 2025 (arXiv 2502.03714, 3.3-4.3), with three departures. R2
+is taken about the *per-dimension* mean (their code takes the mean of the whole tensor, which
+flatters streams with massive dimensions). Energy is the squared norm of their eq. 9 (their code
+takes the norm). Every number has a null. No number stands alone: latents that both models use for
+unrelated things have firing entropy 1, so read it beside the co-fires, and those beside chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +22,20 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from musicscope.core.stats import bootstrap_groups, ratio_of
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.models.interface import Batch, Hook, MusicModel
+from musicscope.core.stats import (
+    bootstrap_groups,
+    percentile_interval,
+    ratio_of,
+    resample_weights,
+)
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 
-CE, SPECTRAL = "ce", "spectral"
-"""What a model loses is measured in: cross-entropy, or an audio model's spectral distance."""
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of frames on which a latent fires
+TOP = 100  # latents of highest energy whose mean co-fire proportion is given apart
+SHARED_NORM, OWN_NORM = 0.6, 0.9
+
+
+# --- one model ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Evaluation:
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents a frame."""
+        """Mean number of active latents per frame."""
         return float(self.active.sum() / self.frames.sum())
 
     @property
@@ -59,7 +73,7 @@ class Evaluation:
         return float((self.fired == 0).mean())
 
     def interval(self, groups: Sequence[str], n: int, seed: int) -> tuple[float, float]:
-        """95 % bootstrap interval of explained_variance, resampling groups of clips."""
+        """Compute the 95 % bootstrap interval of explained_variance over groups of clips."""
         unexplained = ratio_of(self.squared_error, self.squares)
         low, high = bootstrap_groups(lambda w: 1 - unexplained(w), groups, n, seed)
         return low, high
@@ -67,7 +81,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(sae: TopKSAE, clips: Iterable[np.ndarray]) -> Evaluation:
-    """One pass over clips of activations [T, d]; sums in float64, memory of one clip."""
+    """Evaluate an SAE in one pass over clips [T, d]; sums in float64, memory of one clip."""
     origin = sae.b_dec.double()  # near the mean: squares about it lose no digits
     fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=origin.device)
     rows, sums = [], []
@@ -85,27 +99,37 @@ def evaluate(sae: TopKSAE, clips: Iterable[np.ndarray]) -> Evaluation:
         raise ValueError("no clips to evaluate the SAE on: check split, font and kind")
     frames, squared_error, about_origin, active = np.array(rows, dtype=np.float64).T
     totals = torch.stack(sums).cpu().numpy()
-    shift = totals.sum(0) / frames.sum()
-    # sum |x - m|^2 = sum |x - o|^2 - 2 (m - o) . sum (x - o) + T |m - o|^2, clip by clip
-    squares = about_origin - 2 * totals @ shift + frames * (shift @ shift)
+    squares = about_origin + _shift_squares(totals, frames)
     return Evaluation(frames, squared_error, squares, active, fired.cpu().numpy())
 
 
-def density_histogram(density: np.ndarray) -> list[dict[str, float]]:
-    """Rows of log10(density) bins [low, high) with their number of latents; dead ones first."""
+def _shift_squares(totals: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Return the change [n] of sums of squares when taken about the mean m, not an origin o.
+
+    sum |x - m|^2 = sum |x - o|^2 - 2 (m - o) . sum (x - o) + T |m - o|^2 for each row: `totals`
+    [n, d] are the sums of x - o over `frames` [n].
+    """
+    shift = totals.sum(0) / frames.sum()
+    return frames * (shift @ shift) - 2 * totals @ shift
+
+
+def density_histogram(density: np.ndarray) -> list[dict[str, float | str]]:
+    """Count latents in bins [low, high) of log10(density); the first row counts the dead."""
     alive = np.log10(np.clip(density[density > 0], 10 ** DENSITY_EDGES[0], None))
     counts, _ = np.histogram(alive, DENSITY_EDGES)
     low, high = DENSITY_EDGES[:-1], DENSITY_EDGES[1:]
-    rows = [{"log10_low": "", "log10_high": "", "latents": int((density == 0).sum())}]
+    rows: list[dict[str, float | str]] = [
+        {"log10_low": "", "log10_high": "", "latents": int((density == 0).sum())}
+    ]
     for a, b, count in zip(low, high, counts, strict=True):
         rows.append({"log10_low": float(a), "log10_high": float(b), "latents": int(count)})
     return rows
 
 
 def matched_cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean cosine of the rows of two dictionaries [F, d] under the best one-to-one matching.
+    """Average the cosine of the rows of two dictionaries [F, d] under the best matching.
 
-    Hungarian assignment on signed cosines: 1 for the same dictionary in any order.
+    One-to-one Hungarian assignment on signed cosines: 1 for the same dictionary in any order.
     """
     a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (first, second))
     cosine = a @ b.T
@@ -113,24 +137,24 @@ def matched_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def random_like(dictionary: np.ndarray, seed: int) -> np.ndarray:
-    """Gaussian rows [F, d] of the dictionary's mean and covariance: the null for stability."""
+    """Draw Gaussian rows [F, d] of the dictionary's mean and covariance: a null."""
     rng = np.random.default_rng(seed)
     covariance = np.cov(dictionary.T.astype(np.float64))
     return rng.multivariate_normal(dictionary.mean(0), covariance, len(dictionary), method="eigh")
 
 
 def stability(dictionaries: Sequence[np.ndarray], seed: int) -> dict[str, float | None]:
-    """Mean matched cosine over all pairs of seeds, and of each dictionary's random likeness."""
+    """Average `matched_cosine` over all pairs of seeds, and against `random_like` (the null)."""
     pairs = [(i, j) for i in range(len(dictionaries)) for j in range(i)]
-    found = [matched_cosine(dictionaries[i], dictionaries[j]) for i, j in pairs]
+    cosines = [matched_cosine(dictionaries[i], dictionaries[j]) for i, j in pairs]
     null = [matched_cosine(dictionaries[i], random_like(dictionaries[j], seed)) for i, j in pairs]
     if not pairs:
         return {"stability": None, "stability_null": None}
-    return {"stability": float(np.mean(found)), "stability_null": float(np.mean(null))}
+    return {"stability": float(np.mean(cosines)), "stability_null": float(np.mean(null))}
 
 
-def random_dictionary(sae: TopKSAE, sample: np.ndarray, seed: int) -> TopKSAE:
-    """Control: random unit directions, same k and b_dec, one gain fitted to `sample` [N, d]."""
+def random_sae(sae: TopKSAE, sample: np.ndarray, seed: int) -> TopKSAE:
+    """Draw the control: random unit directions, same k and b_dec, one gain fitted to [N, d]."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(sae.W_dec.shape, generator=generator)
     W = W / torch.linalg.vector_norm(W, dim=1, keepdim=True)
@@ -142,7 +166,7 @@ def random_dictionary(sae: TopKSAE, sample: np.ndarray, seed: int) -> TopKSAE:
 
 
 def principal_components(sample: np.ndarray, k: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Control: the reconstruction x -> x' from k principal components of `sample` [N, d]."""
+    """Fit the control: the reconstruction x -> x' from k principal components of [N, d]."""
     mean = sample.mean(0, dtype=np.float64)
     _, vectors = np.linalg.eigh(np.cov((sample - mean).T))
     basis = vectors[:, -k:]
@@ -152,63 +176,283 @@ def principal_components(sample: np.ndarray, k: int) -> Callable[[np.ndarray], n
 def explained_variance(
     reconstruct: Callable[[np.ndarray], np.ndarray], clips: Iterable[np.ndarray]
 ) -> float:
-    """Explained variance of any reconstruction of clips [T, d]; the clips are held in memory."""
+    """Compute it for any reconstruction of clips [T, d]; the clips are held in memory."""
     frames = np.concatenate([np.asarray(clip, dtype=np.float64) for clip in clips])
     error = np.square(frames - reconstruct(frames)).sum()
     return float(1 - error / np.square(frames - frames.mean(0)).sum())
 
 
-def replace_frames(replacement: Callable[[Tensor], Tensor], frames: int) -> Hook:
-    """Hook that replaces the activations of the frames and leaves the other positions as they are.
+# --- a code that models share ------------------------------------------------------------------
 
-    Frame t is position t + 1. The start column (position 0) and the tail of the delay pattern are
-    in no store, so no SAE has seen them; they stay untouched under every replacement compared.
+
+@dataclass(frozen=True)
+class SharedEvaluation:
+    """Sums over the frames of each group: the clips of one composition, the bootstrap's unit.
+
+    C codes: one per model (usae), or 1 (crosscoder).
     """
 
-    def hook(hidden: Tensor, positions: Tensor) -> Tensor:
-        inside = (positions >= 1) & (positions <= frames)
-        out = hidden.clone()
-        out[:, inside] = replacement(hidden[:, inside]).to(hidden.dtype)
-        return out
+    groups: np.ndarray
+    """[G] names"""
+    frames: np.ndarray
+    """[G]"""
+    squared_error: np.ndarray
+    """[G, C, M] of model j's activations decoded from code c, in activation units"""
+    squares: np.ndarray
+    """[G, M] about the per-dimension mean of all frames evaluated"""
+    active: np.ndarray
+    """[G, C] latents above 0, summed over frames"""
+    fires: np.ndarray
+    """[G, C, F] frames on which the code of c at latent k exceeds tau"""
+    cofires: np.ndarray
+    """[G, F] frames on which all C codes do"""
+    values: np.ndarray
+    """[G, C, F] sum of the codes over frames"""
+    norms: np.ndarray
+    """[M, F] decoder norms"""
 
-    return hook
+
+def firings(values: Tensor, indices: Tensor, n_latents: int, tau: float) -> np.ndarray:
+    """Return sorted keys frame * F + latent of the entries [N, n] above tau."""
+    rows = torch.arange(len(values), device=values.device).unsqueeze(1) * n_latents
+    return np.sort((rows + indices)[values > tau].cpu().numpy())
 
 
 @torch.no_grad()
-def cross_entropies(
-    model: MusicModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
-) -> dict[str, np.ndarray]:
-    """Cross-entropy [clips] in nats a token: clean, with `layer` at its mean [d], with x' for x."""
-    found: dict[str, list[Tensor]] = {"clean": [], "ablated": [], "sae": []}
-    for batch in batches:
-        kinds = {"ablated": lambda x: mean.expand_as(x), "sae": sae.reconstruct}
-        hooks: dict[str, Any] = {
-            name: {layer: replace_frames(kind, batch.frames)} for name, kind in kinds.items()
-        }
-        for name, values in found.items():
-            losses = model.cross_entropy(batch, hooks=hooks.get(name))
-            values.append(losses.double().mean((1, 2)).cpu())
-    return {name: torch.cat(values).numpy() for name, values in found.items()}
+def evaluate_shared(
+    usae: UniversalSAE,
+    clips: Iterable[Sequence[np.ndarray]],
+    groups: Sequence[str],
+    tau: float,
+) -> SharedEvaluation:
+    """Evaluate a shared code in one pass over paired clips, [T, d_j] per model.
 
-
-def ce_recovered(
-    losses: dict[str, np.ndarray], groups: Sequence[str], n: int, seed: int, measure: str = CE
-) -> dict[str, float | None]:
-    """(CE ablated - CE with the SAE) / (CE ablated - CE clean), 0 = mean ablation, 1 = lossless.
-
-    A ratio of sums over clips, with a 95 % bootstrap interval over groups. None, with a note in
-    the numbers beside it, where ablation does not hurt: the share of nothing is undefined. With
-    another `measure` (SPECTRAL, of sae_losses.spectral_distances) its name stands in the keys,
-    and ce_recovered is None: there is no cross-entropy.
+    `groups` [clips] are their compositions. A latent fires where its value, in the shared
+    normalised unit, exceeds `tau`. Sums in float64; memory of one
+    clip and of [groups, models, latents] counts.
     """
-    ablated, clean, ours = (losses[name] for name in ("ablated", "clean", "sae"))
-    result: dict[str, float | None] = {
-        f"{name}_recovered{end}": None for name in {CE, measure} for end in ("", "_low", "_high")
-    }
-    result |= {f"{measure}_{name}": float(values.mean()) for name, values in losses.items()}
-    if ablated.sum() > clean.sum():
-        ratio = ratio_of(ablated - ours, ablated - clean)
-        low, high = bootstrap_groups(ratio, groups, n, seed)
-        result[f"{measure}_recovered"] = float(ratio(np.ones((1, len(clean))))[0])
-        result |= {f"{measure}_recovered_low": low, f"{measure}_recovered_high": high}
-    return result
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    joint, M, F, G = usae.joint, len(usae.names), usae.n_latents, len(names)
+    C = 1 if joint else M
+    device = usae.weights[0].mean.device
+    found = SharedEvaluation(
+        names, np.zeros(G), np.zeros((G, C, M)), np.zeros((G, M)), np.zeros((G, C)),
+        np.zeros((G, C, F), np.int32), np.zeros((G, F), np.int32), np.zeros((G, C, F), np.float32),
+        np.stack([usae.decoder(j).norm(dim=1).cpu().numpy() for j in range(M)]),
+    )  # fmt: skip
+    totals = [np.zeros((G, width)) for width in usae.widths]
+    seen = 0
+    for g, clip in zip(member, clips, strict=True):
+        seen += 1
+        xs = [torch.from_numpy(np.asarray(x, dtype=np.float32)).to(device) for x in clip]
+        codes = [usae.encode_all(xs)] if joint else [usae.encode(x, i) for i, x in enumerate(xs)]
+        found.frames[g] += len(xs[0])
+        for j, x in enumerate(xs):
+            # About the train mean, which is near: squares about it lose no digits.
+            deviation = (x - usae.weights[j].mean).double()
+            totals[j][g] += deviation.sum(0).cpu().numpy()
+            found.squares[g, j] += deviation.square().sum().item()
+            for c, code in enumerate(codes):
+                error = (x - usae.decode(*code, j)).double()
+                found.squared_error[g, c, j] += error.square().sum().item()
+        keys = []
+        for c, (values, indices) in enumerate(codes):
+            keys.append(firings(values, indices, F, tau))
+            found.fires[g, c] += np.bincount(keys[-1] % F, minlength=F).astype(np.int32)
+            found.active[g, c] += (values > 0).sum().item()
+            latents, sizes = (t.flatten().cpu().numpy() for t in (indices, values))
+            found.values[g, c] += np.bincount(latents, sizes, F).astype(np.float32)
+        both = keys[0]
+        for other in keys[1:]:
+            both = np.intersect1d(both, other, assume_unique=True)
+        found.cofires[g] += np.bincount(both % F, minlength=F).astype(np.int32)
+    if not seen:
+        raise ValueError("no clips to evaluate on: check split, font and kind")
+    for j, total in enumerate(totals):
+        found.squares[:, j] += _shift_squares(total, found.frames)
+    return found
+
+
+def firing_entropy(fires: np.ndarray) -> np.ndarray:
+    """Compute firing entropy [..., F] from counts [..., M, F]: 0 one model, 1 all equally often.
+
+    -(1 / log M) sum_i p_i log p_i with p_i the share of a latent's firings that are model i's; NaN
+    for a latent that never fires.
+    """
+    fires = np.asarray(fires, dtype=np.float64)
+    if fires.shape[-2] < 2:
+        raise ValueError("firing entropy compares models: it needs at least 2")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = fires / fires.sum(-2, keepdims=True)
+        terms = np.where(p > 0, p * np.log(p), p)  # 0 log 0 = 0, NaN stays
+    return np.clip(-terms.sum(-2) / np.log(fires.shape[-2]), 0, 1)
+
+
+def cofire_proportion(cofires: np.ndarray, fires: np.ndarray) -> np.ndarray:
+    """Compute the share [..., M, F] of model i's firings on which all models fire.
+
+    From co-fires [..., F] and fires [..., M, F]. NaN for a latent that does not fire in model i.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(cofires, dtype=np.float64)[..., None, :] / fires
+
+
+def energy(mean_codes: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Compute ||E[Z_k] D_k||^2 summed over models, [..., F]: codes [..., M, F], norms [M, F]."""
+    return np.square(mean_codes * norms).sum(-2)
+
+
+def log_correlation(energies: np.ndarray, cofires: np.ndarray) -> np.ndarray:
+    """Correlate log energy and log co-fires [..., F] (Pearson, [...]) over latents with both."""
+    keep = (energies > 0) & (cofires > 0)
+    a, b = (np.log(np.where(keep, v, 1.0)) for v in (energies, np.asarray(cofires, np.float64)))
+    n = keep.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a, b = (np.where(keep, v - v.sum(-1, keepdims=True) / n[..., None], 0.0) for v in (a, b))
+        r = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.where(n > 2, r, np.nan)
+
+
+def _means(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Average values [..., F] where `keep`; NaN where nothing is kept."""
+    with np.errstate(invalid="ignore"):
+        return np.where(keep, values, 0.0).sum(-1) / keep.sum(-1)
+
+
+def headline(found: SharedEvaluation, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Compute the metrics, [resamples] each, under `weights` [resamples, G] (default 1).
+
+    r2_<i>_<j>: model j's activations from model i's code (r2_<j> for a crosscoder). l0_<i>.
+    dead_fraction: latents that fire in no code. And for a usae: firing_entropy_median and _mean
+    over latents that fire, _weighted by firings; cofire_proportion_<i>: share of all firings of
+    model i that are co-fires; _mean_<i>: the mean over its latents of their own share; _top_<i>:
+    the same over the 100 latents of highest energy; energy_cofire_correlation.
+    """
+    if weights is None:
+        weights = np.ones((1, len(found.groups)))
+    (_, C, M), F = found.squared_error.shape, found.cofires.shape[-1]
+    squares = weights @ found.squares
+    out: dict[str, np.ndarray] = {}
+    for c in range(C):
+        r2 = 1 - np.einsum("rg,gm->rm", weights, found.squared_error[:, c]) / squares
+        out |= {f"r2_{c}_{j}" if C > 1 else f"r2_{j}": r2[:, j] for j in range(M)}
+        out[f"l0_{c}" if C > 1 else "l0"] = weights @ found.active[:, c] / (weights @ found.frames)
+    rows = [_rows(found, part, C, F) for part in np.array_split(weights, -(-len(weights) // 50))]
+    return out | {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+
+
+def _rows(found: SharedEvaluation, weights: np.ndarray, C: int, F: int) -> dict[str, np.ndarray]:
+    """Compute the metrics that come from counts, for a few resamples at a time."""
+    G = len(found.groups)
+    fires, values = (
+        (weights @ counts.reshape(G, C * F)).reshape(-1, C, F)
+        for counts in (found.fires, found.values)
+    )
+    out = {"dead_fraction": (fires.sum(1) == 0).mean(-1)}
+    if C == 1:
+        return out
+    cofires, total = weights @ found.cofires, fires.sum(1)
+    entropy = firing_entropy(fires)
+    out["firing_entropy_median"] = np.nanmedian(entropy, -1)
+    out["firing_entropy_mean"] = np.nanmean(entropy, -1)
+    out["firing_entropy_weighted"] = np.nansum(entropy * total, -1) / total.sum(-1)
+    power = energy(values / (weights @ found.frames)[:, None, None], found.norms)
+    top = np.zeros(power.shape, bool)
+    np.put_along_axis(top, np.argsort(-power, -1, kind="stable")[:, :TOP], True, -1)
+    proportion = cofire_proportion(cofires, fires)
+    for i in range(C):
+        alive = fires[:, i] > 0
+        out[f"cofire_proportion_{i}"] = cofires.sum(-1) / fires[:, i].sum(-1)
+        out[f"cofire_proportion_mean_{i}"] = _means(proportion[:, i], alive)
+        out[f"cofire_proportion_top_{i}"] = _means(proportion[:, i], alive & top)
+    out["energy_cofire_correlation"] = log_correlation(power, cofires)
+    return out
+
+
+def numbers(found: SharedEvaluation) -> dict[str, float]:
+    """Compute `headline` of all frames as floats."""
+    return {key: float(value[0]) for key, value in headline(found).items()}
+
+
+def intervals(found: SharedEvaluation, n: int, seed: int) -> dict[str, tuple[float, float]]:
+    """Compute 95 % bootstrap intervals of `headline` over compositions, about the full sample.
+
+    Resamples are shifted by their mean distance from the full sample's number before the
+    percentiles are taken. A resample leaves compositions out, so rare latents always seem rarer
+    in it; plain percentiles of an entropy or a share would lie below the number itself. There is
+    no interval for dead_fraction and l0, where that shift is all there is.
+    """
+    drawn, whole = headline(found, resample_weights(found.groups, n, seed)), numbers(found)
+    keys = [key for key in drawn if not key.startswith(("dead", "l0"))]
+    return {k: percentile_interval(whole[k] + drawn[k] - np.nanmean(drawn[k])) for k in keys}
+
+
+def relative_norms(norms: np.ndarray) -> np.ndarray:
+    """Compute each model's share [M, F] of decoder norms [M, F]: 1/M equal, 1 its own latent."""
+    return norms / np.maximum(norms.sum(0), np.finfo(np.float64).tiny)
+
+
+def norm_numbers(norms: np.ndarray, alive: np.ndarray) -> dict[str, float]:
+    """Summarise relative decoder norms of the latents that fire: norm_shared, norm_own_<i>.
+
+    norm_shared: every model's share is at least 0.6 / M (0.3 to 0.7 with two models); norm_own_<i>:
+    model i's share exceeds 0.9. norm_spread: mean distance of the largest share from 1/M.
+    """
+    shares = relative_norms(norms)[:, alive]
+    if not alive.any():
+        return {"norm_shared": np.nan, "norm_spread": np.nan}
+    M = len(shares)
+    out = {"norm_shared": float((shares.min(0) * M >= SHARED_NORM).mean())}
+    out["norm_spread"] = float((shares.max(0) - 1 / M).mean())
+    return out | {f"norm_own_{i}": float((shares[i] > OWN_NORM).mean()) for i in range(M)}
+
+
+def random_shared(usae: UniversalSAE, sample: Sequence[np.ndarray], seed: int) -> UniversalSAE:
+    """Draw the control: Gaussian rows of each decoder's mean and covariance, on both sides.
+
+    For a crosscoder rows are drawn over all models at once, so that norms keep their relation
+    between models. Biases stay; one gain per model is fitted to paired `sample` [N, d_j].
+    """
+    joint = usae.joint
+    dictionaries = [usae.decoder(j).double().cpu().numpy() for j in range(len(usae.names))]
+    if joint:
+        drawn = random_like(np.concatenate(dictionaries, 1), seed)
+        rows = np.split(drawn, np.cumsum(usae.widths)[:-1], axis=1)
+    else:
+        rows = [random_like(d, seed + j) for j, d in enumerate(dictionaries)]
+        rows = [r / np.linalg.norm(r, axis=1, keepdims=True) for r in rows]
+    weights = []
+    for side, row in zip(usae.weights, rows, strict=True):
+        W = torch.from_numpy(row).to(side.W_dec)
+        weights.append(replace(side, W_enc=W, b_enc=torch.zeros_like(side.b_enc), W_dec=W))
+    control = replace(usae, weights=tuple(weights))
+    xs = [torch.from_numpy(x).to(usae.weights[0].mean) for x in sample]
+    fitted: list[ModelWeights] = []
+    for j, side in enumerate(weights):
+        code = control.encode_all(xs) if joint else control.encode(xs[j], j)
+        origin = side.mean + side.scale * side.b_dec
+        guess, target = control.decode(*code, j) - origin, xs[j] - origin
+        gain = (target * guess).sum() / guess.square().sum()
+        fitted.append(replace(side, W_dec=gain * side.W_dec))
+    return replace(control, weights=tuple(fitted))
+
+
+def summary_keys(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Flatten metrics/train_usae.json or train_crosscoder.json for summary.json, without prefix.
+
+    <key>, <key>_ci_low, <key>_ci_high of seed 0; <key>_mean_of_seeds, <key>_sd_of_seeds;
+    null_<null>_<key> for the nulls mispaired, shuffled and random; independent_r2_<i>. Indices
+    are those of metrics["models"].
+    """
+    out: dict[str, Any] = {}
+    for key, entry in metrics["headline"].items():
+        out[key] = entry["value"]
+        for ours, theirs in (
+            ("ci_low", "low"), ("ci_high", "high"), ("mean_of_seeds", "mean"),
+            ("sd_of_seeds", "sd"),
+        ):  # fmt: skip
+            if theirs in entry:
+                out[f"{key}_{ours}"] = entry[theirs]
+    for null, entries in metrics["null"].items():
+        out |= {f"null_{null}_{key}": value for key, value in entries.items()}
+    return out | {f"independent_r2_{i}": v for i, v in metrics["independent_r2"].items()}

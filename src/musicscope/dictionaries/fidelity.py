@@ -1,9 +1,8 @@
-"""What a model loses where an SAE stands in for a layer: cross-entropy, or sound."""
+"""Measure what a model loses when an SAE stands in for a layer: cross-entropy, or sound."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,67 +11,128 @@ from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core.audio import spectra, spectral_distance
-from musicscope.dictionaries import evaluation as metrics
+from musicscope.core.stats import bootstrap_groups, ratio_of
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.models.interface import AudioBatch, AudioModel, is_audio_model
+from musicscope.models.interface import (
+    AudioBatch,
+    AudioModel,
+    Batch,
+    Hook,
+    MusicModel,
+    is_audio_model,
+)
 from musicscope.models.registry import open_sources
 
-
-@dataclass(frozen=True)
-class LossJob:
-    """Cross-entropies of the model with its layer clean, ablated and replaced by an SAE; of an
-    audio model spectral distances."""
-
-    model: str
-    clips: str
-    rows: list[int]
-    """Of the clip store."""
-    store: str
-    sae: str
-    device: str
-    batch_clips: int = 8
+CE, SPECTRAL = "ce", "spectral"
+"""Measures of a loss: cross-entropy, or for an audio model the spectral distance."""
+VARIANTS = ("clean", "ablated", "sae")
+"""The layer as it is, at its mean, and reconstructed by the SAE."""
+Losses = dict[str, np.ndarray]
+"""Variant -> loss of each clip, [clips]."""
 
 
-def run_losses(job: LossJob) -> tuple[dict[str, np.ndarray], str]:
-    """sae_metrics.cross_entropies or, of an audio model, `spectral_distances`, and which it was;
-    the captions are given if they were for the store."""
-    store = ActivationStore.open(job.store)
-    model, clips = open_sources(job.model, job.clips, job.device)
-    mean = torch.tensor(store.mean, dtype=torch.float32, device=job.device)
+def replace_frames(replacement: Callable[[Tensor], Tensor], frames: int) -> Hook:
+    """Return a hook that replaces the activations of the frames and keeps all other positions.
 
-    def batches() -> Iterator:
-        for start in range(0, len(job.rows), job.batch_clips):
-            rows = job.rows[start : start + job.batch_clips]
-            captions = clips.rows["caption"].iloc[rows].tolist()
-            if not store.config["captions"]:
-                captions = [None] * len(rows)
-            yield model.encode(clips.audio(rows), captions)
+    Frame t is position t + 1. The start column (position 0) and the tail of the delay pattern are
+    in no store, so no SAE was trained on them; they stay untouched under every replacement.
+    """
 
-    sae = TopKSAE.load(job.sae, job.device)
-    layer = store.config["layer"]
-    if is_audio_model(model):
-        return spectral_distances(model, layer, sae, mean, batches()), metrics.SPECTRAL
-    with torch.no_grad():
-        return metrics.cross_entropies(model, layer, sae, mean, batches()), metrics.CE
+    def hook(hidden: Tensor, positions: Tensor) -> Tensor:
+        inside = (positions >= 1) & (positions <= frames)
+        out = hidden.clone()
+        out[:, inside] = replacement(hidden[:, inside]).to(hidden.dtype)
+        return out
+
+    return hook
+
+
+@torch.no_grad()
+def cross_entropies(
+    model: MusicModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
+) -> Losses:
+    """Measure cross-entropy in nats per token: VARIANTS of `layer`, whose mean is [d]."""
+    losses: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
+    for batch in batches:
+        kinds = {"ablated": lambda x: mean.expand_as(x), "sae": sae.reconstruct}
+        hooks: dict[str, Any] = {
+            name: {layer: replace_frames(kind, batch.frames)} for name, kind in kinds.items()
+        }
+        for name, values in losses.items():
+            nats = model.cross_entropy(batch, hooks=hooks.get(name))
+            values.append(nats.double().mean((1, 2)).cpu())
+    return {name: torch.cat(values).numpy() for name, values in losses.items()}
 
 
 @torch.no_grad()
 def spectral_distances(
     model: AudioModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[AudioBatch]
-) -> dict[str, np.ndarray]:
-    """As `cross_entropies` for a model that predicts no codes: distance of each clip to its
-    reconstruction (`spectral_distance`), clean, with `layer` at its mean, with x' for x."""
-    found: dict[str, list[float]] = {"clean": [], "ablated": [], "sae": []}
+) -> Losses:
+    """Measure the `spectral_distance` of each clip to its reconstruction by an audio model."""
+    distances: dict[str, list[float]] = {name: [] for name in VARIANTS}
     hooks: dict[str, Any] = {
         "ablated": {layer: lambda x, _: mean.to(x).expand_as(x)},
         "sae": {layer: lambda x, _: sae.reconstruct(x)},
     }
     for batch in batches:
         clips = [spectra(audio) for audio in batch.audio.cpu().numpy()]
-        for name, values in found.items():
-            heard = model.reconstruct(batch, hooks.get(name)).cpu().numpy()
+        for name, values in distances.items():
+            audios = model.reconstruct(batch, hooks.get(name)).cpu().numpy()
             values += [
                 spectral_distance(clip, spectra(audio))
-                for clip, audio in zip(clips, heard, strict=True)
+                for clip, audio in zip(clips, audios, strict=True)
             ]
-    return {name: np.array(values) for name, values in found.items()}
+    return {name: np.array(values) for name, values in distances.items()}
+
+
+def measure_losses(
+    model_folder: str,
+    clips_folder: str,
+    rows: Sequence[int],
+    store: ActivationStore,
+    sae: TopKSAE,
+    device: str,
+    batch_clips: int = 8,
+) -> tuple[Losses, str]:
+    """Measure `cross_entropies` (CE), or `spectral_distances` (SPECTRAL) of an audio model.
+
+    `rows` are rows of the clip store. Captions are given if they were given for the store.
+    """
+    model, clips = open_sources(model_folder, clips_folder, device)
+    mean = torch.tensor(store.mean, dtype=torch.float32, device=device)
+
+    def batches() -> Iterator:
+        for start in range(0, len(rows), batch_clips):
+            part = list(rows[start : start + batch_clips])
+            captions = clips.rows["caption"].iloc[part].tolist()
+            if not store.config["captions"]:
+                captions = [None] * len(part)
+            yield model.encode(clips.audio(part), captions)
+
+    layer = store.config["layer"]
+    if is_audio_model(model):
+        return spectral_distances(model, layer, sae, mean, batches()), SPECTRAL
+    with torch.no_grad():
+        return cross_entropies(model, layer, sae, mean, batches()), CE
+
+
+def ce_recovered(
+    losses: Losses, groups: Sequence[str], n: int, seed: int, measure: str = CE
+) -> dict[str, float | None]:
+    """Compute (CE ablated - CE with the SAE) / (CE ablated - CE clean): 1 is lossless.
+
+    A ratio of sums over clips, with a 95 % bootstrap interval over groups. None where ablation does
+    not hurt: the share of nothing is undefined. With another `measure` (SPECTRAL) its name stands
+    in the keys, and ce_recovered is None: there is no cross-entropy.
+    """
+    clean, ablated, ours = (losses[name] for name in VARIANTS)
+    result: dict[str, float | None] = {
+        f"{name}_recovered{end}": None for name in {CE, measure} for end in ("", "_low", "_high")
+    }
+    result |= {f"{measure}_{name}": float(values.mean()) for name, values in losses.items()}
+    if ablated.sum() > clean.sum():
+        ratio = ratio_of(ablated - ours, ablated - clean)
+        low, high = bootstrap_groups(ratio, groups, n, seed)
+        result[f"{measure}_recovered"] = float(ratio(np.ones((1, len(clean))))[0])
+        result |= {f"{measure}_recovered_low": low, f"{measure}_recovered_high": high}
+    return result

@@ -1,266 +1,501 @@
-"""All SAEs of one model and slot: several seeds in parallel, their evaluation, their report.
+"""Train, evaluate and report all dictionaries of a stage: seeds and nulls, in parallel.
 
 Every job computes with one thread, in a process of its own or not, so the numbers do not depend
-on how many processes there are.
+on the number of processes. A `Plan` says what is trained; its subclasses evaluate and report.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from tqdm import tqdm
 
+from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
-from musicscope.core import plots
-from musicscope.core.distributed import ALONE, Ranks
-from musicscope.core.io import sha256, write_text
+from musicscope.config.dictionaries import TrainCrosscoder, Training, TrainSae
+from musicscope.core import io
+from musicscope.core.distributed import ALONE, Engine, Ranks
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import HELD_OUT_FONT, main_clips
-from musicscope.dictionaries import evaluation as metrics
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.fidelity import LossJob, run_losses
+from musicscope.dictionaries import evaluation
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.data import (
+    HELDOUT_FONT,
+    TEST,
+    TRAIN,
+    Paired,
+    clip_rows,
+    mispair,
+    pair,
+)
+from musicscope.dictionaries.fidelity import CE, Losses, ce_recovered, measure_losses
 from musicscope.dictionaries.training import (
-    CALIBRATION_BATCHES,
-    SAEConfig,
+    SAE,
+    Config,
+    LogRow,
     Trained,
+    count_latents,
+    count_steps,
     live_logger,
+    selection,
     train,
 )
 
-TRAIN, TEST = "train", "test"
-HELDOUT_FONT = "heldout_font"
 BOOTSTRAP = 1000
-
-
-@dataclass(frozen=True)
-class Job:
-    """One SAE to train and evaluate; everything is plain so that it can go to another process."""
-
-    store: str
-    """Folder of the activation store."""
-    config: SAEConfig
-    seed: int
-    index: int
-    """0, 1, 2 ...: the folder seed-<index>."""
-    out: str
-    """Where seed-<index> is saved."""
-    checkpoint: str
-    live: str
-    """Folder for DVCLive."""
-    device: str
-    trainer: dict[str, Any]
-    """Further entries of config.json's trainer section."""
-    losses: LossJob | None = None
-    """What to run once this SAE is saved; one SAE of a model and slot is enough."""
+CONTROL_BATCH, CONTROL_FRAMES = 2048, 32 * 2048
+"""Training frames to which the controls are fitted."""
+FIRST = "seed-0"
+"""The run that has the controls and is used downstream."""
+MISPAIRED = "mispaired"
+Metrics = dict[str, Any]
+"""Content of a metrics file, JSON-able."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job found."""
+    """One dictionary trained and evaluated."""
 
-    trained: Trained
-    test: metrics.Evaluation
-    heldout_font: metrics.Evaluation | None
-    losses: dict[str, np.ndarray] | None
-    """What the model loses, see sae_losses.run_losses; of seed 0 only."""
-    measure: str = metrics.CE
-    """What these are: metrics.CE, or metrics.SPECTRAL of an audio model."""
+    name: str
+    history: list[LogRow]
+    dead_fraction: float
+    """Share of latents that are dead at the end of training."""
 
 
-def seed_jobs(
-    store: str,
-    config: SAEConfig,
-    seeds: list[int],
-    scratch: Path,
-    live: str,
-    device: str,
-    name: str,
-) -> list[Job]:
-    """A job for each seed, working in `scratch`; `name` says in config.json which model it is."""
-    trainer = {"lm_name": name, "layer": ActivationStore.open(store).config["layer"]}
-    trainer |= {**asdict(config), "lr": config.learning_rate, "steps": config.steps}
-    return [
-        Job(
-            store, config, seed, i, str(scratch / "sae"), str(scratch / f"seed-{i}.pt"),
-            f"{live}/seed-{i}", device, trainer,
-        )
-        for i, seed in enumerate(seeds)
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class SaeOutcome(Outcome):
+    """An SAE of one model."""
+
+    sae: TopKSAE
+    """On the CPU."""
+    test: evaluation.Evaluation
+    heldout_font: evaluation.Evaluation | None
+    losses: Losses | None
+    """Losses of the model with the SAE in its stream (`fidelity`); FIRST only."""
+    measure: str
+    """CE, or SPECTRAL for an audio model."""
 
 
-def scratch_key(store: ActivationStore, config: SAEConfig, seeds: list[int]) -> dict[str, Any]:
-    """What a killed run must share with the next for it to go on: data, settings, seeds, code."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    code = {path.name: sha256(path) for path in sources}
-    return {"store": store.manifest["sha256"], **asdict(config), "seeds": seeds, "code": code}
+@dataclass(frozen=True)
+class SharedOutcome(Outcome):
+    """A dictionary of several models."""
+
+    test: evaluation.SharedEvaluation
+    controls: dict[str, evaluation.SharedEvaluation]
+    """FIRST only: shuffled (the same dictionary on mispaired clips) and random."""
+    random_norms: np.ndarray | None
+    """FIRST only: [M, F] row norms of the random control, drawn with those of the decoders."""
+    independent: dict[str, float]
+    """FIRST only: explained variance of each model's own SAE on the same clips."""
 
 
-def mask(store: ActivationStore, wanted: str) -> np.ndarray:
-    """Clips, bool [n], of TRAIN or TEST, or test clips of HELDOUT_FONT (recordings have none)."""
-    rows = store.rows
-    if wanted == HELDOUT_FONT:
-        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
-        return (held_out & (rows["split"] == "test")).to_numpy()
-    return np.isin(np.arange(len(rows)), main_clips(rows, wanted))
+@dataclass(frozen=True)
+class Plan:
+    """Dictionaries to train; everything is plain so that it can go to another process."""
+
+    names: tuple[str, ...]
+    """Models, in order."""
+    slot: str
+    stores: tuple[str, ...]
+    """Folder of each model's activation store, all with the same frames."""
+    config: Config
+    method: str
+    """One of training.METHODS."""
+    seed: int
+    device: str
+
+    def runs(self) -> list[str]:
+        """Names of the dictionaries; FIRST comes first, since it takes longest to evaluate."""
+        return [f"seed-{i}" for i in range(self.config.seeds)]
+
+    def open_stores(self) -> list[ActivationStore]:
+        """Open each model's activation store."""
+        return [ActivationStore.open(folder) for folder in self.stores]
+
+    def latents(self) -> int:
+        """Return the number of latents of each dictionary."""
+        return count_latents(self.config, [store.width for store in self.open_stores()])
+
+    def trainer(self, name: str) -> Metrics:
+        """Return the settings that are kept in a dictionary's config.json."""
+        keys = {f.name for f in fields(Training)} - {"expansion", "seeds"}
+        settings = {key: getattr(self.config, key) for key in keys}
+        return settings | {"n_latents": self.latents(), "activation": selection(self.config)}
+
+    def seed_of(self, name: str) -> int:
+        """Return the seed of one run."""
+        raise NotImplementedError
+
+    def data(self, name: str) -> Paired:
+        """Return the training clips of one run."""
+        return pair(self.open_stores(), TRAIN)
+
+    def on_log(self, name: str) -> Callable[[LogRow], None] | None:
+        """Return a further consumer of one run's history."""
+        return None
+
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> Outcome:
+        """Evaluate the dictionary saved in `folder`, which was trained on `data`."""
+        raise NotImplementedError
+
+    def report(self, outcomes: Sequence[Any]) -> Metrics:
+        """Return the stage's metrics."""
+        raise NotImplementedError
 
 
-def _clips(store: ActivationStore, wanted: str) -> Iterator[np.ndarray]:
-    return (store.clip(int(i)) for i in np.flatnonzero(mask(store, wanted)))
+@dataclass(frozen=True)
+class Job:
+    """One run of a plan."""
+
+    plan: Plan
+    name: str
+    scratch: str
 
 
 def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
-    """Train, save, evaluate on held-out compositions and on the held-out soundfont.
+    """Train, save and evaluate one dictionary.
 
-    Several ranks train together; only the first goes on from there, the others have None.
+    Several ranks train together; only the first evaluates, the others return None.
     """
-    store = ActivationStore.open(job.store)
-    trained = train(
-        store, job.config, job.seed, mask(store, TRAIN), job.device, Path(job.checkpoint),
-        on_log=live_logger(job.live) if ranks.leads else None, ranks=ranks,
+    plan, name, scratch = job.plan, job.name, Path(job.scratch)
+    data, log = plan.data(name), plan.on_log(name) if ranks.leads else None
+    # One bar stands for all that run at the same time: they are equally long.
+    bar = tqdm(
+        total=count_steps(plan.config), desc=name, unit="step", mininterval=5, leave=False,
+        disable=name != FIRST or not ranks.leads,
     )  # fmt: skip
+
+    def on_log(row: LogRow) -> None:
+        bar.update(row["step"] + 1 - bar.n)
+        if log:
+            log(row)
+
+    with bar:
+        trained = train(
+            data, plan.config, plan.method, plan.seed_of(name), plan.names, plan.slot,
+            plan.device, scratch / f"{name}.pt", on_log=on_log, ranks=ranks,
+        )  # fmt: skip
     if not ranks.leads:
         return None
-    trained.sae.save(Path(job.out) / f"seed-{job.index}", {**job.trainer, "seed": job.index})
-    sae = TopKSAE.load(Path(job.out) / f"seed-{job.index}")
-    test = metrics.evaluate(sae, _clips(store, TEST))
-    font = None
-    if mask(store, HELDOUT_FONT).any():
-        font = metrics.evaluate(sae, _clips(store, HELDOUT_FONT))
-    last = trained.history[-1]
-    print(
-        f"seed {job.index}: {int(last['samples']):,} frames, explained variance "
-        f"{test.explained_variance:.4f}, dead {test.dead_fraction:.4f}",
-        file=sys.stderr,
-    )
-    if job.losses is None:
-        return Outcome(trained, test, font, None)
-    return Outcome(trained, test, font, *run_losses(job.losses))
+    folder = scratch / "out" / name
+    trained.dictionary.save(folder, plan.trainer(name))
+    return plan.evaluate(name, trained, folder, data)
 
 
 def run_all(
-    jobs: list[Job],
+    plan: Plan,
+    scratch: Path,
     processes: int,
     ranks: Ranks = ALONE,
     open_workers: Callable[[int], Any] = workers,
 ) -> list[Outcome]:
-    """Every job, in processes of one thread each (on a GPU: one after the other).
+    """Run every job, in processes of one thread each (on a GPU: one after the other).
 
-    Several ranks take each job together, one after the other; the first has the outcomes.
+    Several ranks take each job together, one after the other; only the first has the outcomes.
     """
+    jobs = [Job(plan, name, str(scratch)) for name in plan.runs()]
     if ranks.size > 1:
         return [outcome for job in jobs if (outcome := run(job, ranks))]
-    alone = open_workers is workers and any(job.device != "cpu" for job in jobs)
-    with open_workers(1 if alone else processes) as run_each:
-        return list(run_each(run, jobs))
+    print(
+        f"{len(jobs)} x {plan.config.samples:,} frames, {plan.latents()} latents, "
+        f"{', '.join(plan.names)} ({plan.method})",
+        file=sys.stderr,
+    )
+    if plan.device != "cpu" and open_workers is workers:
+        processes = 1
+    with open_workers(min(processes, len(jobs))) as run_each:
+        outcomes = run_each(run, jobs)
+        return list(tqdm(outcomes, total=len(jobs), unit="dictionary", mininterval=1))
+
+
+def scratch_key(plan: Plan) -> Metrics:
+    """Return what a killed run must share with the next to go on: data, settings, code."""
+    manifests = [store.manifest["sha256"] for store in plan.open_stores()]
+    code = {path.name: io.sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    device = plan.device.split(":")[0]  # each rank has a GPU of its own
+    return {**asdict(plan), "device": device, "manifests": manifests, "code": code}
 
 
 @contextlib.contextmanager
-def sole_user(scratch: Path, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Wait while another run works in `scratch`: a killed `dvc` leaves its stage running."""
-    if not ranks.leads:
-        ranks.wait()
-        yield
-        ranks.wait()
-        return
-    with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+def sole_user(scratch: Path, ranks: Ranks) -> Iterator[None]:
+    """Wait while another run works in `scratch`: the first rank holds the lock for all."""
+    with io.sole_user(scratch) if ranks.leads else contextlib.nullcontext():
         ranks.wait()
         yield
         ranks.wait()
 
 
-def report(
-    store: ActivationStore,
-    outcomes: list[Outcome],
-    ce_groups: list[str],
+def execute(
+    plan: Plan,
+    engine: Engine,
+    out: str,
+    metrics: str,
+    draw: Callable[[Sequence[Any], Metrics], None],
+) -> None:
+    """Run a stage: train, report, `draw(outcomes, metrics)`, publish the folder `out`.
+
+    Every rank comes here; the first one writes.
+    """
+    ranks, scratch = engine.ranks, io.partial_dir(scratch_key(plan))
+    with sole_user(scratch, ranks):
+        outcomes = run_all(plan, scratch, engine.processes, ranks, engine.workers)
+        if not ranks.leads:
+            return
+        found = plan.report(outcomes)
+        draw(outcomes, found)
+        io.publish_dir(scratch / "out", out)
+        io.write_json(metrics, found)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def control_sample(data: Paired, seed: int) -> list[np.ndarray]:
+    """Draw the training frames to which controls are fitted, [CONTROL_FRAMES, d_j] per model."""
+    stream = data.batches(CONTROL_BATCH, seed_for(seed, "controls"), CONTROL_FRAMES)
+    return [np.concatenate(parts) for parts in zip(*stream, strict=True)]
+
+
+@dataclass(frozen=True)
+class SaePlan(Plan):
+    """SAEs of one model and slot."""
+
+    live: str
+    """Folder for DVCLive."""
+    loss_rows: tuple[int, ...] = ()
+    """Rows of data/clips on which the model's losses are measured; none: not measured."""
+    loss_groups: tuple[str, ...] = ()
+    """Composition of each."""
+
+    def seed_of(self, name: str) -> int:
+        return seed_for(self.seed, "train_sae", self.names[0], self.slot, _index(name))
+
+    def on_log(self, name: str) -> Callable[[LogRow], None]:
+        return live_logger(f"{self.live}/{name}")
+
+    def trainer(self, name: str) -> Metrics:
+        own = {"lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"]}
+        own |= {"lr": self.config.learning_rate, "steps": count_steps(self.config)}
+        return super().trainer(name) | own | {"seed": _index(name)}
+
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SaeOutcome:
+        """Evaluate on held-out compositions and on the held-out soundfont, if there is one."""
+        stores, sae = self.open_stores(), TopKSAE.load(folder)
+        test, font = evaluation.evaluate(sae, _single(pair(stores, TEST))), None
+        if len(clip_rows(stores[0].rows, HELDOUT_FONT)):
+            font = evaluation.evaluate(sae, _single(pair(stores, HELDOUT_FONT)))
+        print(
+            f"{name}: explained variance {test.explained_variance:.4f}, dead "
+            f"{test.dead_fraction:.4f}",
+            file=sys.stderr,
+        )
+        losses, measure = None, CE
+        if name == FIRST and self.loss_rows:
+            losses, measure = measure_losses(
+                f"data/models/{self.names[0]}", "data/clips", self.loss_rows, stores[0],
+                sae.to(self.device), self.device,
+            )  # fmt: skip
+        return SaeOutcome(
+            name, trained.history, trained.dead_fraction, sae, test, font, losses, measure
+        )
+
+    def report(self, outcomes: Sequence[SaeOutcome]) -> Metrics:
+        """Return the metrics. Headline numbers are of FIRST, the one used downstream."""
+        first, stores = outcomes[0], self.open_stores()
+        store, learnt, test = stores[0], pair(stores, TRAIN), pair(stores, TEST)
+        bootstrap = seed_for(self.seed, "bootstrap")
+        low, high = first.test.interval(test.groups, BOOTSTRAP, bootstrap)
+        (sample,) = control_sample(learnt, self.seed)
+        components = evaluation.principal_components(sample, min(first.sae.k, store.width))
+        random = evaluation.random_sae(first.sae, sample, seed_for(self.seed, "random dictionary"))
+
+        def numbers(outcome: SaeOutcome) -> dict[str, float]:
+            keys = ("explained_variance", "l0", "dead_fraction")
+            own = {key: getattr(outcome.test, key) for key in keys}
+            return own | {"dead_fraction_train": outcome.dead_fraction}
+
+        result = {
+            "layer": store.config["layer"],
+            "width": store.width,
+            "n_latents": first.sae.n_latents,
+            "k": first.sae.k,
+            "train_frames": int(learnt.frames.sum()),
+            "test_frames": int(first.test.frames.sum()),
+            **numbers(first),
+            "explained_variance_low": low,
+            "explained_variance_high": high,
+            "explained_variance_pca": evaluation.explained_variance(components, _single(test)),
+            "explained_variance_random": evaluation.evaluate(
+                random, _single(test)
+            ).explained_variance,
+            **evaluation.stability(
+                [o.sae.W_dec.numpy() for o in outcomes], seed_for(self.seed, "stability")
+            ),
+            "seeds": {o.name: numbers(o) for o in outcomes},
+        }
+        if first.heldout_font is not None:
+            result["explained_variance_heldout_font"] = first.heldout_font.explained_variance
+        if first.losses is not None:
+            result |= ce_recovered(
+                first.losses, self.loss_groups, BOOTSTRAP, bootstrap, first.measure
+            )
+            result["ce_clips"] = len(self.loss_groups)
+        return result
+
+
+def _index(name: str) -> int:
+    return int(name.rsplit("-", 1)[1])
+
+
+def _single(data: Paired) -> Iterator[np.ndarray]:
+    """Yield the clips of one store."""
+    return (x for (x,) in data.clips())
+
+
+@dataclass(frozen=True)
+class SharedPlan(Plan):
+    """Universal SAEs or crosscoders, and the same trained on mispaired clips."""
+
+    config: TrainCrosscoder
+    independent: tuple[str, ...]
+    """Folder of each model's own SAE, for comparison."""
+
+    def runs(self) -> list[str]:
+        return super().runs() + [f"{MISPAIRED}-{i}" for i in range(self.config.null_seeds)]
+
+    def seed_of(self, name: str) -> int:
+        return seed_for(self.seed, self.method, name)
+
+    def data(self, name: str) -> Paired:
+        paired = super().data(name)
+        if name.startswith(MISPAIRED):
+            return mispair(paired, seed_for(self.seed, self.method, name, "pairs"))
+        return paired
+
+    def trainer(self, name: str) -> Metrics:
+        layers = [store.config["layer"] for store in self.open_stores()]
+        return super().trainer(name) | {"method": self.method, "name": name, "layers": layers}
+
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SharedOutcome:
+        """Evaluate on paired clips of held-out compositions; for FIRST also the controls."""
+        test, usae = pair(self.open_stores(), TEST), UniversalSAE.load(folder, self.device)
+        measure = partial(evaluation.evaluate_shared, tau=self.config.fire_threshold)
+        controls, norms, independent = {}, None, {}
+        if name == FIRST:
+            sample = control_sample(data, self.seed)
+            random = evaluation.random_shared(usae, sample, seed_for(self.seed, "random"))
+            norms = np.stack([side.W_enc.norm(dim=1).cpu().numpy() for side in random.weights])
+            controls["random"] = measure(random, test.clips(), test.groups)
+            if not usae.joint:
+                crossed = mispair(test, seed_for(self.seed, "shuffled"))
+                controls["shuffled"] = measure(usae, crossed.clips(), crossed.groups)
+            for j, own_folder in enumerate(self.independent):
+                sae = TopKSAE.load(own_folder, self.device)
+                own = evaluation.evaluate(sae, (clip[j] for clip in test.clips()))
+                independent[str(j)] = own.explained_variance
+        return SharedOutcome(
+            name, trained.history, trained.dead_fraction,
+            measure(usae, test.clips(), test.groups), controls, norms, independent,
+        )  # fmt: skip
+
+    def report(self, outcomes: Sequence[SharedOutcome]) -> Metrics:
+        """Return the metrics. ``headline``: of FIRST, with intervals, and over the seeds.
+
+        Keys are those of evaluation.headline; i and j index ``models``. ``null``: mispaired (mean
+        over dictionaries trained on mispaired clips; what pairing adds), shuffled (FIRST where the
+        models get different clips: what co-fires by chance) and random (random dictionaries of
+        equal statistics).
+        """
+        real = [o for o in outcomes if not o.name.startswith(MISPAIRED)]
+        nulls = [o for o in outcomes if o.name.startswith(MISPAIRED)]
+        first, per_seed = real[0], {o.name: _numbers(o.test) for o in real}
+        bounds = evaluation.intervals(
+            first.test, self.config.bootstrap, seed_for(self.seed, "bootstrap")
+        )
+        head: dict[str, dict[str, float]] = {}
+        for key, value in per_seed[first.name].items():
+            over = [numbers[key] for numbers in per_seed.values()]
+            head[key] = {"value": value, "mean": float(np.mean(over))}
+            if len(over) > 1:
+                head[key]["sd"] = float(np.std(over, ddof=1))
+            if key in bounds:
+                head[key] |= dict(zip(("low", "high"), bounds[key], strict=True))
+        per_null = {o.name: _numbers(o.test) for o in nulls}
+        null = {MISPAIRED: {k: float(np.mean([n[k] for n in per_null.values()])) for k in head}}
+        for name, control in first.controls.items():
+            null[name] = _numbers(control, first.random_norms)
+        stores = self.open_stores()
+        return {
+            "models": {str(i): name for i, name in enumerate(self.names)},
+            "layers": {str(i): store.config["layer"] for i, store in enumerate(stores)},
+            "widths": {str(i): store.width for i, store in enumerate(stores)},
+            "frame_rate": stores[0].config.get("frame_rate"),
+            "slot": self.slot,
+            "method": self.method,
+            "n_latents": self.latents(),
+            "k": self.config.k,
+            "train_frames": int(pair(stores, TRAIN).frames.sum()),
+            "test_frames": int(first.test.frames.sum()),
+            "test_compositions": len(first.test.groups),
+            "headline": head,
+            "null": null,
+            "independent_r2": first.independent,
+            "dead_fraction_train": first.dead_fraction,
+            "seeds": per_seed,
+            "null_seeds": per_null,
+        }
+
+
+def _numbers(
+    found: evaluation.SharedEvaluation, norms: np.ndarray | None = None
+) -> dict[str, float]:
+    """Return the headline numbers; for a crosscoder also those of its decoder norms."""
+    out = evaluation.numbers(found)
+    if found.squared_error.shape[1] == 1:
+        alive = found.fires.sum((0, 1)) > 0
+        out |= evaluation.norm_numbers(found.norms if norms is None else norms, alive)
+    return out
+
+
+def sae_plan(
+    section: TrainSae,
+    model: str,
+    slot: str,
     seed: int,
-) -> dict[str, Any]:
-    """The stage's metrics. Headline numbers are of seed 0, the one used downstream."""
-    first, groups = outcomes[0], store.rows["group"].to_numpy()
-    test = mask(store, TEST)
-    low, high = first.test.interval(groups[test], BOOTSTRAP, seed_for(seed, "bootstrap"))
-    k, sae = first.trained.sae.k, first.trained.sae.to("cpu")
-    batches = store.train_batches(
-        2048, seed_for(seed, "controls"), CALIBRATION_BATCHES * 2048, mask(store, TRAIN)
-    )
-    sample = np.concatenate(list(batches))
-    random = metrics.random_dictionary(sae, sample, seed_for(seed, "random dictionary"))
-    result = {
-        "layer": store.config["layer"],
-        "width": store.width,
-        "n_latents": sae.n_latents,
-        "k": k,
-        "train_frames": int(store.frames[mask(store, TRAIN)].sum()),
-        "test_frames": int(first.test.frames.sum()),
-        "explained_variance": first.test.explained_variance,
-        "explained_variance_low": low,
-        "explained_variance_high": high,
-        "l0": first.test.l0,
-        "dead_fraction": first.test.dead_fraction,
-        "dead_fraction_train": first.trained.dead_fraction,
-        "explained_variance_pca": metrics.explained_variance(
-            metrics.principal_components(sample, min(k, store.width)), _clips(store, TEST)
-        ),
-        "explained_variance_random": metrics.evaluate(
-            random, _clips(store, TEST)
-        ).explained_variance,
-        **metrics.stability(
-            [o.trained.sae.W_dec.cpu().numpy() for o in outcomes], seed_for(seed, "stability")
-        ),
-        "seeds": {
-            f"seed-{i}": {
-                "explained_variance": o.test.explained_variance,
-                "l0": o.test.l0,
-                "dead_fraction": o.test.dead_fraction,
-                "dead_fraction_train": o.trained.dead_fraction,
-            }
-            for i, o in enumerate(outcomes)
-        },
-    }
-    if first.heldout_font is not None:
-        result["explained_variance_heldout_font"] = first.heldout_font.explained_variance
-    if (losses := first.losses) is not None:
-        result |= metrics.ce_recovered(
-            losses, ce_groups, BOOTSTRAP, seed_for(seed, "bootstrap"), first.measure
-        )
-        result["ce_clips"] = len(ce_groups)
-    return result
-
-
-def write_plots(stem: str | Path, outcomes: list[Outcome]) -> None:
-    """<stem>-loss.{csv,png}: training of every seed; <stem>-density.{csv,png}: held-out firing."""
-    rows = [{"seed": i, **r} for i, o in enumerate(outcomes) for r in o.trained.history]
-    write_text(f"{stem}-loss.csv", pd.DataFrame(rows).to_csv(index=False))
-    figure, axes = plots.new_figure()
-    for i, outcome in enumerate(outcomes):
-        history = pd.DataFrame(outcome.trained.history)
-        plots.interval_curve(
-            axes[0, 0], history["samples"] / 1e6, history["loss"], name=f"seed {i}", series=i
-        )
-    axes[0, 0].set(xlabel="million frames", ylabel="unexplained variance (batch)", yscale="log")
-    axes[0, 0].legend()
-    plots.save_figure(figure, f"{stem}-loss.png")
-
-    density = outcomes[0].test.density
-    histogram = metrics.density_histogram(density)
-    write_text(f"{stem}-density.csv", pd.DataFrame(histogram).to_csv(index=False))
-    figure, axes = plots.new_figure()
-    alive = pd.DataFrame(histogram[1:])
-    axes[0, 0].bar(
-        alive["log10_low"], alive["latents"], np.diff(metrics.DENSITY_EDGES), align="edge",
-        color=plots.COLOURS[0],
+    device: str,
+    live: str,
+    loss_rows: Sequence[int] = (),
+    loss_groups: Sequence[str] = (),
+) -> SaePlan:
+    """Plan the SAEs of a model and slot; paths are relative to the repository root."""
+    return SaePlan(
+        (model,), slot, (f"data/activations/{model}/{slot}",), section, SAE, seed, device, live,
+        tuple(loss_rows), tuple(loss_groups),
     )  # fmt: skip
-    axes[0, 0].set(
-        xlabel="log10 share of held-out frames on which a latent fires",
-        ylabel="latents",
-        title=f"{(density > 0).sum()} latents fire, {(density == 0).sum()} never do",
+
+
+def shared_plan(
+    section: TrainCrosscoder, method: str, models: Sequence[str], seed: int, device: str
+) -> SharedPlan:
+    """Plan the dictionaries of several models; paths are relative to the repository root.
+
+    Stores of different frame rates are aligned by time first (`alignment.common_frames`).
+    ValueError with fewer than two models.
+    """
+    if len(models) < 2:
+        raise ValueError(
+            f"a shared code compares models, but params.yaml has models: {list(models)}; add one"
+        )
+    slot = section.slot
+    stores = common_frames([f"data/activations/{model}/{slot}" for model in models])
+    independent = tuple(f"data/sae/{model}/{slot}/{FIRST}" for model in models)
+    plan = SharedPlan(
+        tuple(models), slot, stores, section, method, seed, device, independent=independent
     )
-    plots.save_figure(figure, f"{stem}-density.png")
+    plan.latents()  # fails at once where k is out of range
+    return plan

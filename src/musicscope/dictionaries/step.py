@@ -1,4 +1,12 @@
-"""One training step of a TopK SAE, gradients by hand, codes sparse throughout.
+"""One training step of a sparse dictionary of M models, gradients by hand, codes sparse throughout.
+
+One model is encoded; its code is decoded for every model, and the losses are added up. With M = 1
+this is a TopK or BatchTopK SAE. With more it is a universal SAE (Thasarathan et al. 2025, arXiv
+2502.03714, 3.2). A crosscoder on normalised activations is an SAE on the models side by side, since
+the sum of the models' encoders is one product; `join` and `split` convert between the two.
+
+The update rule decides which decoders learn. If decoder j also learns from the codes of encoder i,
+errors fall but the dictionary splits into latents of one model each. So the rule is an option.
 
 Cost: one dense product (encode); everything else touches the active latents only.
 
@@ -16,6 +24,7 @@ int32 indices: half the memory traffic, and the width MKL takes without converti
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,9 +38,15 @@ from musicscope.dictionaries.core import largest_k
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
+RULES: dict[str, Callable[[int, int], Sequence[int]]] = {
+    "paper": lambda drawn, models: (drawn,),
+    "all_decoders": lambda drawn, models: range(models),
+}
+"""Name -> (encoded model, number of models) -> models whose decoders learn."""
+
 
 class Weights(NamedTuple):
-    """Parameters, or gradients, of an SAE on centred and scaled activations."""
+    """Parameters of one model, on centred and scaled activations."""
 
     W_enc: Tensor
     """[F, d]"""
@@ -41,6 +56,15 @@ class Weights(NamedTuple):
     """[F, d], unit rows"""
     b_dec: Tensor
     """[d]"""
+
+
+class Gradients(NamedTuple):
+    """Gradients of one model's `Weights`; None where the rule lets nothing learn."""
+
+    W_enc: Tensor | None = None
+    b_enc: Tensor | None = None
+    W_dec: Tensor | None = None
+    b_dec: Tensor | None = None
 
 
 class Codes(NamedTuple):
@@ -55,7 +79,7 @@ class Codes(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What AuxK needs to know."""
+    """Settings of AuxK."""
 
     dead: Tensor
     """[n] int64 latents that count as dead"""
@@ -64,21 +88,23 @@ class Aux(NamedTuple):
     weight: float
     """of the loss; 1/32 in the paper"""
     ranks: Ranks = ALONE
-    """whose residuals' variance counts"""
+    """ranks over whose residuals the variance is taken"""
 
 
 class Result(NamedTuple):
-    """Of one batch: gradients, losses (0-d tensors, so that no step waits for them), codes."""
+    """Outcome of one batch; losses are tensors on the device, so that no step waits for them."""
 
-    gradients: Weights
-    loss: Tensor
-    """squared error per frame and dimension; on data of unit variance the unexplained share"""
+    gradients: tuple[Gradients, ...]
+    """One per model."""
+    losses: Tensor
+    """[M] squared error per frame over the models' mean width: the unexplained share of each"""
     aux_loss: Tensor
+    """[] AuxK's loss, summed over the models"""
     codes: Codes
 
 
 def select(z: Tensor, k: int, activation: str) -> Codes:
-    """Codes of pre-activations z [B, F]: the k largest a row, or B*k over the batch; then ReLU."""
+    """Select codes of pre-activations z [B, F]: the k largest per row, or B*k per batch; ReLU."""
     B = len(z)
     if activation == "topk":
         columns = largest_k(z, k)
@@ -95,151 +121,212 @@ def select(z: Tensor, k: int, activation: str) -> Codes:
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
-    """codes x W_dec, [B, d]."""
+    """Multiply codes x W_dec, [B, d]."""
     return embedding_bag(
         codes.columns, W_dec, codes.crow, mode="sum", per_sample_weights=codes.values,
         include_last_offset=True,
     )  # fmt: skip
 
 
-def _aux(
-    weights: Weights, z: Tensor, centred: Tensor, error: Tensor, aux: Aux, out: Weights
-) -> Tensor:
-    """Add AuxK's gradients to `out` (all but b_dec's) and return its loss.
+def sum_by_latent(codes: Codes, F: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return (per row [B, d], per entry [nnz]) -> codes^T x rows with those entries, [F, d]."""
+    ordered, order = codes.columns.sort(stable=True)
+    ends = torch.arange(F + 1, dtype=torch.int32, device=ordered.device)
+    offsets = torch.searchsorted(ordered, ends, out_int32=True)
+    counts = codes.crow.diff()
+    rows = torch.arange(len(counts), dtype=torch.int32, device=ordered.device)
+    rows = rows.repeat_interleave(counts)[order]
+    return lambda per_row, per_entry: embedding_bag(
+        rows, per_row, offsets, mode="sum", per_sample_weights=per_entry[order],
+        include_last_offset=True,
+    )  # fmt: skip
 
-    Dead latents reconstruct the residual e = x - x' (a constant, without the decoder bias, which
-    e no longer holds); squared error over the residual's own variance. Dense over the dead
-    columns: AuxK keeps so many of them (d/2) that a sparse product would be slower.
+
+def gradients(
+    weights: Sequence[Weights],
+    xs: Sequence[Tensor],
+    k: int,
+    activation: str = "topk",
+    drawn: int = 0,
+    learning: Sequence[int] = (0,),
+    aux: Aux | None = None,
+    scratch: Tensor | None = None,
+) -> Result:
+    """Compute losses and exact gradients for paired batches xs[j] [B, d_j], centred and scaled.
+
+    Loss: sum over models j of |x_j - x'_j|^2 / (B D) + aux.weight * AuxK_j, with D the mean width
+    and x'_j decoded from the code of model `drawn`. Gradients: of the drawn encoder, and of the
+    decoders of the models in `learning`, which must hold `drawn`. `scratch` [B, F] receives the
+    pre-activations and saves allocating them anew each step.
+    """
+    own, B, F = weights[drawn], len(xs[0]), len(weights[drawn].b_enc)
+    share = len(xs) / (B * sum(x.shape[1] for x in xs))  # 1 / (B D)
+    centred = xs[drawn] - own.b_dec
+    z = torch.addmm(own.b_enc, centred, own.W_enc.T, out=scratch)
+    codes = select(z, k, activation)
+
+    support = torch.sparse_csr_tensor(*codes, (B, F), check_invariants=False)
+    errors: list[Tensor] = []
+    grads: list[Tensor] = []
+    for j, (x, model) in enumerate(zip(xs, weights, strict=True)):
+        base = centred if model is own else x - model.b_dec
+        errors.append(base - decode(codes, model.W_dec))
+        grads.append(errors[-1] * (-2 * share))  # of the loss by the reconstruction
+        # Adds up over the models; the first replaces the values of the codes.
+        support = torch.sparse.sampled_addmm(
+            support, grads[-1], model.W_dec.T, beta=1.0 if j else 0.0
+        )
+    dz = support.values() * (codes.values > 0)
+
+    by_latent = sum_by_latent(codes, F)
+    ones = centred.new_ones(B, 1)
+    W_enc, b_enc = by_latent(centred, dz), by_latent(ones, dz).squeeze(1)
+    found = [Gradients() for _ in weights]
+    for j in learning:
+        found[j] = Gradients(W_dec=by_latent(grads[j], codes.values), b_dec=grads[j].sum(0))
+    found[drawn] = found[drawn]._replace(W_enc=W_enc, b_enc=b_enc)
+    aux_loss = z.new_zeros(())
+    if aux is not None and len(aux.dead):
+        aux_loss = _aux(weights, z, centred, errors, aux, drawn, found)
+    # b_dec is also subtracted before the drawn encoder.
+    found[drawn].b_dec.sub_(b_enc @ own.W_enc)
+    if len(xs) == 1:  # the same number up to rounding
+        losses = errors[0].square().mean().reshape(1)
+    else:
+        losses = torch.stack([error.square().sum() for error in errors]) * share
+    return Result(tuple(found), losses, aux_loss, codes)
+
+
+def _aux(
+    weights: Sequence[Weights],
+    z: Tensor,
+    centred: Tensor,
+    errors: Sequence[Tensor],
+    aux: Aux,
+    drawn: int,
+    out: Sequence[Gradients],
+) -> Tensor:
+    """Add AuxK's gradients to `out` in place (all but b_dec's) and return its loss.
+
+    Dead latents of the drawn encoder reconstruct every model's residual e = x - x': a latent that
+    came back for one model only would never be shared. e is a constant without the decoder bias.
+    The loss is squared error over the residual's own variance. Dense over the dead columns: AuxK
+    keeps so many of them (d/2) that a sparse product would be slower.
     """
     codes = z[:, aux.dead]
     if len(aux.dead) > aux.k:
         best = largest_k(codes, aux.k)
         codes = torch.zeros_like(codes).scatter_(1, best, codes.gather(1, best))
     codes.relu_()
-    W_dec = weights.W_dec[aux.dead]
-    miss = codes @ W_dec - error
-    variance = aux.ranks.squares(error)
-    loss = (miss.square().sum() / variance).nan_to_num(0.0)
-    grad = miss * (2 * aux.weight / variance).nan_to_num(0.0, 0.0, 0.0)
-    dz = (grad @ W_dec.T) * (codes > 0)
-    out.W_dec[aux.dead] += codes.T @ grad
-    out.W_enc[aux.dead] += dz.T @ centred
-    out.b_enc[aux.dead] += dz.sum(0)
+    dz, loss = torch.zeros_like(codes), z.new_zeros(())
+    for model, error, target in zip(weights, errors, out, strict=True):
+        W_dec = model.W_dec[aux.dead]
+        miss = codes @ W_dec - error
+        variance = aux.ranks.squares(error)
+        loss = loss + (miss.square().sum() / variance).nan_to_num(0.0)
+        grad = miss * (2 * aux.weight / variance).nan_to_num(0.0, 0.0, 0.0)
+        dz.addmm_(grad, W_dec.T)
+        if target.W_dec is not None:
+            target.W_dec[aux.dead] += codes.T @ grad
+    dz *= codes > 0
+    out[drawn].W_enc[aux.dead] += dz.T @ centred
+    out[drawn].b_enc[aux.dead] += dz.sum(0)
     return loss
-
-
-def gradients(
-    weights: Weights,
-    x: Tensor,
-    k: int,
-    activation: str = "topk",
-    aux: Aux | None = None,
-    scratch: Tensor | None = None,
-) -> Result:
-    """Losses and exact gradients for a batch x [B, d] (centred, scaled).
-
-    Loss: sum |x - x'|^2 / (B d) + aux.weight * AuxK. `scratch` [B, F] receives the
-    pre-activations and saves allocating them anew each step.
-    """
-    B, d = x.shape
-    F = len(weights.b_enc)
-    centred = x - weights.b_dec
-    z = torch.addmm(weights.b_enc, centred, weights.W_enc.T, out=scratch)
-    codes = select(z, k, activation)
-    error = centred - decode(codes, weights.W_dec)
-    grad = error * (-2 / (B * d))  # of the loss by the reconstruction
-
-    support = torch.sparse_csr_tensor(*codes, (B, F), check_invariants=False)
-    sampled = torch.sparse.sampled_addmm(support, grad, weights.W_dec.T, beta=0.0)
-    dz = sampled.values() * (codes.values > 0)
-
-    ordered, order = codes.columns.sort(stable=True)
-    ends = torch.arange(F + 1, dtype=torch.int32, device=x.device)
-    offsets = torch.searchsorted(ordered, ends, out_int32=True)
-    counts = codes.crow.diff()
-    rows = torch.arange(B, dtype=torch.int32, device=x.device).repeat_interleave(counts)[order]
-
-    def sum_by_latent(per_row: Tensor, per_entry: Tensor) -> Tensor:
-        return embedding_bag(
-            rows, per_row, offsets, mode="sum", per_sample_weights=per_entry[order],
-            include_last_offset=True,
-        )  # fmt: skip
-
-    out = Weights(
-        W_enc=sum_by_latent(centred, dz),
-        b_enc=sum_by_latent(x.new_ones(B, 1), dz).squeeze(1),
-        W_dec=sum_by_latent(grad, codes.values),
-        b_dec=grad.sum(0),
-    )
-    aux_loss = x.new_zeros(())
-    if aux is not None and len(aux.dead):
-        aux_loss = _aux(weights, z, centred, error, aux, out)
-    out.b_dec.sub_(out.b_enc @ weights.W_enc)
-    return Result(out, error.square().mean(), aux_loss, codes)
 
 
 @dataclass
 class State:
     """What a training run carries from step to step."""
 
-    weights: Weights
+    weights: tuple[Weights, ...]
+    """One per model."""
     optimizer: torch.optim.Adam
     unfired: Tensor
-    """[F] int64 frames since each latent last fired"""
+    """[F] int64 frames since each latent last fired, whichever model was encoded"""
     scratch: Tensor | None = None
 
 
-def initial_state(n_latents: int, width: int, seed: int, device: str | torch.device) -> State:
-    """Decoder rows uniform on the sphere, encoder its transpose, biases 0 (data are centred)."""
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(n_latents, width, generator=generator)
-    W = (W / torch.linalg.vector_norm(W, dim=1, keepdim=True)).to(device)
-    zeros = torch.zeros(n_latents, device=device), torch.zeros(width, device=device)
-    weights = Weights(W.clone(), zeros[0], W, zeros[1])
-    adam = torch.optim.Adam(list(weights), lr=0.0, betas=(0.9, 0.999), fused=True)
-    return State(weights, adam, torch.zeros(n_latents, dtype=torch.int64, device=device))
+def initial_state(
+    n_latents: int, widths: Sequence[int], seed: int, device: str | torch.device
+) -> State:
+    """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0."""
+    weights = []
+    for j, width in enumerate(widths):
+        generator = torch.Generator().manual_seed(seed + j)
+        W = torch.randn(n_latents, width, generator=generator)
+        W = (W / torch.linalg.vector_norm(W, dim=1, keepdim=True)).to(device)
+        b_enc, b_dec = torch.zeros(n_latents, device=device), torch.zeros(width, device=device)
+        weights.append(Weights(W.clone(), b_enc, W, b_dec))
+    parameters = [weight for model in weights for weight in model]
+    adam = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), fused=True)
+    unfired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+    return State(tuple(weights), adam, unfired)
 
 
 @torch.no_grad()
 def step(
     state: State,
-    x: Tensor,
+    xs: Sequence[Tensor],
     lr: float,
     k: int,
     activation: str = "topk",
+    drawn: int = 0,
+    rule: str = "paper",
     aux_k: int = 0,
     aux_weight: float = 0.0,
     dead_after: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Result:
-    """One step on x [B, d] in place: gradients, fused Adam, decoder rows back to unit norm.
+    """Take one step in place on paired xs[j] [B, d_j]: gradients, fused Adam, unit decoder rows.
 
-    As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first (it
-    could only change the norm), and rows are normalised after the update, so that what is saved
-    is of unit norm. Latents that fired for none of the last `dead_after` frames are dead.
+    The drawn encoder and the decoders that the rule names step; every other weight and its moments
+    stay. As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first
+    (it could only change the norm), and rows are normalised after the update, so that saved rows
+    have unit norm. Latents that fired for none of the last `dead_after` frames are dead.
 
-    With several `ranks` x is this rank's equal part of the batch; all end with the same state, that
-    of one process with the whole batch but for the order of its sums (batchtopk: and for keeping k
-    B latents in each part).
+    With several `ranks` xs are this rank's equal part of the batch; all end with the same state,
+    that of one process with the whole batch but for the order of its sums (batchtopk: and for
+    keeping k B latents in each part).
     """
     weights, aux = state.weights, None
     if dead_after is not None and aux_weight > 0:
         dead = (state.unfired >= dead_after).nonzero().squeeze(1)
         aux = Aux(dead, min(aux_k, len(dead)), aux_weight, ranks)
-    shape = (len(x), len(weights.b_enc))
+    shape = (len(xs[0]), len(state.unfired))
     if state.scratch is None or state.scratch.shape != shape:
-        state.scratch = x.new_empty(shape)
-    result = gradients(weights, x, k, activation, aux, state.scratch)
-    ranks.average_(*result.gradients, result.loss, result.aux_loss)
-    along = torch.einsum("fd,fd->f", result.gradients.W_dec, weights.W_dec)
-    result.gradients.W_dec.addcmul_(along.unsqueeze(1), weights.W_dec, value=-1)
-    for weight, gradient in zip(weights, result.gradients, strict=True):
-        weight.grad = gradient
+        state.scratch = xs[0].new_empty(shape)
+    learning = RULES[rule](drawn, len(xs))
+    result = gradients(weights, xs, k, activation, drawn, learning, aux, state.scratch)
+    present = [g for model in result.gradients for g in model if g is not None]
+    ranks.average_(*present, result.losses, result.aux_loss)
+    for j in learning:
+        W_grad, W_dec = result.gradients[j].W_dec, weights[j].W_dec
+        W_grad.addcmul_(torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1), W_dec, value=-1)
+    for model, own in zip(weights, result.gradients, strict=True):
+        for weight, gradient in zip(model, own, strict=True):
+            weight.grad = gradient  # Adam leaves alone what has no gradient
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
-    weights.W_dec.div_(torch.linalg.vector_norm(weights.W_dec, dim=1, keepdim=True))
-    state.unfired += len(x) * ranks.size
+    for j in learning:
+        W_dec = weights[j].W_dec
+        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+    state.unfired += len(xs[0]) * ranks.size
     state.unfired[result.codes.columns[result.codes.values > 0].long()] = 0
     ranks.minimum_(state.unfired)
     return result
+
+
+def join(xs: Sequence[Tensor]) -> Tensor:
+    """Put paired rows xs[j] [B, d_j] side by side, [B, sum d_j], for a crosscoder's step."""
+    return torch.cat(tuple(xs), dim=1)
+
+
+def split(joined: Weights, widths: Sequence[int]) -> tuple[Weights, ...]:
+    """Split the weights of a crosscoder's step per model; the encoder bias is shared equally."""
+    W_enc, W_dec = (w.split(list(widths), dim=1) for w in (joined.W_enc, joined.W_dec))
+    b_dec, b_enc = joined.b_dec.split(list(widths)), joined.b_enc / len(widths)
+    return tuple(
+        Weights(e.contiguous(), b_enc.clone(), d.contiguous(), b.clone())
+        for e, d, b in zip(W_enc, W_dec, b_dec, strict=True)
+    )

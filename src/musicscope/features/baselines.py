@@ -18,7 +18,7 @@ from musicscope.activations import token_cache
 from musicscope.core import audio
 from musicscope.core.io import atomic_file, partial_dir, sha256
 from musicscope.data.clips import ClipStore, at_rate
-from musicscope.dictionaries.pooling import Pools, by_batch
+from musicscope.dictionaries.codes import Pools, by_batch
 from musicscope.models.interface import AudioModel, MusicModel, is_audio_model
 from musicscope.models.rave.inspect import POSTERIOR
 

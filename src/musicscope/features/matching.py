@@ -27,8 +27,8 @@ from scipy.sparse import csr_array
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate, resample_weights
 from musicscope.dictionaries.codes import Codes
+from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.evaluation import random_like
-from musicscope.dictionaries.usae import UniversalSAE
 
 CHUNK = 16384  # frames multiplied at once
 
@@ -276,5 +276,5 @@ def raw_decoder(usae: UniversalSAE, i: int) -> np.ndarray:
     device, large = usae.decoder(i).device, 1000.0  # large: rounding of the mean must not count
     latents = torch.arange(usae.n_latents, device=device)[:, None]
     values = torch.full(latents.shape, large, device=device)
-    added = usae.decode(i, values, latents) - usae.decode(i, 0 * values, latents)
+    added = usae.decode(values, latents, i) - usae.decode(0 * values, latents, i)
     return added.cpu().double().numpy() / large

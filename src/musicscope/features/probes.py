@@ -31,7 +31,7 @@ from musicscope.data.splits import (
     label_matrix,
     select_concepts,
 )
-from musicscope.dictionaries.pooling import Pools
+from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
 

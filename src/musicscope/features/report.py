@@ -25,7 +25,7 @@ from musicscope.data.splits import (
     label_matrix,
     labelled_sets,
 )
-from musicscope.dictionaries.pooling import Pools
+from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.matching import Match, correlations_of
 from musicscope.features.run import FONT, Comparison

@@ -18,8 +18,7 @@ from musicscope.core.seeding import seed_for
 from musicscope.data.splits import clip_sets, label_matrix
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import Codes, Encode, encode_clips, pool_clips
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import matching, table
 from musicscope.features.association import align, usable_concepts
 from musicscope.features.matching import Match
@@ -118,7 +117,7 @@ def encode_all(inputs: Inputs, workers: int, device: str) -> dict[tuple[str, str
     for i, m in enumerate(inputs.models):
         jobs += [(m, "sae", m.saes[0].encode, m.saes[0].n_latents)]
         jobs += [(m, "sae-1", m.saes[1].encode, m.saes[1].n_latents)]
-        jobs += [(m, "usae", partial(usae.encode, i), usae.n_latents)]
+        jobs += [(m, "usae", partial(usae.encode, model=i), usae.n_latents)]
     return {
         (m.name, kind): {
             name: encode_clips(m.store, rows, encode, F, workers, device)

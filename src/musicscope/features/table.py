@@ -40,7 +40,7 @@ import pandas as pd
 
 from musicscope.core.io import atomic_dir
 from musicscope.dictionaries.codes import ClipPools, Codes
-from musicscope.dictionaries.usae_metrics import cofire_proportion, firing_entropy
+from musicscope.dictionaries.evaluation import cofire_proportion, firing_entropy
 from musicscope.features.association import Alignment
 from musicscope.features.matching import Match
 

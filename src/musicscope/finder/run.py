@@ -23,8 +23,7 @@ from musicscope.config.concepts import Concept, FindConcept
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
 from musicscope.data.decoding import Problem
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p
 from musicscope.finder.evaluation import examine
 from musicscope.finder.queries import concept_sets, is_query

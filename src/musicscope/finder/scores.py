@@ -14,8 +14,7 @@ from tqdm import tqdm
 from musicscope.activations.store import ActivationStore
 from musicscope.data.decoding import Problem
 from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.recordings import SIDES, Plan, Recording, read_windows, window_cues
 from musicscope.models.interface import MusicModel
 
@@ -42,7 +41,7 @@ def dictionary(features: TopKSAE | UniversalSAE, model: str) -> Dictionary:
                 f"a {features.kind} of {', '.join(features.names)} cannot encode {model} alone"
             )
         i = features.names.index(model)
-        return Dictionary(lambda x: features.encode(i, x), features.n_latents)
+        return Dictionary(lambda x: features.encode(x, i), features.n_latents)
     return Dictionary(features.encode, features.n_latents)
 
 

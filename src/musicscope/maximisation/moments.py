@@ -20,9 +20,8 @@ from musicscope.activations import token_cache
 from musicscope.activations.store import ActivationStore
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
-from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.pooling import by_batch
-from musicscope.dictionaries.usae import UniversalSAE
+from musicscope.dictionaries.codes import by_batch
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.selection import Latent
 from musicscope.maximisation.objective import BATCH, Target, window_means
 from musicscope.models.interface import MusicModel
@@ -99,7 +98,7 @@ def pre_activation(studied: StudiedModel, latent: Latent, place: int) -> tuple[T
     point = studied.mean[None].clone().requires_grad_()
     with torch.enable_grad():
         if latent.kind == "usae":
-            value = studied.usae.pre_activations(studied.index, point)[0, number]
+            value = studied.usae.pre_activations(point, studied.index)[0, number]
         else:
             value = studied.sae.pre_activations(point)[0, number]
         (weight,) = torch.autograd.grad(value, point)
@@ -121,7 +120,7 @@ def frame_values(studied: StudiedModel, latents: Sequence[Latent], place: int, x
     kinds = {latent.kind for latent in latents}
     codes = {}
     if "usae" in kinds:
-        codes["usae"] = studied.usae.encode(studied.index, x)
+        codes["usae"] = studied.usae.encode(x, studied.index)
     if "sae" in kinds:
         codes["sae"] = studied.sae.encode(x)
     for column, latent in enumerate(latents):

@@ -25,9 +25,8 @@ from scipy.signal import lfilter
 from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import auroc_columns
 from musicscope.data.clips import known_labels, main_clips
-from musicscope.dictionaries.codes import Codes, encode_clips, pool_clips
+from musicscope.dictionaries.codes import Codes, by_batch, encode_clips, pool_clips
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.dictionaries.pooling import by_batch
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
 from musicscope.steering.edit import Gate

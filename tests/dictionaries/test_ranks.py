@@ -9,24 +9,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
 
 from musicscope.activations.store import ActivationStore
-from musicscope.activations.writer import StoreWriter
 from musicscope.core.distributed import ALONE, Ranks
-from musicscope.dictionaries.training import SAEConfig
-from musicscope.dictionaries.usae_data import batches, pair
-from musicscope.dictionaries.usae_training import CROSSCODER, train
+from musicscope.dictionaries.core import CROSSCODER
+from musicscope.dictionaries.data import pair
+from musicscope.dictionaries.training import train
 from tests.core.test_ranks import ROOT, torchrun
-from tests.dictionaries.test_runs import make_workspace, write_embedded
+from tests.support.dictionaries import make_workspace, usae_section, write_embedded, write_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 WIDTHS, CLIPS, FRAMES = (16, 24), 12, 60
 METHODS = ("paper", "all_decoders", CROSSCODER)
-SETTINGS = {"n_latents": 64, "k": 4, "samples": 40 * 96, "batch_size": 96, "aux_weight": 0.25}
+SETTINGS = {"expansion": 3, "k": 4, "samples": 40 * 96, "batch_size": 96, "aux_weight": 0.25}
 
 
 def open_pair(root: Path):
@@ -38,15 +36,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stores of the same sparse factors, in directions of their own."""
     root, rng = tmp_path_factory.mktemp("stores"), np.random.default_rng(0)
     factors = rng.exponential(size=(CLIPS, FRAMES, 20)) * (rng.random((CLIPS, FRAMES, 20)) < 0.15)
-    table = pd.DataFrame({"id": [f"c{i}" for i in range(CLIPS)], "split": "train", "kind": "clip",
-                          "font": "timgm6mb", "group": [f"g{i}" for i in range(CLIPS)],
-                          "frames": FRAMES})  # fmt: skip
+    ids, groups = [f"c{i}" for i in range(CLIPS)], [f"g{i}" for i in range(CLIPS)]
     for d in WIDTHS:
-        writer = StoreWriter(
-            root / f"m{d}", width=d, dtype="float16", clips=table, spans=[(0, CLIPS)], config={}
-        )
-        writer.write(0, list((factors @ rng.standard_normal((20, d)) + 3).astype(np.float32)))
-        writer.finish()
+        clips = list((factors @ rng.standard_normal((20, d)) + 3).astype(np.float32))
+        write_store(root / f"m{d}", clips, ids, group=groups)
     return root
 
 
@@ -63,10 +56,10 @@ def train_all(ranks: Ranks, folder: Path, out: Path) -> None:
                 os.kill(os.getpid(), 9)
 
         trained = train(
-            paired, SAEConfig(**SETTINGS, dead_after_samples=400), method, 3, ("a", "b"), "top1",
+            paired, usae_section(**SETTINGS, dead_after_samples=400), method, 3, ("a", "b"), "top1",
             checkpoint=out / f"{method}.pt", checkpoint_every=8, on_log=mortal, ranks=ranks,
         )  # fmt: skip
-        sides = [list(vars(side).values())[:4] for side in trained.usae.weights]
+        sides = [list(vars(side).values())[:4] for side in trained.dictionary.weights]
         torch.save([sides, trained.history], out / f"{method}-of-{ranks.size}-{ranks.rank}")
 
 
@@ -75,8 +68,8 @@ def test_two_ranks_train_the_dictionaries_of_one_also_after_one_died(stores, tmp
     train_all(ALONE, stores, tmp_path)
     for checkpoint in tmp_path.glob("*.pt"):
         checkpoint.unlink()
-    imports = "from tests.dictionaries import test_ranks_usae as u"
-    body = f"{imports}\nu.train_all(ranks, Path({str(stores)!r}), Path('.'))"
+    body = "from tests.dictionaries import test_ranks as u\n"
+    body += f"u.train_all(ranks, Path({str(stores)!r}), Path('.'))"
     torchrun(tmp_path, body, restarts=1)
     assert (tmp_path / "died").exists()
     for method in METHODS:
@@ -92,22 +85,8 @@ def test_two_ranks_train_the_dictionaries_of_one_also_after_one_died(stores, tmp
         assert max(row["aux_loss"] for row in alone[1]) > 0
         for ours, theirs in zip(first[1], alone[1], strict=True):
             assert ours["drawn"] == theirs["drawn"]
-            assert ours["self_loss"] == pytest.approx(theirs["self_loss"], rel=2e-3)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
             assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], rel=5e-3, abs=1e-5)
-
-
-def test_each_rank_decodes_its_part_of_the_paired_batches(stores):
-    paired = open_pair(stores)
-    for buffer_mb in (512.0, 0.02):  # everything in one window, or several
-        draw = lambda rows=None, **more: list(  # noqa: E731
-            batches(paired, 96, 3, 96 * 20, rows=rows, buffer_mb=buffer_mb, **more)  # noqa: B023
-        )
-        whole, parts = draw(), [draw(Ranks(r, 3).rows(96)) for r in range(3)]
-        assert len(whole) == 20
-        for step, xs in enumerate(whole):
-            for j, x in enumerate(xs):
-                np.testing.assert_array_equal(np.concatenate([p[step][j] for p in parts]), x)
-        np.testing.assert_array_equal(draw(slice(32, 64), start_step=17)[0][1], whole[17][1][32:64])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The SAE itself: exact selection, sparse codes against dense ones, files others can read."""
+"""Dictionaries: exact selection, sparse codes against dense ones, files others can read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.dictionaries.core import TopKSAE, largest_k
+from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE, largest_k
 
 
 def make(F=96, d=12, k=5, activation="topk", threshold=-1.0, seed=0) -> TopKSAE:
@@ -148,3 +148,109 @@ def test_errors_name_the_weight_the_file_and_the_shape(tmp_path: Path):
     (tmp_path / "sae.safetensors").unlink()
     with pytest.raises(ValueError, match=r"ae\.pt: SAE weight b_dec holds NaN or infinity"):
         TopKSAE.load(tmp_path)
+
+
+# --- several models ---------------------------------------------------------------------------
+
+WIDTHS = (24, 16, 32)
+
+
+def make_shared(kind="usae", widths=WIDTHS, F=96, k=5, seed=0) -> UniversalSAE:
+    g = torch.Generator().manual_seed(seed)
+    sides = []
+    for d in widths:
+        W_dec = torch.nn.functional.normalize(torch.randn(F, d, generator=g), dim=1)
+        draws = torch.randn(F, d, generator=g), 0.2 * torch.randn(F, generator=g), W_dec
+        centre = 0.1 * torch.randn(d, generator=g), 50 + torch.randn(d, generator=g)
+        sides.append(ModelWeights(*draws, *centre, torch.tensor(float(d) / 10)))
+    names = tuple(f"m{j}" for j in range(len(widths)))
+    return UniversalSAE(names, "top1", kind, k, tuple(sides))
+
+
+def rows(usae: UniversalSAE, n=50, seed=1) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [50 + 3 * torch.randn(n, d, generator=g) for d in usae.widths]
+
+
+def formula(usae, parts):
+    """Dense codes of the summed pre-activations of {model: x}."""
+    z = sum(
+        ((x - s.mean) / s.scale - s.b_dec) @ s.W_enc.T + s.b_enc
+        for s, x in ((usae.weights[i], x) for i, x in parts.items())
+    )
+    best = z.topk(usae.k).indices
+    return torch.zeros_like(z).scatter(1, best, z.gather(1, best).relu())
+
+
+def test_shared_codes_and_decodes_equal_the_dense_formula(monkeypatch):
+    monkeypatch.setattr("musicscope.dictionaries.core.CHUNK", 16)
+    usae = make_shared()
+    xs = rows(usae)
+    for i, x in enumerate(xs):
+        values, indices = usae.encode(x, i)
+        assert values.shape == indices.shape == (50, 5)
+        assert indices.dtype == torch.int64
+        codes = formula(usae, {i: x})
+        torch.testing.assert_close(dense(values, indices, 96), codes, rtol=1e-4, atol=1e-4)
+        for j, side in enumerate(usae.weights):
+            expected = side.mean + side.scale * (codes @ side.W_dec + side.b_dec)
+            torch.testing.assert_close(usae.decode(values, indices, j), expected)
+    cross = make_shared("crosscoder")
+    codes = formula(cross, dict(enumerate(xs)))
+    torch.testing.assert_close(dense(*cross.encode_all(xs), 96), codes, rtol=1e-4, atol=1e-4)
+    assert usae.encode(xs[0][:0])[0].shape == (0, 5)
+
+
+def test_values_carry_gradients_to_the_activations():
+    usae = make_shared()
+    x = rows(usae)[1].requires_grad_()
+    values, indices = usae.encode(x, 1)
+    values[0, 0].backward()
+    side = usae.weights[1]
+    expected = side.W_enc[indices[0, 0]] / side.scale
+    torch.testing.assert_close(x.grad[0], expected)
+    assert not x.grad[1:].any()
+
+
+@pytest.mark.parametrize("kind", ["usae", "crosscoder"])
+def test_shared_files_round_trip_and_repeat_to_the_byte(tmp_path: Path, kind):
+    usae = make_shared(kind)
+    for name in "ab":
+        usae.save(tmp_path / name, {"seed": 0})
+    for file in ("usae.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    loaded = UniversalSAE.load(tmp_path / "a")
+    for field in ("names", "slot", "kind", "k", "n_latents", "widths"):
+        assert getattr(loaded, field) == getattr(usae, field), field
+    for ours, theirs in zip(usae.weights, loaded.weights, strict=True):
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "mean", "scale"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert torch.equal(loaded.decoder(2), usae.weights[2].W_dec)
+
+
+def test_errors_of_a_shared_code_say_what_is_wrong(tmp_path: Path):
+    usae, cross = make_shared(), make_shared("crosscoder")
+    xs = rows(usae)
+    with pytest.raises(ValueError, match="encode_all"):
+        cross.encode(xs[0])
+    with pytest.raises(ValueError, match="one model at a time"):
+        usae.encode_all(xs)
+    with pytest.raises(ValueError, match="as many rows from each of m0, m1, m2"):
+        cross.encode_all([xs[0][1:], *xs[1:]])
+    with pytest.raises(ValueError, match=r"\(50, 24\), m1 takes \[N, 16\]"):
+        usae.encode(xs[0], 1)
+    bad = xs[0].clone()
+    bad[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="m0 hold NaN"):
+        usae.encode(bad)
+    side = usae.weights[1]
+    for change, message in (
+        ({"W_dec": side.W_dec * torch.nan}, "m1: W_dec holds NaN"),
+        ({"b_enc": side.b_enc[1:]}, r"m1: b_enc is \(95,\), expected \(96,\)"),
+        ({"scale": torch.tensor(0.0)}, "m1: scale is 0"),
+    ):
+        weights = (usae.weights[0], replace(side, **change), usae.weights[2])
+        with pytest.raises(ValueError, match=message):
+            replace(usae, weights=weights)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing.*train_usae"):
+        UniversalSAE.load(tmp_path)

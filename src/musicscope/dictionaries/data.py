@@ -1,7 +1,7 @@
-"""Activations of several models on the same frames: pairing by (clip id, frame), mispairing, order.
+"""Training and test data of dictionaries: the same clips in the stores of one or several models.
 
-A pair is one clip in every model's store. Nothing is ever zipped by position alone: ids that one
-store lacks, or clips with other frame counts, are an error that names them.
+Clips meet by id. Nothing is ever zipped by position alone: ids that one store lacks, or clips with
+other frame counts, are an error that names them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from musicscope.activations.store import STORAGE, ActivationStore, StoreError, decode, encode
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import main_clips
+from musicscope.data.clips import HELD_OUT_FONT, main_clips
+
+TRAIN, TEST = "train", "test"
+HELDOUT_FONT = "heldout_font"
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The same clips in several stores."""
+    """The same clips in M stores."""
 
     stores: tuple[ActivationStore, ...]
     members: np.ndarray
@@ -37,28 +41,75 @@ class Paired:
         return tuple(store.width for store in self.stores)
 
     def clip(self, n: int) -> list[np.ndarray]:
-        """Activations of pair n in every model, float32 [frames, d_j] each."""
+        """Read clip n in every store, float32 [frames, d_j] each."""
         parts = zip(self.stores, self.members[n], strict=True)
         return [store.clip(int(i))[: self.frames[n]] for store, i in parts]
 
     def clips(self) -> Iterator[list[np.ndarray]]:
-        """Every pair in order, as `clip`."""
+        """Yield every clip in order, as `clip`."""
         return (self.clip(n) for n in range(len(self)))
 
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        samples: int,
+        *,
+        start_step: int = 0,
+        rows: slice | None = None,
+        buffer_mb: float = 512.0,
+    ) -> Iterator[list[np.ndarray]]:
+        """Yield shuffled rows, float32 [batch_size, d_j] per model, samples // batch_size times.
 
-def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
-    """The clips of a split (`clips.main_clips`), matched by id in every store.
+        Every epoch visits each frame once; batches run on across epoch ends. The order depends on
+        (seed, epoch) alone: ``start_step=n`` gives what an unbroken run gives from batch n on. With
+        `rows`, a slice from start to stop, only those rows of each batch come.
+
+        One store: the order of `ActivationStore.train_batches`. Several: in each epoch the clips
+        are permuted and taken into windows of at most `buffer_mb` MiB over all models
+        (at least one clip), each emitted in uniformly random order: an exact uniform permutation
+        where all fits into one window. Memory is one window plus one batch.
+        """
+        if len(self.stores) == 1:
+            store = self.stores[0]
+            mask = np.isin(np.arange(len(store)), self.members)
+            stream = store.train_batches(
+                batch_size, seed, samples, mask, start_step=start_step, rows=rows
+            )
+            return ([batch] for batch in stream)
+        steps = samples // batch_size
+        if batch_size < 1 or steps < 1:
+            raise StoreError(f"{samples} samples give no batch of {batch_size}")
+        row_bytes = sum(s.width * STORAGE[s.dtype].itemsize for s in self.stores)
+        limit = max(1.0, buffer_mb * 2**20 / row_bytes)
+        part = rows or slice(0, batch_size)
+        return _stream(self, batch_size, part, seed, start_step, steps, limit)
+
+
+def clip_rows(rows: pd.DataFrame, wanted: str) -> np.ndarray:
+    """Return positions of a split's `main_clips`, or of test clips of HELDOUT_FONT.
+
+    Recordings have no held-out font.
+    """
+    if wanted == HELDOUT_FONT:
+        held_out = (rows["kind"] == "clip") & (rows["font"] == HELD_OUT_FONT)
+        return np.flatnonzero(held_out & (rows["split"] == TEST))
+    return main_clips(rows, wanted)
+
+
+def pair(stores: Sequence[ActivationStore], wanted: str) -> Paired:
+    """Match the clips of a split, or of HELDOUT_FONT (`clip_rows`), by id in every store.
 
     In the order of the first store. StoreError where a store lacks a clip, or where frame counts or
     compositions differ.
     """
     tables = []
     for store in stores:
-        keep = main_clips(store.rows, split)
+        keep = clip_rows(store.rows, wanted)
         tables.append(dict(zip(np.array(store.ids)[keep].tolist(), keep, strict=True)))
     first = stores[0]
     if not tables[0]:
-        raise StoreError(f"{first.folder} has no clips of split {split}")
+        raise StoreError(f"{first.folder} has no clips of {wanted}")
     for store, index in zip(stores, tables, strict=True):
         for a, b, here, there in (
             (tables[0], index, first, store),
@@ -70,14 +121,10 @@ def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
                     f"{missing[0]}): extract both models' activations from the same data/clips"
                 )
     members = np.array([[index[name] for index in tables] for name in tables[0]])
+    columns = {"frames": lambda s: s.frames, "group": lambda s: s.rows["group"].to_numpy()}
     for j, store in enumerate(stores):
-        for what, ours, theirs in (
-            ("frames", first.frames[members[:, 0]], store.frames[members[:, j]]),
-            (
-                "group",
-                *(s.rows["group"].to_numpy()[members[:, m]] for s, m in ((first, 0), (store, j))),
-            ),
-        ):
+        for what, column in columns.items():
+            ours, theirs = column(first)[members[:, 0]], column(store)[members[:, j]]
             if (wrong := np.flatnonzero(ours != theirs)).size:
                 n = wrong[0]
                 raise StoreError(
@@ -90,10 +137,10 @@ def pair(stores: Sequence[ActivationStore], split: str) -> Paired:
 
 
 def mispair(paired: Paired, seed: int) -> Paired:
-    """The null: each clip of the first model beside clips of other compositions in the others.
+    """Permute the clips of all models but the first: the null of unrelated music.
 
-    Every clip stays in use once a model; within a pair all compositions differ. The place in the
-    clip stays paired, so that what both models say about time alone is not counted as shared
+    Every model keeps each of its clips once; within a pair all compositions differ. Frames stay
+    paired by their place in the clip, so that agreement about time alone is not counted as shared
     music. Clips of unequal length are cut to the shorter. StoreError with too few compositions.
     """
     rng = np.random.default_rng(seed)
@@ -114,34 +161,6 @@ def mispair(paired: Paired, seed: int) -> Paired:
         members[circle, j] = paired.members[np.roll(circle, shift), j]
     lengths = [s.frames[members[:, j]] for j, s in enumerate(paired.stores)]
     return replace(paired, members=members, frames=np.minimum.reduce(lengths))
-
-
-def batches(
-    paired: Paired,
-    batch_size: int,
-    seed: int,
-    samples: int,
-    *,
-    start_step: int = 0,
-    buffer_mb: float = 512.0,
-    rows: slice | None = None,
-) -> Iterator[list[np.ndarray]]:
-    """Shuffled paired rows, float32 [batch_size, d_j] a model, ``samples // batch_size`` times.
-
-    Every epoch visits each frame once; batches run on across epoch ends. In each epoch the clips
-    are permuted and taken into windows of at most `buffer_mb` MiB over all models (at least one
-    clip), each emitted in uniformly random order: an exact uniform permutation where all fits into
-    one window. Memory is one window plus one batch. The orders depend on (seed, epoch) alone:
-    ``start_step=n`` gives exactly what an unbroken run gives from batch n on. With `rows`, a slice
-    from start to stop, only those rows of each batch are decoded and given.
-    """
-    steps = samples // batch_size
-    if batch_size < 1 or steps < 1:
-        raise StoreError(f"{samples} samples give no batch of {batch_size}")
-    row_bytes = sum(s.width * STORAGE[s.dtype].itemsize for s in paired.stores)
-    limit = max(1.0, buffer_mb * 2**20 / row_bytes)
-    part = rows or slice(0, batch_size)
-    return _stream(paired, batch_size, part, seed, start_step, steps, limit)
 
 
 def _stream(
@@ -190,7 +209,7 @@ def _empty(paired: Paired, rows: int) -> list[np.ndarray]:
 
 
 def _load(paired: Paired, window: np.ndarray) -> list[np.ndarray]:
-    """Storage words [rows, d_j] of some pairs, half the memory of float32."""
+    """Read storage words [rows, d_j] of some pairs, half the memory of float32."""
     rows = int(paired.frames[window].sum())
     buffers = [np.empty((rows, s.width), STORAGE[s.dtype]) for s in paired.stores]
     at = 0

@@ -1,4 +1,4 @@
-"""Pictures of what models share, each with the numbers beside it as CSV."""
+"""Draw the training and evaluation of dictionaries, each figure with its numbers as CSV."""
 
 from __future__ import annotations
 
@@ -11,12 +11,71 @@ import pandas as pd
 
 from musicscope.core import plots
 from musicscope.core.io import write_text
-from musicscope.dictionaries.usae_metrics import relative_norms
-from musicscope.dictionaries.usae_runs import MISPAIRED, SHARES, Outcome, entropies
+from musicscope.dictionaries.evaluation import (
+    DENSITY_EDGES,
+    density_histogram,
+    firing_entropy,
+    relative_norms,
+)
+from musicscope.dictionaries.runs import MISPAIRED, Metrics, SaeOutcome, SharedOutcome
+from musicscope.dictionaries.training import LOG_COLUMNS, six_digits
+
+SHARES = np.linspace(0, 1, 21)
+"""Edges of the histograms of firing entropy and of relative decoder norms."""
+
+
+def draw_sae(stem: str | Path, outcomes: Sequence[SaeOutcome]) -> None:
+    """Write <stem>-loss.{csv,png} (training, every seed) and <stem>-density.{csv,png} (test)."""
+    columns = ("step", *LOG_COLUMNS)
+    histories = [
+        pd.DataFrame([{name: six_digits(row[name]) for name in columns} for row in o.history])
+        for o in outcomes
+    ]
+    figure, axes = plots.new_figure()
+    for i, history in enumerate(histories):
+        history.insert(0, "seed", i)
+        plots.interval_curve(
+            axes[0, 0], history["samples"] / 1e6, history["loss"], name=f"seed {i}", series=i
+        )
+    write_text(f"{stem}-loss.csv", pd.concat(histories).to_csv(index=False))
+    axes[0, 0].set(xlabel="million frames", ylabel="unexplained variance (batch)", yscale="log")
+    axes[0, 0].legend()
+    plots.save_figure(figure, f"{stem}-loss.png")
+
+    density = outcomes[0].test.density
+    bins = density_histogram(density)
+    write_text(f"{stem}-density.csv", pd.DataFrame(bins).to_csv(index=False))
+    figure, axes = plots.new_figure()
+    alive = pd.DataFrame(bins[1:])
+    axes[0, 0].bar(
+        alive["log10_low"], alive["latents"], np.diff(DENSITY_EDGES), align="edge",
+        color=plots.COLOURS[0],
+    )  # fmt: skip
+    axes[0, 0].set(
+        xlabel="log10 share of held-out frames on which a latent fires",
+        ylabel="latents",
+        title=f"{(density > 0).sum()} latents fire, {(density == 0).sum()} never do",
+    )
+    plots.save_figure(figure, f"{stem}-density.png")
+
+
+def draw_usae(folder: str | Path, outcomes: Sequence[SharedOutcome], metrics: Metrics) -> None:
+    """Write r2, firing_entropy and loss, each as CSV and PNG."""
+    write_r2(folder, metrics)
+    write_entropy(folder, outcomes)
+    write_loss(folder, outcomes)
+
+
+def draw_crosscoder(
+    folder: str | Path, outcomes: Sequence[SharedOutcome], metrics: Metrics
+) -> None:
+    """Write relative_norm and loss, each as CSV and PNG."""
+    write_norms(folder, outcomes, list(metrics["models"].values()))
+    write_loss(folder, outcomes)
 
 
 def histogram(named: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Counts of each array's values in the bins SHARES of 0 to 1: low, high, one column a name.
+    """Count each array's values in the bins SHARES of 0 to 1: low, high, one column per name.
 
     NaN (a latent that never fires) is in no bin.
     """
@@ -27,7 +86,7 @@ def histogram(named: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def _steps(stem: str | Path, table: pd.DataFrame, xlabel: str, title: str) -> None:
-    """<stem>.{csv,png}: the histograms of `table` as outlines over each other."""
+    """Write <stem>.{csv,png}: the histograms of `table` as outlines over each other."""
     write_text(f"{stem}.csv", table.to_csv(index=False))
     figure, axes = plots.new_figure()
     styles = ("-", "--", ":", "-.")
@@ -41,8 +100,8 @@ def _steps(stem: str | Path, table: pd.DataFrame, xlabel: str, title: str) -> No
     plots.save_figure(figure, f"{stem}.png")
 
 
-def write_r2(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """r2.{csv,png}: encoded from (rows) by decoded to (columns), mispaired and independent beside.
+def write_r2(folder: str | Path, metrics: Metrics) -> None:
+    """Write r2.{csv,png}: encoded from (rows) by decoded to (columns), beside mispaired training.
 
     From metrics/train_usae.json; the last row is each model's own SAE.
     """
@@ -83,16 +142,22 @@ def write_r2(folder: str | Path, metrics: dict[str, Any]) -> None:
     plots.save_figure(figure, Path(folder) / "r2.png")
 
 
-def write_entropy(folder: str | Path, outcomes: Sequence[Outcome]) -> None:
-    """firing_entropy.{csv,png}: latents by firing entropy, paired against the nulls."""
+def write_entropy(folder: str | Path, outcomes: Sequence[SharedOutcome]) -> None:
+    """Write firing_entropy.{csv,png}: latents by firing entropy, FIRST against the nulls."""
+    null = next(o for o in outcomes if o.name.startswith(MISPAIRED))
+    tests = {"paired": outcomes[0].test, MISPAIRED: null.test}
+    tests["random"] = outcomes[0].controls["random"]
+    entropies = {name: firing_entropy(test.fires.sum(0)) for name, test in tests.items()}
     _steps(
-        Path(folder) / "firing_entropy", histogram(dict(entropies(outcomes))),
+        Path(folder) / "firing_entropy", histogram(entropies),
         "firing entropy (0: one model only, 1: all equally often)", "Who fires a latent",
     )  # fmt: skip
 
 
-def write_norms(folder: str | Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None:
-    """relative_norm.{csv,png}: latents by the last model's share of the decoder norm.
+def write_norms(
+    folder: str | Path, outcomes: Sequence[SharedOutcome], names: Sequence[str]
+) -> None:
+    """Write relative_norm.{csv,png}: latents by the last model's share of the decoder norm.
 
     The CSV has every model's share, paired, mispaired and random.
     """
@@ -117,9 +182,15 @@ def write_norms(folder: str | Path, outcomes: Sequence[Outcome], names: Sequence
     write_text(f"{stem}.csv", table.to_csv(index=False))
 
 
-def write_loss(folder: str | Path, outcomes: Sequence[Outcome]) -> None:
-    """loss.{csv,png}: unexplained share of training batches, own and other models', every run."""
-    frames = [pd.DataFrame(o.history).assign(run=o.name) for o in outcomes]
+def write_loss(folder: str | Path, outcomes: Sequence[SharedOutcome]) -> None:
+    """Write loss.{csv,png}: unexplained share of training batches of every run."""
+    columns = ["drawn", "self_loss", "cross_loss", "aux_loss", "step", "samples", "learning_rate"]
+    frames = [
+        pd.DataFrame(o.history)
+        .rename(columns={"loss": "self_loss"})[[*columns, "dead_fraction"]]
+        .assign(run=o.name)
+        for o in outcomes
+    ]
     text = pd.concat(frames).to_csv(index=False, float_format="%.6g")
     write_text(Path(folder) / "loss.csv", text)
     figure, axes = plots.new_figure()

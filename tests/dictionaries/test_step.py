@@ -1,0 +1,220 @@
+"""The hand-written gradients against autograd, and what each update rule leaves alone.
+
+`dense_loss` is the textbook computation, with dense codes and autograd for everything.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from musicscope.dictionaries.step import (
+    RULES,
+    Aux,
+    Weights,
+    gradients,
+    initial_state,
+    join,
+    split,
+    step,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+WIDTHS, F, B, K = (24, 16, 40), 192, 64, 6
+
+
+def dense_loss(weights, xs, drawn, k, aux, activation="topk"):
+    own, D = weights[drawn], sum(x.shape[1] for x in xs) / len(xs)
+    z = torch.relu((xs[drawn] - own.b_dec) @ own.W_enc.T + own.b_enc)
+    if activation == "topk":
+        best = z.topk(k).indices
+        codes = torch.zeros_like(z).scatter(1, best, z.gather(1, best))
+    else:
+        codes = z * (z >= z.flatten().topk(len(z) * k).values.min())
+    loss = 0.0
+    for x, model in zip(xs, weights, strict=True):
+        error = x - (codes @ model.W_dec + model.b_dec)
+        loss = loss + error.square().sum() / (len(x) * D)
+        if aux is not None:
+            residual = error.detach()
+            dead = torch.full_like(z, -torch.inf)
+            dead[:, aux.dead] = z[:, aux.dead]
+            best = dead.topk(aux.k).indices
+            kept = torch.zeros_like(z).scatter(1, best, z.gather(1, best))
+            miss = (kept @ model.W_dec - residual).square().sum()
+            loss = loss + aux.weight * miss / (residual - residual.mean(0)).square().sum()
+    return loss
+
+
+def random_weights(dtype, widths=WIDTHS, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
+    unit = lambda w: torch.nn.functional.normalize(w, dim=1)  # noqa: E731
+    weights = tuple(
+        Weights(draw(F, d) / d**0.5, 0.1 * draw(F), unit(draw(F, d)), 0.3 * draw(d)) for d in widths
+    )
+    return weights, [draw(B, d) + 0.5 for d in widths]
+
+
+@pytest.mark.parametrize(
+    ("rule", "activation", "widths"),
+    [
+        ("paper", "topk", WIDTHS[:1]),
+        ("paper", "batchtopk", WIDTHS[:1]),
+        ("paper", "topk", WIDTHS),
+        ("all_decoders", "topk", WIDTHS),
+    ],
+    ids=["sae", "batchtopk sae", "paper", "all decoders"],
+)
+@pytest.mark.parametrize(
+    ("n_dead", "aux_k"), [(0, 0), (5, 12), (40, 12)], ids=["no aux", "few dead", "many dead"]
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["f64", "f32"]
+)
+def test_gradients_equal_autograd(rule, activation, widths, n_dead, aux_k, dtype, tolerance):
+    """One model, or three of different widths; the drawn encoder and the decoders of the rule."""
+    weights, xs = random_weights(dtype, widths)
+    drawn, models = min(1, len(widths) - 1), len(widths)
+    aux = Aux(torch.arange(3, 3 + n_dead), min(aux_k, n_dead), 1 / 32) if n_dead else None
+    leaves = tuple(Weights(*(w.clone().requires_grad_() for w in model)) for model in weights)
+    loss = dense_loss(leaves, xs, drawn, K, aux, activation)
+    loss.backward()
+    found = gradients(weights, xs, K, activation, drawn, RULES[rule](drawn, models), aux)
+    total = found.losses.sum() + (aux.weight * found.aux_loss if aux else 0.0)
+    torch.testing.assert_close(total, loss.detach(), rtol=tolerance, atol=tolerance)
+    for j, (ours, model) in enumerate(zip(found.gradients, leaves, strict=True)):
+        learns = {"W_enc": j == drawn, "b_enc": j == drawn}
+        learns |= dict.fromkeys(("W_dec", "b_dec"), rule == "all_decoders" or j == drawn)
+        for name, gradient, leaf in zip(Weights._fields, ours, model, strict=True):
+            assert (gradient is not None) == learns[name], (j, name)
+            if gradient is not None:
+                scale = leaf.grad.abs().max()
+                assert scale > 0
+                assert (gradient - leaf.grad).abs().max() <= tolerance * max(1.0, scale.item())
+
+
+def test_latents_at_or_below_zero_get_no_gradient():
+    weights, xs = random_weights(torch.float64)
+    weights = tuple(w._replace(b_enc=torch.full((F,), -1.6, dtype=torch.float64)) for w in weights)
+    leaves = tuple(Weights(*(w.clone().requires_grad_() for w in model)) for model in weights)
+    dense_loss(leaves, xs, 0, 40, None).backward()
+    found = gradients(weights, xs, 40)
+    assert (found.codes.values == 0).any()
+    for ours, leaf in zip(found.gradients[0], leaves[0], strict=True):
+        torch.testing.assert_close(ours, leaf.grad, rtol=1e-11, atol=1e-13)
+
+
+def snapshot(state):
+    """Every weight with its Adam moments and step count, by (model, name)."""
+    return {
+        (j, name): [w.clone(), *copy.deepcopy(list(state.optimizer.state[w].values()))]
+        for j, model in enumerate(state.weights)
+        for name, w in zip(Weights._fields, model, strict=True)
+    }
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_changes_what_the_rule_names_and_nothing_else(rule):
+    state = initial_state(F, WIDTHS, seed=1, device="cpu")
+    xs = [x.float() for x in random_weights(torch.float64)[1]]
+    settings = {"lr": 1e-2, "k": K, "rule": rule, "aux_k": 8, "aux_weight": 1 / 32}
+    settings["dead_after"] = 2 * B
+    for drawn in (0, 1, 2, 0):  # so that every moment exists
+        step(state, xs, drawn=drawn, **settings)
+    before = snapshot(state)
+    step(state, xs, drawn=1, **settings)
+    after = snapshot(state)
+    changed = {key for key in before if not all(map(torch.equal, before[key], after[key]))}
+    decoders = (1,) if rule == "paper" else (0, 1, 2)
+    expected = {(1, "W_enc"), (1, "b_enc")}
+    assert changed == expected | {(j, n) for j in decoders for n in ("W_dec", "b_dec")}
+    for model in state.weights:
+        torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_both_rules_are_the_same_sae_for_one_model(activation):
+    """With M = 1 weights are equal to the bit, and so is the loss, a mean per dimension."""
+    x = random_weights(torch.float32, (24,))[1][0]
+    states = {rule: initial_state(F, (24,), 3, "cpu") for rule in RULES}
+    settings = {"aux_k": 8, "aux_weight": 1 / 32, "dead_after": 2 * B}
+    for _ in range(5):
+        for rule, state in states.items():
+            found = step(state, [x], 1e-2, K, activation, rule=rule, **settings)
+    for a, b in zip(*(state.weights[0] for state in states.values()), strict=True):
+        assert torch.equal(a, b)
+    assert found.losses.shape == (1,)
+
+
+def test_step_counts_silence_whichever_model_is_drawn():
+    state = initial_state(F, WIDTHS, seed=1, device="cpu")
+    xs = random_weights(torch.float32)[1]
+    silent = torch.ones(F, dtype=torch.bool)
+    for drawn in (0, 2):
+        found = step(state, xs, 0.0, 2, drawn=drawn)
+        silent[found.codes.columns[found.codes.values > 0].long()] = False
+    assert silent.any()
+    assert torch.equal(state.unfired == 2 * B, silent)
+
+
+def test_a_crosscoder_is_the_sum_of_encoders_and_one_decoder_a_model():
+    """`split` of the joined SAE computes what the joined SAE does, to the last decode."""
+    g = torch.Generator().manual_seed(0)
+    xs = [torch.randn(B, d, generator=g) for d in WIDTHS]
+    state = initial_state(F, [sum(WIDTHS)], 0, "cpu")
+    for _ in range(3):
+        result = step(state, [join(xs)], 1e-2, K)
+    joined = state.weights[0]
+    parts = split(joined, WIDTHS)
+    z = sum((x - p.b_dec) @ p.W_enc.T + p.b_enc for x, p in zip(xs, parts, strict=True))
+    torch.testing.assert_close(z, (join(xs) - joined.b_dec) @ joined.W_enc.T + joined.b_enc)
+    norms = sum(p.W_dec.square().sum(1) for p in parts)
+    torch.testing.assert_close(norms, torch.ones(F))
+    dense = torch.randn(B, F, generator=g)
+    out = join([dense @ p.W_dec + p.b_dec for p in parts])
+    torch.testing.assert_close(out, dense @ joined.W_dec + joined.b_dec, rtol=1e-5, atol=1e-4)
+    assert result.losses.isfinite().all()
+
+
+def test_aux_leaves_living_latents_and_the_codes_alone():
+    weights, xs = random_weights(torch.float64, (16,))
+    plain = gradients(weights, xs, 4)
+    dead = torch.tensor([7, 50])
+    helped = gradients(weights, xs, 4, aux=Aux(dead, 2, 1.0))
+    changed = (plain.gradients[0].W_dec != helped.gradients[0].W_dec).any(1)
+    assert changed.nonzero().squeeze(1).tolist() == dead.tolist()
+    assert torch.equal(plain.codes.values, helped.codes.values)
+
+
+def test_aux_ignores_the_decoder_bias():
+    """Moving b_dec and the data together changes nothing: the bias is not added a second time."""
+    weights, (x,) = random_weights(torch.float64, (16,))
+    shift = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    aux = Aux(torch.arange(10), 4, 1.0)
+    moved = weights[0]._replace(b_dec=weights[0].b_dec + shift)
+    first = gradients(weights, [x], 4, aux=aux)
+    second = gradients([moved], [x + shift], 4, aux=aux)
+    torch.testing.assert_close(first.aux_loss, second.aux_loss)
+
+
+def test_step_keeps_the_decoder_unit_norm_and_counts_silence():
+    state = initial_state(128, [16], seed=1, device="cpu")
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(2))
+    result = step(state, [x], lr=1e-2, k=2)
+    torch.testing.assert_close(state.weights[0].W_dec.norm(dim=1), torch.ones(128))
+    fired = torch.zeros(128, dtype=torch.bool)
+    fired[result.codes.columns[result.codes.values > 0].long()] = True
+    assert fired.any()
+    assert not fired.all()
+    assert torch.equal(state.unfired, torch.where(fired, 0, 64))
+
+
+def test_step_reports_nan_in_its_loss():
+    state = initial_state(128, [16], seed=1, device="cpu")
+    x = torch.randn(64, 16)
+    x[3, 2] = torch.nan
+    assert torch.isnan(step(state, [x], lr=1e-3, k=4).losses).all()
