@@ -349,6 +349,11 @@ def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(t
     moved = rows["all models at once: for the sound in one model alone, in the other models"]
     assert (moved[0], moved[4]) == ("0.40 [0.20, 0.60]", "0.31")
     assert rows["all models at once: for the sound, under the prior"][2] == "no"
+    assert [name for name in rows if name.startswith("all models at once")] == [
+        "all models at once: for the sound, under the prior",
+        "all models at once: for the sound in one model alone, in that model",
+        "all models at once: for the sound in one model alone, in the other models",
+    ]
     assert rows["random real excerpts: 95 %"] == ["0.43", "–"]
     assert rows["features"] == ["9", "–"]
     assert rows["directions or pairs searched as null"] == ["3", "–"]
@@ -464,7 +469,7 @@ def test_searched_inputs_and_their_controls_reach_their_card(tmp_path, inputs, m
     (card,) = (card for card in section.cards if card.key == f"usae-{number}")
     # The best of each run by the sound in its weakest model; the others folded.
     assert [m.caption for m in card.maximised] == [
-        "wide, searched for the tokens, from a real moment",
+        "wide, searched for the tokens, under the prior, from a real moment",
         "tiny and wide, searched for the sound, under the prior",
     ]
     assert [m.caption.split(", ", 1)[1] for m in card.others] == [

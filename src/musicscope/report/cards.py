@@ -10,12 +10,12 @@ import pandas as pd
 from musicscope.data.clips import ClipStore
 from musicscope.features import moments
 from musicscope.features.moments import Feature, Pick
+from musicscope.features.selection import LEVEL
 from musicscope.report.elements import Card, Moment, Table
 from musicscope.report.metrics import Sources, plain, short
 from musicscope.report.searched import Searched, searched
 from musicscope.report.snippets import Line, excerpt
 
-LEVEL = 0.05
 SETS = {
     "shared": "fires for all", "specific": "fires mostly for {}",
     "concept": "best for a concept, {}", "common": "common, {}", "own": "own to {}",

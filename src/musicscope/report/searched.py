@@ -18,13 +18,12 @@ from musicscope.report.metrics import Sources, Tree, get, plain
 from musicscope.report.snippets import Line, excerpt
 
 VARIANTS = {
-    "heard": "searched for the sound, under the prior",
-    "prior": "searched for the tokens, under the prior",
-    "clip": "searched for the tokens, from a real moment",
-    "free": "searched for the tokens, without the prior",
-    "alone": "searched for the sound, in {} alone",
+    "heard": "for the sound, under the prior",
+    "prior": "for the tokens, under the prior",
+    "clip": "for the tokens, under the prior, from a real moment",
+    "free": "for the tokens, without the prior",
 }
-"""Variants of a search; alone-<model> has the model for {}."""
+"""What each variant searches for."""
 
 
 class Searched(NamedTuple):
@@ -73,7 +72,9 @@ def searched(
 def variant_text(variant: str) -> str:
     """A search in words; the name of a variant that is not known."""
     kind, _, model = variant.partition("-")
-    return VARIANTS.get(kind, f"variant {variant}").format(model or "one model")
+    if kind == "alone":
+        return f"searched for the sound, in {model} alone"
+    return f"searched {VARIANTS[kind]}" if kind in VARIANTS else f"variant {variant}"
 
 
 def _moments(

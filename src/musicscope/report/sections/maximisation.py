@@ -6,13 +6,8 @@ from collections.abc import Mapping
 
 from musicscope.report.elements import Section, Table
 from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, plain
+from musicscope.report.searched import VARIANTS
 
-VARIANTS = {
-    "heard": "for the sound, under the prior",
-    "prior": "for the tokens, under the prior",
-    "clip": "for the tokens, under the prior, from real moments",
-    "free": "for the tokens, without the prior",
-}
 REACHED = (
     ("reached", "{}_reached"), ("null", "{}_null_reached"), ("interval above that of the null", ""),
     ("start of the search", "{}_start"), ("other features, same input", "{}_other_features"),
