@@ -116,6 +116,8 @@ class LanguageModel(MusicModel[Batch], Protocol):
     instrumental code). S is the number of positions of a sequence, L the number of layers.
     """
 
+    codec: torch.nn.Module
+    """Its weights and settings decide the codes of a clip."""
     num_codebooks: int
     card: int
     layer_calls: int
