@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from musicscope.config import load_params
-from tools.import_closure import ROOT, stages_of
+from tools.import_closure import ROOT, stage_script, stages_of
 
 STAGES = stages_of((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 MACHINE_PATH = re.compile(r"(?<![\w.$}/:])/(home|root|work|farm|opt|mnt|Users|tmp/\w)[\w.-]*/")
@@ -76,9 +76,10 @@ def test_every_dependency_is_locked_within_its_range():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_explains_itself(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"stages.{name}", "--help"])
+    script = stage_script(STAGES[name]["cmd"])
+    monkeypatch.setattr(sys, "argv", [f"stages.{script}", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"stages.{name}", run_name="__main__")
+        runpy.run_module(f"stages.{script}", run_name="__main__")
     assert ended.value.code == 0
     text = capsys.readouterr().out
     placed = re.findall(
