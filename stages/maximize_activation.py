@@ -33,7 +33,7 @@ from musicscope.maximisation.run import Plan, run, unsearchable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("model", nargs="?", help="a name in params.yaml: models")
     which.add_argument("--shared", action="store_true", help="all models at once")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musicscope.commands.plan import rates as plan_rates
+from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
-from musicscope.commands.plan.rates import Rates, StepRate
+from musicscope.commands.plan.rates import StepRate
 from musicscope.config import Params, load_params
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
@@ -129,7 +130,7 @@ def rows_of(
     params: Params,
     clips: Clips,
     shapes: Sequence[Shape],
-    rates: dict[str, Rates],
+    rates: dict[str, Rate | None],
     step: StepRate | None = None,
 ) -> list[Row]:
     """Estimate every stage whose size depends on data or models, in the order of the DAG."""
@@ -151,35 +152,34 @@ def rows_of(
     return rows
 
 
-def _parallel(params: Params, rates: Rates) -> int:
-    """Processes that share the work; on a GPU, one."""
-    return params.compute.processes if rates.on_cpu or params.compute.engine != "processes" else 1
+def _hours(params: Params, rate: Rate, clip_seconds: float, spent: float) -> float:
+    """Convert seconds on clips of the measured length; processes share the work, not on a GPU."""
+    shared = rate.on_cpu or params.compute.engine != "processes"
+    processes = params.compute.processes if shared else 1
+    return spent * clip_seconds / rate.clip_seconds / 3600 / processes
 
 
-def _ablation(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
+def _ablation(params: Params, shape: Shape, rate: Rate | None, clips: Clips) -> Row:
     section = params.ablate
-    passes = 2 * section.clips  # train clips for the means, scored clips for their inputs
-    hours = None
-    if (each := rates.ablate(len(section.kinds), shape.layers)) is not None:
-        spent = passes * (rates.extract or 0.0) + section.clips * each
-        hours = spent * clips.seconds / rates.clip_seconds / 3600 / _parallel(params, rates)
-    what = (
-        f"{shape.name}: {shape.layers} layers x {len(section.kinds)} kinds, {section.clips} clips"
-    )
-    return Row("ablate", what, 0.0, rates.memory("ablate", 4, clips.seconds), hours, rates.note)
+    count, kinds = section.clips, len(section.kinds)
+    what = f"{shape.name}: {shape.layers} layers x {kinds} kinds, {count} clips"
+    if rate is None:
+        return Row("ablate", what)
+    passes = 2 * count  # train clips for the means, scored clips for their inputs
+    spent = passes * rate.extract_seconds + count * rate.seconds_to_ablate(kinds, shape.layers)
+    hours = _hours(params, rate, clips.seconds, spent)
+    return Row("ablate", what, 0.0, rate.memory("ablate", 4, clips.seconds), hours, rate.note)
 
 
-def _extraction(params: Params, shape: Shape, rates: Rates, clips: Clips) -> Row:
-    section, frames = params.extract_activations, frames_of(clips, shape)
-    rows = clips.number * frames
-    disk = rows * shape.width * STORED_BYTES * len(params.slots)
-    hours = None
-    if rates.extract is not None:
-        spent = clips.number * rates.extract * clips.seconds / rates.clip_seconds
-        hours = spent / 3600 / _parallel(params, rates)
-    what = f"{shape.name}: {rows:,} frames of {shape.width} x {len(params.slots)} slots"
-    memory = rates.memory("extract", section.batch_clips, clips.seconds)
-    return Row("extract_activations", what, disk, memory, hours, rates.note)
+def _extraction(params: Params, shape: Shape, rate: Rate | None, clips: Clips) -> Row:
+    rows, slots = clips.number * frames_of(clips, shape), len(params.slots)
+    disk = rows * shape.width * STORED_BYTES * slots
+    what = f"{shape.name}: {rows:,} frames of {shape.width} x {slots} slots"
+    if rate is None:
+        return Row("extract_activations", what, disk)
+    memory = rate.memory("extract", params.extract_activations.batch_clips, clips.seconds)
+    hours = _hours(params, rate, clips.seconds, clips.number * rate.extract_seconds)
+    return Row("extract_activations", what, disk, memory, hours, rate.note)
 
 
 def _dictionaries(
@@ -273,7 +273,9 @@ def run(args: argparse.Namespace) -> None:
         if shape.sample_rate != clips.sample_rate:
             print(f"  works at {shape.sample_rate} Hz: clips are resampled as they are read")
         if args.measure:
-            rates[shape.name] = plan_rates.measured(shape, clips.seconds, params.compute.device)
+            rates[shape.name] = plan_rates.measure_local(
+                shape.name, clips.seconds, params.compute.device
+            )
     step = plan_rates.step_rate(args.results)
     print("\n" + table(rows_of(params, clips, shapes, rates, step)))
     print(
@@ -283,7 +285,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.memory is not None:
         print(plan_rates.batches(rates, clips.seconds, args.memory))
-    if missing := [name for name, rate in rates.items() if rate.extract is None]:
+    if missing := [name for name, rate in rates.items() if rate is None]:
         print(
             f"No rate is known for {', '.join(missing)}: run with --measure, or python -m "
             "benchmarks.full_size",

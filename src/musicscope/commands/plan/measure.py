@@ -8,6 +8,7 @@ bytes everywhere fixes its batch in params.yaml.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -19,9 +20,20 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from musicscope.activations.token_cache import CHUNK
 from musicscope.models.interface import MusicModel
 
 HEADROOM = 0.1  # of the limit: allocators round up and fragment
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Peak memory of a step, linear in the number of clips."""
+
+    fixed: int
+    """Bytes for any batch: weights and other memory that does not grow with it."""
+    per_clip: int
+    """Bytes per clip at the peak."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,9 @@ class Rate:
     """Seconds and bytes per clip, on one device by one process."""
 
     device: str
-    """Such as "cpu, 1 threads" or the name of a GPU."""
+    """Such as "cpu, 1 threads" or the name of a GPU; of a scaled rate, with its origin."""
     dtype: str
-    """Of the decoder."""
+    """Of the decoder; "" if not recorded."""
     clip_seconds: float
     batch_clips: int
     codec_seconds: float
@@ -53,19 +65,45 @@ class Rate:
     ablate_clip_bytes: int | None = None
 
     @property
+    def note(self) -> str:
+        """Conditions of the measurement."""
+        return ", ".join(filter(None, (self.device, self.dtype)))
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.startswith("cpu")
+
+    @property
     def extract_seconds(self) -> float:
         """Audio to activations, per clip."""
         return self.codec_seconds + self.pass_seconds
 
+    def seconds_to_ablate(self, kinds: int, layers: int) -> float:
+        """Seconds per clip to score all layers; where not measured, from half the depth each."""
+        if self.ablate_seconds is not None:
+            return self.ablate_seconds * kinds / self.ablate_kinds
+        return self.pass_seconds * kinds * (layers + 1) / 2
 
-@dataclass(frozen=True)
-class Footprint:
-    """Peak memory of a step, linear in the number of clips."""
+    def footprint(self, stage: str, seconds: float) -> Footprint | None:
+        """Peak of a pass of `stage` (extract, ablate) over clips of `seconds`; None if unknown."""
+        fixed, each = (getattr(self, f"{stage}_{part}_bytes") for part in ("fixed", "clip"))
+        if fixed is None:
+            return None
+        return Footprint(fixed, math.ceil(seconds / self.clip_seconds * each))
 
-    fixed: int
-    """Bytes for any batch: weights and other memory that does not grow with it."""
-    per_clip: int
-    """Bytes per clip at the peak."""
+    def codec_memory(self, seconds: float) -> float:
+        """Peak bytes of the codec on a chunk of clips; 0 where unknown."""
+        if self.codec_fixed_bytes is None:
+            return 0.0
+        peak = self.codec_fixed_bytes + CHUNK * self.codec_clip_bytes
+        return self.weight_bytes + peak * seconds / self.clip_seconds
+
+    def memory(self, stage: str, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`: codec and decoder run in turn."""
+        cost = self.footprint(stage, seconds)
+        if cost is None:
+            return None
+        return max(cost.fixed + clips * cost.per_clip, self.codec_memory(seconds))
 
 
 def footprint(first: tuple[int, int], second: tuple[int, int], resident: int) -> Footprint:

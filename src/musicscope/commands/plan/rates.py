@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from musicscope.activations.token_cache import CHUNK
-from musicscope.commands.plan.measure import Footprint, Rate, largest_batch, measure
+from musicscope.commands.plan.measure import Rate, largest_batch, measure
 from musicscope.commands.plan.published_sizes import Shape
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import read_json
@@ -33,61 +32,15 @@ class StepRate:
         return self.measured[near] * batch * size / near
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Known speed and memory of a model; None where nothing was measured."""
-
-    note: str = ""
-    """Device of the measurement, and the model if another."""
-    clip_seconds: float = 10.0
-    extract: float | None = None
-    """Seconds per clip, from audio to activations."""
-    a_pass: float | None = None
-    """Part of `extract` in the model's layers."""
-    measured: Rate | None = None
-    """With memory and ablation, if measured on this very model."""
-    on_cpu: bool = True
-
-    def ablate(self, kinds: int, layers: int) -> float | None:
-        """Seconds per clip to score all layers; on average half the depth follows a layer."""
-        if self.measured and self.measured.ablate_seconds is not None:
-            return self.measured.ablate_seconds * kinds / self.measured.ablate_kinds
-        return None if self.a_pass is None else self.a_pass * kinds * (layers + 1) / 2
-
-    def footprint(self, stage: str, seconds: float) -> Footprint | None:
-        """Peak of a pass of `stage` (extract, ablate) over clips of `seconds`."""
-        known, fixed = self.measured, f"{stage}_fixed_bytes"
-        if known is None or getattr(known, fixed) is None:
-            return None
-        longer = seconds / known.clip_seconds
-        per_clip = math.ceil(longer * getattr(known, f"{stage}_clip_bytes"))
-        return Footprint(getattr(known, fixed), per_clip)
-
-    def codec_memory(self, seconds: float) -> float:
-        """Peak bytes of the codec on a chunk of clips; 0 where unknown."""
-        known = self.measured
-        if known is None or known.codec_fixed_bytes is None:
-            return 0.0
-        peak = known.codec_fixed_bytes + CHUNK * known.codec_clip_bytes
-        return known.weight_bytes + peak * seconds / known.clip_seconds
-
-    def memory(self, stage: str, clips: int, seconds: float) -> float | None:
-        """Peak bytes of a batch of clips of `seconds`: codec and decoder run in turn."""
-        cost = self.footprint(stage, seconds)
-        if cost is None:
-            return None
-        return max(cost.fixed + clips * cost.per_clip, self.codec_memory(seconds))
-
-
-def batches(rates: dict[str, Rates], seconds: float, gigabytes: float) -> str:
+def batches(rates: dict[str, Rate | None], seconds: float, gigabytes: float) -> str:
     """Describe, per model, the largest extract_activations.batch_clips within `gigabytes`."""
     lines = []
     for name, rate in rates.items():
-        cost, codec = rate.footprint("extract", seconds), rate.codec_memory(seconds)
+        cost = rate and rate.footprint("extract", seconds)
         try:
             if cost is None:
                 raise ValueError("its memory was not measured")
-            if codec > gigabytes * 1e9:
+            if (codec := rate.codec_memory(seconds)) > gigabytes * 1e9:
                 raise ValueError(f"its codec alone needs {codec / 1e9:.3f} GB")
             most = largest_batch(cost, round(gigabytes * 1e9), most=256)
             lines.append(f"{name}: extract_activations.batch_clips up to {most}")
@@ -96,8 +49,10 @@ def batches(rates: dict[str, Rates], seconds: float, gigabytes: float) -> str:
     return "\n".join(lines)
 
 
-def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rates]:
+def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rate | None]:
     """Read rates per model from results of benchmarks, scaled by parameters where necessary.
+
+    None for a model that no measurement can be scaled to.
 
     A measurement on `device` (auto, cpu or cuda) takes precedence over other devices.
     """
@@ -120,34 +75,24 @@ def _rate(value: dict[str, object]) -> Rate:
     return Rate(**{f.name: value[f.name] for f in fields(Rate) if f.name in value})
 
 
-def _one(shape: Shape, known: dict[str, Rate], folder: Path) -> Rates:
+def _one(shape: Shape, known: dict[str, Rate], folder: Path) -> Rate | None:
     plain = shape.name.rsplit("/", 1)[-1]
     if plain in known:
-        return _own(known[plain])
+        return known[plain]
     path = folder / EXTRACTION
     if path.is_file() and (nano := read_json(path)).get("model") == plain:
-        ms = nano["ms_cpu_a_clip"]
-        times = (ms["extract"]["median"] / 1e3, ms["full"]["median"] / 1e3)
-        return Rates(ONE_THREAD, nano["seconds_a_clip"], *times)
+        whole, passed = (nano["ms_cpu_a_clip"][k]["median"] / 1e3 for k in ("extract", "full"))
+        return Rate(ONE_THREAD, "", nano["seconds_a_clip"], 1, whole - passed, passed)
     if not known or not shape.decoder_parameters or not shape.layers:
-        return Rates()
+        return None
     # The measured MusicGen nearest in size; a pass scales with parameters and positions.
     own = shape.decoder_parameters
     name = min(known, key=lambda n: abs(math.log(known[n].decoder_parameters / own)))
     rate = known[name]
-    passed = rate.pass_seconds * own / rate.decoder_parameters * shape.positions_per_frame
-    return Rates(
-        f"{rate.device}, scaled from {name}", rate.clip_seconds, rate.codec_seconds + passed,
-        passed, on_cpu=rate.device.startswith("cpu"),
-    )  # fmt: skip
-
-
-def _own(rate: Rate) -> Rates:
-    """Rates from a measurement of this very model."""
-    return Rates(
-        f"{rate.device}, {rate.dtype}", rate.clip_seconds, rate.extract_seconds,
-        rate.pass_seconds, rate, rate.device.startswith("cpu"),
-    )  # fmt: skip
+    times = own / rate.decoder_parameters * shape.positions_per_frame
+    origin = f"{rate.device}, scaled from {name}"
+    seconds = (rate.codec_seconds, rate.pass_seconds * times)
+    return Rate(origin, "", rate.clip_seconds, rate.batch_clips, *seconds)
 
 
 def step_rate(folder: str | Path) -> StepRate | None:
@@ -164,9 +109,9 @@ def step_rate(folder: str | Path) -> StepRate | None:
     return StepRate(measured, ONE_THREAD) if measured else None
 
 
-def measured(shape: Shape, clip_seconds: float, device: str) -> Rates:
+def measure_local(name: str, clip_seconds: float, device: str) -> Rate:
     """Measure a local model on two clips of noise.
 
     FileNotFoundError (from load_model) where its weights are absent.
     """
-    return _own(measure(load_model(shape.name, resolve_device(device)), clip_seconds, memory=True))
+    return measure(load_model(name, resolve_device(device)), clip_seconds)
