@@ -166,10 +166,10 @@ def test_estimate_is_the_statistic_with_its_group_interval():
     rng = np.random.default_rng(7)
     scores, labels, groups = rng.normal(size=40), rng.random(40) < 0.5, np.repeat(np.arange(8), 5)
     statistic = stats.auroc_of(scores, labels)
-    estimate = stats.estimate(statistic, groups, 200, 1)
+    estimate = stats.estimate(statistic, groups, 200, 1, "AUROC")
     assert estimate.value == stats.auroc(scores, labels)
     assert (estimate.low, estimate.high) == stats.bootstrap_groups(statistic, groups, 200, 1)
-    assert (estimate.n, estimate.unit) == (8, "composition")
+    assert (estimate.n, estimate.unit) == (8, "AUROC")
     assert stats.Estimate.from_dict(estimate.as_dict()) == estimate
     resampled = np.array([np.nan, 1.0, 1.0])  # an undefined resample is left out
     assert stats.Estimate.from_resamples(2.0, resampled, 3, "clip").named("x", "l", "h") == {

@@ -7,7 +7,7 @@ call and makes differences between two probes *paired* (same weights, both score
 
     low, high = bootstrap_groups(values, groups, n=1000, seed=1)                  # of the mean
     low, high = bootstrap_groups(auroc_of(scores, labels), groups, n=1000, seed=1)
-    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1)             # an `Estimate`
+    best = estimate(auroc_of(scores, labels), groups, n=1000, seed=1, unit="AUROC")  # `Estimate`
     gap = lambda w: auroc_of(a, labels)(w) - auroc_of(b, labels)(w)
     low, high = bootstrap_groups(gap, groups, n=1000, seed=1)
 """
@@ -33,14 +33,12 @@ class Estimate:
     high: float
     """Limits of the interval; NaN if it cannot be computed"""
     n: int
-    """Independent units that the interval resamples"""
-    unit: str = "composition"
-    """What one of them is"""
+    """Groups, such as compositions, that the interval resamples"""
+    unit: str
+    """Unit of the value, such as AUROC, share or features"""
 
     @classmethod
-    def from_resamples(
-        cls, value: float, resampled: np.ndarray, n: int, unit: str = "composition"
-    ) -> Estimate:
+    def from_resamples(cls, value: float, resampled: np.ndarray, n: int, unit: str) -> Estimate:
         """Take the 95 % percentile interval of `resampled` [resamples]."""
         return cls(value, *percentile_interval(resampled), n, unit)
 
@@ -100,11 +98,7 @@ def bootstrap_groups(
 
 
 def estimate(
-    statistic: Statistic,
-    groups: Sequence | np.ndarray,
-    n: int = 1000,
-    seed: int = 0,
-    unit: str = "composition",
+    statistic: Statistic, groups: Sequence | np.ndarray, n: int, seed: int, unit: str
 ) -> Estimate:
     """Evaluate a statistic on the items as they are, with its interval over groups [items]."""
     value = statistic(np.ones((1, len(groups))))[0]

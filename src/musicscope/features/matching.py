@@ -86,7 +86,7 @@ class Match:
                 shares[f"null_{name}"] = float(np.mean([draw.sum() / F for draw in null[name]]))
             if len(self.resampled):
                 resampled = (self.resampled[:, part] > threshold).sum(1) / F
-                estimate = Estimate.from_resamples(value, resampled, self.compositions)
+                estimate = Estimate.from_resamples(value, resampled, self.compositions, "share")
                 shares |= estimate.named(name, f"{name}_low", f"{name}_high")
         return shares
 

@@ -37,6 +37,12 @@ from musicscope.features.logistic import Standardiser, fit_logistic
 
 Entry = dict[str, Any]
 """Part of metrics/probe: numbers and text, nested by name."""
+UNITS = {
+    "auroc": "AUROC",
+    "difference": "AUROC",
+    "average_precision": "average precision",
+    "accuracy": "share",
+}
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,9 @@ class Evaluator:
 
     def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Entry:
         """A statistic with its interval, from its values [1 + n] under `_weights`."""
-        units = len(np.unique(self.groups[self.sets[clip_set]]))
+        n = len(np.unique(self.groups[self.sets[clip_set]]))
         prefix = "average_precision_" if name == "average_precision" else ""
-        number = Estimate.from_resamples(values[0], values[1:], units)
+        number = Estimate.from_resamples(values[0], values[1:], n, UNITS[name])
         return number.named(name, f"{prefix}ci_low", f"{prefix}ci_high")
 
     def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:

@@ -103,7 +103,7 @@ def latent_table(
                 record[f"{name}_auroc"] = stats.auroc(scores[at], has[at])
         at = sets["test"]
         statistic = stats.auroc_of(scores[at], has[at])
-        test = stats.estimate(statistic, groups[at], n_bootstrap, seed)
+        test = stats.estimate(statistic, groups[at], n_bootstrap, seed, "AUROC")
         records.append(record | test.named("test_auroc", "test_ci_low", "test_ci_high"))
     return pd.DataFrame(records)
 
@@ -195,7 +195,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
     scores = tuple_scores(matches, models, tuples) > threshold
     counts = scores[1:, ~scores[0]].sum(1)
     match = matches[models[0], models[1]]
-    common = Estimate.from_resamples(counts[0], counts[1:], match.compositions)
+    common = Estimate.from_resamples(counts[0], counts[1:], match.compositions, "features")
     sizes: dict[str, Any] = common.named("common", "common_low", "common_high")
     sizes["positional"] = (scores[0] & scores[1]).sum()
     if len(models) == 2:

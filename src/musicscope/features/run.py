@@ -60,7 +60,9 @@ class Inputs:
             )
         for m, width in zip(self.models, usae.widths, strict=True):
             if list(m.store.ids) != self.rows["id"].tolist():
-                raise ValueError(f"{m.store.folder} holds other clips than data/clips: dvc repro")
+                raise ValueError(
+                    f"{m.store.folder} holds other clips than data/clips: run dvc repro"
+                )
             if len(m.saes) < 2:
                 raise ValueError(
                     f"{m.name} has one SAE; a second one shows which latents are reproduced: set "
@@ -79,14 +81,14 @@ class Inputs:
     @cached_property
     def clips(self) -> dict[str, np.ndarray]:
         """Positions in the clip table of validation, test and, if it has any, heldout_font."""
-        sets = {name: clip_sets(self.rows)[name] for name in (CHOOSE, REPORT, FONT)}
+        sets = clip_sets(self.rows)
         for name in (CHOOSE, REPORT):
             if not len(sets[name]):
                 raise ValueError(
                     f"no clips in {name}: raise prepare_data.timgm6mb_clips.{name} (rendered "
                     "clips) or prepare_data.recordings.limits (recordings)"
                 )
-        return {name: at for name, at in sets.items() if len(at)}
+        return {name: sets[name] for name in (CHOOSE, REPORT, FONT) if len(sets[name])}
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,10 @@ class Comparison:
     """Name of the set of each SAE latent"""
 
 
-def encode_all(inputs: Inputs, workers: int, device: str) -> dict[tuple[str, str], dict]:
-    """Compute `Comparison.codes`; prints their size to stderr before."""
+def encode_all(
+    inputs: Inputs, workers: int, device: str
+) -> dict[tuple[str, str], dict[str, Codes]]:
+    """Compute `Comparison.codes`; prints their size to stderr first."""
     usae, clips = inputs.usae, inputs.clips
     frames = sum(int(inputs.models[0].store.frames[rows].sum()) for rows in clips.values())
     size = frames * 8 * sum(usae.k + sum(sae.k for sae in m.saes[:2]) for m in inputs.models)

@@ -70,7 +70,7 @@ def examine(
                 stats.auroc_of(scores[:, 0], has), groups[at], section.bootstrap,
                 seed_for(seed, "test"),
             )  # fmt: skip
-            first = Estimate(auroc[0], low, high, len(np.unique(groups[at])))
+            first = Estimate(auroc[0], low, high, len(np.unique(groups[at])), "AUROC")
             metrics[test] |= first.named("best_auroc", "best_ci_low", "best_ci_high")
             metrics[test]["top_auroc"] = np.nanmean(auroc[:TOP])
         if significant.any():

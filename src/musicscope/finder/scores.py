@@ -21,6 +21,7 @@ from musicscope.models.interface import MusicModel
 EXCERPT = 3.0
 """Seconds of the excerpt around a moment."""
 BATCH = 8
+POOLED = ("mean", "highest", "frame")
 MOMENTS = ("dictionary", "feature", "rank", "recording", "seconds", "value", "file")
 """Columns of a table of moments; rank counts from 1, seconds from the start of the recording."""
 
@@ -76,19 +77,17 @@ def score_windows(
     model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], audio: np.ndarray
 ) -> dict[str, Scores]:
     """Score one recording's windows [w, samples]: `Scores` of n = 1 for every dictionary."""
-    pools: dict[str, list[ClipPools]] = {name: [] for name in dictionaries}
+    parts: dict[str, list[ClipPools]] = {name: [] for name in dictionaries}
     for start in range(0, len(audio), BATCH):
         part = audio[start : start + BATCH]
         frames = model.capture(model.encode(part, [None] * len(part)), [layer])[layer].float()
         for name, of in dictionaries.items():
             matrix = to_csr(*of.encode(frames.flatten(0, 1)), of.n_latents)
-            pools[name].append(pool_clips(Codes(matrix, np.full(len(part), frames.shape[1]))))
+            parts[name].append(pool_clips(Codes(matrix, np.full(len(part), frames.shape[1]))))
     hop = audio.shape[1] / model.sample_rate / frames.shape[1]
     scores = {}
-    for name, parts in pools.items():
-        mean, highest, frame = (
-            np.concatenate([getattr(p, k) for p in parts]) for k in ("mean", "highest", "frame")
-        )
+    for name, pools in parts.items():
+        mean, highest, frame = (np.concatenate([getattr(p, k) for p in pools]) for k in POOLED)
         window = highest.argmax(0)
         at = (window, np.arange(highest.shape[1]))
         seconds = np.where(frame[at] < 0, -1.0, frame[at] * hop)
@@ -99,7 +98,7 @@ def score_windows(
 def score_recordings(
     model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], plan: Plan
 ) -> tuple[ScoredRecordings, list[Problem]]:
-    """Score all recordings of a plan, one at a time: memory does not grow with their number."""
+    """Score all recordings of a plan, one at a time: memory does not grow with their length."""
     usable, cues, problems = [], [], []
     scores: dict[str, list[Scores]] = {name: [] for name in dictionaries}
     bar = tqdm(plan.recordings, desc="listening", unit="recording", file=sys.stderr, mininterval=1)
@@ -126,11 +125,12 @@ def pool_all(
 ) -> ClipPools:
     """Pool the codes of the clips `used` of a store; rows of the other clips are 0."""
     pools = pool_clips(encode_clips(store, used, of.encode, of.n_latents, workers, device))
-    arrays = []
-    for array in (pools.mean, pools.highest, pools.frame):
-        arrays.append(np.zeros((len(store), array.shape[1]), array.dtype))
-        arrays[-1][used] = array
-    return ClipPools(*arrays)
+    arrays = {}
+    for k in POOLED:
+        part = getattr(pools, k)
+        arrays[k] = np.zeros((len(store), part.shape[1]), part.dtype)
+        arrays[k][used] = part
+    return ClipPools(**arrays)
 
 
 def top_moments(
