@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from musicscope.config.concepts import Steer
+from musicscope.core.audio import resample
 from musicscope.core.io import atomic_file
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
@@ -227,7 +226,7 @@ def measure(context: Context, condition: Condition) -> Measurement:
     """Render a condition and judge it."""
     subject, model = context.subject, context.model
     rendering = subject.render(model, condition, condition_hooks(context, condition))
-    audio = to_judges(rendering.audio, model.sample_rate)
+    audio = resample(rendering.audio, model.sample_rate, JUDGE_RATE)
     return Measurement(
         {k: np.asarray(v) for k, v in context.judges.predict(audio).items()},
         np.asarray(context.judges.embed(audio)),
@@ -235,14 +234,6 @@ def measure(context: Context, condition: Condition) -> Measurement:
         groups=subject.groups(condition.selection),
         **subject.costs(model, condition, rendering),
     )
-
-
-def to_judges(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Resample audio [n, samples] at `rate` Hz for the judges, to 16 kHz."""
-    if rate == JUDGE_RATE:
-        return audio
-    common = math.gcd(rate, JUDGE_RATE)
-    return resample_poly(audio, JUDGE_RATE // common, rate // common, axis=1).astype(np.float32)
 
 
 def run_condition(open_context: Open, scratch: Path, condition: Condition) -> Measurement:

@@ -22,7 +22,7 @@ from musicscope.judges.pair import Judges
 from musicscope.models.hooks import chain
 from musicscope.models.interface import Hook, is_audio_model
 from musicscope.models.registry import load_model
-from musicscope.steering.conditions import to_judges
+from musicscope.steering.conditions import JUDGE_RATE
 from musicscope.steering.edit import Steering, steering_hook
 from musicscope.steering.recipes import DIRECTIONS, recipe_folder
 from musicscope.steering.subjects import Model, finite_audio, frame_rate_at, other_noise
@@ -279,7 +279,7 @@ sound is silent."""
 
 def judge(judges: Judges, sounds: tuple[Sound, ...]) -> Scores:
     """Compute both judges' probabilities of all families."""
-    audio = to_judges(np.stack([s.audio for s in sounds]), sounds[0].rate)
+    audio = resample(np.stack([s.audio for s in sounds]), sounds[0].rate, JUDGE_RATE)
     return {
         name: {
             family: tuple(float(v) if math.isfinite(v) else None for v in probabilities[:, i])
