@@ -18,7 +18,6 @@ from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
 from musicscope.dictionaries import plots, runs
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
-from musicscope.dictionaries.evaluation import summary_keys
 from tests.support.dictionaries import (
     ROOT,
     make_workspace,
@@ -199,17 +198,17 @@ def test_shared_stage_writes_all_and_repeats(paired_workspace, monkeypatch, kind
     found = json.loads(first[Path(f"metrics/{name}.json")])
     assert found["models"] == {"0": "a", "1": "b"}
     assert set(found["seeds"]) == {"seed-0", "seed-1", "seed-2"}
-    flat = summary_keys(found)
     for key in keys:
-        assert flat[key] == found["seeds"]["seed-0"][key]
+        entry = found["headline"][key]
+        assert entry["value"] == found["seeds"]["seed-0"][key]
         over = [seed[key] for seed in found["seeds"].values()]
-        assert flat[f"{key}_sd_of_seeds"] == pytest.approx(np.std(over, ddof=1), rel=1e-3, abs=1e-5)
+        assert entry["sd"] == pytest.approx(np.std(over, ddof=1), rel=1e-3, abs=1e-5)
         nulls = [found["null_seeds"][f"mispaired-{i}"][key] for i in range(2)]
-        assert flat[f"null_mispaired_{key}"] == pytest.approx(np.mean(nulls), rel=1e-4)
-        assert f"null_random_{key}" in flat
-    assert flat[f"{keys[0]}_ci_low"] < flat[keys[0]] < flat[f"{keys[0]}_ci_high"]
-    assert flat["independent_r2_1"] < 1
-    assert not any(isinstance(value, dict | list) for value in flat.values())
+        assert found["null"]["mispaired"][key] == pytest.approx(np.mean(nulls), rel=1e-4)
+        assert key in found["null"]["random"]
+    first_key = found["headline"][keys[0]]
+    assert first_key["low"] < first_key["value"] < first_key["high"]
+    assert found["independent_r2"]["1"] < 1
     for suffix in ("csv", "png"):
         assert Path(f"plots/{name}/{plot}.{suffix}") in first
     loaded = UniversalSAE.load(workspace / f"data/{kind}/seed-0")
@@ -222,12 +221,15 @@ def test_shared_stage_writes_all_and_repeats(paired_workspace, monkeypatch, kind
 def test_shared_structure_shows_against_every_null(paired_workspace, monkeypatch):
     """The two models are linear maps of the same 6 numbers: cross R2 far above the nulls."""
     first = run_shared("usae", paired_workspace, monkeypatch)
-    flat = summary_keys(json.loads(first[Path("metrics/train_usae.json")]))
-    assert flat["r2_0_1"] > 0.3
-    for null in ("mispaired", "shuffled", "random"):
-        assert flat["r2_0_1"] > flat[f"null_{null}_r2_0_1"] + 0.2
-    assert flat["cofire_proportion_0"] > flat["null_shuffled_cofire_proportion_0"] + 0.1
-    assert flat["cofire_proportion_0"] > flat["null_mispaired_cofire_proportion_0"] + 0.1
+    found = json.loads(first[Path("metrics/train_usae.json")])
+    null = found["null"]
+    r2 = found["headline"]["r2_0_1"]["value"]
+    assert r2 > 0.3
+    for name in ("mispaired", "shuffled", "random"):
+        assert r2 > null[name]["r2_0_1"] + 0.2
+    cofire = found["headline"]["cofire_proportion_0"]["value"]
+    assert cofire > null["shuffled"]["cofire_proportion_0"] + 0.1
+    assert cofire > null["mispaired"]["cofire_proportion_0"] + 0.1
 
 
 def test_one_model_alone_and_too_large_a_k_are_errors(paired_workspace, monkeypatch):

@@ -279,12 +279,6 @@ def test_the_report_says_what_the_judges_can(report):
     cross = {name: entry["mean_auroc"] for name, entry in metrics["cross_font"].items()}
     assert min(cross["timgm6mb_to_timgm6mb"], cross["fluidr3mono_to_fluidr3mono"]) > 0.9
     assert max(cross["timgm6mb_to_fluidr3mono"], cross["fluidr3mono_to_timgm6mb"]) < 0.7
-    keys = judge_report.summary_keys(metrics)
-    assert keys["judge.cross_font.timgm6mb_to_fluidr3mono.mean_auroc"] == pytest.approx(
-        cross["timgm6mb_to_fluidr3mono"]
-    )
-    assert keys["judge.family_judge.pairs_accuracy"] == metrics["family_judge"]["pairs"]["accuracy"]
-    assert all(not isinstance(value, dict) for value in keys.values())
     table = judge_report.plot_table(metrics)
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"

@@ -379,12 +379,11 @@ def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, mo
     found = read_json("metrics/steer/tiny.json")
     methods = found["concepts"]["guitar"]["off"]["methods"]
     assert set(methods) == set(METHODS) - {"plain", "original"}
-    keys = report.summary_keys(found)
-    for key in ("success", "success_ci_low", "prompt_edit", "diff_means", "random_feature",
-                "passthrough", "quality_cost"):  # fmt: skip
-        assert f"organ.on.{key}" in keys
-    assert "joint.guitar_off_organ_on.all_wanted" in keys
-    assert keys["prompts"] == 3
+    assert {"success", "success_ci_low", "ce_cost"} <= set(
+        found["concepts"]["organ"]["on"]["methods"]["sae"]
+    )
+    assert "all_wanted" in found["joint"]["guitar-off+organ-on"]["sae"]
+    assert found["prompts"] == 3
     validation = found["concepts"]["guitar"]["on"]["chosen"]["sae"]["validation"]
     assert set(validation) == {"change", "success", "ce_cost", "frechet_ratio"}
     # The chosen settings are in the recipes, and among those of the grid.

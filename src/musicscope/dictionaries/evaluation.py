@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -435,24 +434,3 @@ def random_shared(usae: UniversalSAE, sample: Sequence[np.ndarray], seed: int) -
         gain = (target * guess).sum() / guess.square().sum()
         fitted.append(replace(side, W_dec=gain * side.W_dec))
     return replace(control, weights=tuple(fitted))
-
-
-def summary_keys(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Flatten metrics/train_usae.json or train_crosscoder.json for summary.json, without prefix.
-
-    <key>, <key>_ci_low, <key>_ci_high of seed 0; <key>_mean_of_seeds, <key>_sd_of_seeds;
-    null_<null>_<key> for the nulls mispaired, shuffled and random; independent_r2_<i>. Indices
-    are those of metrics["models"].
-    """
-    out: dict[str, Any] = {}
-    for key, entry in metrics["headline"].items():
-        out[key] = entry["value"]
-        for ours, theirs in (
-            ("ci_low", "low"), ("ci_high", "high"), ("mean_of_seeds", "mean"),
-            ("sd_of_seeds", "sd"),
-        ):  # fmt: skip
-            if theirs in entry:
-                out[f"{key}_{ours}"] = entry[theirs]
-    for null, entries in metrics["null"].items():
-        out |= {f"null_{null}_{key}": value for key, value in entries.items()}
-    return out | {f"independent_r2_{i}": v for i, v in metrics["independent_r2"].items()}

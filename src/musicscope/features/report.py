@@ -244,29 +244,6 @@ def metrics(
     }
 
 
-def summary_keys(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Select the headline numbers {"match.<name>": number} of metrics/match_features.json.
-
-    match.sae_usae_matched_<model> and null_matched_<model>: shares of the SAE's latents;
-    match.common (with _low, _high and null_common), positional and own_<model>: numbers of
-    features; match.sae_sae_musical_<model>: the share of its latents paired with another model's,
-    and match.seeds_musical_<model> its ceiling, the share paired with another seed's.
-    """
-    keys, several = {}, len(metrics["sae_sae"]) > 1
-    for model, entry in metrics["sae_usae"].items():
-        keys[f"sae_usae_matched_{model}"] = entry["matched"]
-        keys[f"null_matched_{model}"] = entry["null_matched"]
-        keys[f"own_{model}"] = metrics["sets"][f"own_{model}"]
-        keys[f"seeds_musical_{model}"] = metrics["seeds"][model]["musical"]
-        for pair, between in metrics["sae_sae"].items():
-            if (word := f"musical_{model}") in between:
-                keys[f"sae_sae_{word}" + (f"_in_{pair}" if several else "")] = between[word]
-    for name in ("common", "common_low", "common_high", "null_common", "positional"):
-        if name in metrics["sets"]:
-            keys[name] = metrics["sets"][name]
-    return {f"match.{key}": value for key, value in keys.items()}
-
-
 def correlation_table(comparison: Comparison) -> pd.DataFrame:
     """Count test correlations of the pairs: one row per (comparison, bin [low, high)).
 

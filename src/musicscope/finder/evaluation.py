@@ -22,20 +22,6 @@ from musicscope.features.association import rank_by_auroc
 from musicscope.finder.queries import Sets
 
 TOP = 10
-SUMMARY = {
-    "discoveries": "discoveries",
-    "best_test_auroc": "test.best_auroc",
-    "best_test_auroc_ci_low": "test.best_ci_low",
-    "best_test_auroc_ci_high": "test.best_ci_high",
-    "top_test_auroc": "test.top_auroc",
-    "tested_test_auroc": "test.tested_auroc",
-    "found_above_half": "test.found_above_half",
-    "few_any_discovery": "few.any_discovery",
-    "few_top_agree": "few.top_agree",
-    "few_top_test_auroc": "few.top_test_auroc",
-    "null_any_discovery": "null.any_discovery",
-    "null_discoveries": "null.discoveries",
-}
 
 
 def examine(
@@ -151,19 +137,6 @@ def without_concept(
         "recordings": n, "draws": len(counts), "discoveries": whole,
         "any_discovery": np.mean(np.array(counts) > 0) if counts else None,
     }  # fmt: skip
-
-
-def summary_keys(model: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Select headline numbers {"find_concept.<model>.<dictionary>.<concept>.<SUMMARY>": number}."""
-    keys = {}
-    for name, concepts in metrics.items():
-        for concept, entry in concepts.items():
-            for key, dotted in SUMMARY.items():
-                value: Any = entry
-                for part in dotted.split("."):
-                    value = value.get(part) if isinstance(value, Mapping) else None
-                keys[f"find_concept.{model}.{name}.{concept}.{key}"] = value
-    return keys
 
 
 def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:

@@ -106,24 +106,6 @@ def pair_report(scores: np.ndarray, of: Predictions, bootstrap: int, seed: int) 
     }  # fmt: skip
 
 
-def summary_keys(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten the headline numbers as ``judge.*`` for metrics/summary.json."""
-    keys: dict[str, Any] = {}
-    for judge in JUDGES:
-        for name, report in metrics[judge].items():
-            prefix = f"judge.{judge}.{name}"
-            if name == "pairs":
-                keys[f"{prefix}_accuracy"] = report["accuracy"]
-                continue
-            keys[f"{prefix}.mean_auroc"] = report["mean_auroc"]
-            for key in ("auroc", "ci_low", "ci_high"):
-                keys[f"{prefix}.guitar_{key}"] = report["guitar"][key]
-    for name, report in metrics["cross_font"].items():
-        keys[f"judge.cross_font.{name}.mean_auroc"] = report["mean_auroc"]
-        keys[f"judge.cross_font.{name}.guitar_auroc"] = report["guitar"]["auroc"]
-    return keys
-
-
 def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     """Tabulate AUROC with intervals: one row per judge, set and family."""
     reports = [(judge, name, r) for judge in JUDGES for name, r in metrics[judge].items()]

@@ -252,11 +252,6 @@ def metrics(result: Result) -> dict[str, Any]:
     return numbers | {"naturalness": plan.section.naturalness, "log_prob": log_prob}
 
 
-def summary_keys(metrics: dict[str, Any], name: str) -> dict[str, Any]:
-    """Flatten the headline as ``maximize.<name>.*``; `name` is the model or shared."""
-    return {f"maximize.{name}.{key}": value for key, value in metrics["headline"].items()}
-
-
 # --- chart ------------------------------------------------------------------------------------
 
 

@@ -21,11 +21,6 @@ from musicscope.steering.methods import JOINT_METHODS, Request
 from musicscope.steering.recipes import DIRECTIONS, WORDS, Recipe, save_recipe, summary_of
 from musicscope.steering.search import Plan, Result
 
-SUMMARY = (
-    "prompt_edit", "diff_means", "random_feature", "passthrough", "reseed", "sae_words",
-    "diff_means_words",
-)  # fmt: skip
-"""Methods whose success is in the summary, besides sae."""
 TEST_KEYS = (
     "success", "success_ci_low", "success_ci_high", "change", "change_ci_low", "change_ci_high",
     "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
@@ -131,41 +126,6 @@ def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, Any]
         "joint": {pair: joint_metrics(result, pair) for pair in result.joints},
         **clips,
     }
-
-
-def summary_keys(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten the headline numbers of metrics/steer/<model>.json.
-
-    quality_cost: rise of the unsteered model's cross-entropy, nats per code. An audio model has
-    spectral_cost instead, and skipped: the number of edits with too few clips.
-    """
-    keys: dict[str, Any] = {k: metrics[k] for k in ("prompts", "skipped") if k in metrics}
-
-    def cost(of: Mapping[str, Any]) -> dict[str, Any]:
-        spectral = of.get("spectral_cost")
-        return {"quality_cost": of["ce_cost"]} if spectral is None else {"spectral_cost": spectral}
-
-    for concept, directions in metrics["concepts"].items():
-        for direction, entry in directions.items():
-            at, methods = f"{concept}.{direction}", entry["methods"]
-            for key in ("success", "success_ci_low", "success_ci_high"):
-                keys[f"{at}.{key}"] = methods["sae"][key]
-            keys |= {f"{at}.{m}": methods[m]["success"] for m in SUMMARY if m in methods}
-            keys |= {f"{at}.{k}": value for k, value in cost(methods["sae"]).items()}
-            keys[f"{at}.others_change"] = methods["sae"]["others_change"]
-            gap = entry["sae_minus"]["diff_means"]
-            keys[f"{at}.minus_diff_means"] = gap["difference"]
-            for end in ("low", "high"):
-                keys[f"{at}.minus_diff_means_ci_{end}"] = gap[f"difference_ci_{end}"]
-    for name, entry in metrics["joint"].items():
-        at = "joint." + name.replace("+", "_").replace("-", "_")
-        ours = entry["sae"]
-        for key in ("all_wanted_plain", "all_wanted", "all_wanted_ci_low", "all_wanted_ci_high"):
-            keys[f"{at}.{key}"] = ours[key]
-        rivals = ("prompt_edit", "diff_means", "sae_words")
-        keys |= {f"{at}.{m}": entry[m]["all_wanted"] for m in rivals if m in entry}
-        keys |= {f"{at}.{k}": value for k, value in cost(ours).items()}
-    return keys
 
 
 # --- tables -----------------------------------------------------------------------------------
