@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from musicscope.config.concepts import FindConcept
+from musicscope.config.concepts import Concept, FindConcept
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 
@@ -57,9 +57,10 @@ def clip_rows(groups: int = 6, per_group: int = 8, seed: int = 0) -> pd.DataFram
 
 
 def find_concept_section(**changes: object) -> FindConcept:
-    """Section find_concept of params.yaml, small, without concepts."""
+    """Section find_concept of params.yaml, small, with one concept."""
+    guitar = Concept(name="guitar", positive="clips:has_guitar", negative="clips:not has_guitar")
     values = {
-        "slot": "top1", "universal": False, "concepts": (), "q": 0.05, "permutations": 199,
+        "slot": "top1", "universal": False, "concepts": (guitar,), "q": 0.05, "permutations": 199,
         "stability_draws": 10, "seconds": 10.0, "windows": 4, "few": 10, "few_draws": 10,
         "features": 4, "moments": 3, "bootstrap": 50,
     }  # fmt: skip

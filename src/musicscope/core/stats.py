@@ -57,7 +57,7 @@ class Estimate:
 
 
 def resample_weights(groups: Sequence | np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Weights [n, items]: how often each item's group is drawn in `n` resamples of all groups.
+    """Draw weights [n, items]: how often each item's group occurs in `n` resamples of the groups.
 
     Each resample draws as many groups as there are, with replacement (Efron's bootstrap with the
     group as the unit, the "cluster bootstrap").
@@ -70,7 +70,7 @@ def resample_weights(groups: Sequence | np.ndarray, n: int, seed: int) -> np.nda
 
 
 def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple:
-    """Percentile interval over axis 0; undefined resamples (NaN, e.g. no positives) are left out.
+    """Compute the percentile interval over axis 0, without undefined resamples (NaN).
 
     Two floats for values [resamples]; two arrays for values [resamples, ...].
     """
@@ -86,7 +86,7 @@ def bootstrap_groups(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple:
-    """Percentile bootstrap interval (low, high) with whole groups resampled.
+    """Compute the percentile bootstrap interval (low, high) with whole groups resampled.
 
     `statistic`: per-item values [items, ...], whose mean over items is the statistic (one interval
     for each trailing entry), or a `Statistic` such as ``auroc_of(scores, labels)``. `groups`
@@ -107,7 +107,7 @@ def estimate(
 
 
 def mean_of(values: np.ndarray) -> Statistic:
-    """Weighted mean of per-item `values` [items, ...] -> [resamples, ...]."""
+    """Make the mean of per-item `values` [items, ...] a `Statistic`."""
     values = np.asarray(values, dtype=np.float64)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def mean_of(values: np.ndarray) -> Statistic:
 
 
 def ratio_of(numerator: np.ndarray, denominator: np.ndarray) -> Statistic:
-    """Ratio of weighted sums of per-item terms [items], such as 1 - FVU or a recovered share."""
+    """Make the ratio of sums of per-item terms [items] a `Statistic`, such as 1 - FVU."""
     numerator, denominator = (np.asarray(v, dtype=np.float64) for v in (numerator, denominator))
     return lambda weights: (weights @ numerator) / (weights @ denominator)
 
@@ -142,7 +142,7 @@ Counts = tuple[np.ndarray, np.ndarray]
 
 
 def counts_of(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], Counts]:
-    """Weights -> `Counts` at the distinct scores, from the highest down."""
+    """Make a function of weights that gives `Counts` at the distinct scores, highest first."""
     order, positive, ends = _ordered(scores, labels)
 
     def counts(weights: np.ndarray) -> Counts:
@@ -154,7 +154,7 @@ def counts_of(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], 
 
 
 def auroc_from(hits: np.ndarray, false: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve = P(positive > negative) + P(tie) / 2 (Mann-Whitney U)."""
+    """Compute AUROC = P(positive > negative) + P(tie) / 2 (Mann-Whitney U) from `Counts`."""
     hits, false = (np.pad(c, ((0, 0), (1, 0))) for c in (hits, false))
     area = (np.diff(false, axis=1) * (hits[:, 1:] + hits[:, :-1]) / 2).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -162,7 +162,7 @@ def auroc_from(hits: np.ndarray, false: np.ndarray) -> np.ndarray:
 
 
 def average_precision_from(hits: np.ndarray, false: np.ndarray) -> np.ndarray:
-    """Sum over thresholds of recall step x precision; tied scores are one threshold."""
+    """Sum recall step x precision over thresholds; tied scores are one threshold."""
     steps = np.diff(np.pad(hits, ((0, 0), (1, 0))), axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.where(hits + false > 0, hits / (hits + false), 0.0)
@@ -170,31 +170,31 @@ def average_precision_from(hits: np.ndarray, false: np.ndarray) -> np.ndarray:
 
 
 def auroc_of(scores: np.ndarray, labels: np.ndarray) -> Statistic:
-    """AUROC of scores [items] for boolean labels [items], as a `Statistic`."""
+    """Make AUROC of scores [items] for boolean labels [items] a `Statistic`."""
     counts = counts_of(scores, labels)
     return lambda weights: auroc_from(*counts(weights))
 
 
 def average_precision_of(scores: np.ndarray, labels: np.ndarray) -> Statistic:
-    """Average precision of scores [items] for boolean labels [items], as a `Statistic`."""
+    """Make average precision of scores [items] for boolean labels [items] a `Statistic`."""
     counts = counts_of(scores, labels)
     return lambda weights: average_precision_from(*counts(weights))
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """AUROC of scores [items] for boolean labels [items]; NaN when a class is empty."""
+    """Compute AUROC of scores [items] for boolean labels [items]; NaN if a class is empty."""
     return float(auroc_of(scores, labels)(np.ones((1, len(scores))))[0])
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Average precision of scores [items]; NaN without positives."""
+    """Compute average precision of scores [items]; NaN without positives."""
     return float(average_precision_of(scores, labels)(np.ones((1, len(scores))))[0])
 
 
 def auroc_columns(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """AUROC of every column: scores [items, columns], labels [items] or [items, columns].
+    """Compute AUROC per column: scores [items, columns], labels [items] or [items, columns].
 
-    Through mid-ranks, so ties count half. NaN for columns where a class is empty.
+    Uses mid-ranks, so ties count half. NaN for columns in which a class is empty.
     """
     from scipy.stats import rankdata
 

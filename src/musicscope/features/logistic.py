@@ -1,4 +1,4 @@
-"""Many L2-regularised logistic regressions on the same inputs, solved together.
+"""Solve many L2-regularised logistic regressions on the same inputs together.
 
 A probe table needs thousands of fits (concepts x C x pooling x shuffles) that share X. One solver
 for all of them turns every iteration into two matrix products; scikit-learn's lbfgs, one fit at a
@@ -23,7 +23,7 @@ class Standardiser:
 
     @classmethod
     def fit(cls, x: np.ndarray) -> Standardiser:
-        """From training rows x [n, p]; an error if no column varies."""
+        """Estimate from training rows x [n, p]; ValueError if no column varies."""
         mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
         columns = np.flatnonzero(std > 1e-6 * (np.abs(mean) + 1e-6))
         if not len(columns):
@@ -31,12 +31,12 @@ class Standardiser:
         return cls(columns, mean[columns], std[columns])
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Standardised columns, float64 [n, kept]."""
+        """Standardise the columns that vary, float64 [n, columns]."""
         return (x[:, self.columns] - self.mean) / self.std
 
 
 def _rotate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Z [n, r], its squared singular values [r], and back [p, r], where Z = x @ back.
+    """Rotate x to Z [n, r]: Z, its squared singular values [r], and back [p, r]; Z = x @ back.
 
     Columns of Z are orthogonal, and `back` has orthonormal columns that span the rows of x, in
     which every L2-regularised solution lies: the fit of Z is the fit of x, with at most n inputs.
