@@ -35,8 +35,8 @@ from tests.report.test_report import (
     tone,
     write_metrics,
 )
-from tests.steering.test_evaluation import SECTION, context  # noqa: F401 (a fixture)
 from tests.support.planted import clip_rows
+from tests.support.steered import SECTION, tiny_context
 
 
 def inside(parts) -> list:
@@ -80,9 +80,9 @@ def test_without_these_stages_the_page_has_no_such_sections(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(context, tmp_path_factory):  # noqa: F811
+def run(tiny_musicgen, tmp_path_factory):
     """What the stage writes about the tiny model."""
-    root = tmp_path_factory.mktemp("steered")
+    root, context = tmp_path_factory.mktemp("steered"), tiny_context(tiny_musicgen)
     (root / "scratch").mkdir()
     section = type(SECTION)(**{**vars(SECTION), "n_prompts": 2, "examples": 2})
     spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731
