@@ -26,7 +26,6 @@ from musicscope.steering import methods as steering_methods
 from musicscope.steering import report as steering_report
 from musicscope.steering import search as steering_search
 from tests.judges.test_pair import report as judged  # noqa: F401 (a fixture)
-from tests.steering.test_evaluation import SECTION, context  # noqa: F401 (a fixture)
 from tests.support.planted import clip_rows, find_concept_section
 from tests.support.report import (
     HOSTILE,
@@ -45,6 +44,7 @@ from tests.support.report import (
     tone,
     write_metrics,
 )
+from tests.support.steered import SECTION, tiny_context
 
 
 def players_of(section: Section) -> Players:
@@ -66,9 +66,9 @@ def test_without_these_stages_the_page_has_no_such_sections(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(context, tmp_path_factory):  # noqa: F811
+def run(tiny_musicgen, tmp_path_factory):
     """What the stage writes about the tiny model."""
-    root = tmp_path_factory.mktemp("steered")
+    root, context = tmp_path_factory.mktemp("steered"), tiny_context(tiny_musicgen)
     (root / "scratch").mkdir()
     section = type(SECTION)(**{**vars(SECTION), "n_prompts": 2, "examples": 2})
     spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731

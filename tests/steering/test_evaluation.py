@@ -12,16 +12,14 @@ import torch
 
 from musicscope.core.io import read_json
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.models.registry import load_model
 from musicscope.steering import conditions, report, search
 from musicscope.steering import evaluation as ev
-from musicscope.steering.conditions import Context, Measurement
-from musicscope.steering.edit import Gate
+from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import METHODS, Condition, Selection
 from musicscope.steering.prompts import FORMS, KEYS, make_prompts
-from musicscope.steering.recipes import SCORES, Recipe, Settings, load_recipe
+from musicscope.steering.recipes import Settings, load_recipe
 from musicscope.steering.subjects import Prompts
-from tests.steering.test_steering import PUSH, random_sae
+from tests.support.steered import LAYER, SECTION, tiny_context
 
 # --- prompts ----------------------------------------------------------------------------------
 
@@ -174,7 +172,7 @@ def test_the_choice_moves_judges_most_within_the_budgets():
     assert found["diff_means", ("guitar", "off")].strength == 1.0  # none is: the cheapest
 
 
-def test_one_branch_serves_all_fulfilled_of_a_method():
+def test_one_branch_serves_all_requests_of_a_method():
     rows = [
         trial("sae", 1.0, 0.5, 0.0, "conditional"), trial("sae", 1.0, 0.4, 0.0, "both"),
         trial("sae", 1.0, 0.1, 0.0, "conditional", "on"), trial("sae", 2.0, 0.6, 0.0, "both", "on"),
@@ -186,55 +184,12 @@ def test_one_branch_serves_all_fulfilled_of_a_method():
 
 # --- a tiny model -----------------------------------------------------------------------------
 
-LAYER = "layers.3"
-
-
-class StubJudges:
-    """Probabilities out of the levels of bands of the spectrum; musicnn knows three families."""
-
-    families = FAMILIES
-
-    def predict(self, audio):
-        power = np.abs(np.fft.rfft(audio, axis=1)) ** 2
-        bands = np.stack([b.sum(1) for b in np.array_split(power, len(FAMILIES), axis=1)], 1)
-        level = np.log(bands + 1e-9)
-        family = 1 / (1 + np.exp(level.mean(1, keepdims=True) - level))
-        tags = np.full_like(family, np.nan)
-        tags[:, [0, 1, -1]] = family[:, [0, 1, -1]]
-        return {"family_judge": family, "musicnn": tags}
-
-    def embed(self, audio):
-        return np.stack([audio.std(1), audio.mean(1), np.abs(audio).max(1)], 1)
-
-
-def recipe(concept: str, seed: int) -> Recipe:
-    generator = torch.Generator().manual_seed(seed)
-    F, d = 96, 48
-    score = torch.randn(F, generator=generator)
-    score[PUSH] = 9.0 if concept == "guitar" else -9.0
-    statistics = {name: torch.rand(F, generator=generator) + 3.0 for name in
-                  ("mean_with", "mean_without", "active_with", "active_without")}  # fmt: skip
-    directions = {n: torch.randn(d, generator=generator) for n in ("difference", "probe")}
-    gate = Gate((1, 2), (1.0, -1.0), 0.0, 0.5)
-    statistics |= {name: score.clone() for name in SCORES}
-    return Recipe(
-        "tiny", "top1", LAYER, "", concept, "active", "never", statistics, directions, gate
-    )
-
 
 @pytest.fixture(scope="module")
 def context(tiny_musicgen):
-    recipes = {c: recipe(c, i) for i, c in enumerate(("guitar", "organ"))}
-    subject = Prompts(5, 0.2, 2, 3.0, ("guitar", "organ"), words=True)
-    return Context(load_model(tiny_musicgen), random_sae(), recipes, StubJudges(), subject, 5)
+    return tiny_context(tiny_musicgen)
 
 
-SECTION = SimpleNamespace(
-    concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
-    n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), words=True, validation_prompts=2, n_prompts=3,
-    quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
-)  # fmt: skip
 REQUEST = ("guitar", "on")  # to raise latents always does something, to ablate them may not
 PROMPTS = Selection("test", 3, without=("guitar",))
 

@@ -16,28 +16,15 @@ from musicscope.steering import conditions
 from musicscope.steering import edit as st
 from musicscope.steering.prompts import edit_prompt
 from tests.conftest import CAPTIONS
+from tests.support.steered import LATENTS, LAYER, PUSH, WIDTH, K, random_sae
 
-WIDTH, LATENTS, K = 48, 96, 8
 PROMPTS = [CAPTIONS[0], CAPTIONS[2], None]
-LAYER = "layers.3"
 TOKEN = 5
-PUSH = 90
-"""The planted latent: it reads and writes the direction of token TOKEN in codebook 0."""
 
 
 @pytest.fixture(scope="module")
 def model(tiny_musicgen):
     return load_model(tiny_musicgen)
-
-
-def random_sae(seed: int = 0, activation: str = "topk", width: int = WIDTH) -> TopKSAE:
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(LATENTS, width, generator=generator)
-    W = W / W.norm(dim=1, keepdim=True)
-    b_enc, b_dec = (0.1 * torch.randn(n, generator=generator) for n in (LATENTS, width))
-    mixed = W + 0.1 * torch.randn(W.shape, generator=generator)
-    threshold = 1.2 if activation == "batchtopk" else -1.0
-    return TopKSAE(mixed, b_enc, W, b_dec, K, activation, threshold)
 
 
 @pytest.fixture(scope="module")
