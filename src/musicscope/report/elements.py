@@ -96,9 +96,9 @@ class Card:
         return list(names.items()) if len(names) > 1 else []
 
 
+Plain: TypeAlias = str | int | float | None
 Content: TypeAlias = (
-    "Table | Figure | Players | Card | str | int | float | None | Sequence[Content] "
-    "| Mapping[str, Content]"
+    "Table | Figure | Players | Card | Plain | Sequence[Content] | Mapping[str, Content]"
 )
 
 
