@@ -130,6 +130,6 @@ def test_what_a_model_runs_on_is_its_familys_code(tmp_path, monkeypatch):
     before = {name: written(name) for name in ("tiny", "other")}
     assert '"system": "yue"' in before["other"]
     with (tmp_path / "src/musicscope/models/yue/tokens.py").open("a") as file:
-        file.write("# an edit\n")
+        file.write("EDITED = True\n")
     assert written("tiny") == before["tiny"]
     assert written("other") != before["other"]
