@@ -23,7 +23,7 @@ NO_SECTION = {
     "maximize_shared": "it is maximize_activation over all models at once",
 }
 # Stages that run the script of another one, with an argument.
-SCRIPT_OF = {"maximize_shared": "maximize_activation"}
+SCRIPT_OF = {"maximize_shared": "maximize_activation", "steer_full": "steer"}
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
     "train_usae", "match_features", "maximize_activation", "maximize_shared",
