@@ -1,5 +1,6 @@
 """Codec training: resuming is exact, gradients are balanced, codebooks follow, audio improves."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,39 @@ def test_training_reduces_the_loss_and_the_result_reloads(tmp_path):
         codes = codec.encode(held_out[:1, None]).audio_codes
         assert torch.equal(codes, again.encode(held_out[:1, None]).audio_codes)
     assert codes.shape == (1, 1, 2, 10)
+
+
+def test_only_scales_above_one_cost_anything():
+    codec = codecs.start_codec(TINY, 1, tones(16, 6400, 0))
+    watch = codecs.ScaleWatch(codec)
+    small = torch.full((1, 4, 16), 0.5)
+    assert watch.loss(small) == 0
+    assert float(watch.loss(10 * small)) == pytest.approx(math.log(5) ** 2)
+    with torch.no_grad():
+        codec.encoder(1e4 * tones(1, 3200, 1)[:, None])  # its LSTM gets far more than 1
+    assert watch.loss(small) > 0.5
+    assert watch.loss(small) == 0  # scales count for one step
+
+
+def test_training_holds_the_scale_of_latents_that_start_too_large():
+    config = replace(TINY, adversarial_from=2.0, scale_weight=10.0)
+    codec = codecs.start_codec(config, 1, tones(32, 6400, 0))
+    last, first = codec.encoder.layers[-1].conv, codec.decoder.layers[0].conv
+    with torch.no_grad():
+        for tensor, factor in ((last.weight, 1e3), (last.bias, 1e3), (first.weight, 1e-3)):
+            tensor.mul_(factor)
+    trainer = codecs.CodecTrainer(config, codec, 1, "cpu")
+    losses = [float(trainer.step(tones(2, 3200, i), 0.1)["scale"]) for i in range(20)]
+    assert losses[-1] < losses[1]
+
+
+def test_codebooks_restart_from_their_saved_vectors():
+    codec = trainer_of(TINY, tones(16, 6400, 0)).finished()
+    book = codec.quantizer.layers[0].codebook
+    saved = book.embed.clone()
+    book.embed_avg.fill_(torch.inf)  # as float16 makes of large sums
+    codecs.restart_codebooks(codec)
+    torch.testing.assert_close(book.embed_avg / book.cluster_size[:, None], saved)
 
 
 def test_training_the_decoder_alone_changes_no_code():

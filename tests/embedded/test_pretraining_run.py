@@ -116,6 +116,20 @@ def test_a_run_goes_on_from_saved_models(tiny, tmp_path):
         run.start_from(tmp_path, tmp_path / "other")
 
 
+@pytest.mark.slow
+def test_a_codec_trains_on_with_its_own_architecture(tiny, tmp_path):
+    first, second = tmp_path / "one", tmp_path / "two"
+    run.main([*tiny, "--out", str(first), "--minutes", "0.05"])
+    more = ["--work", str(tmp_path / "again"), "--codec-start", str(first), "--until", "codec"]
+    run.main([*tiny, *more, "--minutes", "0.03", "--out", str(second)])
+    codecs = [run.load_codec(folder) for folder in (first, tmp_path / "again" / "codec")]
+    assert codecs[0].config.num_filters == codecs[1].config.num_filters
+    weights = [codec.state_dict()["encoder.layers.0.conv.bias"] for codec in codecs]
+    assert not torch.equal(*weights)
+    lines = [json.loads(line) for line in (second / "log.jsonl").read_text().splitlines()]
+    assert "codec before" in [line["phase"] for line in lines]
+
+
 @pytest.mark.parametrize("option", ["--out", "--work"])
 def test_a_folder_with_other_files_is_refused_before_any_work(tiny, tmp_path, option):
     mine = tmp_path / "mine"
