@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from musicscope.commands.options import device, number, whole
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
@@ -50,12 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new or empty folder for tables and excerpts (default: "
         "data/found/<name of the --with folder>)",
     )
-    add("--seconds", type=float, default=10.0, help="longest window, in seconds")
-    add("--windows", type=int, default=4, help="most windows per recording")
-    add("--q", type=float, default=0.05, help="limit of the corrected p for a discovery")
-    add("--permutations", type=int, default=2000, help="permutations of the labels, for p")
-    add("--seed", type=int, default=0, help="seed of permutations and resamples")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--seconds", type=number(above=0), default=10.0, help="longest window, in seconds")
+    add("--windows", type=whole(1), default=4, help="most windows per recording")
+    add(
+        "--q",
+        type=number(above=0, at_most=1),
+        default=0.05,
+        help="limit of the corrected p for a discovery",
+    )
+    add("--permutations", type=whole(1), default=2000, help="permutations of the labels, for p")
+    add("--seed", type=whole(0), default=0, help="seed of permutations and resamples")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
 
 
 def run(args: argparse.Namespace) -> None:

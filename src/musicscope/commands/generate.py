@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from musicscope.commands.options import device, number, whole
 from musicscope.config import load_params
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
@@ -151,23 +152,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="concept to switch off; repeatable")  # fmt: skip
     add("--on", action="append", default=[], metavar="CONCEPT",
         help="concept to switch on; repeatable")  # fmt: skip
-    add("--strength", type=float, default=1.0,
+    add("--strength", type=number(), default=1.0,
         help="multiple of the strength chosen on validation prompts; default 1")  # fmt: skip
-    add("--seed", type=int, default=0, help="random seed, the same for both sounds; default 0")
-    add("--seconds", type=float, help="duration; default 5, for --audio the whole file")
+    add("--seed", type=whole(0), default=0, help="random seed, the same for both sounds; default 0")
+    add("--seconds", type=number(above=0), help="duration; default 5, for --audio the whole file")
     add("--out", default="data/generated", metavar="DIR",
         help="folder to add the files to; default data/generated")  # fmt: skip
-    add("--guidance", type=float, help="guidance scale; default params.steer.guidance")
+    add("--guidance", type=number(), help="guidance scale; default params.steer.guidance")
     add("--branch", choices=BRANCHES,
         help="rows of guided generation to edit; default as chosen by steer")  # fmt: skip
     add("--loop", choices=("open", "closed"),
         help="closed: edit only while a probe detects a need; default as chosen")  # fmt: skip
-    add("--schedule", type=float, nargs=2, metavar=("START", "END"),
+    add("--schedule", type=number(at_least=0), nargs=2, metavar=("START", "END"),
         help="seconds in which to edit; default all")  # fmt: skip
-    add("--features", type=int, metavar="N",
+    add("--features", type=whole(1), metavar="N",
         help="number of features per concept; default as chosen by steer")  # fmt: skip
     add("--words", action="store_true", help="ask in the steered prompt too (... no guitar)")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from musicscope.commands.options import number, whole
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
@@ -239,14 +240,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an override, as in dvc exp run; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--clips", type=int, help="number of clips, in place of the size of the data set"
+        "--clips", type=whole(1), help="number of clips, in place of the size of the data set"
     )
     parser.add_argument(
         "--measure", action="store_true",
         help="time each local model on two clips of noise, in place of stored rates",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", type=float, metavar="GB",
+        "--memory", type=number(above=0), metavar="GB",
         help="print the largest extract_activations.batch_clips for this memory per process",
     )  # fmt: skip
     parser.add_argument("--results", default="benchmarks/results", help="folder of stored rates")

@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 from musicscope.commands.generate import usual_guidance
+from musicscope.commands.options import device, whole
 from musicscope.commands.studio import logic
 
 HOST = "127.0.0.1"
@@ -25,8 +26,12 @@ MAX_UPLOAD = "100mb"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``musicscope studio``."""
     add = parser.add_argument
-    add("--port", type=int, help="port of the page; default the first free one from 7860")
-    add("--device", default="cpu", help="cpu or cuda")
+    add(
+        "--port",
+        type=whole(1, 65535),
+        help="port of the page; default the first free one from 7860",
+    )
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
     add("--open", action="store_true", help="open the page in the browser")
 
 
