@@ -2,7 +2,7 @@
 # or 3.12. Another Python: `make repro PYTHON=python3.12`.
 
 STAMP := .venv/.installed
-TARGETS := repro test lint report compare sweep bench smoke locked deps tables lock clean
+TARGETS := repro test test-fast cover house lint docs report compare sweep bench smoke locked deps tables lock clean
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" just
 
 .PHONY: help setup gpu-check $(TARGETS)
@@ -15,14 +15,17 @@ help:
 #: setup ## make .venv with everything in requirements.lock
 #: repro ## run every stage whose inputs changed (dvc repro)
 #: test ## all tests
+#: test-fast ## the tests of up to ten seconds each
+#: cover ## lines that no test runs, by file
+#: house ## size of the code base against its limits
 #: tables ## write the tables of README.md and docs/ from metrics/
-#: lint ## ruff: rules and format; code digests; tables of README and docs
+#: lint ## ruff, types, imports between packages, code digests, tables of README and docs
 #: report ## print the headline numbers with intervals and controls
 #: compare REV=main ## summary of the work tree against a revision or experiment
 #: sweep S=train_sae.k=16,32,64 ## queue one experiment a value, run them, show the table
 #: bench ## the SAE step and the extraction against other code, as ratios
 #: gpu-check PYTHON=python3 ## codes, steps and full-size models on a GPU, with any Python with torch
-#: smoke ## the whole line on a few clips, in a temporary copy
+#: smoke ## the whole pipeline on a few clips, in a temporary copy
 #: locked ## check that dvc.lock, metrics and plots are those of this code
 #: deps ## write a digest of each stage's code into code.lock.yaml
 #: lock ## remake requirements.lock from pyproject.toml

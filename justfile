@@ -104,7 +104,7 @@ lock *args:
     new="$(mktemp)"
     grep '^#' requirements.lock > "$new"
     UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" uv pip compile pyproject.toml --quiet \
-        --extra dev --no-annotate --no-header --no-emit-index-url -c requirements.lock "$@" \
+        --extra dev --extra docs --no-annotate --no-header --no-emit-index-url -c requirements.lock "$@" \
         | sed 's/+[a-z0-9.]*$//' >> "$new"
     mv "$new" requirements.lock
 
