@@ -19,6 +19,7 @@ help:
 #: cover ## lines that no test runs, by file
 #: house ## size of the code base against its limits
 #: tables ## write the tables of README.md and docs/ from metrics/
+#: docs ## the documentation site in site/, warnings as errors
 #: lint ## ruff, types, imports between packages, code digests, tables of README and docs
 #: report ## print the headline numbers with intervals and controls
 #: compare REV=main ## summary of the work tree against a revision or experiment

@@ -89,7 +89,7 @@ tables:
     python -m tools.docs_tables --write
     python -m tools.readme_figure
 
-# the documentation site in site/, warnings as errors; needs pip install -e '.[docs]', no network
+# the documentation site in site/, warnings as errors; no network needed
 docs *args:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict "$@"
 
