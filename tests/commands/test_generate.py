@@ -178,14 +178,9 @@ def test_without_judges_the_music_is_there_and_the_stage_is_named(folder, capsys
         (("--off", "organ"), r"organ cannot be switched 'off' in tiny; .*: on"),
         (("--off", "guitar", "--on", "guitar"), r"guitar: off or on, not both"),
         ((), r"name a concept: --off CONCEPT"),
-        (("--on", "guitar", "--seconds", "0"), r"0 seconds: above 0"),
-        (("--on", "guitar", "--seconds", "nan"), r"nan seconds: above 0"),
         (("--on", "guitar", "--seconds", "1e9"), r"up to 120"),
-        (("--on", "guitar", "--seed", "-1"), r"seed -1"),
-        (("--on", "guitar", "--strength", "nan"), r"strength must be finite"),
         (("--on", "guitar", "--guidance", "0.5"), r"guidance 0.5: 1 to 20"),
         (("--on", "guitar", "--schedule", "2", "1"), r"0 <= START < END"),
-        (("--on", "guitar", "--features", "0"), r"at least 1"),
         (("--on", "guitar", "--branch", "guidance", "--guidance", "1"), r"needs guided generation"),
         (("--on", "guitar", "--prompt", "x" * 3000), r"3000 letters"),
     ],
@@ -201,8 +196,8 @@ def test_missing_models_and_recipes_are_named(folder, monkeypatch):
     message = refused("generate", "--model", "other", "--prompt", "x", "--on", "guitar")
     assert "data/steering/other has no recipes: run dvc repro steer" in message
     assert "dvc pull data/steering/other" in message
-    audio_model = SimpleNamespace(reconstruct=None)
-    monkeypatch.setattr(session, "load_model", lambda name, device: audio_model)
+    monkeypatch.setattr(session, "load_model", lambda name, device: SimpleNamespace())
+    monkeypatch.setattr(session, "is_audio_model", lambda model: True)
     assert "generates nothing from a prompt" in refused(*BASE, "--on", "guitar")
     monkeypatch.undo()
     monkeypatch.chdir(folder)

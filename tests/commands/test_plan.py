@@ -28,6 +28,7 @@ from musicscope.commands.plan.measure import (
 )
 from musicscope.commands.plan.published_sizes import MUSICGEN, Shape, shape_of
 from musicscope.config import load_params
+from musicscope.dictionaries.training import count_latents
 from musicscope.models.registry import load_model
 from tests.activations.test_extraction import FakeClips
 
@@ -404,7 +405,7 @@ def test_every_line_of_the_experiments_is_a_valid_configuration():
         systems |= set(params.models)
         assert params.prepare_data.source != "embedded"
         widest = max(shape_of(model).width for model in params.models)
-        assert params.train_sae.latents(widest) >= params.train_sae.k
+        assert count_latents(params.train_sae, [widest]) >= params.train_sae.k
     assert {"musicgen-small", "musicgen-medium", "rave"} < systems
     assert any(name.startswith("YuE") for name in systems)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.embedded.rendering.timbre import (
-    Master,
     Timbre,
-    apply_master,
     apply_timbre,
-    draw_master,
     draw_timbre,
 )
 
@@ -68,16 +65,12 @@ def test_same_settings_give_the_same_samples_and_the_draw_follows_the_seed():
     drawn = [draw_timbre(np.random.default_rng(s), "guitar") for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     np.testing.assert_array_equal(*(apply_timbre(stem, t, RATE) for t in drawn[:2]))
-    masters = [draw_master(np.random.default_rng(s)) for s in (1, 1, 2)]
-    assert masters[0] == masters[1] != masters[2]
-    np.testing.assert_array_equal(*(apply_master(stem, m, RATE) for m in masters[:2]))
 
 
 def test_settings_are_plain_numbers():
     for seed in range(20):
         for value in astuple(draw_timbre(np.random.default_rng(seed), "flute")):
             assert type(value) in (int, float, tuple)
-        assert {type(v) for v in astuple(draw_master(np.random.default_rng(seed)))} <= {int, float}
 
 
 def test_drums_and_bass_are_not_doubled_or_softened():
@@ -150,31 +143,8 @@ def test_drive_adds_harmonics_to_a_sine():
     assert -60 < db(band(out, 1310, 1330) / band(out, 430, 450)) < -15
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(0, 10_000))
-def test_master_keeps_level_and_stays_below_full_scale(seed):
-    mix = tones()[::2] * np.float32(3.0)
-    out = apply_master(mix, draw_master(np.random.default_rng(seed)), RATE // 2)
-    assert out.shape == mix.shape
-    assert np.abs(out).max() < 0.991
-    assert db(rms(out) / rms(mix)) < 0.01
-    quiet = apply_master(mix * 0.1, draw_master(np.random.default_rng(seed)), RATE // 2)
-    assert abs(db(rms(quiet) / rms(mix * 0.1))) < 0.01
-
-
-def test_noise_floor_has_its_level_and_band_limits_hold():
-    sine = 0.1 * np.sin(2 * np.pi * 500 * np.arange(4 * 16_000) / 16_000).astype(np.float32)
-    out = apply_master(sine, Master(noise_db=-50.0), 16_000)
-    assert abs(db(rms(out - sine) / rms(sine)) + 50.0) < 0.5
-    noise = (0.1 * np.random.default_rng(0).standard_normal(64_000)).astype(np.float32)
-    limited = apply_master(noise, replace(Master(), high_hz=5000.0, low_hz=100.0), 16_000)
-    assert band(limited, 7000, 8000, 16_000) < 0.2 * band(noise, 7000, 8000, 16_000)
-    assert band(limited, 1, 30, 16_000) < 0.2 * band(noise, 1, 30, 16_000)
-
-
 @pytest.mark.parametrize("samples", [0, 100])
 def test_silence_stays_silent(samples: int):
     zeros = np.zeros(samples, np.float32)
     timbre = draw_timbre(np.random.default_rng(0), "guitar")
     assert not apply_timbre(zeros, timbre, RATE).any()
-    assert not apply_master(zeros, draw_master(np.random.default_rng(0)), RATE).any()

@@ -357,7 +357,7 @@ def test_values_are_the_sparse_codes_and_pre_activations_where_active(studied):
             torch.testing.assert_close(found[:, column], z.relu(), atol=1e-4, rtol=1e-4)
             continue
         dictionary = one.sae if latent.kind == "sae" else one.usae
-        codes = dictionary.encode(x) if latent.kind == "sae" else dictionary.encode(0, x)
+        codes = dictionary.encode(x) if latent.kind == "sae" else dictionary.encode(x, 0)
         dense = torch.zeros(50, 32).scatter_add_(1, codes[1], codes[0])[:, latent.features[0]]
         assert torch.equal(found[:, column], dense)
         active = dense > 0

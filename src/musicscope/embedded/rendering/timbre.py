@@ -1,8 +1,7 @@
-"""Randomise the timbre of stems and the recording chain of mixes, without changing what plays.
+"""Randomise the timbre of stems without changing what they play.
 
-`apply_timbre` puts one stem through equaliser, formant shift, dynamics, drive, chorus, and room.
-`apply_master` puts the mix through soft clipping, tilt, band limits, and a noise floor. Both keep
-length and RMS. The strengths are bounded so that an instrument stays recognisable.
+`apply_timbre` puts one stem through equaliser, formant shift, dynamics, drive, chorus, and room. It
+keeps length and RMS. The strengths are bounded so that an instrument stays recognisable.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from scipy.fft import irfft, rfft
 from scipy.signal import lfilter, oaconvolve, sosfilt
 
 from musicscope.embedded.rendering.tones import (
-    band_noise,
     biquad,
     delayed,
     loudest,
-    lowpass,
     saturate,
     seconds_axis,
     white,
@@ -75,25 +72,6 @@ class Timbre:
     room_seconds: float = 0.3
     """Time of decay by 60 dB."""
     room_seed: int = 0
-
-
-@dataclass(frozen=True)
-class Master:
-    """Settings of a mix's recording chain; the defaults change nothing but add faint noise."""
-
-    noise_db: float = -75.0
-    """RMS of the noise floor relative to the mix."""
-    noise_slope: float = 0.0
-    """Exponent of 1/f of the noise's power: 0 white, 1 pink."""
-    noise_seed: int = 0
-    tilt_db: float = 0.0
-    """Gain at the top relative to the bottom of the spectrum, around 1 kHz."""
-    high_hz: float = 0.0
-    """Low-pass, fourth order; 0 for none."""
-    low_hz: float = 0.0
-    """High-pass, second order; 0 for none."""
-    clip: float = 0.0
-    """Gain before the soft clip, relative to the peak; 0 for none."""
 
 
 # --- one stem ---------------------------------------------------------------------------------
@@ -264,51 +242,3 @@ def _room(timbre: Timbre, rate: int) -> np.ndarray:
         out[echo : echo + 16] += np.float32(timbre.slap) * np.hanning(16).astype("f4") / 7.5
     out[0] = 1.0
     return out
-
-
-# --- the mix ----------------------------------------------------------------------------------
-
-
-def draw_master(rng: np.random.Generator) -> Master:
-    """Draw the recording chain of one mix."""
-    u = rng.uniform
-    use = rng.random(4)
-    return Master(
-        noise_db=u(-75.0, -45.0),
-        noise_slope=u(0.0, 1.2),
-        noise_seed=int(rng.integers(2**31)),
-        tilt_db=float(np.clip(rng.normal(0.0, 2.5), -6.0, 6.0)) if use[0] < 0.7 else 0.0,
-        high_hz=u(5000.0, 8000.0) if use[1] < 0.2 else 0.0,
-        low_hz=u(20.0, 120.0) if use[2] < 0.2 else 0.0,
-        clip=u(0.5, 2.5) if use[3] < 0.25 else 0.0,
-    )
-
-
-def apply_master(mix: np.ndarray, master: Master, rate: int) -> np.ndarray:
-    """Apply the chain to a mix float32 [samples]: same length and RMS, peak at most 0.99.
-
-    Where a peak would pass 0.99, the whole mix gets quieter.
-    """
-    mix = np.asarray(mix, np.float32)
-    wanted = _rms(mix)
-    if wanted == 0.0:
-        return mix.copy()
-    sections = []
-    if master.tilt_db:
-        sections += [biquad("lowshelf", 1000.0, rate, 0.5, -master.tilt_db / 2),
-                     biquad("highshelf", 1000.0, rate, 0.5, master.tilt_db / 2)]  # fmt: skip
-    if 0.0 < master.high_hz < 0.49 * rate:  # the two qualities of a fourth-order Butterworth
-        sections += [biquad("lowpass", master.high_hz, rate, q) for q in (0.541, 1.307)]
-    if master.low_hz:
-        sections.append(biquad("highpass", master.low_hz, rate))
-    out = sosfilt(np.stack(sections), mix) if sections else mix
-    if master.clip:
-        out = saturate(out / np.float32(np.abs(out).max()), master.clip)
-    floor = band_noise(
-        np.random.default_rng(master.noise_seed), len(out),
-        lambda f: np.maximum(f, 30.0) ** (-master.noise_slope / 2) * lowpass(f, 0.45 * rate), rate,
-    )  # fmt: skip
-    out = out + np.float32(_rms(out) * 10 ** (master.noise_db / 20)) * floor
-    out = _at_rms(out, wanted)
-    peak = float(np.abs(out).max())
-    return out * np.float32(min(1.0, 0.99 / peak))
