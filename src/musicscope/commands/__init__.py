@@ -1,1 +1,1 @@
-"""commands"""
+"""The `musicscope` command: generate, find-concept, plan, studio."""
