@@ -137,7 +137,7 @@ def size(root: Path, pattern: str) -> tuple[int, int]:
 
 
 def seconds_of_repro(root: Path = ROOT) -> float:
-    """Seconds of a `dvc repro`; RuntimeError if it had something to do."""
+    """Seconds in which `dvc repro --dry` finds nothing to do; RuntimeError if it finds work."""
     begin = time.monotonic()
     done = subprocess.run(["dvc", "repro", "--dry"], cwd=root, capture_output=True, text=True)
     if "up to date" not in done.stdout:
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             ("lines of README.md", size(ROOT, "README.md")[1], "200"),
         ]
         if args.repro:
-            rows.append(("seconds of a dvc repro with nothing to do", seconds_of_repro(), "3"))
+            rows.append(("seconds of a repro with nothing to do", seconds_of_repro(), "3"))
         for name, value, goal in rows:
             shown = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
             print(f"{name:42} {shown:>10}" + (f"   at most {goal}" if goal else ""))

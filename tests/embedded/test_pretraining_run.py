@@ -122,7 +122,7 @@ def test_a_codec_trains_on_with_its_own_architecture(tiny, tmp_path):
     run.main([*tiny, "--out", str(first), "--minutes", "0.05"])
     more = ["--work", str(tmp_path / "again"), "--codec-start", str(first), "--until", "codec"]
     run.main([*tiny, *more, "--minutes", "0.03", "--out", str(second)])
-    codecs = [run.load_codec(folder) for folder in (first, tmp_path / "again" / "codec")]
+    codecs = [run.load_codec(folder) for folder in (first, second / "codec")]
     assert codecs[0].config.num_filters == codecs[1].config.num_filters
     weights = [codec.state_dict()["encoder.layers.0.conv.bias"] for codec in codecs]
     assert not torch.equal(*weights)

@@ -519,7 +519,10 @@ def make_training_set(
 
 
 def train(args: argparse.Namespace, log: Log) -> None:
-    """Train, as far as not done yet, what the arguments ask for; models go to `work`/models."""
+    """Train, as far as not done yet, what the arguments ask for.
+
+    Models go to `work`/models; a run that ends before the decoders leaves the codec there.
+    """
     minutes = {name: share * args.minutes for name, share in {**SHARES, **args.shares}.items()}
     if args.refine:
         make_training_set(args, minutes, None, log)
@@ -529,9 +532,10 @@ def train(args: argparse.Namespace, log: Log) -> None:
     text, tokenizer = get_text_encoder(args.work, args.seed, log)
     if not (args.work / "tokens-train.pt").exists():
         make_training_set(args, minutes, tokenizer, log)
-    if args.until != "all":
-        return
     codec = EncodecModel.from_pretrained(args.work / "codec")
+    if args.until != "all":
+        codec.half().save_pretrained(args.work / "models" / "codec")
+        return
     train_set, held_out = (load_tokens(args.work, s, args.device) for s in ("train", "validation"))
     for name in SIZES:
         train_decoder(
