@@ -183,6 +183,16 @@ def test_what_cannot_be_an_output_of_the_finder(world, out, wanted):
     assert everything(world) == before
 
 
+def test_usual_places_are_no_outputs_of_the_pipeline(monkeypatch):
+    """data/${item.kind} of a matrix is its listed kinds, not every folder in data/."""
+    monkeypatch.chdir(ROOT)
+    for place in ("data/generated", "data/found", "data/pretraining", "gpu-check"):
+        user_outputs.check_no_stage(ROOT / place)
+    for place in ("data/usae", "data/crosscoder/mine", "data/sae/nano-small/top1", "data/clips"):
+        with pytest.raises(OutputError, match="is an output of a stage"):
+            user_outputs.check_no_stage(ROOT / place)
+
+
 def test_a_new_and_an_empty_folder_take_the_result(world, capsys):
     (world / "empty").mkdir()
     (world / "to-empty").symlink_to("empty")

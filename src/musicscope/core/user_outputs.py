@@ -94,17 +94,27 @@ def _stage_outputs() -> list[str]:
     """Patterns of the outputs of stages in ./dvc.yaml, relative to it; none without the file."""
     try:
         tree = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))
-        stages = [stage.get("do", stage) for stage in tree["stages"].values()]
-        entries = [
-            entry if isinstance(entry, str) else next(iter(entry))
-            for stage in stages
+        return [
+            _pattern(entry if isinstance(entry, str) else next(iter(entry)), stage)
+            for stage in (stage.get("do", stage) for stage in tree["stages"].values())
             for section in ("outs", "metrics", "plots")
             for entry in stage.get(section, ())
         ]
     except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
         return []
-    parts = (re.split(r"\$\{[^}]*\}", entry.rstrip("/")) for entry in entries)
-    return ["[^/]+".join(map(re.escape, part)) for part in parts]
+
+
+def _pattern(entry: str, stage: Mapping[str, Mapping[str, object]]) -> str:
+    """Pattern of one output: ${item.x} is any of the listed values of x, or any name."""
+
+    def values(name: str) -> str:
+        listed = stage.get("matrix", {}).get(name.removeprefix("item."))
+        if isinstance(listed, list):
+            return f"({'|'.join(re.escape(str(value)) for value in listed)})"
+        return "[^/]+"
+
+    parts = re.split(r"\$\{([^}]*)\}", entry.rstrip("/"))  # text, name, text, name, ..., text
+    return "".join(values(p) if i % 2 else re.escape(p) for i, p in enumerate(parts))
 
 
 def check_no_stage(out: Path, option: str = "--out") -> None:
