@@ -109,6 +109,25 @@ def loader_files(root: Path, system: str | None = None) -> list[str]:
 # --- digests ----------------------------------------------------------------------------------
 
 
+def canonical(node: object) -> str:
+    """Syntax tree as text, the same under every Python that parses the file.
+
+    `ast.dump` is not: its fields, and how it shows empty ones, change between versions.
+    """
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 leaves empty strings in some f-strings
+        node.values = [v for v in node.values if not (isinstance(v, ast.Constant) and not v.value)]
+    if isinstance(node, ast.AST):
+        fields = ",".join(
+            f"{name}={canonical(value)}"
+            for name, value in ast.iter_fields(node)
+            if value is not None and value != []
+        )
+        return f"{type(node).__name__}({fields})"
+    if isinstance(node, list):
+        return f"[{','.join(map(canonical, node))}]"
+    return repr(node)
+
+
 def plain_tree(path: Path) -> str:
     """Syntax tree of a file as text, without docstrings (any string that stands alone)."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -120,10 +139,10 @@ def plain_tree(path: Path) -> str:
                 if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
                         and isinstance(n.value.value, str))
             ]  # fmt: skip
-    return ast.dump(tree)
+    return canonical(tree)
 
 
-EMPTY = ast.dump(ast.parse(""))
+EMPTY = canonical(ast.parse(""))
 
 
 def digest(files: Iterable[str], root: Path) -> str:

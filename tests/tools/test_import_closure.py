@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from tools.import_closure import (
     EVERY_LOADER,
     LOCK,
     ROOT,
+    canonical,
     code_of,
     current,
     digest,
@@ -69,6 +71,16 @@ def test_docstrings_and_comments_change_no_digest_and_code_does(tmp_path):
     assert digest(files, tmp_path) == before
     path.write_text(path.read_text().replace("name = 1", "name = 2"))
     assert digest(files, tmp_path) != before
+
+
+def test_the_text_of_a_tree_is_the_same_under_every_python():
+    """Python 3.12 gives functions the field type_params, 3.13 leaves empty fields out of dumps."""
+    tree = ast.parse('def f(x):\n    return f"{x}", ["", x]\n')
+    assert canonical(tree) == (
+        "Module(body=[FunctionDef(name='f',args=arguments(args=[arg(arg='x')]),body=[Return(value="
+        "Tuple(elts=[JoinedStr(values=[FormattedValue(value=Name(id='x',ctx=Load()),conversion=-1)]"
+        "),List(elts=[Constant(value=''),Name(id='x',ctx=Load())],ctx=Load())],ctx=Load()))])])"
+    )
 
 
 def test_stale_digests_and_stages_without_one_are_named(tmp_path):
