@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import subprocess
 import sys
 import time
@@ -130,6 +131,15 @@ def repeated_names(root: Path = ROOT) -> list[str]:
     ]
 
 
+def summary_keys(root: Path = ROOT) -> int:
+    """Numbers in metrics/summary.json."""
+
+    def count(value: object) -> int:
+        return sum(map(count, value.values())) if isinstance(value, dict) else 1
+
+    return count(json.loads((root / "metrics/summary.json").read_text(encoding="utf-8")))
+
+
 def size(root: Path, pattern: str) -> tuple[int, int]:
     """(files with more than one line, lines) of the files that match."""
     counts = [len(p.read_text(encoding="utf-8").splitlines()) for p in root.glob(pattern)]
@@ -182,16 +192,6 @@ def main(argv: list[str] | None = None) -> None:
     for ring in rings:
         print(f"circle of imports: {', '.join(ring)}", file=sys.stderr)
     sys.exit(bool(upward or rings))
-
-
-def summary_keys(root: Path = ROOT) -> int:
-    """Numbers in metrics/summary.json."""
-    import json
-
-    def count(value: object) -> int:
-        return sum(map(count, value.values())) if isinstance(value, dict) else 1
-
-    return count(json.loads((root / "metrics/summary.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from musicscope.core.user_outputs import OutputError
 from musicscope.embedded.pretraining import corpus as corpora
-from musicscope.embedded.pretraining import run
+from musicscope.embedded.pretraining import phases, run, saved_models
 from musicscope.embedded.rendering import scenes
 from musicscope.models.registry import load_model
 
@@ -61,7 +61,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "START_SAMPLES", 6400)
     monkeypatch.setattr(run, "START_CLIPS", 16)
     monkeypatch.setattr(run, "HELD_OUT_CHUNKS", 1)
-    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(phases, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(run, "Renderers", Inline)
     monkeypatch.setattr(run, "TEXT", replace(run.TEXT, captions=200, steps=2))
     monkeypatch.setattr(run, "SIZES", {"nano-small": replace(run.SIZES["nano-small"], layers=1)})
@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_saved_models(tiny, tmp_path):
     one, two = (load_model(folder / "nano-small").hf.state_dict() for folder in (first, second))
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(FileNotFoundError, match="holds none of nano-small"):
-        run.start_from(tmp_path, tmp_path / "other")
+        saved_models.start_from(tmp_path, tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_codec_trains_on_with_its_own_architecture(tiny, tmp_path):
     run.main([*tiny, "--out", str(first), "--minutes", "0.05"])
     more = ["--work", str(tmp_path / "again"), "--codec-start", str(first), "--until", "codec"]
     run.main([*tiny, *more, "--minutes", "0.03", "--out", str(second)])
-    codecs = [run.load_codec(folder) for folder in (first, second / "codec")]
+    codecs = [saved_models.load_codec(folder) for folder in (first, second / "codec")]
     assert codecs[0].config.num_filters == codecs[1].config.num_filters
     weights = [codec.state_dict()["encoder.layers.0.conv.bias"] for codec in codecs]
     assert not torch.equal(*weights)
@@ -152,12 +152,12 @@ def test_work_of_another_run_is_refused_and_stems_fit_every_run(tmp_path):
 
 
 def test_progress_counts_earlier_runs_and_bad_losses_end_a_run(tmp_path):
-    phase = run.Phase("x", tmp_path, minutes=1.0)
+    phase = phases.Phase("x", tmp_path, minutes=1.0)
     phase.before = 30.0
     assert 0.5 <= phase.progress < 0.6
     phase.save({"a": torch.ones(2)}, force=True)
-    assert run.Phase("x", tmp_path, minutes=1.0).before >= 30.0
-    for _ in range(run.MOST_BAD - 1):
+    assert phases.Phase("x", tmp_path, minutes=1.0).before >= 30.0
+    for _ in range(phases.MOST_BAD - 1):
         assert not phase.check([1.0, float("nan")], 5)
     with pytest.raises(FloatingPointError, match="lower its rate"):
         phase.check([float("inf")], 6)

@@ -25,10 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    EncodecFeatureExtractor,
     EncodecModel,
-    MusicgenForConditionalGeneration,
-    MusicgenProcessor,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -59,125 +56,24 @@ from musicscope.embedded.pretraining.corpus import (
 )
 from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, TokenSet
 from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
+from musicscope.embedded.pretraining.phases import Log, Phase
+from musicscope.embedded.pretraining.saved_models import (
+    load_codec,
+    load_whole,
+    model_names,
+    save_whole,
+    start_from,
+)
 from musicscope.embedded.rendering.captions import facts, random_description, write_caption
 from musicscope.embedded.rendering.styles import STYLES
 
 SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25}
 """Of the time budget."""
-CHECKPOINT_SECONDS = 300.0
-REPORT_SECONDS = 10.0
-MOST_BAD = 10
 HELD_OUT = ("validation", "test")
 HELD_OUT_CHUNKS = 4
 START_CLIPS, START_SAMPLES = 128, 48_000
 TEXT = TextConfig(vocabulary=640, captions=20_000, steps=900)
 STYLE_WORDS = tuple(STYLES)
-
-
-class Phase:
-    """Clock and checkpoint of one phase; time spent in earlier runs counts."""
-
-    def __init__(self, name: str, work: Path, minutes: float):
-        self.name, self.path = name, work / f"{name}.pt"
-        self.seconds = 60 * minutes
-        self.state = torch.load(self.path, weights_only=True) if self.path.exists() else None
-        self.before = self.state["seconds"] if self.state else 0.0
-        self.begin = self.saved = self.reported = time.monotonic()
-        self.bad = 0
-
-    @property
-    def used(self) -> float:
-        """Seconds spent, earlier runs included."""
-        return self.before + time.monotonic() - self.begin
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is used; 1 ends the phase."""
-        return min(self.used / self.seconds, 1.0) if self.seconds else 1.0
-
-    def save(self, state: dict[str, object], force: bool = False) -> None:
-        """Write a checkpoint if CHECKPOINT_SECONDS have passed since the last."""
-        now = time.monotonic()
-        if force or now - self.saved >= CHECKPOINT_SECONDS:
-            temporary = self.path.with_suffix(".tmp")
-            torch.save({**state, "seconds": self.used}, temporary)
-            temporary.replace(self.path)
-            self.saved = now
-
-    def check(self, losses: list[float], step: int) -> bool:
-        """Whether the losses are finite; MOST_BAD looks in a row that are not end the run.
-
-        Raises:
-            FloatingPointError: training has diverged.
-        """
-        self.bad = 0 if np.isfinite(losses).all() else self.bad + 1
-        if self.bad >= MOST_BAD:
-            raise FloatingPointError(f"{self.name}: losses {losses} at step {step}; lower its rate")
-        return self.bad == 0
-
-    def due(self) -> bool:
-        """Whether it is time for a line of progress."""
-        if time.monotonic() - self.reported < REPORT_SECONDS:
-            return False
-        self.reported = time.monotonic()
-        return True
-
-
-class Log:
-    """Progress on standard error and, as JSON lines, in the output folder."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = path.open("a", encoding="utf-8")
-        self.begin = time.monotonic()
-
-    def __call__(self, phase: str, **values: object) -> None:
-        plain = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-        line = {"phase": phase, "second": round(time.monotonic() - self.begin), **plain}
-        print(json.dumps(line), file=sys.stderr, flush=True)
-        self.stream.write(json.dumps(line) + "\n")
-        self.stream.flush()
-
-
-# --- earlier models ---------------------------------------------------------------------------
-
-
-def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
-    """A saved model in float32, for evaluation or more training."""
-    return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def save_whole(
-    model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
-) -> None:
-    """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
-    model.half().save_pretrained(folder, max_shard_size="15MB")
-    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
-    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
-
-
-def model_names(folder: Path) -> list[str]:
-    """Names of SIZES that have a model in `folder`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    names = [name for name in SIZES if (folder / name / "config.json").exists()]
-    if not names:
-        raise FileNotFoundError(f"{folder} holds none of {', '.join(SIZES)}")
-    return names
-
-
-def start_from(folder: Path, work: Path) -> None:
-    """Put codec, text encoder and tokenizer of earlier models where their phases leave them."""
-    if (work / "text" / "done.json").exists():
-        return
-    first = folder / model_names(folder)[0]
-    model = load_whole(first)
-    model.audio_encoder.save_pretrained(work / "codec")
-    model.text_encoder.save_pretrained(work / "text")
-    T5Tokenizer.from_pretrained(first).save_pretrained(work / "text")
-    write_json(work / "text" / "done.json", {"from": first.name})
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -263,13 +159,6 @@ def get_codec(
         del trainer
         log("codec held out", **measure_codec(codec, held_out, seed))
     return EncodecModel.from_pretrained(path)
-
-
-def load_codec(folder: Path) -> EncodecModel:
-    """The codec of a saved codec, or of the models in a folder of `model_names`, in float32."""
-    if (folder / "config.json").exists():
-        return EncodecModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return load_whole(folder / model_names(folder)[0]).audio_encoder
 
 
 def codec_config(codec: EncodecModel, like: CodecConfig) -> CodecConfig:

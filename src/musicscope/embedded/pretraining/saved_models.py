@@ -1,0 +1,63 @@
+"""Read and write whole models, and take their parts over into a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    EncodecFeatureExtractor,
+    EncodecModel,
+    MusicgenForConditionalGeneration,
+    MusicgenProcessor,
+    T5Tokenizer,
+)
+
+from musicscope.core.io import write_json
+from musicscope.embedded.pretraining.codec_losses import SAMPLE_RATE
+from musicscope.embedded.pretraining.decoder import SIZES
+
+
+def load_whole(folder: Path) -> MusicgenForConditionalGeneration:
+    """A saved model in float32, for evaluation or more training."""
+    return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_whole(
+    model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
+) -> None:
+    """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
+    model.half().save_pretrained(folder, max_shard_size="15MB")
+    extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
+    MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
+
+
+def model_names(folder: Path) -> list[str]:
+    """Names of SIZES that have a model in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = [name for name in SIZES if (folder / name / "config.json").exists()]
+    if not names:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(SIZES)}")
+    return names
+
+
+def load_codec(folder: Path) -> EncodecModel:
+    """The codec of a saved codec, or of the models in a folder of `model_names`, in float32."""
+    if (folder / "config.json").exists():
+        return EncodecModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_whole(folder / model_names(folder)[0]).audio_encoder
+
+
+def start_from(folder: Path, work: Path) -> None:
+    """Put codec, text encoder and tokenizer of earlier models where their phases leave them."""
+    if (work / "text" / "done.json").exists():
+        return
+    first = folder / model_names(folder)[0]
+    model = load_whole(first)
+    model.audio_encoder.save_pretrained(work / "codec")
+    model.text_encoder.save_pretrained(work / "text")
+    T5Tokenizer.from_pretrained(first).save_pretrained(work / "text")
+    write_json(work / "text" / "done.json", {"from": first.name})
