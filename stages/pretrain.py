@@ -9,7 +9,7 @@ import torch
 from musicscope.config import load_params
 from musicscope.core.io import atomic_dir, partial_dir, read_json, write_json
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import bootstrap_groups
+from musicscope.core.stats import estimate, mean_of
 from musicscope.data import wheel_assets as assets
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
@@ -78,7 +78,7 @@ def main() -> None:
         judge.predict(store.audio(rows)), labels, FAMILIES, groups, bootstrap, seed
     )
     metrics["judge"] = {
-        "guitar_auroc": report["guitar"]["auroc"],
+        "guitar_auroc": report["guitar"]["auroc"]["value"],
         "mean_auroc": report["mean_auroc"],
     }
     validation = store.select(split="validation")
@@ -96,10 +96,9 @@ def main() -> None:
     np.save(folder / f"ce-{args.model}.npy", ce)
     small = folder / "ce-nano-small.npy"
     if args.model == "nano-medium" and small.exists():
-        saved = np.load(small) - ce
-        low, high = bootstrap_groups(saved, groups, bootstrap, seed)
-        metrics["decoder"] |= {"below_small": float(saved.mean()), "below_small_low": float(low),
-                               "below_small_high": float(high)}  # fmt: skip
+        saved = mean_of(np.load(small) - ce)
+        below = estimate(saved, groups, bootstrap, seed, "nats per code")
+        metrics["decoder"]["below_small"] = below.as_dict()
     metrics["generation"], _ = evaluate_generation(
         model, judge, musicnn, config.generations, bootstrap, seed_for(seed, "generation")
     )

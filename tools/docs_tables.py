@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from musicscope.config import load_params  # noqa: E402
 from musicscope.core.io import read_json  # noqa: E402
+from musicscope.core.stats import Estimate  # noqa: E402
 
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -49,26 +50,14 @@ def look(tree: dict[str, Any], dotted: str) -> Any:
     return tree
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+def number(entry: Any, digits: int = 3) -> str:
+    """Write a number without its interval."""
+    return Estimate(Estimate.read(entry).value).text(digits)
 
 
 def estimate(tree: dict[str, Any], dotted: str, digits: int = 3) -> str:
     """Write the number at a dotted path, with its 95 % interval where the file has one."""
-    *parents, key = dotted.split(".")
-    node = look(tree, ".".join(parents)) if parents else tree
-    text = number(node[key], digits)
-    pairs = [(f"{key}_low", f"{key}_high"), (f"{key}_ci_low", f"{key}_ci_high")]
-    if key in CENTRES:
-        pairs += [("ci_low", "ci_high"), ("low", "high")]
-    for low, high in pairs:
-        if node.get(low) is not None:
-            return f"{text} [{number(node[low], digits)}, {number(node[high], digits)}]"
-    return text
-
-
-CENTRES = ("auroc", "accuracy", "difference", "value")
-"""Keys whose interval stands beside them as ci_low and ci_high, or low and high."""
+    return Estimate.read(look(tree, dotted)).text(digits)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -89,7 +78,7 @@ def capabilities() -> str:
     ablated = metrics(f"ablate/{model}")["layers"]
     kind, chosen = PARAMS.select_layers.kind, str(layer(model, slot))
     inner = [i for i in sorted(ablated, key=int)[1:-1] if i != chosen]
-    weakest = min((ablated[i][kind]["kl"] for i in inner), default=None)
+    weakest = min((ablated[i][kind]["kl"]["value"] for i in inner), default=None)
     sae, probe = metrics(f"train_sae/{model}-{slot}"), metrics(f"probe/{model}-{slot}")
     usae, finder = metrics("train_usae"), metrics(f"find_concept/{model}")["sae"]["bass"]
     best = metrics(f"maximize_activation/{model}")["headline"]
@@ -105,7 +94,7 @@ def capabilities() -> str:
          f"log-mel {number(look(probe, 'concepts.guitar.logmel.test.auroc'))}, "
          f"shuffled labels {number(look(probe, 'concepts.guitar.shuffled.test.auroc'))}"],
         ["Share one code between models", f"R2 of {MODELS[1]} from {model}'s code",
-         estimate(usae, "headline.r2_0_1.value"),
+         estimate(usae, "headline.r2_0_1"),
          f"trained on mispaired clips {number(look(usae, 'null.mispaired.r2_0_1'))}"],
         ["Find a concept's features", "features of bass in "
          f"{finder['with']} against {finder['without']} clips", str(finder["discoveries"]),
@@ -232,10 +221,9 @@ def shared() -> str:
     }
     rows = []
     for label, key in named.items():
-        entry = usae["headline"][key]
-        seeds = f"{number(entry['mean'])} ± {number(entry['sd'])}"
+        seeds = "{mean:.3f} ± {sd:.3f}".format(**usae["over_seeds"][key])
         nulls = [number(usae["null"][n][key]) for n in ("mispaired", "shuffled", "random")]
-        rows.append([label, estimate(entry, "value"), seeds, *nulls])
+        rows.append([label, estimate(usae["headline"], key), seeds, *nulls])
     head = ["", "paired", "over seeds", "trained on mispaired clips", "tested on mispaired clips"]
     return table([*head, "random dictionary"], rows)
 
@@ -290,12 +278,11 @@ def found() -> str:
     rows = []
     for model in MODELS:
         for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
-            test, ends = entry["test"], ("best_ci_low", "best_ci_high")
-            interval = ", ".join(number(test[end], 2) for end in ends)
+            test = entry["test"]
             rows.append([
                 f"{model}: {concept}", str(entry["discoveries"]),
                 str(entry["null"]["discoveries"]), number(test["found_above_half"], 2),
-                f"{number(test['best_auroc'], 2)} [{interval}]", number(test["tested_auroc"], 2),
+                estimate(test, "best_auroc", 2), number(test["tested_auroc"], 2),
                 number(entry["few"]["any_discovery"], 2), number(entry["null"]["any_discovery"], 2),
             ])  # fmt: skip
     head = ["", "features found", "null", "same side in test", "best feature, test AUROC"]
@@ -346,8 +333,8 @@ def gaps() -> str:
     }
     with_words = {"prompt_edit": "prompt edit", "diff_means_words": "difference of means and words"}
     rows = [
-        [name, *(estimate(entry["sae_minus"][m], "difference", 2) for m in rivals),
-         *(estimate(entry["sae_words_minus"][m], "difference", 2) for m in with_words)]
+        [name, *(estimate(entry["sae_minus"], m, 2) for m in rivals),
+         *(estimate(entry["sae_words_minus"], m, 2) for m in with_words)]
         for name, entry in conditions()
     ]  # fmt: skip
     head = [f"latents minus {name}" for name in rivals.values()]
@@ -359,7 +346,8 @@ def costs() -> str:
     shown = ("sae", "sae_words", "diff_means", "diff_means_words", "prompt_edit", "reseed")
     keys = {"ce_cost": "+.2f", "frechet": ".1f", "others_change": ".3f"}
     rows = [
-        [name, *(", ".join(format(e["methods"][m][key], spec) for key, spec in keys.items())
+        [name, *(", ".join(format(Estimate.read(e["methods"][m][key]).value, spec)
+                           for key, spec in keys.items())
                  for m in shown)]
         for name, e in conditions()
     ]  # fmt: skip

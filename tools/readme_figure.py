@@ -37,7 +37,9 @@ def draw(path: Path = OUT) -> None:
     for series, model in enumerate(params.models):
         found = read_json(ROOT / f"metrics/ablate/{model}.json")["layers"]
         layers = sorted(found, key=int)
-        kl, low, high = ([found[i][kind][k] for i in layers] for k in ("kl", "kl_low", "kl_high"))
+        kl, low, high = (
+            [found[i][kind]["kl"][k] for i in layers] for k in ("value", "low", "high")
+        )
         plots.interval_curve(axes[0], list(map(int, layers)), kl, low, high, model, series)
         chosen = yaml.safe_load((ROOT / f"metrics/layers/{model}.yaml").read_text())
         at = [int(chosen[slot]) for slot in params.slots]
@@ -46,8 +48,7 @@ def draw(path: Path = OUT) -> None:
 
         entry = read_json(ROOT / f"metrics/steer_full/{model}.json")["concepts"]["guitar"]["off"]
         success, low, high = (
-            [entry["methods"][m][f"success{end}"] for m in METHODS]
-            for end in ("", "_ci_low", "_ci_high")
+            [entry["methods"][m]["success"][k] for m in METHODS] for k in ("value", "low", "high")
         )
         width = 0.8 / len(params.models)
         offset = width * (series - (len(params.models) - 1) / 2)

@@ -168,7 +168,11 @@ def test_table_and_metrics(scores):
             assert (table[f"{column}_low"] < table[f"{column}_high"]).any()
     metrics = ablation.ablation_metrics(scores, table, groups) | language.summary(scores)
     assert metrics["groups"] == 3
-    assert metrics["layers"]["3"]["zero"]["kl_low"] == table.iloc[7]["kl_low"]
+    row = table.iloc[7]
+    assert metrics["layers"]["3"]["zero"]["kl"] == {
+        "value": row["kl"], "low": row["kl_low"], "high": row["kl_high"], "n": 3,
+        "unit": "nats per code",
+    }  # fmt: skip
     assert metrics["full_forward_equivalents_per_kind"] == pytest.approx(1.5)
     assert not any(isinstance(value, list) for value in metrics.values())
     with pytest.raises(ValueError, match="2 groups for 5 clips"):
@@ -184,7 +188,11 @@ def test_unknown_and_unready_kinds(model, batches):
 
 def test_select_layers_ranks_inner_layers():
     kl = [9.0, 0.2, 0.7, 0.7, 0.4, 8.0]
-    metrics = {"layers": {str(i): {"mean": {"kl": v, "dce": -v}} for i, v in enumerate(kl)}}
+    metrics = {
+        "layers": {
+            str(i): {"mean": {"kl": {"value": v}, "dce": {"value": -v}}} for i, v in enumerate(kl)
+        }
+    }
     slots = ["top1", "top2"]
     assert ablation.select_layers(metrics, slots, "mean", "kl") == {"top1": 2, "top2": 3}
     assert ablation.select_layers(metrics, slots, "mean", "dce") == {"top1": 1, "top2": 4}

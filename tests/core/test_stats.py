@@ -1,5 +1,8 @@
 """Rank statistics against sklearn and counting; intervals and permutations against the truth."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +11,7 @@ from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from musicscope.core import stats
+from musicscope.core.io import read_json, write_json
 
 scored = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
     lambda items: len({label for _, label in items}) == 2
@@ -170,8 +174,45 @@ def test_estimate_is_the_statistic_with_its_group_interval():
     assert estimate.value == stats.auroc(scores, labels)
     assert (estimate.low, estimate.high) == stats.bootstrap_groups(statistic, groups, 200, 1)
     assert (estimate.n, estimate.unit) == (8, "AUROC")
-    assert stats.Estimate.from_dict(estimate.as_dict()) == estimate
     resampled = np.array([np.nan, 1.0, 1.0])  # an undefined resample is left out
-    assert stats.Estimate.from_resamples(2.0, resampled, 3, "clip").named("x", "l", "h") == {
-        "x": 2.0, "l": 1.0, "h": 1.0,
+    found = stats.Estimate.from_resamples(2.0, resampled, 3, "clip")
+    assert found == stats.Estimate(2.0, 1.0, 1.0, 3, "clip")
+
+
+NUMBERS = st.floats(allow_infinity=False, width=16)  # six digits hold them
+ESTIMATES = st.builds(stats.Estimate, NUMBERS, NUMBERS, NUMBERS, st.integers(0, 999), st.text())
+
+
+@settings(max_examples=50, deadline=None)
+@given(ESTIMATES)
+def test_an_estimate_survives_its_file_and_nan_is_null_there(estimate):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.json"
+        write_json(path, {"x": estimate.as_dict(), "plain": estimate.value})
+        stored = read_json(path)
+    assert set(stored["x"]) == {"value", "low", "high", "n", "unit"}
+    again, plain = (stats.Estimate.read(stored[key]) for key in ("x", "plain"))
+    for key in ("value", "low", "high"):
+        assert (stored["x"][key] is None) == np.isnan(getattr(estimate, key))
+        np.testing.assert_allclose(getattr(again, key), getattr(estimate, key), rtol=1e-5)
+    assert (again.n, again.unit) == (estimate.n, estimate.unit)
+    assert again.has_interval == np.isfinite([estimate.low, estimate.high]).all()
+    assert repr(plain) == repr(stats.Estimate(again.value))  # NaN equals itself there
+    assert not plain.has_interval
+    spread = stats.columns({"x": stored["x"], "name": "b", "judge": {"value": 1.0}})
+    assert spread == {
+        "x": stored["x"]["value"], "x_low": stored["x"]["low"], "x_high": stored["x"]["high"],
+        "name": "b", "judge": {"value": 1.0},
     }  # fmt: skip
+
+
+def test_an_estimate_as_text_and_other_keys_are_refused():
+    estimate = stats.Estimate(0.5, 0.25, 0.75, 9, "share")
+    assert estimate.text() == "0.500 [0.250, 0.750]"
+    assert estimate.text(1) == "0.5 [0.2, 0.8]"
+    assert stats.Estimate(130).text(0) == "130"
+    assert stats.Estimate(0.5, np.nan, 0.75).text(2) == "0.50"
+    assert stats.Estimate.read(None).text() == "n/a"
+    for other in ({}, {"value": 0.5}, estimate.as_dict() | {"mean": 0.5}):
+        with pytest.raises(ValueError, match="rerun the stage"):
+            stats.Estimate.read(other)

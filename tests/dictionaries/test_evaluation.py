@@ -53,8 +53,10 @@ def test_explained_variance_equals_the_formula_on_all_frames_at_once():
     expected = 1 - np.square(error).sum() / np.square(x - x.mean(0)).sum()
     found = metrics.evaluate(sae, data)
     assert found.explained_variance == pytest.approx(expected, rel=1e-6)
-    low, high = found.interval([f"g{i}" for i in range(6)], 200, seed=0)
-    assert low < found.explained_variance < high
+    estimate = found.estimate([f"g{i}" for i in range(6)], 200, seed=0)
+    assert estimate.value == pytest.approx(found.explained_variance, rel=1e-12)
+    assert estimate.low < found.explained_variance < estimate.high
+    assert (estimate.n, estimate.unit) == (6, "share")
     again = metrics.explained_variance(
         lambda f: sae.reconstruct(torch.from_numpy(f).float()).double().numpy(), data
     )
@@ -148,8 +150,9 @@ def test_ce_recovered_is_1_for_a_lossless_and_0_for_a_blind_sae(tiny_musicgen: P
         if losses["ablated"].sum() < losses["clean"].sum():
             losses = {k: -v for k, v in losses.items()}
         found[name] = fidelity.ce_recovered(losses, ["a", "a", "b", "c"], 100, seed=0)
-    assert found["lossless"]["ce_recovered"] == pytest.approx(1, abs=1e-4)
-    assert found["blind"]["ce_recovered"] == pytest.approx(0, abs=1e-4)
+    assert found["lossless"]["ce_recovered"]["value"] == pytest.approx(1, abs=1e-4)
+    assert found["blind"]["ce_recovered"]["value"] == pytest.approx(0, abs=1e-4)
+    assert found["blind"]["ce_recovered"]["n"] == 3
     assert found["blind"]["ce_clean"] != pytest.approx(found["blind"]["ce_ablated"], abs=1e-4)
 
 
@@ -270,12 +273,15 @@ def test_r2_matrix_and_counts_equal_the_formula_on_all_frames():
 def test_intervals_resample_compositions():
     clips, groups = paired_clips(n=12)
     found = metrics.evaluate_shared(replace(lossless_shared(origin=29.5), k=3), clips, groups, 0.25)
-    numbers, bounds = metrics.numbers(found), metrics.intervals(found, 200, seed=0)
-    assert set(numbers) - set(bounds) == {"dead_fraction", "l0_0", "l0_1"}
-    for key, (low, high) in bounds.items():
-        assert low <= numbers[key] + 1e-9, key
-        assert high >= numbers[key] - 1e-9, key
-    assert bounds["r2_0_1"][0] < bounds["r2_0_1"][1]
+    numbers, estimates = metrics.numbers(found), metrics.estimates(found, 200, seed=0)
+    assert set(numbers) - set(estimates) == {"dead_fraction", "l0_0", "l0_1"}
+    for key, estimate in estimates.items():
+        assert estimate.value == numbers[key]
+        assert estimate.low <= numbers[key] + 1e-9, key
+        assert estimate.high >= numbers[key] - 1e-9, key
+        assert estimate.n == len(found.groups) == 6
+        assert estimate.unit
+    assert estimates["r2_0_1"].low < estimates["r2_0_1"].high
     weights = np.zeros((1, 6))
     weights[0, 2] = 6.0  # a resample of one composition alone is that composition's own count
     one = metrics.headline(found, weights)["cofire_proportion_0"][0]

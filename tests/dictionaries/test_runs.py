@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from musicscope.activations.store import ActivationStore
+from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
 from musicscope.dictionaries import plots, runs
@@ -131,8 +132,9 @@ def test_two_processes_give_the_same_bytes_as_one(workspace: Path, tmp_path: Pat
         plots.draw_sae(tmp_path / f"plots-{processes}" / "m-top1", outcomes)
         assert found["l0"] == pytest.approx(3)
         assert found["stability"] > found["stability_null"]
-        assert found["explained_variance"] > found["explained_variance_random"]
-        assert found["explained_variance_low"] <= found["explained_variance"]
+        explained = found["explained_variance"]
+        assert explained["value"] > found["explained_variance_random"]
+        assert explained["low"] <= explained["value"] <= explained["high"]
     for name in ("1/out", "live-1", "plots-1"):
         files = [p for p in (tmp_path / name).rglob("*.*") if p.is_file()]
         assert len(files) >= 4
@@ -199,15 +201,17 @@ def test_shared_stage_writes_all_and_repeats(paired_workspace, monkeypatch, kind
     assert found["models"] == {"0": "a", "1": "b"}
     assert set(found["seeds"]) == {"seed-0", "seed-1", "seed-2"}
     for key in keys:
-        entry = found["headline"][key]
-        assert entry["value"] == found["seeds"]["seed-0"][key]
+        entry, over_seeds = found["headline"][key], found["over_seeds"][key]
+        assert Estimate.read(entry).value == found["seeds"]["seed-0"][key]
         over = [seed[key] for seed in found["seeds"].values()]
-        assert entry["sd"] == pytest.approx(np.std(over, ddof=1), rel=1e-3, abs=1e-5)
+        assert over_seeds["mean"] == pytest.approx(np.mean(over), rel=1e-3, abs=1e-5)
+        assert over_seeds["sd"] == pytest.approx(np.std(over, ddof=1), rel=1e-3, abs=1e-5)
         nulls = [found["null_seeds"][f"mispaired-{i}"][key] for i in range(2)]
         assert found["null"]["mispaired"][key] == pytest.approx(np.mean(nulls), rel=1e-4)
         assert key in found["null"]["random"]
     first_key = found["headline"][keys[0]]
     assert first_key["low"] < first_key["value"] < first_key["high"]
+    assert (first_key["n"], first_key["unit"]) == (found["test_compositions"], "R2")
     assert found["independent_r2"]["1"] < 1
     for suffix in ("csv", "png"):
         assert Path(f"plots/{name}/{plot}.{suffix}") in first

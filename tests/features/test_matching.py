@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
+from musicscope.core.stats import Estimate
 from musicscope.dictionaries.codes import Codes, encode_clips, to_csr
 from musicscope.features import matching, sharing
 from musicscope.features.matching import Match
@@ -93,13 +94,14 @@ def test_planted_pairs_are_recovered_and_the_null_matches_nothing():
     assert (found.score[:20] > 0.9).all()
     assert not (found.score[20:] > 0.2).any()
     shares = found.share(0.5)
-    assert shares["matched"] == 20 / 27
     assert shares["null_matched"] == 0
     assert len(found.null) == 3
     assert max(draw.max() for draw in found.null) < 0.3
-    assert shares["matched_low"] == shares["matched_high"] == 20 / 27  # far from the threshold
-    assert found.share(0.5, 40)["matched"] == 0.5
-    assert shares["musical"] == 20 / 27
+    # Far from the threshold, every resample counts the same pairs.
+    n = len(set(groups["test"]))
+    assert shares["matched"] == Estimate(20 / 27, 20 / 27, 20 / 27, n, "share").as_dict()
+    assert found.share(0.5, 40)["matched"]["value"] == 0.5
+    assert shares["musical"]["value"] == 20 / 27
     assert found.repaired.shape == (27,)
     assert np.nanmax(found.repaired) < 0.3
     partner, score, _ = found.inverse(27)
@@ -117,7 +119,7 @@ def test_pairs_are_chosen_on_validation_alone():
     swapped = {"validation": second["validation"], "test": other["test"]}
     found = matching.match_activations(first, swapped, groups, 0, 10, seed=1)
     assert np.array_equal(found.partner[:20], order[:20])
-    assert found.share(0.5)["matched"] == 0
+    assert found.share(0.5)["matched"]["value"] == 0
     assert not np.array_equal(order, other_order)
 
 
@@ -129,7 +131,7 @@ def test_silent_latents_get_no_partner():
     found = matching.match_activations(first, second, groups, 0, 10, seed=1)
     assert found.partner[4] == -1
     assert np.isnan(found.score[4])
-    assert found.share(0.5)["matched"] == 19 / 27
+    assert found.share(0.5)["matched"]["value"] == 19 / 27
 
 
 def test_other_frame_counts_are_an_error():
@@ -198,9 +200,8 @@ def test_a_permuted_decoder_is_recovered_and_random_ones_are_not():
     )
     assert found.score[0] == pytest.approx(expected)
     shares = found.share(0.5)
-    assert shares["matched"] == 250 / 300
+    assert shares["matched"] == 250 / 300  # decoders do not depend on clips: no interval
     assert shares["null_matched"] < 0.02
-    assert "matched_low" not in shares  # decoders do not depend on clips
 
 
 def test_the_null_of_decoders_keeps_their_mean_and_covariance():
@@ -234,9 +235,9 @@ def test_shares_tell_music_from_the_place_in_the_clip():
         resampled=np.array([[0.9, 0.8, 0.6, np.nan]] * 5),
     )
     shares = found.share(0.5)
-    assert (shares["matched"], shares["musical"]) == (2 / 4, 1 / 4)
+    assert [shares[k]["value"] for k in ("matched", "musical")] == [2 / 4, 1 / 4]
     assert (shares["null_matched"], shares["null_musical"]) == (1.5 / 4, 0.5 / 4)
-    assert (shares["matched_low"], shares["musical_high"]) == (3 / 4, 2 / 4)
+    assert (shares["matched"]["low"], shares["musical"]["high"]) == (3 / 4, 2 / 4)
 
 
 def test_sets_of_two_models():

@@ -81,22 +81,23 @@ def case():
 
 
 def test_finds_the_planted_concepts_and_nothing_in_noise(case):
-    *_, result = case
+    rows, _, result = case
     guitar = result["concepts"]["guitar"]
     for concept in result["concepts"].values():
         for held_out in ("test", "heldout_font"):
-            assert concept["sae"][held_out]["auroc"] > 0.95
-            assert concept["sae"][held_out]["average_precision"] > 0.9
-            assert concept["sae"][held_out]["ci_low"] > 0.9
+            assert concept["sae"][held_out]["auroc"]["value"] > 0.95
+            assert concept["sae"][held_out]["auroc"]["low"] > 0.9
+            assert concept["sae"][held_out]["average_precision"]["value"] > 0.9
         assert concept["sae"]["pooling"] == "mean"
-        assert 0.3 < concept["dense"]["test"]["auroc"] < 0.7
-        gap = concept["sae_minus_dense"]["test"]
-        assert gap["ci_low"] <= gap["difference"] <= gap["ci_high"]
-        assert gap["difference"] == pytest.approx(
-            concept["sae"]["test"]["auroc"] - concept["dense"]["test"]["auroc"]
-        )
-        assert gap["ci_low"] > 0.2
-    assert guitar["sae"]["pairs_timgm6mb"]["accuracy"] > 0.9
+        sae, dense = (concept[name]["test"]["auroc"] for name in ("sae", "dense"))
+        assert 0.3 < dense["value"] < 0.7
+        gap = concept["sae_minus_dense"]["test"]["difference"]
+        assert gap["low"] <= gap["value"] <= gap["high"]
+        assert gap["value"] == pytest.approx(sae["value"] - dense["value"])
+        assert gap["low"] > 0.2
+        assert sae["n"] == rows["group"].iloc[clip_sets(rows)["test"]].nunique()
+        assert (sae["unit"], gap["unit"]) == ("AUROC", "AUROC")
+    assert guitar["sae"]["pairs_timgm6mb"]["accuracy"]["value"] > 0.9
     assert "pairs_fluidr3mono" not in guitar["sae"]  # no such pairs in the table
     assert set(result["concepts"]) == {"guitar", "reed"}
     assert result["skipped"] == {"choir": 1}
@@ -105,13 +106,14 @@ def test_finds_the_planted_concepts_and_nothing_in_noise(case):
 def test_shuffled_labels_leave_chance(case):
     *_, result = case
     for concept in result["concepts"].values():
-        assert 0.35 < concept["shuffled"]["test"]["auroc"] < 0.65
+        assert 0.35 < concept["shuffled"]["test"]["auroc"]["value"] < 0.65
     rng = np.random.default_rng(5)
     rows = clip_table(rng)
     section = probe_section(null_seeds=30, k_sparse=(1,), bootstrap=10)
     pools = planted(rng, rows)
     many = probes.run_probes(rows, {"sae": pools, "dense": pools}, ["guitar"], section, SEED)
-    assert many["concepts"]["guitar"]["shuffled"]["test"]["auroc"] == pytest.approx(0.5, abs=0.06)
+    shuffled = many["concepts"]["guitar"]["shuffled"]["test"]["auroc"]["value"]
+    assert shuffled == pytest.approx(0.5, abs=0.06)
 
 
 def test_one_latent_is_enough_and_is_the_planted_one(case):
@@ -128,7 +130,7 @@ def test_one_latent_is_enough_and_is_the_planted_one(case):
         expected = stats.auroc(
             representations["sae"]["mean"][at, latent], rows[f"has_{concept}"].to_numpy(bool)[at]
         )
-        assert alone["test"]["auroc"] == pytest.approx(expected, abs=1e-3)
+        assert alone["test"]["auroc"]["value"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_test_labels_and_features_change_no_choice(case):
@@ -190,13 +192,16 @@ def test_report_holds_every_number_and_is_the_same_twice(case, tmp_path):
     guitar = table[table["concept"] == "guitar"].set_index(["representation", "set"])
     assert guitar.index.is_unique
     entry = result["concepts"]["guitar"]
-    assert guitar.loc[("sae", "test"), "auroc"] == entry["sae"]["test"]["auroc"]
-    assert (
-        guitar.loc[("sae_k004", "heldout_font"), "ci_low"]
-        == (entry["k_sparse"]["004"]["heldout_font"]["ci_low"])
-    )
-    assert guitar.loc[("sae", "pairs_timgm6mb"), "accuracy"] > 0.9
-    assert guitar.loc[("sae_minus_dense", "test"), "difference"] > 0.2
+    sparse = entry["k_sparse"]["004"]["heldout_font"]
+    for place, column, found in (
+        (("sae", "test"), "auroc", entry["sae"]["test"]),
+        (("sae_k004", "heldout_font"), "average_precision", sparse),
+        (("sae", "pairs_timgm6mb"), "accuracy", entry["sae"]["pairs_timgm6mb"]),
+        (("sae_minus_dense", "test"), "difference", entry["sae_minus_dense"]["test"]),
+    ):  # fmt: skip
+        shown = guitar.loc[place, [column, f"{column}_low", f"{column}_high"]]
+        assert list(shown) == [found[column][key] for key in ("value", "low", "high")]
+    assert np.isnan(guitar.loc[("sae", "test"), "accuracy_low"])
     features = report.latent_table(rows, representations["sae"], result, 50, 1, top=5)
     assert features["latent"][0] == 7
     assert len(features) == 5
@@ -262,7 +267,7 @@ def test_clips_without_a_label_are_no_negatives():
         alone = probes.run_probes(left, rest, (concept,), SECTION, SEED)
         one, two = (flat(r["concepts"][concept]) for r in (found, alone))
         assert one == {key: pytest.approx(value, abs=1e-6) for key, value in two.items()}
-        assert found["concepts"][concept]["sae"]["test"]["auroc"] > 0.95
+        assert found["concepts"][concept]["sae"]["test"]["auroc"]["value"] > 0.95
         clips = {s: len(at) for s, at in clip_sets(left).items()}
         assert found["unknown"][concept] == {
             s: n - clips[s] for s, n in found["clips"].items() if n > clips[s]

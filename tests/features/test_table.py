@@ -150,9 +150,9 @@ def test_planted_sets_partners_and_counterparts_are_found(compared):
         assert usae.loc[: BOTH - 1, "cofire_proportion"].to_numpy() == pytest.approx(1)
     between = metrics["sae_sae"]["a_b"]
     assert (between["matched_pairs"], between["musical_pairs"]) == (BOTH, SHARED)
-    assert between["matched_a"] == between["matched_b"] == BOTH / WIDTH
-    assert between["musical_a"] == between["musical_b"] == SHARED / WIDTH
-    assert between["musical_a_low"] == between["musical_a_high"] == SHARED / WIDTH
+    assert between["matched_a"]["value"] == between["matched_b"]["value"] == BOTH / WIDTH
+    for musical in (between["musical_a"], between["musical_b"]):
+        assert [musical[k] for k in ("value", "low", "high")] == [SHARED / WIDTH] * 3
     assert between["heldout_font_matched_a"] == BOTH / WIDTH
     # Re-paired clips keep their clock, and nothing else.
     assert between["null_matched_a"] == CLOCK / WIDTH
@@ -164,7 +164,8 @@ def test_metrics_count_the_planted_sets(compared, tmp_path):
     write_json(tmp_path / "m.json", metrics)  # numpy numbers and all
     stored = read_json(tmp_path / "m.json")
     sets = stored["sets"]
-    assert sets["common"] == sets["common_low"] == sets["common_high"] == SHARED
+    assert [sets["common"][k] for k in ("value", "low", "high")] == [SHARED] * 3
+    assert sets["common"]["unit"] == "features"
     assert sets["null_common"] == 0
     assert sets["positional"] == CLOCK
     for name in "ab":
@@ -173,9 +174,11 @@ def test_metrics_count_the_planted_sets(compared, tmp_path):
         assert stored["sae_usae"][name]["null_matched"] < 0.6
         # Seed 1 lacks one own factor and, like seed 0, the dead ones.
         (between,) = stored["sae_sae"].values()
-        assert between[f"musical_{name}"] == pytest.approx(SHARED / WIDTH)
-        assert stored["seeds"][name]["musical"] == pytest.approx((SHARED + OWN - 1) / WIDTH)
-        assert stored["seeds"][name]["matched"] == pytest.approx(1 - (DEAD + 1) / WIDTH)
+        assert between[f"musical_{name}"]["value"] == pytest.approx(SHARED / WIDTH)
+        assert stored["seeds"][name]["musical"]["value"] == pytest.approx(
+            (SHARED + OWN - 1) / WIDTH
+        )
+        assert stored["seeds"][name]["matched"]["value"] == pytest.approx(1 - (DEAD + 1) / WIDTH)
         assert sets[f"silent_{name}"] == DEAD
     assert stored["clips"] == {"validation": 48, "test": 48, "heldout_font": 48}
 

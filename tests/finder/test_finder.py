@@ -282,8 +282,10 @@ def test_clips_are_found_on_train_and_confirmed_on_test():
     table, found = examine(means, rows["group"].to_numpy(str), sets, section, 0, "m")
     assert table["feature"].iloc[0] == 7
     assert found["discoveries"] == 1
-    assert found["test"]["best_auroc"] > 0.9
-    assert found["test"]["best_ci_low"] > 0.8
+    best = found["test"]["best_auroc"]
+    assert best["value"] == table["test_auroc"].iloc[0] > 0.9
+    assert 0.8 < best["low"] <= best["value"] <= best["high"]
+    assert best["n"] == rows.loc[rows["split"] == "test", "group"].nunique()
     assert 0.4 < found["test"]["tested_auroc"] < 0.6
     assert found["few"]["any_discovery"] > 0.5
     assert found["few"]["agree"] > 0.8

@@ -130,7 +130,7 @@ def test_a_lossless_sae_costs_an_audio_model_nothing_and_a_mean_something(here):
     rows = {"clean": [1.0, 2.0], "ablated": [3.0, 4.0], "sae": [2.0, 3.0]}
     losses = {name: np.array(values) for name, values in rows.items()}
     numbers = fidelity.ce_recovered(losses, ["a", "b"], 20, 0, fidelity.SPECTRAL)
-    assert numbers["spectral_recovered"] == pytest.approx(0.5)
+    assert numbers["spectral_recovered"]["value"] == pytest.approx(0.5)
     assert numbers["ce_recovered"] is None
     assert numbers["spectral_ablated"] == 3.5
     assert torch.isfinite(mean).all()

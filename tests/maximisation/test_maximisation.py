@@ -592,10 +592,14 @@ def test_one_model_from_features_to_files(studied, data, in_folder):
     }
     for variant, medium in (("prior", "tokens"), ("heard", "sound")):
         *real, null = (entry[medium] for entry in by_variant[variant])
-        assert head[f"{variant}_reached"] == pytest.approx(np.mean(real), rel=1e-4)
-        assert head[f"{variant}_null_reached"] == pytest.approx(null, rel=1e-4)
+        reached = head[f"{variant}_reached"]
+        assert reached["value"] == pytest.approx(np.mean(real), rel=1e-4)
+        assert reached["low"] <= reached["value"] <= reached["high"]
+        assert reached["n"] == len(real)
+        alone = head[f"{variant}_null_reached"]  # one null: no interval
+        assert alone["value"] == pytest.approx(null, rel=1e-4)
+        assert (alone["low"], alone["high"], alone["n"]) == (None, None, 1)
         assert head[f"{variant}_beats_best_clip"] == np.mean(np.array(real) > 1)
-    assert head["prior_reached_low"] <= head["prior_reached"] <= head["prior_reached_high"]
 
     # What the report says of a search is what the tokens, and those of the file, really do.
     number = next(i for i, s in enumerate(result.searches) if s.variant == "heard")

@@ -491,8 +491,10 @@ def test_ablation_scores_are_distances_of_reconstructions(model):
     best = scores["change"][1].mean((-2, -1))
     assert chosen["top1"] == 1 + int(np.argmax(best[1:-1]))
     assert metrics["hook_points"][str(chosen["top1"])] == scores.points[chosen["top1"]]
-    low, high = metrics["layers"]["0"]["zero"]["change_low"], scores["change"][0, 0].max()
-    assert low <= scores["change"][0, 0].mean() <= high
+    change = metrics["layers"]["0"]["zero"]["change"]
+    assert change["value"] == scores["change"][0, 0].mean()
+    assert change["low"] <= change["value"] <= change["high"]
+    assert (change["n"], change["unit"]) == (2, "spectral distance")
     assert len(ablation.ablation_figure(scores, table, "tiny").axes) == 2
 
 

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,13 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from musicscope.config import load_params
+from musicscope.core.io import read_json
 from musicscope.data.clips import ClipStore
 from musicscope.report import build as report
 from musicscope.report import snippets
 from musicscope.report.cards import cards
 from musicscope.report.elements import Card, Cell, Figure, Moment, Players, Section, Table
-from musicscope.report.metrics import Number, Sources, cell, in_words, plain, read, short
+from musicscope.report.metrics import Sources, cell, in_words, plain, read, short
 from musicscope.report.sections import features, layers, matching, maximisation, probes
 from stages import report as stage
 from tests.support.report import (
@@ -37,6 +40,7 @@ from tests.support.report import (
     RATE,
     Tags,
     decoded,
+    estimate,
     html_of,
     inside,
     make_inputs,
@@ -126,32 +130,64 @@ def test_short_numbers_keep_significant_digits(value, text):
     assert short(value) == text
 
 
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"x": 0.5, "x_low": 0.4, "x_high": 0.6},
-        {"x": 0.5, "x_ci_low": 0.4, "x_ci_high": 0.6},
-        {"x": {"auroc": 0.5, "ci_low": 0.4, "ci_high": 0.6}},
-        {"x": {"value": 0.5, "low": 0.4, "high": 0.6, "mean": 0.9}},
-        {"x": {"difference": 0.5, "difference_ci_low": 0.4, "difference_ci_high": 0.6}},
-    ],
-)
-def test_every_form_of_an_interval_is_read_alike(tree):
-    assert read({"a.b": tree}, "a.b.x") == (0.5, 0.4, 0.6)
-    assert cell(tree, "x", 2, shaded=True) == Cell("0.50", "[0.40, 0.60]", 4)
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.sampled_from(["x", "a.b", HOSTILE]))
+def test_every_estimate_is_shown_with_its_interval_and_a_plain_number_without(
+    value, low, high, key
+):
+    tree = {"a.b": {key: estimate(value, low, high), "plain": value}}
+    found = read(tree, f"a.b.{key}")
+    assert (found.value, found.low, found.high, found.n) == (value, low, high, 9)
+    shown = cell(tree, f"a.b.{key}", 2, shaded=True)
+    assert shown.detail == f"[{plain(low, 2)}, {plain(high, 2)}]"
+    assert shown.shade == round(9 * min(max(value, 0), 1))
+    assert replace(shown, detail="") == cell(tree, "a.b.plain", 2, shaded=True)
+    assert shown.text == plain(value, 2)
 
 
-def test_an_interval_may_leave_out_the_name_of_the_number():
-    tree = {"best_auroc": 0.5, "best_ci_low": 0.4, "best_ci_high": 0.6, "tested_auroc": 0.3}
-    assert read({"a": tree}, "a.best_auroc") == (0.5, 0.4, 0.6)
-    assert read({"a": tree}, "a.tested_auroc") == Number(0.3)
-
-
-def test_a_missing_number_is_a_dash():
-    for tree in (None, {}, {"a": None}, {"a": 1.0}, {"a": {"x": {}}}):
-        assert read(tree, "a.x") == Number()
+def test_a_missing_number_is_a_dash_and_an_incomplete_interval_is_not_shown():
+    for tree in (None, {}, {"a": None}, {"a": 1.0}, {"a": {"x": estimate(None)}}):
         assert cell(tree, "a.x", shaded=True) == Cell("–")
-    assert read({"x": 0.5, "x_low": None, "x_high": 0.6}, "x") == Number(0.5)
+    assert cell({"x": estimate(0.5, None, 0.6)}, "x") == Cell("0.500")
+    assert cell({"x": estimate(130, 119.0, 139.0)}, "x", 0) == Cell("130", "[119, 139]")
+    with pytest.raises(ValueError, match="rerun the stage"):
+        cell({"x": {"auroc": 0.5}}, "x")
+
+
+def estimates(tree: object, path: str = "") -> Iterator[tuple[str, dict]]:
+    """Estimates of a metrics file by path; no other key may look like a limit."""
+    if isinstance(tree, dict):
+        if set(tree) == {"value", "low", "high", "n", "unit"}:
+            yield path, tree
+            return
+        for key, entry in tree.items():
+            assert not re.search(r"(^|_)(ci|low|high)$|(^|_)ci_", key), f"{path}.{key}"
+            yield from estimates(entry, f"{path}.{key}".lstrip("."))
+
+
+COMMITTED = sorted(
+    p.relative_to(ROOT / "metrics").as_posix() for p in (ROOT / "metrics").rglob("*.json")
+)
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_intervals_are_estimates_and_read_as_such(name):
+    tree = read_json(ROOT / "metrics" / name)
+    for path, entry in estimates(tree):
+        found = read(tree, path)
+        assert found.low <= found.value <= found.high, path
+        assert found.n > 1, path
+        assert found.unit, path
+        assert cell(tree, path).detail == f"[{plain(entry['low'])}, {plain(entry['high'])}]"
+
+
+def test_committed_tables_name_limits_after_their_number():
+    for path in (ROOT / "plots").rglob("*.csv"):
+        columns = list(pd.read_csv(path, nrows=0))
+        assert not [c for c in columns if "ci_" in c], path
+        for column in columns:
+            stem, _, end = column.rpartition("_")
+            if end in ("low", "high") and stem not in ("", "log10"):  # these are edges of bins
+                assert {stem, f"{stem}_low", f"{stem}_high"} <= set(columns), (path, column)
 
 
 def test_a_figure_is_the_file_of_the_stage_and_its_numbers_are_in_words(tmp_path):
@@ -284,33 +320,30 @@ def test_an_empty_checkout_gives_a_page_that_says_what_is_missing(tmp_path):
 
 def test_numbers_stand_beside_their_controls(tmp_path):
     write_metrics(tmp_path, "train_sae/tiny-top1", {
-        "layer": "layers.3", "explained_variance": 0.81234, "explained_variance_low": 0.8,
-        "explained_variance_high": 0.82, "explained_variance_pca": 0.7777, "stability": 0.4,
-        "stability_null": 0.39,
+        "layer": "layers.3", "explained_variance": estimate(0.81234, 0.8, 0.82),
+        "explained_variance_pca": 0.7777, "stability": 0.4, "stability_null": 0.39,
     })  # fmt: skip
     keys = [f"r2_{i}_{j}" for i in (0, 1) for j in (0, 1)]
     write_metrics(tmp_path, "train_usae", {
         "models": {"0": "tiny", "1": "wide"}, "k": 4, "slot": "top1", "method": "paper",
-        "headline": {
-            key: {"value": 0.1 * n, "low": 0.05, "high": 0.95, "mean": 0.2, "sd": 0.011}
-            for n, key in enumerate(keys, start=6)
-        },
+        "headline": {key: estimate(0.1 * n, 0.05, 0.95) for n, key in enumerate(keys, start=6)},
+        "over_seeds": dict.fromkeys(keys, {"mean": 0.2, "sd": 0.011}),
         "null": {"mispaired": dict.fromkeys(keys, 0.0125), "shuffled": dict.fromkeys(keys, -0.377),
                  "random": dict.fromkeys(keys, -0.688)}, "independent_r2": {"0": 0.987},
     })  # fmt: skip
     write_metrics(tmp_path, "match_features", {
-        "threshold": 0.5, "sets": {"common": 12, "common_low": 10.0, "common_high": 15.0,
-                                   "null_common": 1.3, "own_tiny": 3, "positional_wide": 47},
-        "sae_sae": {"tiny_wide": {"matched_tiny": 0.333, "matched_tiny_low": 0.3,
-                                  "matched_tiny_high": 0.366, "null_matched_tiny": 0.021,
-                                  "musical_tiny": 0.287, "null_musical_tiny": 0.0186,
+        "threshold": 0.5, "sets": {"common": estimate(12, 10.0, 15.0), "null_common": 1.3,
+                                   "own_tiny": 3, "positional_wide": 47},
+        "sae_sae": {"tiny_wide": {"matched_tiny": estimate(0.333, 0.3, 0.366),
+                                  "null_matched_tiny": 0.021, "musical_tiny": 0.287,
+                                  "null_musical_tiny": 0.0186,
                                   "heldout_font_matched_tiny": 0.268}},
         "seeds": {"tiny": {"musical": 0.777, "null_musical": 0.0234}},
     })  # fmt: skip
     sources = Sources(tmp_path, MODELS, ("top1",))
     text = Tags(report.build(sources, 2, 2, 1.0)).text
     for needed in ("0.8123[0.8000, 0.8200]", "0.7777", "tiny top1 (layer 3)", "0.390",
-                   "0.900[0.050, 0.950]", "0.013", "0.987", "12[10, 15]", "1.3",
+                   "0.900[0.050, 0.950]", "0.200sd 0.011", "0.013", "0.987", "12[10, 15]", "1.3",
                    "0.333[0.300, 0.366]", "0.021", "−0.377", "−0.688"):  # fmt: skip
         assert needed in text, needed
     between = matching.section(sources).content["between"]
@@ -322,19 +355,19 @@ def test_numbers_stand_beside_their_controls(tmp_path):
 
 
 def test_searches_stand_beside_their_nulls_with_the_keys_that_the_stages_write(tmp_path):
-    head = {"heard_reached": 1.125, "heard_reached_low": 0.8, "heard_reached_high": 1.6,
-            "heard_null_reached": 0.375, "heard_null_reached_low": 0.3,
-            "heard_null_reached_high": 0.4, "heard_start": 0.22, "heard_other_features": 0.125,
+    head = {"heard_reached": estimate(1.125, 0.8, 1.6),
+            "heard_null_reached": estimate(0.375, 0.3, 0.4),
+            "heard_start": 0.22, "heard_other_features": 0.125,
             "heard_reached_weakest_model": 0.99, "heard_beats_best_clip": 0.67,
-            "heard_log_prob": -4.5, "free_reached": 2.75, "free_sound": 0.52,
+            "heard_log_prob": -4.5, "free_reached": estimate(2.75), "free_sound": 0.52,
             "clips_q95": 0.43, "features": 9.0, "skipped": 1.0}  # fmt: skip
     features = {f"f{i}": {"role": "direction" if i > 8 else "concept"} for i in range(12)}
     metrics = {"headline": head, "features": features}
     write_metrics(tmp_path, "maximize_activation/tiny", metrics)
     write_metrics(tmp_path, "maximize_shared", {
-        "headline": {"heard_reached": 0.7, "heard_reached_low": 0.5,
-                     "heard_null_reached_high": 0.5, "alone_reached": 0.9, "transfer": 0.4,
-                     "transfer_low": 0.2, "transfer_high": 0.6, "transfer_other_features": 0.31}
+        "headline": {"heard_reached": estimate(0.7, 0.5, 0.9),
+                     "heard_null_reached": estimate(0.4, 0.3, 0.5), "alone_reached": 0.9,
+                     "transfer": estimate(0.4, 0.2, 0.6), "transfer_other_features": 0.31}
     })  # fmt: skip
     section = maximisation.section(Sources(tmp_path, MODELS, ("top1",)))
     searches, controls = tables(section).values()
@@ -408,7 +441,8 @@ def add_maximised(root: Path, name: str, models: tuple[str, ...], number: int) -
     (folder / "index.json").write_text(json.dumps(index))
     controls = {"clips_q50": 0.0625, "clips_q95": 0.4375}
     features = {entry["name"]: {model: {"controls": controls} for model in models}}
-    head = {"heard_reached": 1.25, "heard_null_reached": 0.1875 if several else 0.3125}
+    head = {"heard_reached": estimate(1.25)}
+    head |= {"heard_null_reached": estimate(0.1875 if several else 0.3125)}
     write_metrics(root, name, {"headline": head, "features": features})
 
 

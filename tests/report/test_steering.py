@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from musicscope.core.io import read_json, write_json
+from musicscope.core.stats import Estimate
 from musicscope.finder.evaluation import examine
 from musicscope.finder.queries import concept_sets
 from musicscope.finder.scores import MOMENTS
@@ -35,6 +36,7 @@ from tests.support.report import (
     Tags,
     cells,
     decoded,
+    estimate,
     html_of,
     inside,
     similarity,
@@ -101,15 +103,12 @@ def test_every_method_stands_beside_the_controls_with_its_interval(run):
     for request, row in rows.items():
         concept, direction = request.split()
         for method, cell in zip(METHODS, row[:-1], strict=True):
-            numbers = found["concepts"][concept][direction]["methods"][method]
-            if numbers["success"] is None:
-                assert cell == "–"
-            else:
-                low, high = numbers["success_ci_low"], numbers["success_ci_high"]
-                assert cell == f"{numbers['success']:.2f} [{low:.2f}, {high:.2f}]"
+            success = found["concepts"][concept][direction]["methods"][method]["success"]
+            assert cell == Estimate.read(success).text(2).replace("n/a", "–")
     cost = cells(tables(section)["tiny: effect and cost"])
-    numbers = found["concepts"]["organ"]["on"]["methods"]["sae"]
-    assert cost["organ on: features"][3].startswith(f"{numbers['ce_cost']:.3f}".replace("-", "−"))
+    ours = Estimate.read(found["concepts"]["organ"]["on"]["methods"]["sae"]["ce_cost"])
+    shown = f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}]".replace("-", "−")
+    assert cost["organ on: features"][3] == shown
     assert len(cost) == 4 * len(METHODS)
     gaps = cells(tables(section)["tiny: success of features minus success of other methods"])
     assert set(gaps) == set(rows)
@@ -121,8 +120,8 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
     joint = cells(tables(section)["tiny: several concepts at once"])
     ours = found["joint"]["guitar-off+organ-on"]["sae"]
     row = joint["guitar off, organ on: features"]
-    assert row[1].startswith(f"{ours['all_wanted']:.2f}")
-    assert "organ " in row[2]
+    assert row[1] == Estimate.read(ours["all_wanted"]).text(2)
+    assert re.fullmatch(r"guitar \S+ \(\S+\), organ \S+ \(\S+\)", row[2])
     assert [row.split(": ")[1] for row in joint] == [
         METHODS[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")
     ]
@@ -192,15 +191,16 @@ def test_a_sound_in_the_page_is_that_of_its_file_and_a_lost_one_is_told(tmp_path
 
 def hostile_run(root: Path) -> None:
     """Metrics of which every name is hostile."""
-    numbers = {"success": 0.5, "success_ci_low": 0.4, "success_ci_high": 0.6, "ce_cost": None}
-    entry = {"methods": {"sae": numbers, HOSTILE: numbers}, "sae_minus": {HOSTILE: {}}}
-    joint = {HOSTILE: {"sae": {"all_wanted": 0.1, HOSTILE: {"success": 0.2}}, HOSTILE: {}}}
+    numbers = {"success": estimate(0.5, 0.4, 0.6), "ce_cost": None}
+    entry = {"methods": {"sae": numbers, HOSTILE: numbers}, "sae_minus": {HOSTILE: estimate(0.1)}}
+    both = {"all_wanted": estimate(0.1), HOSTILE: {"success": 0.2}}
+    joint = {HOSTILE: {"sae": both, HOSTILE: {}}}
     steer = {"layer": HOSTILE, "prompts": 2, "seconds": 3.0, "joint": joint}
     write_metrics(root, "steer/tiny", {**steer, "concepts": {HOSTILE: {"off": entry}}})
     (root / "plots/steer").mkdir(parents=True)
     dose = pd.DataFrame([
         {"concept": HOSTILE, "direction": "off", "method": m, "strength": s, "success": v,
-         "success_ci_low": v, "success_ci_high": v}
+         "success_low": v, "success_high": v}
         for m, s, v in (("sae", 1, 0.5), ("sae", 4, np.nan), ("reseed", np.nan, 0.1))
     ])  # fmt: skip
     dose.to_csv(root / "plots/steer/tiny-dose.csv", index=False)
@@ -218,7 +218,7 @@ def hostile_run(root: Path) -> None:
     moment = (HOSTILE, HOSTILE, 1234, 1, HOSTILE, 2.5, 0.7, "m.wav")
     moments = pd.DataFrame([moment, (*moment[:-1], "gone.wav")], columns=["concept", *MOMENTS])
     moments.to_parquet(folder / "moments.parquet")
-    report_ = {"mean_auroc": 0.7, HOSTILE: {"auroc": 0.7, "ci_low": 0.6, "ci_high": 0.8}}
+    report_ = {"mean_auroc": 0.7, HOSTILE: {"auroc": estimate(0.7, 0.6, 0.8)}}
     write_metrics(root, "train_judge", {"family_judge": {"codec": report_}, "musicnn": {},
                                         "cross_font": {f"{HOSTILE}_to_b": report_}})  # fmt: skip
 
@@ -254,12 +254,13 @@ def test_judges_stand_beside_shuffled_labels(judged, tmp_path):  # noqa: F811
         f"{found[j]['codec']['mean_auroc']:.3f}" for j in ("family_judge", "musicnn")
     ]
     assert {"clips, TimGM6mb", "clips, FluidR3Mono", "shuffled labels"} < set(means)
-    right = found["family_judge"]["pairs"]["accuracy"]
-    assert means["matched pairs, guitar: share right"][0].startswith(f"{right:.3f} [")
+    right = Estimate.read(found["family_judge"]["pairs"]["accuracy"])
+    assert means["matched pairs, guitar: share right"][0] == right.text()
     by_family = tables(section)["Judges by family (AUROC)"]
     column = by_family.columns.index("musicnn, after the codec")
     guitar = next(row for row in by_family.rows if row[0] == "guitar")
-    assert guitar[column].text == f"{found['musicnn']['codec']['guitar']['auroc']:.3f}"
+    auroc = Estimate.read(found["musicnn"]["codec"]["guitar"]["auroc"])
+    assert f"{guitar[column].text} {guitar[column].detail}" == auroc.text()
     assert "trained on timgm6mb, tested on fluidr3mono" in by_family.columns
 
 
@@ -291,7 +292,7 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     row = cells(tables(section)["tiny, sae: concepts"])["guitar"]
     assert row[1] == f"{numbers['discoveries']} of 30"
     assert row[2] == "7"
-    assert row[7].startswith(f"{numbers['test']['best_auroc']:.3f} [")
+    assert row[7] == Estimate.read(numbers["test"]["best_auroc"]).text()
     assert row[9:] == [f"{numbers[k]['any_discovery']:.2f}" for k in ("few", "null")]
     best = cells(tables(section)["Best features"])
     assert list(best)[0] == "guitar: sae 7"

@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from musicscope.core import plots
 from musicscope.core.io import read_json, write_json
 from musicscope.report import summary
 from tests.conftest import ROOT
+from tests.support.report import estimate
 
 MODELS, SLOTS = ("nano-small", "nano-medium"), ("top1", "top2")
 # As specified, not as implemented: value -> its controls.
@@ -34,7 +36,7 @@ GLOBAL = {
 
 
 def class_numbers(value):
-    return {"auroc": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+    return {"auroc": estimate(value, value - 0.1, value + 0.1)}
 
 
 def probe_metrics(value):
@@ -44,15 +46,14 @@ def probe_metrics(value):
 
 
 def ablation_metrics():
-    entry = {"mean": {"kl": 0.2, "kl_low": 0.1, "kl_high": 0.3}}
+    entry = {"mean": {"kl": estimate(0.2, 0.1, 0.3)}}
     return {"layers": {str(i): entry for i in range(12)}}
 
 
 def steer_metrics(value):
     methods = ("sae", "diff_means", "prompt_edit", "random_feature")
     entry = {
-        name: {"success": value - 0.1 * i, "success_ci_low": 0.1, "success_ci_high": 0.9}
-        for i, name in enumerate(methods)
+        name: {"success": estimate(value - 0.1 * i, 0.1, 0.9)} for i, name in enumerate(methods)
     }
     both = {"methods": entry}
     return {"concepts": {"guitar": {"off": both, "on": both}}}
@@ -61,21 +62,22 @@ def steer_metrics(value):
 @pytest.fixture
 def metrics(tmp_path):
     """The metrics folder of a finished run, and files of a model that is no longer studied."""
-    ends = {"explained_variance_low": 0.4, "explained_variance_high": 0.6}
     for i, model in enumerate((*MODELS, "dropped")):
         for j, slot in enumerate(SLOTS):
-            sae = {"explained_variance": 0.5 + 0.1 * j, "explained_variance_pca": 0.4, **ends}
+            explained = estimate(0.5 + 0.1 * j, 0.4, 0.6)
+            sae = {"explained_variance": explained, "explained_variance_pca": 0.4}
             sae |= {"ce_recovered": None, "stability": 0.3, "stability_null": 0.2}
             write_json(tmp_path / f"train_sae/{model}-{slot}.json", sae)
             write_json(tmp_path / f"probe/{model}-{slot}.json", probe_metrics(0.8 + 0.01 * i))
-        ratio = {"heard_reached": 1.5 + i, "heard_null_reached": 0.9}
+        ratio = {"heard_reached": estimate(1.5 + i, 1.2 + i, 1.8 + i)}
+        ratio |= {"heard_null_reached": estimate(0.9)}  # one null: no interval
         write_json(tmp_path / f"maximize_activation/{model}.json", {"headline": ratio})
         guitar = {"discoveries": 44, "null": {"discoveries": 0}}
-        guitar |= {"test": {"best_auroc": 0.7, "tested_auroc": 0.5}}
+        guitar |= {"test": {"best_auroc": estimate(0.7, 0.6, 0.8), "tested_auroc": 0.5}}
         write_json(tmp_path / f"find_concept/{model}.json", {"sae": {"guitar": guitar}})
         write_json(tmp_path / f"steer/{model}.json", steer_metrics(0.4))
     write_json(tmp_path / "steer_full/nano-small.json", steer_metrics(0.6))
-    entry = {"value": 0.6, "low": 0.5, "high": 0.7}
+    entry = estimate(0.6, 0.5, 0.7)
     for name, keys in (("usae", ("r2_0_1", "r2_1_0", "cofire_proportion_0")),
                        ("crosscoder", ("r2_0",))):  # fmt: skip
         numbers = {"headline": dict.fromkeys(keys, entry)}
@@ -83,7 +85,7 @@ def metrics(tmp_path):
         write_json(tmp_path / f"train_{name}.json", numbers)
     judged = {"codec": {"guitar": class_numbers(0.9)}, "shuffled": {"guitar": class_numbers(0.5)}}
     write_json(tmp_path / "train_judge.json", {"family_judge": judged, "musicnn": judged})
-    sets = {"common": 7, "common_low": 5.0, "common_high": 9.0, "null_common": 0.0}
+    sets = {"common": estimate(7, 5.0, 9.0), "null_common": 0.0}
     write_json(tmp_path / "match_features.json", {"sets": sets})
     return tmp_path
 
@@ -105,7 +107,7 @@ def test_values_come_from_their_files(metrics):
     found = summary.summarize(MODELS, SLOTS, metrics)
     assert found["nano-small.sae.explained_variance"] == 0.5  # the first slot
     assert found["nano-small.sae.explained_variance_pca"] == 0.4
-    assert found["nano-small.sae.ce_recovered"] is None  # null in the file stays null
+    assert np.isnan(found["nano-small.sae.ce_recovered"])  # null in the file
     assert found["nano-medium.probe.guitar_auroc"] == pytest.approx(0.81)
     assert found["nano-medium.probe.guitar_auroc_activations"] == pytest.approx(0.80)
     assert found["nano-medium.probe.guitar_auroc_shuffled"] == pytest.approx(0.76)
@@ -187,7 +189,7 @@ def test_a_missing_number_or_control_is_an_error(metrics, file, path, message):
 def test_a_number_that_a_run_cannot_have_is_null(metrics, file, path, key):
     remove(metrics / file, path)
     found = summary.summarize(MODELS, SLOTS, metrics)
-    assert found[f"nano-small.{key}"] is None
+    assert np.isnan(found[f"nano-small.{key}"])
     assert set(found) == specified(MODELS)
     assert "n/a" in summary.summary_table(MODELS, SLOTS, metrics).to_string()
 
@@ -208,12 +210,21 @@ def test_table_shows_intervals_controls_and_units(metrics):
     assert tuple(row) == ("0.500 [0.400, 0.600]", "pca 0.400", "share")
     assert tuple(table.loc["match.common"]) == ("7 [5, 9]", "null 0", "features")
     assert table.loc["nano-small.sae.ce_recovered", "value"] == "n/a"
+    assert table.loc["nano-medium.maximise.sound", "value"] == "2.500 [2.200, 2.800]"
+    assert table.loc["nano-medium.maximise.sound", "controls"] == "random_direction 0.900"
     assert len(table) == len(GLOBAL) + len(MODELS) * len(PER_MODEL)
+
+
+def test_an_entry_with_other_keys_than_an_estimate_is_an_error(metrics):
+    remove(metrics / "train_usae.json", "headline.r2_0_1.n")  # written by another version
+    message = r"train_usae\.json has no headline\.r2_0_1: run dvc repro -f train_usae"
+    with pytest.raises(summary.MissingMetric, match=message):
+        summary.summarize(MODELS, SLOTS, metrics)
 
 
 def test_every_path_exists_in_the_committed_metrics():
     found = summary.summarize(MODELS, SLOTS, ROOT / "metrics")
-    assert not [key for key, value in found.items() if value is None]
+    assert not [key for key, value in found.items() if np.isnan(value)]
     assert found == read_json(ROOT / "metrics/summary.json")
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from musicscope.core.audio import spectra, spectral_distance
+from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore, known_labels
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.steering import evaluation as ev
@@ -160,10 +161,10 @@ def test_ablating_the_planted_latent_takes_its_tone_out_and_leaves_the_rest(cont
         for m in (plain, steered)
     )
     found = ev.outcome(scorer, plain, steered, *OFF)
-    assert found["success"] == 1.0
+    assert found["success"]["value"] == 1.0
     assert found["others_change"] < 0.01
-    assert np.isnan(found["ce_cost"])
-    assert found["spectral_cost"] == pytest.approx(steered.spectral.mean())
+    assert np.isnan(found["ce_cost"]["value"])
+    assert found["spectral_cost"]["value"] == pytest.approx(steered.spectral.mean())
 
 
 def test_raising_the_planted_latent_puts_its_tone_in(context):
@@ -228,12 +229,14 @@ def test_intervals_resample_groups_of_clips():
               "audio": np.zeros((0, 1))}  # fmt: skip
     scorer = ev.Scorer(("guitar",), {}, lambda a, b: 0.0, 4000, 1)
 
-    def width(groups) -> float:
-        weights = scorer.weights(Measurement(**pieces, groups=groups))
-        found = ev.entry("m", ev.mean_of(values), weights)
-        return found["m_ci_high"] - found["m_ci_low"]
+    def estimate(groups) -> Estimate:
+        of = scorer.estimates(Measurement(**pieces, groups=groups))
+        return Estimate.read(of(ev.mean_of(values), "share"))
 
-    assert width(np.repeat(list("abcdef"), 2)) == pytest.approx(width(None) * 2**0.5, rel=0.1)
+    alone, grouped = estimate(None), estimate(np.repeat(list("abcdef"), 2))
+    assert (alone.n, grouped.n) == (12, 6)
+    wider = (grouped.high - grouped.low) / (alone.high - alone.low)
+    assert wider == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_kept_cells_are_what_was_measured(context, tmp_path):
@@ -284,14 +287,14 @@ def test_the_choice_and_the_test_of_a_run(world, tmp_path):
     assert tight.choices["sae", OFF].strength == 0.25
     plain, steered = (found.measured[found.tests[OFF][m]] for m in ("plain", "sae"))
     assert len(plain.ce) == 8
-    assert ev.outcome(found.scorer, plain, steered, *OFF)["success"] == 1.0
+    assert ev.outcome(found.scorer, plain, steered, *OFF)["success"]["value"] == 1.0
     pair = found.joints["guitar-off+drums-on"]
     requests = (OFF, ("drums", "on"))
     both = ev.all_fulfilled(
         found.scorer, found.measured[pair["plain"]], found.measured[pair["sae"]], requests
     )
-    assert both["all_wanted_plain"] == 0.0
-    assert both["all_wanted"] == 1.0
+    assert both["all_wanted_plain"]["value"] == 0.0
+    assert both["all_wanted"]["value"] == 1.0
 
 
 def test_the_budget_is_in_multiples_of_what_noise_or_the_codec_gives(world, tmp_path):

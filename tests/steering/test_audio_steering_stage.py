@@ -14,6 +14,7 @@ import soundfile
 from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.core.io import read_json
+from musicscope.core.stats import Estimate
 from musicscope.models.registry import load_model
 from musicscope.report.elements import Players
 from musicscope.report.sections.steering import section as steering_section
@@ -72,19 +73,20 @@ def test_the_stage_finds_the_planted_latents_and_switches_them(world):
         for direction in ("off", "on"):
             methods = directions[direction]["methods"]
             assert set(methods) == set(Clips.methods) - {"plain"}
-            assert methods["sae"]["success"] == 1.0
-            assert methods["sae"]["success_ci_low"] == 1.0
-            assert methods["reseed"]["success"] == methods["original"]["success"] == 0.0
-            assert methods["random_feature"]["success"] == 0.0
-            assert methods["sae"]["ce_cost"] is None
-            assert methods["sae"]["spectral_cost"] > methods["reseed"]["spectral_cost"] > 0
+            success = {name: Estimate.read(one["success"]) for name, one in methods.items()}
+            assert success["sae"].value == success["sae"].low == 1.0
+            for control in ("reseed", "original", "random_feature"):
+                assert success[control].value == 0.0
+            assert methods["sae"]["ce_cost"]["value"] is None
+            costs = [methods[m]["spectral_cost"]["value"] for m in ("sae", "reseed")]
+            assert costs[0] > costs[1] > 0
             assert methods["sae"]["frechet"] > 0
             assert set(directions[direction]["chosen"]) == {"sae", "diff_means", "probe_direction"}
             validation = directions[direction]["chosen"]["sae"]["validation"]
             assert validation["ce_cost"] is None
             assert validation["spectral_cost"] > 0
             assert "prompt_edit" not in directions[direction]["sae_minus"]
-            assert directions[direction]["sae_minus"]["random_feature"]["difference"] == 1.0
+            assert directions[direction]["sae_minus"]["random_feature"]["value"] == 1.0
     # What was used, and what was not and why.
     assert found["prompts"] == 4
     assert found["clips"]["guitar off"] == {"validation": 4, "test": 8}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from musicscope.core.io import read_json
+from musicscope.core.stats import Estimate
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.embedded.midi_set import captions
 from musicscope.steering import conditions, report, search
@@ -88,27 +89,30 @@ def test_success_counts_the_verdicts_that_could_move_and_did():
     # second 1.
     assert found["family_judge"]["success"] == 2 / 4
     assert found["musicnn"]["success"] == 1 / 5
-    assert found["success"] == pytest.approx((2 / 4 + 1 / 5) / 2)
-    assert found["success_ci_low"] <= found["success"] <= found["success_ci_high"]
+    success = found["success"]
+    assert success["value"] == pytest.approx((2 / 4 + 1 / 5) / 2)
+    assert success["low"] <= success["value"] <= success["high"]
+    assert (success["n"], success["unit"]) == (6, "share")
     assert found["family_judge"]["to_change"] == 4
     assert found["family_judge"]["wanted_plain"] == pytest.approx(1 / 6)
     assert found["family_judge"]["wanted"] == pytest.approx(3 / 6)
     changes = np.array([0.8, 0.6, -0.2, -0.8])  # of the pieces that the first judge heard twice
-    assert found["family_judge"]["change"] == pytest.approx(changes.mean())
+    assert found["family_judge"]["change"]["value"] == pytest.approx(changes.mean())
     assert found["silent"] == pytest.approx(1 / 6)
 
 
 def test_on_is_the_other_way_round_and_unknown_judges_stand_aside():
     plain, steered = measured([0.1, 0.9, 0.2], organ=0.3), measured([0.1, 0.9, 0.2], organ=0.5)
     found = ev.outcome(scorer(), plain, steered, "organ", "on")
-    assert found["success"] == 1.0
+    assert found["success"]["value"] == 1.0
     assert "musicnn" not in found
-    assert found["change"] == pytest.approx(0.2)
+    assert found["change"]["value"] == pytest.approx(0.2)
     assert found["others_change"] == pytest.approx(0.0)
     back = ev.outcome(scorer(), steered, plain, "organ", "on")
-    assert back["success"] != back["success"]  # nothing to change: undefined, not 0
+    # Nothing to change: undefined, not 0.
+    assert np.isnan([back["success"][key] for key in ("value", "low", "high")]).all()
     guitar = ev.outcome(scorer(), plain, steered, "guitar", "on")
-    assert guitar["success"] == 0.0
+    assert guitar["success"]["value"] == 0.0
     assert guitar["others_change"] == pytest.approx(0.1)  # mean of 0.2 (organ) and 0 (drums)
     with pytest.raises(ValueError, match="know no 'kazoo'"):
         ev.outcome(scorer(), plain, steered, "kazoo", "on")
@@ -117,8 +121,7 @@ def test_on_is_the_other_way_round_and_unknown_judges_stand_aside():
 def test_quality_is_against_the_plain_twin():
     plain, steered = measured([0.5, 0.7], ce=3.0), measured([0.9, 0.7], ce=3.25)
     found = ev.outcome(scorer(), plain, steered, "guitar", "off")
-    assert found["ce_cost"] == pytest.approx(0.25)
-    assert found["ce_cost_ci_low"] == pytest.approx(0.25)
+    assert found["ce_cost"] == Estimate(0.25, 0.25, 0.25, 2, "nats per code").as_dict()
     assert found["frechet"] == pytest.approx(0.2)
 
 
@@ -126,10 +129,10 @@ def test_a_method_against_itself_and_against_a_worse_one():
     plain = measured(np.full(20, 0.9))
     good, bad = measured(np.repeat([0.1, 0.9], [15, 5])), measured(np.repeat([0.1, 0.9], [5, 15]))
     same = ev.advantage(scorer(), plain, good, good, "guitar", "off")
-    assert same == {"difference": 0.0, "difference_ci_low": 0.0, "difference_ci_high": 0.0}
+    assert same == Estimate(0.0, 0.0, 0.0, 20, "share").as_dict()
     gap = ev.advantage(scorer(), plain, good, bad, "guitar", "off")
-    assert gap["difference"] == pytest.approx(0.5)
-    assert 0.2 < gap["difference_ci_low"] < 0.5 < gap["difference_ci_high"]
+    assert gap["value"] == pytest.approx(0.5)
+    assert 0.2 < gap["low"] < 0.5 < gap["high"]
 
 
 def test_all_fulfilled_must_hold_at_once():
@@ -137,8 +140,8 @@ def test_all_fulfilled_must_hold_at_once():
     steered = measured([0.1, 0.9, 0.1, 0.1], organ=0.6)
     requests = (("guitar", "off"), ("organ", "on"))
     found = ev.all_fulfilled(scorer(), plain, steered, requests)
-    assert found["all_wanted_plain"] == 0.0
-    assert found["all_wanted"] == 0.75
+    assert found["all_wanted_plain"]["value"] == 0.0
+    assert found["all_wanted"]["value"] == 0.75
 
 
 def test_thresholds_lie_halfway_between_prompts_with_and_without():
@@ -336,10 +339,19 @@ def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, mo
     found = read_json("metrics/steer/tiny.json")
     methods = found["concepts"]["guitar"]["off"]["methods"]
     assert set(methods) == set(METHODS) - {"plain", "original"}
-    assert {"success", "success_ci_low", "ce_cost"} <= set(
-        found["concepts"]["organ"]["on"]["methods"]["sae"]
-    )
-    assert "all_wanted" in found["joint"]["guitar-off+organ-on"]["sae"]
+    ours, joint = methods["sae"], found["joint"]["guitar-off+organ-on"]["sae"]
+    gap = found["concepts"]["guitar"]["off"]["sae_minus"]["diff_means"]
+    for estimate in (ours["success"], ours["ce_cost"], joint["all_wanted"], gap):
+        assert Estimate.read(estimate).n == 3
+    assert set(joint["organ"]) == {"success", "change"}
+    assert all(isinstance(value, float | None) for value in joint["organ"].values())
+    tests = pd.read_csv("plots/steer/tiny.csv")
+    assert not [column for column in tests if "_ci_" in column]
+    row = tests[(tests["concept"] == "guitar") & (tests["direction"] == "off")]
+    row = row[row["method"] == "sae"].iloc[0]
+    shown = [row[column] for column in ("success", "success_low", "success_high", "ce_cost_low")]
+    stored = [*(ours["success"][key] for key in ("value", "low", "high")), ours["ce_cost"]["low"]]
+    np.testing.assert_allclose(shown, np.array(stored, float), rtol=1e-5)
     assert found["prompts"] == 3
     validation = found["concepts"]["guitar"]["on"]["chosen"]["sae"]["validation"]
     assert set(validation) == {"change", "success", "ce_cost", "frechet_ratio"}

@@ -34,6 +34,11 @@ PIXEL = base64.b64decode(
 """A PNG of one pixel."""
 
 
+def estimate(value: float, low: float | None = None, high: float | None = None) -> dict:
+    """A number with its interval as in a metrics file; None where unknown."""
+    return {"value": value, "low": low, "high": high, "n": 9, "unit": "share"}
+
+
 def tone(pitch: float, seconds: float = 1.0, rate: int = RATE) -> np.ndarray:
     time = np.arange(round(seconds * rate)) / rate
     return (0.4 * np.sin(2 * np.pi * pitch * time)).astype(np.float32)

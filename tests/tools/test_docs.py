@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from musicscope.commands.cli import COMMANDS
+from musicscope.core.stats import Estimate
 from tests.conftest import ROOT
 from tools import docs_tables, readme_figure
 
@@ -56,13 +57,12 @@ def test_figure_is_that_of_the_metrics(tmp_path):
     assert found == readme_figure.OUT.read_bytes(), "run `just tables`"
 
 
-def test_estimate_finds_the_interval_that_belongs_to_a_number():
-    tree = {"a": {"x": 0.5, "x_low": 0.4, "x_high": 0.6, "y": 1.0, "auroc": 0.7, "ci_low": 0.6,
-                  "ci_high": 0.8, "s": 0.2, "s_ci_low": 0.1, "s_ci_high": None}}  # fmt: skip
+def test_an_estimate_is_written_with_its_interval_and_a_plain_number_without():
+    tree = {"a": {"x": Estimate(0.5, 0.4, 0.6, 9, "share").as_dict(), "y": 1.0}}
     assert docs_tables.estimate(tree, "a.x", 1) == "0.5 [0.4, 0.6]"
-    assert docs_tables.estimate(tree, "a.y", 1) == "1.0"
-    assert docs_tables.estimate(tree, "a.auroc", 1) == "0.7 [0.6, 0.8]"
-    assert docs_tables.estimate({"x": None}, "x") == "n/a"
+    assert docs_tables.number(tree["a"]["x"], 1) == "0.5"
+    assert docs_tables.estimate(tree, "a.y", 1) == docs_tables.number(1.0, 1) == "1.0"
+    assert docs_tables.estimate({"x": None}, "x") == docs_tables.number(None) == "n/a"
 
 
 def test_readme_is_an_overview():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from musicscope.core import plots
-from musicscope.core.stats import bootstrap_groups
+from musicscope.core.stats import Estimate, bootstrap_groups
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,16 @@ def ablation_table(
 
 
 def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str]) -> dict[str, Any]:
-    """Nest numbers for `dvc metrics`: clips, groups, layers.<i>.<kind>.{kl,kl_low,kl_high,...}."""
-    shown = [f"{name}{end}" for name in scores.values for end in ("", "_low", "_high")]
-    layers: dict[str, dict[str, dict[str, float]]] = {}
+    """Nest numbers for `dvc metrics`: clips, groups, layers.<i>.<kind>.<score>, as estimates."""
+    n, layers = len(set(groups)), {}
     for row in table.to_dict("records"):
-        layers.setdefault(str(row["layer"]), {})[row["kind"]] = {key: row[key] for key in shown}
-    return {"clips": len(groups), "groups": len(set(groups)), "layers": layers}
+        layers.setdefault(str(row["layer"]), {})[row["kind"]] = {
+            name: Estimate(
+                row[name], row[f"{name}_low"], row[f"{name}_high"], n, scores.scale.unit
+            ).as_dict()
+            for name in scores.values
+        }
+    return {"clips": len(groups), "groups": n, "layers": layers}
 
 
 def ablation_figure(scores: Scores, table: pd.DataFrame, name: str) -> Figure:
@@ -169,7 +173,7 @@ def select_layers(
     if absent := [layer for layer, entry in metrics["layers"].items() if kind not in entry]:
         known = sorted(metrics["layers"][absent[0]])
         raise ValueError(f"select_layers.kind = {kind!r}: this model's ablations are {known}")
-    values = {int(layer): entry[kind][score] for layer, entry in metrics["layers"].items()}
+    values = {int(layer): entry[kind][score]["value"] for layer, entry in metrics["layers"].items()}
     allowed = sorted(values)[1 if skip_first else 0 : len(values) - (1 if skip_last else 0)]
     if len(allowed) < len(slots):
         raise ValueError(

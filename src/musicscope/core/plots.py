@@ -76,7 +76,7 @@ def interval_bars(
     tops = values
     if lows is not None and highs is not None:
         tops = np.maximum(np.asarray(highs, dtype=float), values)
-        spread = [np.clip(values - np.asarray(lows), 0, None), tops - values]
+        spread = [np.clip(values - np.asarray(lows, dtype=float), 0, None), tops - values]
         axis.errorbar(x, values, yerr=spread, fmt="none", ecolor="#333333", capsize=3, lw=1.2)
     for position, value, top in zip(x, values, tops, strict=True) if show_values else ():
         text = f"{value:.{digits}f}" if np.isfinite(value) else "n/a"
@@ -99,6 +99,7 @@ def interval_curve(
     colour = COLOURS[series % len(COLOURS)]
     axis.plot(x, values, color=colour, marker=MARKERS[series % len(MARKERS)], ms=5, label=name)
     if lows is not None and highs is not None:
+        lows, highs = (np.asarray(ends, dtype=float) for ends in (lows, highs))
         axis.fill_between(x, lows, highs, color=colour, alpha=0.18, lw=0)
     axis.grid(color="#dddddd", lw=0.7)
 

@@ -14,8 +14,9 @@ call and makes differences between two probes *paired* (same weights, both score
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,14 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval."""
+    """A number with its interval; NaN where unknown."""
 
     value: float
-    low: float
-    high: float
-    """Limits of the interval; NaN if it cannot be computed"""
-    n: int
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
     """Groups, such as compositions, that the interval resamples"""
-    unit: str
+    unit: str = ""
     """Unit of the value, such as AUROC, share or features"""
 
     @classmethod
@@ -44,16 +44,51 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Estimate:
-        """Read what `as_dict` gave."""
-        return cls(**entry)
+        """Read what `as_dict` gave; ValueError for other keys."""
+        if set(entry) != FIELDS:
+            raise ValueError(
+                f"an estimate has the keys {sorted(FIELDS)}, got {sorted(entry)}: rerun the stage "
+                "that wrote this metrics file"
+            )
+        return cls(**{key: math.nan if value is None else value for key, value in entry.items()})
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any] | float | None) -> Estimate:
+        """Read an entry of a metrics file: an estimate, or a number without an interval."""
+        if isinstance(entry, Mapping):
+            return cls.from_dict(entry)
+        return cls(math.nan if entry is None else entry)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both limits are known."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     def as_dict(self) -> dict[str, Any]:
         """Give the five fields by name, for JSON."""
         return asdict(self)
 
-    def named(self, value: str, low: str, high: str) -> dict[str, float]:
-        """Give value and limits under the given keys, as the metrics files have them."""
-        return {value: self.value, low: self.low, high: self.high}
+    def text(self, digits: int = 3) -> str:
+        """Write ``value [low, high]`` with `digits` decimals; n/a where unknown."""
+        value, *ends = (
+            f"{number:.{digits}f}" if math.isfinite(number) else "n/a"
+            for number in (self.value, self.low, self.high)
+        )
+        return f"{value} [{', '.join(ends)}]" if self.has_interval else value
+
+
+FIELDS = {field.name for field in fields(Estimate)}
+
+
+def columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread each entry x of a record that `Estimate.as_dict` gave over x, x_low and x_high."""
+    row: dict[str, Any] = {}
+    for name, entry in record.items():
+        if isinstance(entry, Mapping) and set(entry) == FIELDS:
+            row |= {name: entry["value"]} | {f"{name}_{end}": entry[end] for end in ("low", "high")}
+        else:
+            row[name] = entry
+    return row
 
 
 def resample_weights(groups: Sequence | np.ndarray, n: int, seed: int) -> np.ndarray:

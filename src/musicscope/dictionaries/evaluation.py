@@ -21,17 +21,19 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from musicscope.core.stats import (
-    bootstrap_groups,
-    percentile_interval,
-    ratio_of,
-    resample_weights,
-)
+from musicscope.core.stats import Estimate, estimate, ratio_of, resample_weights
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of frames on which a latent fires
 TOP = 100  # latents of highest energy whose mean co-fire proportion is given apart
 SHARED_NORM, OWN_NORM = 0.6, 0.9
+UNITS = {
+    "r2": "R2",
+    "firing_entropy": "share of the maximum",
+    "cofire_proportion": "share of firings",
+    "energy_cofire_correlation": "Pearson r",
+}
+"""Units by the start of the keys of `headline` that have an interval."""
 
 
 # --- one model ---------------------------------------------------------------------------------
@@ -71,11 +73,10 @@ class Evaluation:
         """Share of latents active on none of the frames evaluated."""
         return float((self.fired == 0).mean())
 
-    def interval(self, groups: Sequence[str], n: int, seed: int) -> tuple[float, float]:
-        """Compute the 95 % bootstrap interval of explained_variance over groups of clips."""
+    def estimate(self, groups: Sequence[str], n: int, seed: int) -> Estimate:
+        """Compute explained_variance with its interval over groups [clips]."""
         unexplained = ratio_of(self.squared_error, self.squares)
-        low, high = bootstrap_groups(lambda w: 1 - unexplained(w), groups, n, seed)
-        return low, high
+        return estimate(lambda w: 1 - unexplained(w), groups, n, seed, "share")
 
 
 @torch.no_grad()
@@ -373,8 +374,8 @@ def numbers(found: SharedEvaluation) -> dict[str, float]:
     return {key: float(value[0]) for key, value in headline(found).items()}
 
 
-def intervals(found: SharedEvaluation, n: int, seed: int) -> dict[str, tuple[float, float]]:
-    """Compute 95 % bootstrap intervals of `headline` over compositions, about the full sample.
+def estimates(found: SharedEvaluation, n: int, seed: int) -> dict[str, Estimate]:
+    """Compute `headline` with 95 % intervals over compositions, about the full sample.
 
     Resamples are shifted by their mean distance from the full sample's number before the
     percentiles are taken. A resample leaves compositions out, so rare latents always seem rarer
@@ -382,8 +383,14 @@ def intervals(found: SharedEvaluation, n: int, seed: int) -> dict[str, tuple[flo
     no interval for dead_fraction and l0, where that shift is all there is.
     """
     drawn, whole = headline(found, resample_weights(found.groups, n, seed)), numbers(found)
-    keys = [key for key in drawn if not key.startswith(("dead", "l0"))]
-    return {k: percentile_interval(whole[k] + drawn[k] - np.nanmean(drawn[k])) for k in keys}
+    return {
+        key: Estimate.from_resamples(
+            whole[key], whole[key] + drawn[key] - np.nanmean(drawn[key]), len(found.groups), unit
+        )
+        for key in drawn
+        for prefix, unit in UNITS.items()
+        if key.startswith(prefix)
+    }
 
 
 def relative_norms(norms: np.ndarray) -> np.ndarray:

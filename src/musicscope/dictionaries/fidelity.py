@@ -11,7 +11,7 @@ from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core.audio import spectra, spectral_distance
-from musicscope.core.stats import bootstrap_groups, ratio_of
+from musicscope.core.stats import estimate, ratio_of
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.interface import (
     AudioBatch,
@@ -118,21 +118,17 @@ def measure_losses(
 
 def ce_recovered(
     losses: Losses, groups: Sequence[str], n: int, seed: int, measure: str = CE
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Compute (CE ablated - CE with the SAE) / (CE ablated - CE clean): 1 is lossless.
 
-    A ratio of sums over clips, with a 95 % bootstrap interval over groups. None where ablation does
+    A ratio of sums over clips, as an estimate over groups. None where ablation does
     not hurt: the share of nothing is undefined. With another `measure` (SPECTRAL) its name stands
     in the keys, and ce_recovered is None: there is no cross-entropy.
     """
     clean, ablated, ours = (losses[name] for name in VARIANTS)
-    result: dict[str, float | None] = {
-        f"{name}_recovered{end}": None for name in {CE, measure} for end in ("", "_low", "_high")
-    }
+    result: dict[str, Any] = {f"{name}_recovered": None for name in {CE, measure}}
     result |= {f"{measure}_{name}": float(values.mean()) for name, values in losses.items()}
     if ablated.sum() > clean.sum():
         ratio = ratio_of(ablated - ours, ablated - clean)
-        low, high = bootstrap_groups(ratio, groups, n, seed)
-        result[f"{measure}_recovered"] = float(ratio(np.ones((1, len(clean))))[0])
-        result |= {f"{measure}_recovered_low": low, f"{measure}_recovered_high": high}
+        result[f"{measure}_recovered"] = estimate(ratio, groups, n, seed, "share").as_dict()
     return result

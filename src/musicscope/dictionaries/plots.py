@@ -111,7 +111,7 @@ def write_r2(folder: str | Path, metrics: Metrics) -> None:
     def matrix(values: dict[str, Any]) -> np.ndarray:
         return np.array([[values[f"r2_{i}_{j}"] for j in range(M)] for i in range(M)])
 
-    head = {key: entry["value"] for key, entry in metrics["headline"].items()}
+    head = {k: one["value"] for k, one in metrics["headline"].items() if k.startswith("r2")}
     found = {"paired": matrix(head), MISPAIRED: matrix(metrics["null"][MISPAIRED])}
     own = [metrics["independent_r2"][str(j)] for j in range(M)]
     rows = [

@@ -309,7 +309,6 @@ class SaePlan(Plan):
         first, stores = outcomes[0], self.open_stores()
         store, learnt, test = stores[0], pair(stores, TRAIN), pair(stores, TEST)
         bootstrap = seed_for(self.seed, "bootstrap")
-        low, high = first.test.interval(test.groups, BOOTSTRAP, bootstrap)
         (sample,) = control_sample(learnt, self.seed)
         components = evaluation.principal_components(sample, min(first.sae.k, store.width))
         random = evaluation.random_sae(first.sae, sample, seed_for(self.seed, "random dictionary"))
@@ -327,8 +326,7 @@ class SaePlan(Plan):
             "train_frames": int(learnt.frames.sum()),
             "test_frames": int(first.test.frames.sum()),
             **numbers(first),
-            "explained_variance_low": low,
-            "explained_variance_high": high,
+            "explained_variance": first.test.estimate(test.groups, BOOTSTRAP, bootstrap).as_dict(),
             "explained_variance_pca": evaluation.explained_variance(components, _single(test)),
             "explained_variance_random": evaluation.evaluate(
                 random, _single(test)
@@ -404,7 +402,7 @@ class SharedPlan(Plan):
         )  # fmt: skip
 
     def report(self, outcomes: Sequence[SharedOutcome]) -> Metrics:
-        """Return the metrics. ``headline``: of FIRST, with intervals, and over the seeds.
+        """Return the metrics. ``headline``: of FIRST, with intervals; ``over_seeds``: mean and sd.
 
         Keys are those of evaluation.headline; i and j index ``models``. ``null``: mispaired (mean
         over dictionaries trained on mispaired clips; what pairing adds), shuffled (FIRST where the
@@ -414,17 +412,16 @@ class SharedPlan(Plan):
         real = [o for o in outcomes if not o.name.startswith(MISPAIRED)]
         nulls = [o for o in outcomes if o.name.startswith(MISPAIRED)]
         first, per_seed = real[0], {o.name: _numbers(o.test) for o in real}
-        bounds = evaluation.intervals(
+        estimates = evaluation.estimates(
             first.test, self.config.bootstrap, seed_for(self.seed, "bootstrap")
         )
-        head: dict[str, dict[str, float]] = {}
-        for key, value in per_seed[first.name].items():
+        head = per_seed[first.name] | {key: one.as_dict() for key, one in estimates.items()}
+        over_seeds: dict[str, dict[str, float]] = {}
+        for key in head:
             over = [numbers[key] for numbers in per_seed.values()]
-            head[key] = {"value": value, "mean": float(np.mean(over))}
+            over_seeds[key] = {"mean": float(np.mean(over))}
             if len(over) > 1:
-                head[key]["sd"] = float(np.std(over, ddof=1))
-            if key in bounds:
-                head[key] |= dict(zip(("low", "high"), bounds[key], strict=True))
+                over_seeds[key]["sd"] = float(np.std(over, ddof=1))
         per_null = {o.name: _numbers(o.test) for o in nulls}
         null = {MISPAIRED: {k: float(np.mean([n[k] for n in per_null.values()])) for k in head}}
         for name, control in first.controls.items():
@@ -443,6 +440,7 @@ class SharedPlan(Plan):
             "test_frames": int(first.test.frames.sum()),
             "test_compositions": len(first.test.groups),
             "headline": head,
+            "over_seeds": over_seeds,
             "null": null,
             "independent_r2": first.independent,
             "dead_fraction_train": first.dead_fraction,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,12 +65,12 @@ class Match:
         """[F1] matched, but at most the threshold once clips are re-paired."""
         return (self.score > threshold) & ~(self.repaired > threshold)
 
-    def share(self, threshold: float, latents: int | None = None) -> dict[str, float]:
+    def share(self, threshold: float, latents: int | None = None) -> dict[str, Any]:
         """Compute matched pairs as a share of all latents of the first dictionary, or of `latents`.
 
-        {"matched"} and, where clips were re-paired, {"musical"}, the part that re-pairing ends;
-        "null_<name>", the mean over draws; "<name>_low" and "<name>_high", 95 % intervals, where
-        there are resamples. Dead latents count as not matched.
+        {"matched"} and, where clips were re-paired, {"musical"}, the part that re-pairing ends:
+        estimates where there are resamples, else numbers. "null_<name>": the mean over draws. Dead
+        latents count as not matched.
         """
         F = latents or len(self.partner)
         parts = {"matched": np.ones(len(self.partner), bool)}
@@ -78,7 +79,7 @@ class Match:
             parts["musical"] = ~(self.repaired > threshold)
             both = zip(null["matched"], self.null_repaired, strict=True)
             null["musical"] = [n & ~(r > threshold) for n, r in both]
-        shares: dict[str, float] = {}
+        shares: dict[str, Any] = {}
         for name, part in parts.items():
             value = ((self.score > threshold) & part).sum() / F
             shares[name] = value
@@ -87,7 +88,7 @@ class Match:
             if len(self.resampled):
                 resampled = (self.resampled[:, part] > threshold).sum(1) / F
                 estimate = Estimate.from_resamples(value, resampled, self.compositions, "share")
-                shares |= estimate.named(name, f"{name}_low", f"{name}_high")
+                shares[name] = estimate.as_dict()
         return shares
 
 

@@ -39,9 +39,9 @@ Entry = dict[str, Any]
 """Part of metrics/probe: numbers and text, nested by name."""
 UNITS = {
     "auroc": "AUROC",
-    "difference": "AUROC",
     "average_precision": "average precision",
     "accuracy": "share",
+    "difference": "AUROC",
 }
 
 
@@ -127,9 +127,7 @@ class Evaluator:
     def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Entry:
         """A statistic with its interval, from its values [1 + n] under `_weights`."""
         n = len(np.unique(self.groups[self.sets[clip_set]]))
-        prefix = "average_precision_" if name == "average_precision" else ""
-        number = Estimate.from_resamples(values[0], values[1:], n, UNITS[name])
-        return number.named(name, f"{prefix}ci_low", f"{prefix}ci_high")
+        return {name: Estimate.from_resamples(values[0], values[1:], n, UNITS[name]).as_dict()}
 
     def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
         """Compute {set: AUROC and average precision with intervals}.

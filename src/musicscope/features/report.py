@@ -28,6 +28,7 @@ from musicscope.data.splits import (
 from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.matching import Match, correlations_of
+from musicscope.features.probes import UNITS
 from musicscope.features.run import FONT, Comparison
 from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
@@ -52,7 +53,7 @@ def probe_table(result: dict[str, Any]) -> pd.DataFrame:
     """Make one row per (concept, representation, set) of `probes.run_probes`.
 
     ``sae_k016`` is a k-sparse probe; ``sae_minus_dense`` has paired differences of AUROC; pair sets
-    have `accuracy` instead of AUROC.
+    have `accuracy` instead of AUROC. Each of these has its limits in `<column>_low` and `_high`.
     """
     records = []
     for concept, entry in result["concepts"].items():
@@ -65,10 +66,10 @@ def probe_table(result: dict[str, Any]) -> pd.DataFrame:
                 if clip_set in numbers:
                     key = {"concept": concept, "representation": name, "set": clip_set}
                     sizes = {"positives": positives[clip_set]}
-                    records.append(key | numbers[clip_set] | chosen | sizes)
-    columns = ["concept", "representation", "set", "auroc", "ci_low", "ci_high"]
-    columns += ["average_precision", "average_precision_ci_low", "average_precision_ci_high"]
-    columns += ["accuracy", "difference", "pooling", "c", "validation_auroc", "positives"]
+                    records.append(key | stats.columns(numbers[clip_set]) | chosen | sizes)
+    columns = ["concept", "representation", "set"]
+    columns += [f"{name}{end}" for name in UNITS for end in ("", "_low", "_high")]
+    columns += ["pooling", "c", "validation_auroc", "positives"]
     return pd.DataFrame(records).reindex(columns=columns)
 
 
@@ -104,7 +105,7 @@ def latent_table(
         at = sets["test"]
         statistic = stats.auroc_of(scores[at], has[at])
         test = stats.estimate(statistic, groups[at], n_bootstrap, seed, "AUROC")
-        records.append(record | test.named("test_auroc", "test_ci_low", "test_ci_high"))
+        records.append(record | stats.columns({"test_auroc": test.as_dict()}))
     return pd.DataFrame(records)
 
 
@@ -123,7 +124,7 @@ def plot_probes(table: pd.DataFrame, title: str, concept: str = MAIN) -> Figure:
     for series, clip_set in enumerate(sets):
         part = table.loc[clip_set]
         bars, curve = (
-            [part.loc[n][c] for c in ("auroc", "ci_low", "ci_high")] for n in (names, sparse)
+            [part.loc[n][c] for c in ("auroc", "auroc_low", "auroc_high")] for n in (names, sparse)
         )
         label = SET_LABELS[clip_set] if len(sets) > 1 else "unheard compositions"
         offset = 0.42 * (series - (len(sets) - 1) / 2)
@@ -137,7 +138,7 @@ def plot_probes(table: pd.DataFrame, title: str, concept: str = MAIN) -> Figure:
     axes[1].minorticks_off()
     axes[0].set(title=f"{title}: {concept}", ylabel="AUROC (95 % over compositions)")
     drawn = table[table.index.get_level_values(1).isin([*names, *sparse])]
-    axes[0].set_ylim(min(0.3, drawn["ci_low"].min() - 0.02), 1.05)
+    axes[0].set_ylim(min(0.3, drawn["auroc_low"].min() - 0.02), 1.05)
     axes[1].set(title="k-sparse probes on SAE codes", xlabel="latents used (k)")
     for axis in axes:
         axis.axhline(0.5, color="#555555", lw=1, ls="--")
@@ -153,7 +154,7 @@ def write_probes(stem: str, title: str, table: pd.DataFrame, latents: pd.DataFra
     plots.save_figure(plot_probes(table, title), f"{stem}.png")
 
 
-def _quality(match: Match, threshold: float) -> dict[str, float]:
+def _quality(match: Match, threshold: float) -> dict[str, Any]:
     """Shares of the first dictionary's latents, mean score over the pairs, and their nulls."""
     entry = match.share(threshold) | {"mean": np.nanmean(match.score)}
     if match.null:
@@ -196,7 +197,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
     counts = scores[1:, ~scores[0]].sum(1)
     match = matches[models[0], models[1]]
     common = Estimate.from_resamples(counts[0], counts[1:], match.compositions, "features")
-    sizes: dict[str, Any] = common.named("common", "common_low", "common_high")
+    sizes: dict[str, Any] = {"common": common.as_dict()}
     sizes["positional"] = (scores[0] & scores[1]).sum()
     if len(models) == 2:
         sizes["null_common"] = match.share(threshold, 1)["null_musical"]

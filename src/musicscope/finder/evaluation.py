@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from musicscope.config.concepts import FindConcept
 from musicscope.core import plots, stats
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import Estimate
 from musicscope.features.association import rank_by_auroc
 from musicscope.finder.queries import Sets
 
@@ -52,12 +51,11 @@ def examine(
         auroc = aurocs[test] = table[f"{test}_auroc"] = stats.auroc_columns(scores, has)
         metrics[test] = {"clips": len(has), "tested_auroc": np.nanmean(auroc)}
         if len(table):
-            low, high = stats.bootstrap_groups(
+            best_auroc = stats.estimate(
                 stats.auroc_of(scores[:, 0], has), groups[at], section.bootstrap,
-                seed_for(seed, "test"),
+                seed_for(seed, "test"), "AUROC",
             )  # fmt: skip
-            first = Estimate(auroc[0], low, high, len(np.unique(groups[at])), "AUROC")
-            metrics[test] |= first.named("best_auroc", "best_ci_low", "best_ci_high")
+            metrics[test]["best_auroc"] = best_auroc.as_dict()
             metrics[test]["top_auroc"] = np.nanmean(auroc[:TOP])
         if significant.any():
             metrics[test]["found_auroc"] = np.nanmean(auroc[significant])
@@ -146,8 +144,8 @@ def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:
     for series, (name, concepts) in enumerate(metrics.items()):
         labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
         offset = width * (series - (len(metrics) - 1) / 2)
-        tests = [concepts[c]["test"] for c in labels]
-        best = ([t[k] for t in tests] for k in ("best_auroc", "best_ci_low", "best_ci_high"))
+        tests = [concepts[c]["test"]["best_auroc"] for c in labels]
+        best = ([t[k] for t in tests] for k in ("value", "low", "high"))
         few = ([concepts[c]["few"]["any_discovery"] for c in labels], None, None)
         null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
         for axis, (values, low, high) in zip(axes, (best, few), strict=True):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots, stats
 from musicscope.core.seeding import seed_for
+from musicscope.core.stats import Estimate
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.judges.musicnn import silent
 from musicscope.judges.pair import JUDGES, TAGS
@@ -33,7 +34,7 @@ def family_report(
 
     `probabilities` and `labels` are [n, families], `groups` [n]. Rows of silent clips (NaN) are
     left out and counted under ``silent``. A family with positives only or negatives only gets
-    None. ``mean_auroc`` is over the other families.
+    NaN. ``mean_auroc`` is over the other families.
     """
     probabilities, labels = np.asarray(probabilities), np.asarray(labels).astype(bool)
     kept = ~np.isnan(probabilities).any(axis=1)
@@ -42,17 +43,14 @@ def family_report(
     scores = []
     for family, score, truth in zip(families, probabilities.T, labels.T, strict=True):
         score, truth = score[kept], truth[kept]
-        value = low = high = None
+        auroc = Estimate(np.nan, n=len(np.unique(groups)), unit="AUROC")
         if 0 < truth.sum() < len(truth):
-            value = stats.auroc(score, truth)
-            low, high = stats.bootstrap_groups(
+            auroc = stats.estimate(
                 stats.auroc_of(score, truth), groups, bootstrap,
-                seed_for(seed, "family_report", family),
+                seed_for(seed, "family_report", family), "AUROC",
             )  # fmt: skip
-            scores.append(value)
-        report[family] = {
-            "positives": int(truth.sum()), "auroc": value, "ci_low": low, "ci_high": high
-        }  # fmt: skip
+            scores.append(auroc.value)
+        report[family] = {"positives": int(truth.sum()), "auroc": auroc.as_dict()}
     report["mean_auroc"] = float(np.mean(scores)) if scores else None
     return report
 
@@ -98,12 +96,10 @@ def pair_report(scores: np.ndarray, of: Predictions, bootstrap: int, seed: int) 
     kept = ~np.isin(of.pairs, lost)
     guitar = of.labels[kept, FAMILIES.index("guitar")]
     wins, groups = stats.pair_wins(scores[kept], guitar, of.pairs[kept], of.groups[kept])
-    interval_seed = seed_for(seed, "train_judge", "pairs")
-    low, high = stats.bootstrap_groups(wins, groups, bootstrap, interval_seed)
-    return {
-        "pairs": len(wins), "silent": len(lost), "accuracy": wins.mean(), "ci_low": low,
-        "ci_high": high,
-    }  # fmt: skip
+    accuracy = stats.estimate(
+        stats.mean_of(wins), groups, bootstrap, seed_for(seed, "train_judge", "pairs"), "share"
+    )
+    return {"pairs": len(wins), "silent": len(lost), "accuracy": accuracy.as_dict()}
 
 
 def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
@@ -112,7 +108,7 @@ def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]
     return pd.DataFrame(
         [
-            {"judge": judge, "set": name, "family": family, **report[family]}
+            {"judge": judge, "set": name, "family": family, **stats.columns(report[family])}
             for judge, name, report in reports
             for family in FAMILIES
             if family in report
@@ -125,10 +121,10 @@ def figure(metrics: Mapping[str, Any]) -> Figure:
     drawn, ((axis,),) = plots.new_figure(size=(12.0, 4.2))
     for series, judge in enumerate(JUDGES):
         report = metrics[judge].get("codec") or metrics[judge][FONTS[0]]
-        entries = [report.get(f, {}) for f in FAMILIES]
+        entries = [report.get(f, {}).get("auroc", {}) for f in FAMILIES]
         values, low, high = (
             [np.nan if e.get(k) is None else e[k] for e in entries]
-            for k in ("auroc", "ci_low", "ci_high")
+            for k in ("value", "low", "high")
         )
         plots.interval_bars(
             axis, [f.replace("_", "\n") for f in FAMILIES], values, low, high, offset=series * 0.4,

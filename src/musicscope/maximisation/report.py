@@ -32,13 +32,14 @@ from matplotlib.figure import Figure
 from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import bootstrap_groups
+from musicscope.core.stats import Estimate, estimate, mean_of
 from musicscope.data.clips import ClipStore
 from musicscope.features.selection import Latent
 from musicscope.maximisation.moments import excerpt_start
 from musicscope.maximisation.run import NULL_VARIANTS, SOUND, Plan, Result
 
 FORMAT = 1
+UNIT = "ratio to the best real clip"
 NULL_ROLES = ("direction", "mismatched")
 HEADLINE_CONTROLS = (
     "best_train", "best_test", "moments_max", "clips_q50", "clips_q95", "clips_max", "samples_q50",
@@ -145,17 +146,16 @@ def _control_table(result: Result) -> pd.DataFrame:
     )
 
 
-def _mean_interval(values: pd.Series, key: str, bootstrap: int, seed: int) -> dict[str, Any]:
-    """Mean over features and its interval (features resampled); None where it is undefined."""
+def _mean(values: pd.Series, bootstrap: int, seed: int) -> dict[str, Any]:
+    """Mean over features as an estimate that resamples features; NaN where it is undefined."""
     values = values.dropna()
-    low = high = None
-    if len(values) > 1:
-        low, high = bootstrap_groups(values.to_numpy(), values.index.to_numpy(), bootstrap, seed)
-    mean = float(values.mean()) if len(values) else None
-    return {key: mean, f"{key}_low": low, f"{key}_high": high}
+    if len(values) < 2:
+        return Estimate(float(values.mean()), n=len(values), unit=UNIT).as_dict()
+    mean = mean_of(values.to_numpy())
+    return estimate(mean, values.index.to_numpy(), bootstrap, seed, UNIT).as_dict()
 
 
-def headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
+def headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
     """Compute the summary's numbers: means over features, and over models where several.
 
     `table` is the `search_table`. <variant>_reached is the ratio that the search maximised: of the
@@ -175,7 +175,7 @@ def headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
         head |= {key: ratios[key].mean() for key in HEADLINE_CONTROLS}
         for name, measured in result.controls.items():
             head[f"log_prob_{name}"] = np.mean([np.median(m.log_prob) for m in measured])
-    return {key: None if value is None else float(value) for key, value in head.items()}
+    return {key: one if isinstance(one, dict) else float(one) for key, one in head.items()}
 
 
 def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
         if variant == "alone":
             continue
         rows = real[real["variant"] == variant]
-        head |= _mean_interval(by_feature(rows, "reached"), f"{variant}_reached", bootstrap, seed)
+        head[f"{variant}_reached"] = _mean(by_feature(rows, "reached"), bootstrap, seed)
         weakest = rows.groupby("feature", sort=False)["reached"].min()
         head[f"{variant}_reached_weakest_model"] = weakest.mean()
         head[f"{variant}_beats_best_clip"] = (weakest > 1).mean()
@@ -203,12 +203,12 @@ def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
             head[f"{variant}_sound"] = by_feature(rows, "sound").mean()
         if variant in NULL_VARIANTS:
             null = by_feature(nulls[nulls["variant"] == variant], "reached")
-            head |= _mean_interval(null, f"{variant}_null_reached", bootstrap, seed)
+            head[f"{variant}_null_reached"] = _mean(null, bootstrap, seed)
     if "alone" in result.plan.variants:
         alone = real[real["variant"].str.startswith("alone-")]
         own = alone["variant"] == "alone-" + alone["model"]
         head["alone_reached"] = alone[own]["reached"].mean()
-        head |= _mean_interval(by_feature(alone[~own], "reached"), "transfer", bootstrap, seed)
+        head["transfer"] = _mean(by_feature(alone[~own], "reached"), bootstrap, seed)
         # In models outside the search, an input for one feature moves the other features too.
         head["transfer_other_features"] = alone[~own]["others_reached"].mean()
     return head

@@ -1,9 +1,6 @@
 """Where the numbers of the report come from, and how each is read and written.
 
-Metrics hold a number at `key`, or a mapping there that holds the number as value, auroc, accuracy
-or difference. Its interval is beside it at <key>_low and <key>_high, or at <key>_ci_low and
-<key>_ci_high; these names can leave out value, auroc, accuracy or difference at the end of the key.
-A missing number becomes a dash.
+An entry of a metrics file is a plain number or an `Estimate`. A missing number becomes a dash.
 """
 
 from __future__ import annotations
@@ -13,16 +10,16 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from musicscope.core.io import read_json
+from musicscope.core.stats import Estimate
 from musicscope.report.elements import Cell, Figure
 from musicscope.report.snippets import data_uri
 
 DASH = "–"
-NAMES = ("value", "auroc", "accuracy", "difference")
 FIGURE_SCALE = 0.7
 """CSS pixels per pixel of a plot: its text has about 12 pixels."""
 
@@ -68,60 +65,34 @@ def missing(name: str, stage: str) -> str:
     return f"Left out: metrics/{name}.json is not there (stage {stage})."
 
 
-class Number(NamedTuple):
-    """A number and its interval; None where unknown."""
-
-    value: float | int | str | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-def _locate(tree: Any, dotted: str) -> tuple[Tree, str] | None:
-    """The mapping that holds the entry at a dotted key, and its key there; keys may hold dots."""
+def get(tree: Any, dotted: str) -> Any:
+    """The entry at a dotted key, or None; keys may hold dots."""
     if not isinstance(tree, Mapping):
         return None
     if dotted in tree:
-        return tree, dotted
+        return tree[dotted]
     for dot in (i for i, letter in enumerate(dotted) if letter == "."):
-        if found := _locate(tree.get(dotted[:dot]), dotted[dot + 1 :]):
+        if (found := get(tree.get(dotted[:dot]), dotted[dot + 1 :])) is not None:
             return found
     return None
 
 
-def get(tree: Any, dotted: str) -> Any:
-    """The entry at a dotted key, or None."""
-    found = _locate(tree, dotted)
-    return found[0][found[1]] if found else None
-
-
-def read(tree: Any, dotted: str) -> Number:
-    """The number at a dotted key with its interval, by any of the names above."""
-    if (found := _locate(tree, dotted)) is None:
-        return Number()
-    at, key = found
-    if isinstance(value := at[key], Mapping):
-        name = next((name for name in NAMES if name in value), "")
-        return read(value, name)
-    stems = (key.removesuffix(name) for name in NAMES if key.endswith(name))
-    for prefix in (f"{key}_", *stems):
-        for low, high in (("low", "high"), ("ci_low", "ci_high")):
-            ends = at.get(f"{prefix}{low}"), at.get(f"{prefix}{high}")
-            if None not in ends:
-                return Number(value, *ends)
-    return Number(value)
+def read(tree: Any, dotted: str) -> Estimate:
+    """The number at a dotted key."""
+    return Estimate.read(get(tree, dotted))
 
 
 def cell(tree: Any, dotted: str, digits: int = 3, shaded: bool = False) -> Cell:
-    """A cell with the number at a dotted key and, where both ends are known, its interval below.
+    """A cell with the number at a dotted key and, where both limits are known, its interval below.
 
     `shaded`: with a shade for a value between 0 and 1.
     """
-    value, low, high = read(tree, dotted)
-    detail = "" if low is None else f"[{plain(low, digits)}, {plain(high, digits)}]"
-    shade = None
-    if shaded and isinstance(value, int | float):
-        shade = round(9 * min(max(value, 0.0), 1.0))
-    return Cell(plain(value, digits), detail, shade)
+    found, detail, shade = read(tree, dotted), "", None
+    if found.has_interval:
+        detail = f"[{plain(found.low, digits)}, {plain(found.high, digits)}]"
+    if shaded and math.isfinite(found.value):
+        shade = round(9 * min(max(found.value, 0.0), 1.0))
+    return Cell(plain(found.value, digits), detail, shade)
 
 
 def short(value: float | None, digits: int = 2) -> str:

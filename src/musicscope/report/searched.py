@@ -5,6 +5,7 @@ Columns of their index.json: maximisation/audio.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import soundfile
 
 from musicscope.core.io import read_json
 from musicscope.report.elements import Moment
-from musicscope.report.metrics import Sources, Tree, get, plain
+from musicscope.report.metrics import Sources, Tree, get, plain, read
 from musicscope.report.snippets import Line, excerpt
 
 VARIANTS = {
@@ -133,9 +134,9 @@ def _remarks(names: Sequence[str], numbers: Tree, head: Tree) -> list[str]:
             )
     what = "random directions" if len(names) == 1 else "pairs of unrelated features"
     nulls = [
-        f"{plain(head[key], 2)} by {medium}"
+        f"{plain(value, 2)} by {medium}"
         for key, medium in (("heard_null_reached", "sound"), ("prior_null_reached", "tokens"))
-        if head.get(key) is not None
+        if math.isfinite(value := read(head, key).value)
     ]
     if nulls:
         texts.append(

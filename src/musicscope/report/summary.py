@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.io import read_json
+from musicscope.core.stats import Estimate
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | None"
 
@@ -38,8 +39,6 @@ class Headline:
     unit: str
     controls: Mapping[str, str] = field(default_factory=dict)
     """Name of each null or control -> its dotted path in the same file."""
-    interval: tuple[str, str] | None = None
-    """Dotted paths of the ends of the 95 % interval; shown in the table, not in the file."""
     absent: tuple[str, ...] = ()
     """Dotted paths that some runs lack; a number at or below them is then null, not an error."""
 
@@ -53,7 +52,6 @@ def _steer(direction: str) -> Headline:
         f"{at}.sae.success",
         "share",
         {control: f"{at}.{control}.success" for control in controls},
-        (f"{at}.sae.success_ci_low", f"{at}.sae.success_ci_high"),
         absent=(concept, f"{at}.prompt_edit"),  # no clips to edit; an audio model has no prompts
     )
 
@@ -65,48 +63,38 @@ _GUITAR = "concepts.guitar"
 # fmt: off
 HEADLINES: tuple[Headline, ...] = (
     Headline("{model}.sae.explained_variance", _SAE, "explained_variance", "share",
-             {"pca": "explained_variance_pca"},
-             ("explained_variance_low", "explained_variance_high")),
-    Headline("{model}.sae.ce_recovered", _SAE, "ce_recovered", "share (0: mean ablation)",
-             interval=("ce_recovered_low", "ce_recovered_high")),
+             {"pca": "explained_variance_pca"}),
+    Headline("{model}.sae.ce_recovered", _SAE, "ce_recovered", "share (0: mean ablation)"),
     Headline("{model}.sae.stability", _SAE, "stability", "mean cosine",
              {"null": "stability_null"}),
     Headline("{model}.probe.guitar_auroc", _PROBE, f"{_GUITAR}.sae.test.auroc", "AUROC",
              {"activations": f"{_GUITAR}.dense.test.auroc",
               "logmel": f"{_GUITAR}.logmel.test.auroc",
-              "shuffled": f"{_GUITAR}.shuffled.test.auroc"},
-             (f"{_GUITAR}.sae.test.ci_low", f"{_GUITAR}.sae.test.ci_high")),
-    Headline("usae.r2_first_to_second", ("train_usae.json",), "headline.r2_0_1.value", "R2",
-             {"mispaired": "null.mispaired.r2_0_1"},
-             ("headline.r2_0_1.low", "headline.r2_0_1.high")),
-    Headline("usae.r2_second_to_first", ("train_usae.json",), "headline.r2_1_0.value", "R2",
-             {"mispaired": "null.mispaired.r2_1_0"},
-             ("headline.r2_1_0.low", "headline.r2_1_0.high")),
-    Headline("usae.cofire_proportion", ("train_usae.json",), "headline.cofire_proportion_0.value",
-             "share of firings", {"mispaired": "null.mispaired.cofire_proportion_0"},
-             ("headline.cofire_proportion_0.low", "headline.cofire_proportion_0.high")),
-    Headline("crosscoder.r2", ("train_crosscoder.json",), "headline.r2_0.value", "R2",
-             {"mispaired": "null.mispaired.r2_0"}, ("headline.r2_0.low", "headline.r2_0.high")),
+              "shuffled": f"{_GUITAR}.shuffled.test.auroc"}),
+    Headline("usae.r2_first_to_second", ("train_usae.json",), "headline.r2_0_1", "R2",
+             {"mispaired": "null.mispaired.r2_0_1"}),
+    Headline("usae.r2_second_to_first", ("train_usae.json",), "headline.r2_1_0", "R2",
+             {"mispaired": "null.mispaired.r2_1_0"}),
+    Headline("usae.cofire_proportion", ("train_usae.json",), "headline.cofire_proportion_0",
+             "share of firings", {"mispaired": "null.mispaired.cofire_proportion_0"}),
+    Headline("crosscoder.r2", ("train_crosscoder.json",), "headline.r2_0", "R2",
+             {"mispaired": "null.mispaired.r2_0"}),
     Headline("match.common", ("match_features.json",), "sets.common", "features",
-             {"null": "sets.null_common"}, ("sets.common_low", "sets.common_high"),
+             {"null": "sets.null_common"},
              absent=("sets.null_common",)),  # more than two models
     Headline("{model}.finder.guitar_features", _FINDER, "sae.guitar.discoveries", "features",
              {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar.null",)),
     Headline("{model}.finder.guitar_best_auroc", _FINDER, "sae.guitar.test.best_auroc", "AUROC",
              {"all_features": "sae.guitar.test.tested_auroc"},
-             ("sae.guitar.test.best_ci_low", "sae.guitar.test.best_ci_high"),
              absent=("sae.guitar.test.best_auroc",)),  # folders have no test clips
     Headline("{model}.maximise.sound", ("maximize_activation/{model}.json",),
              "headline.heard_reached", "ratio to the best real clip",
              {"random_direction": "headline.heard_null_reached"},
-             ("headline.heard_reached_low", "headline.heard_reached_high"),
              absent=("headline.heard_reached", "headline.heard_null_reached")),  # no tokens
     Headline("judge.classifier_guitar_auroc", _JUDGES, "family_judge.codec.guitar.auroc", "AUROC",
-             {"shuffled": "family_judge.shuffled.guitar.auroc"},
-             ("family_judge.codec.guitar.ci_low", "family_judge.codec.guitar.ci_high")),
+             {"shuffled": "family_judge.shuffled.guitar.auroc"}),
     Headline("judge.musicnn_guitar_auroc", _JUDGES, "musicnn.codec.guitar.auroc", "AUROC",
-             {"shuffled": "musicnn.shuffled.guitar.auroc"},
-             ("musicnn.codec.guitar.ci_low", "musicnn.codec.guitar.ci_high")),
+             {"shuffled": "musicnn.shuffled.guitar.auroc"}),
     _steer("off"),
     _steer("on"),
 )
@@ -118,11 +106,14 @@ class Row:
     """A headline number of one run."""
 
     key: str
-    value: float | None
+    number: Estimate
+    """NaN where a run has none."""
     unit: str
-    controls: dict[str, float | None]
-    interval: tuple[float | None, ...]
-    """Low and high end of the 95 % interval, null where a run has none; empty: never."""
+    controls: dict[str, Estimate]
+
+    def text(self, of: Estimate) -> str:
+        """Write the number or one of its controls; counts have no decimals."""
+        return of.text(0 if isinstance(self.number.value, int) else 3)
 
 
 def _stage(file: str) -> str:
@@ -139,17 +130,20 @@ def _read(metrics: Path, files: Sequence[str]) -> tuple[str, Json]:
     raise MissingMetric(f"{metrics / files[-1]} is missing: run dvc repro {_stage(files[-1])}")
 
 
-def _lookup(tree: Json, dotted: str, absent: Sequence[str] = ()) -> float | None:
-    """Follow a dotted path; null where `absent` allows it, else KeyError with the path."""
+def _lookup(tree: Json, dotted: str, absent: Sequence[str]) -> Estimate:
+    """Follow a dotted path; NaN where `absent` allows it, else KeyError with the path."""
     parts = dotted.split(".")
     for n, part in enumerate(parts, 1):
         if not isinstance(tree, dict) or part not in tree:
             missing = ".".join(parts[:n])
             if any(f"{path}.".startswith(f"{missing}.") for path in absent):
-                return None
+                return Estimate.read(None)
             raise KeyError(dotted)
         tree = tree[part]
-    return tree
+    try:
+        return Estimate.read(tree)
+    except ValueError:
+        raise KeyError(dotted) from None
 
 
 def headline_rows(
@@ -173,22 +167,21 @@ def headline_rows(
                 raise MissingMetric(
                     f"{metrics / file} has no {path}: run dvc repro -f {_stage(file)}"
                 ) from None
-            ends = tuple(_lookup(tree, end, [end]) for end in row.interval or ())
-            yield Row(row.key.format(**names), value, row.unit, controls, ends)
+            yield Row(row.key.format(**names), value, row.unit, controls)
 
 
 def summarize(
     models: Sequence[str], slots: Sequence[str], metrics: str | Path = "metrics"
-) -> dict[str, float | None]:
-    """Collect {key: number}: each of `HEADLINES`, followed by its controls.
+) -> dict[str, float]:
+    """Collect {key: number}: each of `HEADLINES`, followed by its controls; NaN if a run has none.
 
     Raises:
         MissingMetric: as `headline_rows`.
     """
-    summary: dict[str, float | None] = {}
+    summary: dict[str, float] = {}
     for row in headline_rows(models, slots, metrics):
-        summary[row.key] = row.value
-        summary |= {f"{row.key}_{name}": value for name, value in row.controls.items()}
+        summary[row.key] = row.number.value
+        summary |= {f"{row.key}_{name}": control.value for name, control in row.controls.items()}
     return summary
 
 
@@ -200,9 +193,9 @@ def summary_table(
         [
             {
                 "number": row.key,
-                "value": with_interval(row),
+                "value": row.text(row.number),
                 "controls": ", ".join(
-                    f"{name} {number(control, digits(row))}"
+                    f"{name} {row.text(Estimate(control.value))}"
                     for name, control in row.controls.items()
                 ),
                 "unit": row.unit,
@@ -210,24 +203,6 @@ def summary_table(
             for row in headline_rows(models, slots, metrics)
         ]
     ).set_index("number")
-
-
-def digits(row: Row) -> int:
-    """Give the decimals of a row's numbers: none for counts."""
-    return 0 if isinstance(row.value, int) else 3
-
-
-def number(value: float | None, decimals: int = 3) -> str:
-    """Write a number as text, n/a for null."""
-    return "n/a" if value is None else f"{value:.{decimals}f}"
-
-
-def with_interval(row: Row) -> str:
-    """Write a row's value and interval as ``value [low, high]``."""
-    text = number(row.value, digits(row))
-    if not row.interval or None in row.interval:
-        return text
-    return f"{text} [{', '.join(number(end, digits(row)) for end in row.interval)}]"
 
 
 def plot_summary(
@@ -245,8 +220,8 @@ def plot_summary(
         layers = sorted(found["layers"], key=int)
         score = found.get("counterparts", {}).get("kl", "kl")
         kl, low, high = (
-            [found["layers"][layer][kind][key] for layer in layers]
-            for key in (score, f"{score}_low", f"{score}_high")
+            [found["layers"][layer][kind][score][key] for layer in layers]
+            for key in ("value", "low", "high")
         )
         name = model if score == "kl" else f"{model} (spectral distance)"
         plots.interval_curve(axes[0], list(map(int, layers)), kl, low, high, name, series)
@@ -256,8 +231,8 @@ def plot_summary(
     labels = ["SAE", "activations", "log-mel", "codec", "trivial", "shuffled"]
     width = 0.84 / max(1, len(probes))
     for series, (name, found) in enumerate(probes.items()):
-        entries = [found["concepts"][concept][key]["test"] for key in names]
-        auroc, low, high = ([e[key] for e in entries] for key in ("auroc", "ci_low", "ci_high"))
+        entries = [found["concepts"][concept][key]["test"]["auroc"] for key in names]
+        auroc, low, high = ([e[key] for e in entries] for key in ("value", "low", "high"))
         plots.interval_bars(
             axes[1], labels, auroc, low, high,
             colour=plots.COLOURS[series % len(plots.COLOURS)], name=name, width=width,

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from musicscope.core.stats import Statistic, mean_of, percentile_interval, resample_weights
+from musicscope.core.stats import Estimate, Statistic, mean_of, resample_weights
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import Request
 
 SPECIFIC_JUDGE = "family_judge"
 """The judge that knows all families."""
+UNITS = {"ce_cost": "nats per code", "spectral_cost": "spectral distance"}
 Thresholds = Mapping[str, Mapping[str, float]]
 """Judge -> concept -> probability above which it counts as present (NaN: unknown to the judge)."""
 
@@ -43,13 +44,24 @@ class Scorer:
             )
         return self.families.index(concept)
 
-    def weights(self, plain: Measurement) -> np.ndarray:
-        """Ones, then resamples of samples or of their groups: [1 + bootstrap, n]."""
+    def estimates(self, plain: Measurement) -> Callable[[Statistic, str], dict[str, Any]]:
+        """Make a function of statistic and unit that gives the estimate; NaN if undefined.
+
+        All statistics get the same resamples of the samples of `plain` or of their groups.
+        """
         n = len(plain.ce)
         groups = range(n) if plain.groups is None else plain.groups
-        return np.concatenate(
-            [np.ones((1, n)), resample_weights(groups, self.bootstrap, self.seed)]
-        )
+        weights = resample_weights(groups, self.bootstrap, self.seed)
+        weights = np.concatenate([np.ones((1, n)), weights])
+
+        def estimate(statistic: Statistic, unit: str) -> dict[str, Any]:
+            value, *resampled = statistic(weights)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # no resample has a value
+                found = Estimate.from_resamples(value, resampled, len(set(groups)), unit)
+            return found.as_dict()
+
+        return estimate
 
 
 def fix_thresholds(
@@ -148,15 +160,6 @@ def nanmean_of(values: np.ndarray) -> Statistic:
     return statistic
 
 
-def entry(name: str, statistic: Statistic, weights: np.ndarray) -> dict[str, float]:
-    """Return {name, name_ci_low, name_ci_high} for `Scorer.weights`; NaN if undefined."""
-    values = statistic(weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        low, high = percentile_interval(values[1:])
-    return {name: float(values[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
-
-
 def family_changes(plain: Measurement, steered: Measurement) -> np.ndarray:
     """Mean change of every family's probability by SPECIFIC_JUDGE: [families]."""
     change = steered.probabilities[SPECIFIC_JUDGE] - plain.probabilities[SPECIFIC_JUDGE]
@@ -164,20 +167,18 @@ def family_changes(plain: Measurement, steered: Measurement) -> np.ndarray:
 
 
 def quality(
-    scorer: Scorer, plain: Measurement, steered: Measurement, weights: np.ndarray
-) -> dict[str, float]:
+    scorer: Scorer, plain: Measurement, steered: Measurement, estimate: Callable
+) -> dict[str, Any]:
     """Compute the costs of an edit.
 
     ce_cost: rise of the unsteered model's cross-entropy, nats per code (NaN for an audio model);
     spectral_cost: distance from plain, of an audio model; silent: share of samples; frechet:
     distance of musicnn embeddings from plain. For so few samples the latter is above 0 by chance:
-    compare it with reseed.
+    compare it with reseed. `estimate` is that of `Scorer.estimates`.
     """
     finite = [m.embeddings[np.isfinite(m.embeddings).all(1)] for m in (plain, steered)]
     enough = min(map(len, finite)) > 1
-    costs: dict[str, float] = {}
-    for name, values in steered.costs(plain).items():
-        costs |= entry(name, mean_of(values), weights)
+    costs = {k: estimate(mean_of(v), UNITS[k]) for k, v in steered.costs(plain).items()}
     return costs | {
         "frechet": float(scorer.frechet(*finite)) if enough else float("nan"),
         "silent": float(np.isnan(steered.probabilities[SPECIFIC_JUDGE][:, 0]).mean()),
@@ -194,16 +195,16 @@ def outcome(
     others_change: mean over the other families of |mean change|; and `quality`. The numbers of one
     judge are under its name.
     """
-    weights = scorer.weights(plain)
+    estimate = scorer.estimates(plain)
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
     judges = [j for j in plain.probabilities if _known(scorer, j, concept)]
-    found: dict[str, Any] = entry(
-        "success", success_of(scorer, plain, steered, concept, direction), weights
-    )
-    found |= entry("change", nanmean_of(change_of(plain, steered, at, judges, sign)), weights)
+    success = success_of(scorer, plain, steered, concept, direction)
+    change = nanmean_of(change_of(plain, steered, at, judges, sign))
     others = np.delete(family_changes(plain, steered), at)
-    found["others_change"] = _mean(np.abs(others))
-    found |= quality(scorer, plain, steered, weights)
+    found: dict[str, Any] = {
+        "success": estimate(success, "share"), "change": estimate(change, "probability"),
+        "others_change": _mean(np.abs(others)), **quality(scorer, plain, steered, estimate),
+    }  # fmt: skip
     for judge in judges:
         open_, moved = verdicts(scorer, plain, steered, concept, direction, judge)
         threshold = scorer.thresholds[judge][concept]
@@ -217,7 +218,7 @@ def outcome(
             "to_change": int(open_.sum()),
             "wanted_plain": shares[0],
             "wanted": shares[1],
-            **entry("change", nanmean_of(own), weights),
+            "change": estimate(nanmean_of(own), "probability"),
         }
     found["wanted"] = _mean(np.array([found[j]["wanted"] for j in judges]))
     found["wanted_plain"] = _mean(np.array([found[j]["wanted_plain"] for j in judges]))
@@ -231,18 +232,18 @@ def advantage(
     second: Measurement,
     concept: str,
     direction: str,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Success of the first condition minus success of the second, paired over samples."""
     a, b = (success_of(scorer, plain, m, concept, direction) for m in (first, second))
-    return entry("difference", lambda w: a(w) - b(w), scorer.weights(plain))
+    return scorer.estimates(plain)(lambda w: a(w) - b(w), "share")
 
 
 def all_fulfilled(
     scorer: Scorer, plain: Measurement, steered: Measurement, requests: Sequence[Request]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Share of samples with every request fulfilled by SPECIFIC_JUDGE, before and after."""
-    fulfilled = []
-    for measured in (plain, steered):
+    estimate, fulfilled = scorer.estimates(plain), {}
+    for name, measured in (("all_wanted_plain", plain), ("all_wanted", steered)):
         wanted = [
             _is_wanted(
                 measured.probabilities[SPECIFIC_JUDGE][:, scorer.column(concept)],
@@ -251,8 +252,5 @@ def all_fulfilled(
             )
             for concept, direction in requests
         ]
-        fulfilled.append(np.all(wanted, axis=0).astype(float))
-    weights = scorer.weights(plain)
-    return entry("all_wanted_plain", mean_of(fulfilled[0]), weights) | entry(
-        "all_wanted", mean_of(fulfilled[1]), weights
-    )
+        fulfilled[name] = estimate(mean_of(np.all(wanted, axis=0)), "share")
+    return fulfilled

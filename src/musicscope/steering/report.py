@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
+from musicscope.core.stats import columns
 from musicscope.steering.conditions import Context
 from musicscope.steering.evaluation import family_changes
 from musicscope.steering.methods import JOINT_METHODS, Request
@@ -22,11 +23,10 @@ from musicscope.steering.recipes import DIRECTIONS, WORDS, Recipe, save_recipe, 
 from musicscope.steering.search import Plan, Result
 
 TEST_KEYS = (
-    "success", "success_ci_low", "success_ci_high", "change", "change_ci_low", "change_ci_high",
-    "wanted", "wanted_plain", "others_change", "ce_cost", "ce_cost_ci_low", "ce_cost_ci_high",
-    "frechet", "silent", "spectral_cost", "spectral_cost_ci_low", "spectral_cost_ci_high",
+    "success", "change", "wanted", "wanted_plain", "others_change", "ce_cost", "frechet", "silent",
+    "spectral_cost",
 )  # fmt: skip
-"""Columns of the test table; spectral_cost exists for audio models only."""
+"""Numbers of the test table; spectral_cost exists for audio models only."""
 COSTS = ("ce_cost", "spectral_cost", "frechet", "silent")
 CHART_SUFFIXES = ("-dose", "-trade", "-crosstalk")
 Learnt = Mapping[str, tuple[Recipe, Mapping[str, float]]]
@@ -76,18 +76,18 @@ def concept_metrics(result: Result, request: Request) -> dict[str, Any]:
 def joint_metrics(result: Result, pair: str) -> dict[str, Any]:
     """Per method the share of samples with all requests fulfilled and the costs.
 
-    Also success and change per request, fulfilled together and alone.
+    Also success, change and costs per request, fulfilled together and alone, without intervals.
     """
     metrics: dict[str, Any] = {}
     requests = result.requests_of(pair)
     for method in (m for m in JOINT_METHODS if m in result.joints[pair]):
         entry: dict[str, Any] = result.all_fulfilled(pair, method)
         for request in requests:
-            outcome = result.outcomes[pair, method, request]
+            outcome = columns(result.outcomes[pair, method, request])
             entry |= {request[0]: _pick(outcome, ("success", "change")), **_pick(outcome, COSTS)}
         metrics[method] = entry
     for request in requests:
-        outcome = result.outcomes[pair, f"alone {request[0]}", request]
+        outcome = columns(result.outcomes[pair, f"alone {request[0]}", request])
         metrics[f"alone_{request[0]}"] = _pick(outcome, ("success", "change", "ce_cost"))
     return metrics
 
@@ -139,7 +139,7 @@ def test_table(result: Result) -> pd.DataFrame:
             settings = result.tests[request][method].settings
             at = {"concept": request[0], "direction": request[1], "method": method,
                   "strength": settings[0].strength if settings else np.nan}  # fmt: skip
-            rows.append({**at, **_pick(outcome, TEST_KEYS)})
+            rows.append({**at, **columns(_pick(outcome, TEST_KEYS))})
     return pd.DataFrame(rows)
 
 
@@ -192,8 +192,8 @@ def dose_figure(doses: pd.DataFrame, tests: pd.DataFrame, title: str) -> Figure:
         for series, method in enumerate(("sae", "diff_means")):
             part = rows[rows["method"] == method].sort_values("strength")
             plots.interval_curve(
-                axis, part["strength"], part["success"], part["success_ci_low"],
-                part["success_ci_high"], method, series,
+                axis, part["strength"], part["success"], part["success_low"],
+                part["success_high"], method, series,
             )  # fmt: skip
         here = (tests["concept"] == at["concept"]) & (tests["direction"] == at["direction"])
         for style, method in (("--", "prompt_edit"), (":", "reseed")):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
 from musicscope.core.seeding import seed_for
+from musicscope.core.stats import columns
 from musicscope.steering.conditions import Measurement, Open, run_conditions
 from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
 from musicscope.steering.methods import (
@@ -41,7 +42,7 @@ from musicscope.steering.recipes import DIRECTIONS, Settings
 from musicscope.steering.subjects import Subject
 
 SEARCH_KEYS = (
-    "change", "success", "success_ci_low", "success_ci_high", "others_change", "ce_cost", "frechet",
+    "change", "success", "success_low", "success_high", "others_change", "ce_cost", "frechet",
     "silent",
 )  # fmt: skip
 Choices = Mapping[tuple[str, Request], Settings]
@@ -248,7 +249,7 @@ def search(
         ])  # fmt: skip
         for method in searched_methods(subject.methods):
             for condition in own[method]:
-                scores = outcome(scorer, plain[request], measured[condition], *request)
+                scores = columns(outcome(scorer, plain[request], measured[condition], *request))
                 kept = (k for k in (*SEARCH_KEYS, "spectral_cost") if k in scores)
                 at = {"concept": request[0], "direction": request[1], "method": method}
                 rows.append({
@@ -311,7 +312,7 @@ class Result:
         """Measurement of a method on the samples of an edit."""
         return self.measured[self.edits[edit][method]]
 
-    def advantages(self, request: Request) -> dict[str, dict[str, dict[str, float]]]:
+    def advantages(self, request: Request) -> dict[str, dict[str, dict[str, Any]]]:
         """{"sae_minus": {method: success of sae minus success of the method}} as in COMPARED."""
         edit = " ".join(request)
         return {
@@ -325,7 +326,7 @@ class Result:
             for ours, others in COMPARED.items() if ours in self.tests[request]
         }  # fmt: skip
 
-    def all_fulfilled(self, pair: str, method: str) -> dict[str, float]:
+    def all_fulfilled(self, pair: str, method: str) -> dict[str, Any]:
         """Share of samples with all requests of a pair fulfilled, before and after."""
         plain, steered = self.of(pair, "plain"), self.of(pair, method)
         return all_fulfilled(self.scorer, plain, steered, self.requests_of(pair))

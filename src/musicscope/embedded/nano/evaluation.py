@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from musicscope.core.audio import mel_filterbank, power_spectrogram
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import auroc, auroc_of, bootstrap_groups
+from musicscope.core.stats import auroc, auroc_of, estimate, mean_of
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES
 from musicscope.judges.instrument_classifier import FamilyJudge
@@ -108,16 +108,14 @@ def evaluate_codec(
     guitar, groups = (table["target_family"] == "guitar").to_numpy(), table["group"].to_numpy()
     before, after = np.concatenate(before), np.concatenate(after)
     first, second = auroc_of(before, guitar), auroc_of(after, guitar)
-    low, high = bootstrap_groups(lambda w: first(w) - second(w), groups, bootstrap, seed)
+    loss = estimate(lambda w: first(w) - second(w), groups, bootstrap, seed, "AUROC")
     metrics: dict[str, object] = {
         "clips": len(rows),
         "log_mel_distance_db": float(np.concatenate(distance).mean()),
         "si_sdr_db": float(np.concatenate(sdr).mean()),
         "musicnn_guitar_auroc_before": auroc(before, guitar),
         "musicnn_guitar_auroc_after": auroc(after, guitar),
-        "musicnn_guitar_auroc_loss": auroc(before, guitar) - auroc(after, guitar),
-        "musicnn_guitar_auroc_loss_low": float(low),
-        "musicnn_guitar_auroc_loss_high": float(high),
+        "musicnn_guitar_auroc_loss": loss.as_dict(),
     }
     for k, use in enumerate(code_use(codes, model.card)):
         metrics |= {f"codebook_{k}_{name}": value for name, value in use.items()}
@@ -191,13 +189,11 @@ def evaluate_decoder(
     shuffled = caption_ce(model, codes, wrong, "wrong caption")
     unigram = unigram_ce(train_codes, codes, model.card)
     previous = previous_frame_ce(train_codes, validation_codes, codes, model.card)
-    gain = (shuffled - right).mean(1)
-    low, high = bootstrap_groups(gain, groups, bootstrap, seed)
+    gain = mean_of((shuffled - right).mean(1))
     metrics: dict[str, object] = {
         "clips": len(rows), "ce": float(right.mean()), "ce_no_caption": float(none.mean()),
         "ce_unigram": float(unigram.mean()), "ce_previous_frame": float(previous.mean()),
-        "caption_gain": float(gain.mean()), "caption_gain_low": float(low),
-        "caption_gain_high": float(high),
+        "caption_gain": estimate(gain, groups, bootstrap, seed, "nats per code").as_dict(),
     }  # fmt: skip
     for k in range(codes.shape[1]):
         metrics |= {
@@ -252,12 +248,9 @@ def evaluate_generation(
     metrics: dict[str, object] = {"per_side": per_side}
     for name, score in scores.items():
         heard = np.isfinite(score)
-        low, high = bootstrap_groups(
-            auroc_of(score[heard], wanted[heard]), items[heard], bootstrap, seed
-        )
+        found = auroc_of(score[heard], wanted[heard])
+        found = estimate(found, items[heard], bootstrap, seed, "AUROC")
         metrics |= {
-            f"{name}_guitar_auroc": auroc(score[heard], wanted[heard]),
-            f"{name}_guitar_auroc_low": float(low), f"{name}_guitar_auroc_high": float(high),
-            f"{name}_silent": int((~heard).sum()),
+            f"{name}_guitar_auroc": found.as_dict(), f"{name}_silent": int((~heard).sum()),
         }  # fmt: skip
     return metrics, audio

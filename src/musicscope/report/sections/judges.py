@@ -31,7 +31,7 @@ def _means(found: Tree) -> Table:
         for name in dict.fromkeys(name for _, name in _sets(found))
     ]
     if any(get(found, f"{judge}.pairs") is not None for judge in JUDGES):
-        cells = (cell(found, f"{judge}.pairs") for judge in JUDGES)
+        cells = (cell(found, f"{judge}.pairs.accuracy") for judge in JUDGES)
         rows.append(("matched pairs, guitar: share right", *cells))
     caption = "Judges on unseen compositions (AUROC, mean over families)"
     return Table(caption, ("set", *JUDGES.values()), tuple(rows))
@@ -46,7 +46,7 @@ def _families(found: Tree) -> Table:
         name for r in named.values() for name, entry in r.items() if isinstance(entry, dict)
     )
     rows = (
-        (family.replace("_", " "), *(cell(report, family) for report in named.values()))
+        (family.replace("_", " "), *(cell(report, f"{family}.auroc") for report in named.values()))
         for family in families
     )
     return Table("Judges by family (AUROC)", ("family", *named), tuple(rows))

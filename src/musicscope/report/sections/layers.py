@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from musicscope.report.elements import Figure, Section, Table
-from musicscope.report.metrics import Sources, Tree, cell, get, in_words, missing, plain
+from musicscope.report.metrics import Sources, Tree, cell, in_words, missing, plain, read
 
 
 def section(sources: Sources) -> Section:
@@ -35,7 +35,7 @@ def _scores(found: Tree) -> tuple[str, str, str]:
 
 def _figure(sources: Sources, model: str, found: Tree) -> Figure | str:
     (layers, kinds), (kl, _, unit) = _layers(found), _scores(found)
-    series = {k: [get(found, f"layers.{layer}.{k}.{kl}") for layer in layers] for k in kinds}
+    series = {k: [read(found, f"layers.{layer}.{k}.{kl}").value for layer in layers] for k in kinds}
     what = f"KL ({unit})" if kl == "kl" else unit
     clips = f"{plain(found.get('clips'))} clips of {plain(found.get('groups'))} compositions"
     return sources.figure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from musicscope.report.elements import Section, Table
-from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, plain
+from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, plain, read
 from musicscope.report.searched import VARIANTS
 
 REACHED = (
@@ -58,8 +58,8 @@ def _nulls(found: Tree) -> int | None:
 
 def _above(head: Tree, variant: str) -> str:
     """Whether the whole interval lies above that of the null; a dash if one is not known."""
-    low, high = head.get(f"{variant}_reached_low"), head.get(f"{variant}_null_reached_high")
-    return DASH if low is None or high is None else "yes" if low > high else "no"
+    ours, null = read(head, f"{variant}_reached"), read(head, f"{variant}_null_reached")
+    return "yes" if ours.low > null.high else "no" if ours.low <= null.high else DASH
 
 
 def _reached(heads: Mapping[str, Tree]) -> Table:

@@ -30,7 +30,7 @@ def section(sources: Sources) -> Section:
 
 def _figure(sources: Sources, model: str, slot: str, found: Tree) -> Figure | str:
     numbers = (
-        (label, read(found, f"concepts.{DRAWN}.{key}.test")) for label, key in REPRESENTATIONS
+        (label, read(found, f"concepts.{DRAWN}.{key}.test.auroc")) for label, key in REPRESENTATIONS
     )
     words = ", ".join(f"{label} {plain(number.value)}" for label, number in numbers)
     return sources.figure(
@@ -41,8 +41,8 @@ def _figure(sources: Sources, model: str, slot: str, found: Tree) -> Figure | st
 
 
 def _table(name: str, found: Tree) -> Table:
-    keys = [f"{key}.test" for _, key in REPRESENTATIONS]
-    keys += ["sae.heldout_font", "sae.pairs_timgm6mb"]
+    keys = [f"{key}.test.auroc" for _, key in REPRESENTATIONS]
+    keys += ["sae.heldout_font.auroc", "sae.pairs_timgm6mb.accuracy"]
     rows = (
         (
             concept.replace("_", " "),

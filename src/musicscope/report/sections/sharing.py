@@ -59,7 +59,7 @@ def _models(found: Tree) -> list[str]:
 
 
 def _over_seeds(found: Tree, key: str) -> Cell:
-    mean, spread = (get(found, f"headline.{key}.{name}") for name in ("mean", "sd"))
+    mean, spread = (get(found, f"over_seeds.{key}.{name}") for name in ("mean", "sd"))
     return Cell(plain(mean), "" if spread is None else f"sd {plain(spread)}")
 
 

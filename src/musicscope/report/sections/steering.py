@@ -148,7 +148,7 @@ def _joint(model: str, joint: Tree, cost: Cost) -> Table:
                 f"{concept} {plain(get(own, 'success'), 2)} "
                 f"({plain(get(of, f'alone_{concept}.success'), 2)})"
                 for concept, own in numbers.items()
-                if isinstance(own, dict)
+                if isinstance(own, dict) and "success" in own
             ]
             rows.append((
                 f"{pair.replace('+', ', ').replace('-', ' ')}: {_name(method)}",
@@ -174,7 +174,7 @@ def _doses(
             said.append(f"{_name(method)}: {', '.join(f'{x:g} {plain(y)}' for x, y in values)}")
         for method in ("prompt_edit", "reseed"):
             level = get(found, f"concepts.{concept}.{direction}.methods.{method}.success")
-            said += [] if level is None else [f"{_name(method)}: {plain(level)}"]
+            said += [] if level is None else [f"{_name(method)}: {plain(level['value'])}"]
         words.append(f"{concept} {direction}. success by strength. {'; '.join(said)}")
     return sources.figure(
         f"{stage}/{model}-dose",
