@@ -664,13 +664,13 @@ def test_several_models_at_once_report_transfer_and_nulls(studied, data, in_fold
         for f in (2, 5)
         for m, o in (("m0", "m1"), ("m1", "m0"))
     ]
-    assert head["transfer"] == pytest.approx(np.mean(crossed), rel=1e-4)
+    assert head["transfer"]["value"] == pytest.approx(np.mean(crossed), rel=1e-4)
     nulls = [
         metrics["features"][name][m]["searches"]["heard"]["sound"]
         for name in ("usae-00002+00005", "usae-00005+00002")
         for m in ("m0", "m1")
     ]
-    assert head["heard_null_reached"] == pytest.approx(np.mean(nulls), rel=1e-4)
+    assert head["heard_null_reached"]["value"] == pytest.approx(np.mean(nulls), rel=1e-4)
     assert metrics["features"]["usae-00002+00005"]["m1"]["number"] == 5
     worst = [
         min(metrics["features"][f"usae-0000{f}"][m]["searches"]["heard"]["sound"]

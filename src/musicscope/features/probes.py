@@ -39,9 +39,9 @@ Entry = dict[str, Any]
 """Part of metrics/probe: numbers and text, nested by name."""
 UNITS = {
     "auroc": "AUROC",
+    "difference": "AUROC",
     "average_precision": "average precision",
     "accuracy": "share",
-    "difference": "AUROC",
 }
 
 

@@ -28,7 +28,6 @@ from musicscope.data.splits import (
 from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.matching import Match, correlations_of
-from musicscope.features.probes import UNITS
 from musicscope.features.run import FONT, Comparison
 from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
@@ -68,7 +67,8 @@ def probe_table(result: dict[str, Any]) -> pd.DataFrame:
                     sizes = {"positives": positives[clip_set]}
                     records.append(key | stats.columns(numbers[clip_set]) | chosen | sizes)
     columns = ["concept", "representation", "set"]
-    columns += [f"{name}{end}" for name in UNITS for end in ("", "_low", "_high")]
+    numbers = ("auroc", "average_precision", "accuracy", "difference")
+    columns += [f"{name}{end}" for name in numbers for end in ("", "_low", "_high")]
     columns += ["pooling", "c", "validation_auroc", "positives"]
     return pd.DataFrame(records).reindex(columns=columns)
 

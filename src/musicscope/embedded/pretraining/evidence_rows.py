@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 
 from musicscope.core.io import write_json
-from musicscope.core.stats import Statistic, bootstrap_groups
-from musicscope.embedded.pretraining.set_distance import Estimate
+from musicscope.core.stats import Estimate, Statistic, bootstrap_groups
 
 MIN_CLIPS = 4
 """Positives and negatives that an AUROC needs to be reported."""
@@ -97,10 +96,9 @@ class Bootstrap:
         return Row(name, value, low, high, len(groups), unit, **more)
 
 
-def estimate_row(name: str, found: Estimate | None, n: int, unit: str, **more) -> Row:
-    """A row of an `Estimate`; NaN where there is none."""
-    found = found or Estimate(np.nan, np.nan, np.nan)
-    return Row(name, found.value, found.low, found.high, n, unit, **more)
+def estimate_row(name: str, found: Estimate, n: int, **more) -> Row:
+    """A row of an `Estimate` from `n` clips."""
+    return Row(name, found.value, found.low, found.high, n, found.unit, **more)
 
 
 def median_of(values: np.ndarray) -> Statistic:

@@ -188,10 +188,11 @@ def distance_rows(
         seed = seed_for(boot.seed, "distance")
         found: Comparison = compare(kernel, reference, other, size, boot.n, seed)
         start, n = f"distance.{name}", len(other.values)
+        refused = np.isnan(found.ratio.value)
         if not rows:
             rows.append(
                 estimate_row(
-                    f"{start}.real_against_real", found.real, len(real), "MMD^2",
+                    f"{start}.real_against_real", found.real, len(real),
                     note=f"expected of two sets of {size} clips",
                 )
             )  # fmt: skip
@@ -199,14 +200,14 @@ def distance_rows(
         rng = np.random.default_rng(seed_for(boot.seed, "frechet", name, kind))
         frechet, fit = frechet_infinity(reference.values, other.values, rng)
         rows += [
-            estimate_row(f"{start}.{kind}", found.distance, n, "MMD^2"),
+            estimate_row(f"{start}.{kind}", found.distance, n),
             estimate_row(
-                f"{start}.{kind}_ratio", found.ratio, n, "times real against real", target=target,
+                f"{start}.{kind}_ratio", found.ratio, n, target=target,
                 direction=None if target is None else "at_most",
-                note="" if found.ratio else "refused: real against real may be 0",
+                note="refused: real against real may be 0" if refused else "",
             ),
             estimate_row(
-                f"{start}.{kind}_population", found.population, n, "MMD^2",
+                f"{start}.{kind}_population", found.population, n,
                 control={"same_distribution": 0.0, "frechet_infinity": frechet,
                          "frechet_infinity_r2": fit},
             ),
@@ -232,7 +233,7 @@ def classifier_rows(
         scored = classify(np.concatenate([one, zero]), labels, both, seed_for(boot.seed, name))
         rows.append(
             estimate_row(
-                f"classifier.{name}", scored.estimate(boot.n, boot.seed), len(labels), "AUROC",
+                f"classifier.{name}", scored.estimate(boot.n, boot.seed), len(labels),
                 control={"real_against_real": null, "null_low": low, "null_high": high},
             )
         )  # fmt: skip

@@ -33,9 +33,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import percentile_interval, resample_weights
+from musicscope.core.stats import Estimate, percentile_interval, resample_weights
 from musicscope.judges.pair import frechet_distance
 
+RATIO = "times real against real"
 SIGNAL_SHARE = 1e-3
 """Dimensions that vary less than this share of the median dimension are not scaled up further."""
 
@@ -128,20 +129,6 @@ def mean_kernel(kernel: GaussianKernel, a: Embedded, b: Embedded, names: np.ndar
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval over compositions."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def may_be_zero(self) -> bool:
-        """Whether the interval contains 0."""
-        return self.low <= 0.0 <= self.high
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Distances of a set from real clips, beside real clips from real clips."""
 
@@ -151,8 +138,8 @@ class Comparison:
     """Expected MMD^2 of N clips of the set and N real clips."""
     real: Estimate
     """The same of N real clips and N others."""
-    ratio: Estimate | None
-    """`distance` / `real`; None where the interval of `real` contains 0."""
+    ratio: Estimate
+    """`distance` / `real`; NaN where the interval of `real` contains 0."""
 
 
 def compare(
@@ -187,15 +174,15 @@ def compare(
             else np.ones((bootstrap, 1))
         )
     whole, drawn = values(np.ones((1, len(names))))[0], values(np.concatenate(draws, 1))
-    found = [
-        Estimate(float(v), *percentile_interval(d)) for v, d in zip(whole, drawn.T, strict=True)
-    ]
-    ratio = None
-    if not found[2].may_be_zero:
-        ratio = Estimate(
-            float(whole[1] / whole[2]), *percentile_interval(drawn[:, 1] / drawn[:, 2])
-        )
-    return Comparison(*found, ratio)
+    population, distance, same = (
+        Estimate.from_resamples(float(v), d, len(names), "MMD^2")
+        for v, d in zip(whole, drawn.T, strict=True)
+    )
+    ratio = Estimate(np.nan, n=len(names), unit=RATIO)
+    if not same.low <= 0 <= same.high:
+        draws = drawn[:, 1] / drawn[:, 2]
+        ratio = Estimate.from_resamples(float(whole[1] / whole[2]), draws, len(names), RATIO)
+    return Comparison(population, distance, same, ratio)
 
 
 def frechet_infinity(
@@ -252,7 +239,8 @@ class HeldOutScores:
     def estimate(self, bootstrap: int, seed: int) -> Estimate:
         """AUROC with an interval over groups."""
         draws = self.auroc(resample_weights(self.groups, bootstrap, seed))
-        return Estimate(float(self.auroc()[0]), *percentile_interval(draws))
+        n = len(np.unique(self.groups))
+        return Estimate.from_resamples(float(self.auroc()[0]), draws, n, "AUROC")
 
 
 def classify(
