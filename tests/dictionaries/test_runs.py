@@ -74,7 +74,7 @@ def test_recordings_without_held_out_font_pairs_and_some_labels(
     found = json.loads((root / "metrics/train_sae/tiny-top1.json").read_text())
     frames = ActivationStore.open(root / "data/activations/tiny/top1").frames
     assert (found["train_frames"], found["test_frames"]) == (18 * frames[0], 9 * frames[0])
-    assert found["explained_variance"] < 1
+    assert found["explained_variance"]["value"] < 1
     assert "explained_variance_heldout_font" not in found
     found = json.loads((root / "metrics/probe/tiny-top1.json").read_text())
     assert found["clips"] == {
@@ -106,7 +106,12 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
     found = json.loads(first[workspace / "metrics/train_sae/tiny-top1.json"])
     assert found["layer"] == "layers.1"
     assert (found["n_latents"], found["l0"], found["ce_clips"]) == (96, 4.0, 4)
-    assert 0 < found["explained_variance"] < 1
+    explained = found["explained_variance"]
+    assert 0 < explained["value"] < 1
+    assert explained["value"] == found["seeds"]["seed-0"]["explained_variance"]
+    rows = ClipStore.open(workspace / "data/clips").rows
+    test = (rows["split"] == "test") & (rows["font"] == "timgm6mb")
+    assert explained["n"] == rows.loc[test, "group"].nunique()
     assert found["explained_variance_heldout_font"] < 1
     assert {"ce_clean", "ce_ablated", "ce_sae", "ce_recovered", "stability"} <= set(found)
     sae = TopKSAE.load(workspace / "data/sae/tiny/top1/seed-0")
