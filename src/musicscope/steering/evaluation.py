@@ -55,10 +55,10 @@ class Scorer:
         weights = np.concatenate([np.ones((1, n)), weights])
 
         def estimate(statistic: Statistic, unit: str) -> dict[str, Any]:
-            value, *resampled = statistic(weights)
+            values = statistic(weights)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # no resample has a value
-                found = Estimate.from_resamples(value, resampled, len(set(groups)), unit)
+                found = Estimate.from_resamples(values[0], values[1:], len(set(groups)), unit)
             return found.as_dict()
 
         return estimate
