@@ -84,10 +84,9 @@ smoke *args:
 house *args:
     @python -m tools.house "$@"
 
-# write the tables of README and docs from metrics/ and benchmarks/, and README's figure
+# write the tables of README and docs from metrics/ and benchmarks/
 tables:
     python -m tools.docs_tables --write
-    python -m tools.readme_figure
 
 # the documentation site in site/, warnings as errors; no network needed
 docs *args:

@@ -1,4 +1,4 @@
-"""Score every layer of a model: metrics/ablate/<model>.json, plots/ablate/<model>.{csv,png}.
+"""Score every layer of a model: metrics/ablate/<model>.json, plots/ablate/<model>.csv.
 
 Reads data/clips and data/models/<model>.
 """
@@ -9,7 +9,6 @@ import argparse
 
 from musicscope.ablation.run import run
 from musicscope.config import load_params
-from musicscope.core import plots
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json, write_text
 
@@ -22,10 +21,9 @@ def main() -> None:
     section, device = params.ablate, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
 
-    metrics, table, figure = run(name, section, params.seed, device, processes)
+    metrics, table = run(name, section, params.seed, device, processes)
     write_json(f"metrics/ablate/{name}.json", metrics)
     write_text(f"plots/ablate/{name}.csv", table.to_csv(index=False, float_format="%.6g"))
-    plots.save_figure(figure, f"plots/ablate/{name}.png")
 
 
 if __name__ == "__main__":

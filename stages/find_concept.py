@@ -16,12 +16,10 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
-from musicscope.core import plots
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
-from musicscope.finder.evaluation import plot_concepts
 from musicscope.finder.run import Subject, find_all
 
 
@@ -45,11 +43,9 @@ def main() -> None:
     with atomic_dir(f"data/find_concept/{name}") as out:
         tables, metrics = find_all(subject, section, params.seed, out)
         write_json(f"metrics/find_concept/{name}.json", metrics)
-    stem = f"plots/find_concept/{name}"
     top = pd.concat([t.head(20) for t in tables], ignore_index=True)
     top = top.replace([np.inf, -np.inf], np.nan)
-    write_text(f"{stem}.csv", top.to_csv(index=False, float_format="%.6g"))
-    plots.save_figure(plot_concepts(name, metrics), f"{stem}.png")
+    write_text(f"plots/find_concept/{name}.csv", top.to_csv(index=False, float_format="%.6g"))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     ids = clips.rows["id"].to_numpy(str)[inputs.clips[REPORT]]
     wanted = moments.wanted(features, top, params.models, section.top_clips)
     moments.write("data/features/moments.parquet", moments.cut(codes, ids, wanted), rate)
-    report.write_comparison("plots/match_features", comparison, section.threshold)
+    report.write_comparison("plots/match_features", comparison)
     metrics = report.metrics(comparison, features, skipped, section)
     write_json("metrics/match_features.json", metrics)
 

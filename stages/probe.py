@@ -1,4 +1,4 @@
-"""Concept probes: metrics/probe/<model>-<slot>.json, plots/probe/<model>-<slot>.{csv,png}.
+"""Concept probes: metrics/probe/<model>-<slot>.json, plots/probe/<model>-<slot>.csv.
 
 Reads data/clips, data/activations/<model>/<slot>, data/sae/<model>/<slot>/seed-0 and the codec in
 data/models/<model>.
@@ -53,7 +53,7 @@ def main() -> None:
     latents = report.latent_table(rows, pools["sae"], result, section.bootstrap, params.seed)
     write_json(f"metrics/probe/{model}-{slot}.json", result)
     stem = f"plots/probe/{model}-{slot}"
-    report.write_probes(stem, f"{model} {slot}", report.probe_table(result), latents)
+    report.write_probes(stem, report.probe_table(result), latents)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the headline numbers: metrics/summary.json and plots/summary.png.
+"""Write the headline numbers: metrics/summary.json.
 
 With --show: print them as a table, with intervals, and write nothing.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 
 from musicscope.config import load_params
-from musicscope.core import plots
-from musicscope.core.io import read_json, write_json
-from musicscope.report.summary import plot_summary, summarize, summary_table
+from musicscope.core.io import write_json
+from musicscope.report.summary import summarize, summary_table
 
 
 def main() -> None:
@@ -21,12 +20,6 @@ def main() -> None:
     models, slots = params.models, params.slots
     if not show:
         write_json("metrics/summary.json", summarize(models, slots))
-        ablations = {m: read_json(f"metrics/ablate/{m}.json") for m in models}
-        probes = {
-            f"{m} {s}": read_json(f"metrics/probe/{m}-{s}.json") for m in models for s in slots
-        }
-        figure = plot_summary(ablations, probes, params.select_layers.kind)
-        plots.save_figure(figure, "plots/summary.png")
     print(summary_table(models, slots).to_string())
 
 

@@ -14,7 +14,6 @@ from dataclasses import asdict
 import numpy as np
 
 from musicscope.config import load_params
-from musicscope.core import plots
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import folder_sha256, partial_dir, write_json, write_text
 from musicscope.core.parallel import workers
@@ -63,10 +62,8 @@ def main() -> None:
     metrics["training"]["codec"] = sum(len(c.coded) for of in work.train.values() for c in of)
 
     training.open_judges(scratch, musicnn)[1].save("data/judge")
-    stem = "plots/train_judge/auroc"
-    plots.save_figure(report.figure(metrics), f"{stem}.png")
     table = report.plot_table(metrics)
-    write_text(f"{stem}.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_text("plots/train_judge/auroc.csv", table.to_csv(index=False, float_format="%.6g"))
     write_json("metrics/train_judge.json", metrics)
     shutil.rmtree(scratch, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from musicscope.config import load_params
 from musicscope.core import distributed
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, main_clips
-from musicscope.dictionaries import plots, runs
+from musicscope.dictionaries import runs, tables
 from musicscope.dictionaries.data import TEST
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         )
         runs.execute(
             plan, engine, f"data/sae/{model}/{slot}", f"metrics/train_sae/{model}-{slot}.json",
-            lambda outcomes, _: plots.draw_sae(stem, outcomes),
+            lambda outcomes, _: tables.write_sae(stem, outcomes),
         )  # fmt: skip
 
 

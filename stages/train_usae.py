@@ -13,7 +13,7 @@ import torch
 
 from musicscope.config import load_params
 from musicscope.core import distributed
-from musicscope.dictionaries import plots, runs
+from musicscope.dictionaries import runs, tables
 from musicscope.dictionaries.core import CROSSCODER, KINDS
 
 
@@ -24,13 +24,13 @@ def main() -> None:
     params, stage = load_params(), f"train_{kind}"
     torch.set_num_threads(params.compute.threads)
     if kind == CROSSCODER:
-        section, method, draw = params.train_crosscoder, CROSSCODER, plots.draw_crosscoder
+        section, method, write = params.train_crosscoder, CROSSCODER, tables.write_crosscoder
     else:
-        section, method, draw = params.train_usae, params.train_usae.rule, plots.draw_usae
+        section, method, write = params.train_usae, params.train_usae.rule, tables.write_usae
     with distributed.start(params.compute) as engine:
         plan = runs.shared_plan(section, method, params.models, params.seed, engine.device)
         runs.execute(
-            plan, engine, f"data/{kind}", f"metrics/{stage}.json", partial(draw, f"plots/{stage}")
+            plan, engine, f"data/{kind}", f"metrics/{stage}.json", partial(write, f"plots/{stage}")
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from musicscope.dictionaries import evaluation as metrics
-from musicscope.dictionaries import fidelity, plots
+from musicscope.dictionaries import fidelity, tables
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 
 
@@ -323,7 +323,7 @@ def test_random_shared_dictionary_has_the_best_gain_and_the_same_statistics(kind
 
 
 def test_histogram_counts_the_ends_and_leaves_out_what_never_fires():
-    table = plots.histogram({"x": np.array([0.0, 0.04, 1.0, 0.999, np.nan, 0.5])})
+    table = tables.histogram({"x": np.array([0.0, 0.04, 1.0, 0.999, np.nan, 0.5])})
     assert table["x"].sum() == 5
     assert table["x"].iloc[0] == table["x"].iloc[-1] == 2
     assert table["x"].iloc[10] == 1

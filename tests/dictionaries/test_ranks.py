@@ -106,7 +106,7 @@ def test_the_stage_launches_itself_under_torchrun(tiny_musicgen, tmp_path):
         assert done.returncode == 0, done.stderr
         found[engine] = json.loads((root / "metrics/train_sae/tiny-top1.json").read_text())
         assert (root / "data/sae/tiny/top1/seed-1/ae.pt").is_file()
-        assert (root / "plots/train_sae/tiny-top1-loss.png").is_file()
+        assert (root / "plots/train_sae/tiny-top1-loss.csv").is_file()
     ours, theirs = found["torchrun"], found["processes"]
     assert ours.keys() == theirs.keys()
     for key in ("explained_variance", "l0", "train_frames", "ce_sae"):

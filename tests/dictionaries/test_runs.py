@@ -17,7 +17,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
-from musicscope.dictionaries import plots, runs
+from musicscope.dictionaries import runs, tables
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from tests.support.dictionaries import (
     ROOT,
@@ -88,7 +88,7 @@ def test_recordings_without_held_out_font_pairs_and_some_labels(
     assert (guitar["positives"]["train"], guitar["positives"]["test"]) == (6, 3)
     assert guitar["dense"]["test"].keys() == guitar["sae"]["test"].keys()
     assert not {"heldout_font", "pairs_timgm6mb"} & set(guitar["sae"])
-    for end in (".csv", ".png", "-features.csv"):
+    for end in (".csv", "-features.csv"):
         assert (root / f"plots/probe/tiny-top1{end}").is_file()
 
 
@@ -98,8 +98,8 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
     first = {path: path.read_bytes() for path in made if path.is_file()}
     stem = "plots/train_sae/tiny-top1"
     for name in (
-        "metrics/train_sae/tiny-top1.json", f"{stem}-loss.csv", f"{stem}-loss.png",
-        f"{stem}-density.csv", f"{stem}-density.png", f"{stem}-live/seed-1/metrics.json",
+        "metrics/train_sae/tiny-top1.json", f"{stem}-loss.csv",
+        f"{stem}-density.csv", f"{stem}-live/seed-1/metrics.json",
         f"{stem}-live/seed-0/plots/metrics/loss.tsv", "data/sae/tiny/top1/seed-1/ae.pt",
     ):  # fmt: skip
         assert workspace / name in first, name
@@ -134,7 +134,7 @@ def test_two_processes_give_the_same_bytes_as_one(workspace: Path, tmp_path: Pat
         outcomes = runs.run_all(plan, tmp_path / f"{processes}", processes)
         found = plan.report(outcomes)
         assert "ce_recovered" not in found
-        plots.draw_sae(tmp_path / f"plots-{processes}" / "m-top1", outcomes)
+        tables.write_sae(tmp_path / f"plots-{processes}" / "m-top1", outcomes)
         assert found["l0"] == pytest.approx(3)
         assert found["stability"] > found["stability_null"]
         explained = found["explained_variance"]

@@ -25,6 +25,7 @@ from musicscope.judges.instrument_classifier import (
     load_family_judge,
 )
 from musicscope.judges.musicnn import load_musicnn
+from musicscope.report import figures
 from stages import train_judge
 
 RATE = 16_000
@@ -282,7 +283,7 @@ def test_the_report_says_what_the_judges_can(report):
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"
     ].tolist() == [f for f in FAMILIES if f in judging.TAGS]
-    assert judge_report.figure(metrics).axes
+    assert figures.judges(table).axes
 
 
 def test_a_silent_clip_takes_its_pair_along(report):

@@ -29,6 +29,7 @@ from musicscope.models.interface import AudioModel, LanguageModel
 from musicscope.models.rave.archive_check import check_archive
 from musicscope.models.rave.model import RaveModel
 from musicscope.models.registry import load_model
+from musicscope.report import figures
 from tests.support import rave_export as export
 
 SECONDS = 0.5
@@ -495,7 +496,7 @@ def test_ablation_scores_are_distances_of_reconstructions(model):
     assert change["value"] == scores["change"][0, 0].mean()
     assert change["low"] <= change["value"] <= change["high"]
     assert (change["n"], change["unit"]) == (2, "spectral distance")
-    assert len(ablation.ablation_figure(scores, table, "tiny").axes) == 2
+    assert len(figures.ablation(table, "tiny").axes) == 2
 
 
 def test_ablations_that_do_not_exist_are_named():

@@ -19,6 +19,7 @@ EACH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 # Stages without a section in params.yaml, and why.
 NO_SECTION = {
     "summarize": "it copies numbers",
+    "figures": "it draws tables",
     "model_code": "it hashes files",
     "maximize_shared": "it is maximize_activation over all models at once",
 }
@@ -27,7 +28,7 @@ SCRIPT_OF = {"maximize_shared": "maximize_activation", "steer_full": "steer"}
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
     "train_usae", "match_features", "maximize_activation", "maximize_shared",
-    "find_concept", "steer", "summarize", "report",
+    "find_concept", "steer", "summarize", "figures", "report",
 )  # fmt: skip
 
 
@@ -90,9 +91,9 @@ def reads_param(key: str):
     ("key", "first"),
     [
         ("train_sae.k", ("train_sae", "probe", *BEHIND_SAES)),
-        ("probe.bootstrap", ("probe", "summarize", "report")),
-        ("train_judge.epochs", ("train_judge", "steer", "summarize", "report")),
-        ("train_crosscoder.k", ("train_usae@crosscoder", "summarize", "report")),
+        ("probe.bootstrap", ("probe", "summarize", "figures", "report")),
+        ("train_judge.epochs", ("train_judge", "steer", "summarize", "figures", "report")),
+        ("train_crosscoder.k", ("train_usae@crosscoder", "summarize", "figures", "report")),
         ("extract_activations.dtype", ("extract_activations", "train_sae", "probe", *BEHIND_SAES)),
     ],
 )

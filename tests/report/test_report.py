@@ -194,9 +194,9 @@ def test_a_figure_is_the_file_of_the_stage_and_its_numbers_are_in_words(tmp_path
     words = in_words(HOSTILE, "KL", "layer", [0, 1, 2], {"kl": [1.0, 0.1, None]})
     assert words == f"{HOSTILE}. KL by layer. kl: 0 1.000, 1 0.100, 2 –"
     sources = Sources(tmp_path, MODELS, ("top1",))
-    assert sources.figure("a/b", "", "") == "Left out: plots/a/b.png is not there."
-    (tmp_path / "plots/a").mkdir(parents=True)
-    (tmp_path / "plots/a/b.png").write_bytes(PIXEL)
+    assert sources.figure("a/b", "", "") == "Left out: plots/figures/a/b.png is not there."
+    (tmp_path / "plots/figures/a").mkdir(parents=True)
+    (tmp_path / "plots/figures/a/b.png").write_bytes(PIXEL)
     figure = sources.figure("a/b", words, "caption")
     assert base64.b64decode(figure.image.removeprefix("data:image/png;base64,")) == PIXEL
     assert (figure.size, figure.alt) == ((1, 1), words)

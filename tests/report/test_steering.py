@@ -18,7 +18,7 @@ from musicscope.finder.queries import concept_sets
 from musicscope.finder.scores import MOMENTS
 from musicscope.judges import report as judge_report
 from musicscope.report import build as report
-from musicscope.report import snippets
+from musicscope.report import figures, snippets
 from musicscope.report.elements import Figure, Players, Section
 from musicscope.report.sections import finder, judges
 from musicscope.report.sections import steering as section_of
@@ -80,6 +80,7 @@ def run(tiny_musicgen, tmp_path_factory):
         patch.chdir(root)
         names = ("data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny")
         steering_report.write(result, learnt, context, steering_report.Outs(*names))
+    figures.draw_all(sources(root, ("tiny",)), "mean", root / "plots/figures")
     return root
 
 
@@ -140,7 +141,7 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
     panel = figure.alt.split("guitar on. success by strength. ")[1].split(". ")[0]
     assert re.match(r"features: 1 \S+, 3 \S+; difference of means: ", panel)
     assert "; prompt edit: " in panel
-    file = (run / "plots/steer/tiny-dose.png").read_bytes()
+    file = (run / "plots/figures/steer/tiny-dose.png").read_bytes()
     assert figure.image == snippets.data_uri("image/png", file)
 
 
@@ -206,7 +207,8 @@ def hostile_run(root: Path) -> None:
     dose.to_csv(root / "plots/steer/tiny-dose.csv", index=False)
     talk = pd.DataFrame({"edit": [HOSTILE], HOSTILE: [0.1], "drums": [np.nan]})
     talk.to_csv(root / "plots/steer/tiny-crosstalk.csv", index=False)
-    (root / "plots/steer/tiny-dose.png").write_bytes(PIXEL)
+    (root / "plots/figures/steer").mkdir(parents=True)
+    (root / "plots/figures/steer/tiny-dose.png").write_bytes(PIXEL)
     found = {HOSTILE: {HOSTILE: {"with": 2, "best": {"feature": 1234, "q": 0.01}}}}
     write_metrics(root, "find_concept/tiny", found)
     folder = root / "data/find_concept/tiny"

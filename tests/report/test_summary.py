@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from musicscope.core import plots
 from musicscope.core.io import read_json, write_json
 from musicscope.report import summary
 from tests.conftest import ROOT
@@ -226,14 +225,3 @@ def test_every_path_exists_in_the_committed_metrics():
     found = summary.summarize(MODELS, SLOTS, ROOT / "metrics")
     assert not [key for key, value in found.items() if np.isnan(value)]
     assert found == read_json(ROOT / "metrics/summary.json")
-
-
-def test_picture_has_a_bar_for_every_probe_and_repeats(tmp_path):
-    probes = {f"{m} {s}": probe_metrics(0.8) for m in MODELS for s in SLOTS}
-    for name in ("a", "b"):
-        figure = summary.plot_summary({m: ablation_metrics() for m in MODELS}, probes, "mean")
-        plots.save_figure(figure, tmp_path / f"{name}.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    curves, bars = figure.axes
-    assert list(curves.lines[0].get_xdata()) == list(range(12))  # layer 10 after layer 9
-    assert len(bars.patches) == 6 * len(probes)

@@ -12,7 +12,7 @@ import yaml
 from musicscope.commands.cli import COMMANDS
 from musicscope.core.stats import Estimate
 from tests.conftest import ROOT
-from tools import docs_tables, readme_figure
+from tools import docs_tables
 
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")],
@@ -48,13 +48,6 @@ def test_tables_are_those_of_the_metrics(page):
 def test_every_table_is_used_once():
     used = [m[2] for page in docs_tables.PAGES for m in docs_tables.BLOCK.finditer(TEXTS[page])]
     assert sorted(used) == sorted(docs_tables.TABLES)
-
-
-def test_figure_is_that_of_the_metrics(tmp_path):
-    readme_figure.draw(tmp_path / "overview.png")
-    found = (tmp_path / "overview.png").read_bytes()
-    assert found.startswith(b"\x89PNG")
-    assert found == readme_figure.OUT.read_bytes(), "run `just tables`"
 
 
 def test_an_estimate_is_written_with_its_interval_and_a_plain_number_without():

@@ -22,13 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.ablation.scores import Scale, Scores, Sums
+from musicscope.ablation.scores import Scores, Sums
 from musicscope.core.audio import spectra, spectral_distance
 from musicscope.models.interface import AudioBatch, AudioModel, Hook
 
 KINDS = ("zero", "mean")
-TITLES = {"change": "D(reconstruction, ablated)", "rise": "rise in D to the clip"}
-SCALE = Scale(TITLES, "spectral distance", 4.6, numbered=False)
 COUNTERPARTS = {"kl": "change", "dce": "rise"}
 """Score of `musicscope.ablation.language` to its counterpart here."""
 
@@ -85,7 +83,9 @@ def ablate(
                 change[j, i, c] = spectral_distance(original[c], found)
                 rise[j, i, c] = spectral_distance(clips[c], found) - distance[c]
     values = {"change": change, "rise": rise}
-    return Scores(SCALE, tuple(kinds), points, distance[:, None], values)
+    return Scores(
+        tuple(kinds), points, distance[:, None], values, numbered=False, unit="spectral distance"
+    )
 
 
 def summary(scores: Scores) -> dict[str, Any]:

@@ -25,12 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicscope.ablation.scores import Scale, Scores, Sums
+from musicscope.ablation.scores import Scores, Sums
 from musicscope.models.interface import Batch, LanguageModel
 
 KINDS = ("skip", "zero", "mean")
-TITLES = {"kl": "KL(original || ablated)", "dce": "rise in cross-entropy"}
-SCALE = Scale(TITLES, "nats per code", 3.8, numbered=True)
 
 
 def sums(model: LanguageModel, batch: Batch) -> Sums:
@@ -92,7 +90,7 @@ def ablate(
             divergence = changed.neg_().add_(original).mul_(probability).sum(-1)
             kl[j, i] = divergence.double().mean(-1).cpu().numpy()
     cost = (model.layer_calls - calls) * len(batch)
-    return Scores(SCALE, tuple(kinds), tuple(points), entropy, {"kl": kl, "dce": dce}, cost)
+    return Scores(tuple(kinds), tuple(points), entropy, {"kl": kl, "dce": dce}, layer_forwards=cost)
 
 
 def _cross_entropy(log_probability: Tensor, codes: Tensor) -> np.ndarray:

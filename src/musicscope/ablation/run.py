@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +16,6 @@ from musicscope.ablation import audio, language
 from musicscope.ablation.scores import (
     Scores,
     Sums,
-    ablation_figure,
     ablation_metrics,
     ablation_table,
     join,
@@ -82,8 +80,8 @@ def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.nd
 
 def run(
     name: str, section: Ablate, seed: int, device: str, processes: int
-) -> tuple[dict[str, Any], pd.DataFrame, Figure]:
-    """Give metrics, table and figure of the model data/models/`name` on data/clips.
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Give metrics and table of the model data/models/`name` on data/clips.
 
     Kinds that an audio model does not have are left out, and counted in the metrics under
     ``kinds_left_out`` (number of hook points not ablated).
@@ -116,4 +114,4 @@ def run(
     metrics = ablation_metrics(scores, table, groups) | method(model).summary(scores)
     if left_out := [kind for kind in section.kinds if kind not in kinds]:
         metrics["kinds_left_out"] = {kind: len(model.hook_points) for kind in left_out}
-    return metrics, table, ablation_figure(scores, table, name)
+    return metrics, table

@@ -1,4 +1,4 @@
-"""Ablation scores of any model: means for ablations, tables, metrics, figure, choice of layers."""
+"""Ablation scores of any model: means for ablations, table, metrics, choice of layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from musicscope.core import plots
 from musicscope.core.stats import Estimate, bootstrap_groups
 
 
@@ -43,23 +41,9 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The two scores of a kind of models."""
-
-    titles: Mapping[str, str]
-    """Score to title: how far the output moves, and how much worse it becomes."""
-    unit: str
-    height: float
-    """Of the figure, in inches."""
-    numbered: bool
-    """Whether hook points are known by number alone (layers of a decoder)."""
-
-
-@dataclass(frozen=True)
 class Scores:
     """Scores per clip, averaged over its frames. Parts are codebooks, or one for audio models."""
 
-    scale: Scale
     kinds: tuple[str, ...]
     points: tuple[str, ...]
     """Names of the hook points."""
@@ -67,6 +51,10 @@ class Scores:
     """[clips, parts] of the model as it is."""
     values: Mapping[str, np.ndarray]
     """Score to [kinds, points, clips, parts]."""
+    numbered: bool = True
+    """Whether hook points are known by number alone (layers of a decoder)."""
+    unit: str = "nats per code"
+    """Of the values."""
     layer_forwards: int = 0
     """Layer evaluations that were made, each on one clip."""
 
@@ -97,7 +85,7 @@ def ablation_table(
     if len(groups) != len(scores.loss):
         raise ValueError(f"{len(groups)} groups for {len(scores.loss)} clips")
     rows: dict[tuple[int, str], dict[str, Any]] = {
-        (i, kind): {"layer": i, **({} if scores.scale.numbered else {"hook_point": point})}
+        (i, kind): {"layer": i, **({} if scores.numbered else {"hook_point": point})}
         | {"kind": kind}
         for kind in scores.kinds
         for i, point in enumerate(scores.points)
@@ -125,29 +113,11 @@ def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str])
     for row in table.to_dict("records"):
         layers.setdefault(str(row["layer"]), {})[row["kind"]] = {
             name: Estimate(
-                row[name], row[f"{name}_low"], row[f"{name}_high"], n, scores.scale.unit
+                row[name], row[f"{name}_low"], row[f"{name}_high"], n, scores.unit
             ).as_dict()
             for name in scores.values
         }
     return {"clips": len(groups), "groups": n, "layers": layers}
-
-
-def ablation_figure(scores: Scores, table: pd.DataFrame, name: str) -> Figure:
-    """Draw each score against the hook point, one line per kind, with intervals."""
-    scale = scores.scale
-    figure, axes = plots.new_figure(1, 2, size=(9.0, scale.height), sharex=True)
-    for axis, (score, title) in zip(axes[0], scale.titles.items(), strict=True):
-        for series, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
-            low, high = rows[f"{score}_low"], rows[f"{score}_high"]
-            plots.interval_curve(axis, rows["layer"], rows[score], low, high, kind, series)
-        axis.set(title=f"{name}: {title}", ylabel=scale.unit)
-        if scale.numbered:
-            axis.set(xlabel="layer")
-            axis.set_xticks(sorted(table["layer"].unique()))
-        else:
-            axis.set_xticks(range(len(scores.points)), scores.points, rotation=90, fontsize=6)
-    axes[0, 0].legend()
-    return figure
 
 
 def select_layers(

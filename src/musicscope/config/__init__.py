@@ -15,6 +15,7 @@ from pydantic import Field
 from musicscope.config.analysis import (
     Ablate,
     ExtractActivations,
+    Gallery,
     MatchFeatures,
     MaximizeActivation,
     Probe,
@@ -86,6 +87,7 @@ class Params(Section):
     probe: Probe
     maximize_activation: MaximizeActivation
     match_features: MatchFeatures
+    gallery: Gallery
     report: Report
     train_usae: TrainUsae
     train_crosscoder: TrainCrosscoder

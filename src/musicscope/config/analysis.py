@@ -132,6 +132,16 @@ class MatchFeatures(Section):
 
 
 @dataclass(frozen=True)
+class Gallery(Section):
+    """Generated pieces that the report plays."""
+
+    pieces: Annotated[int, Field(ge=1, le=50)]
+    """Pieces per model, on captions of test clips drawn at random."""
+    seconds: Annotated[float, Field(ge=1, le=30)]
+    """Length of each piece."""
+
+
+@dataclass(frozen=True)
 class Report(Section):
     """The report page."""
 

@@ -237,9 +237,9 @@ def execute(
     engine: Engine,
     out: str,
     metrics: str,
-    draw: Callable[[Sequence[Any], Metrics], None],
+    write_tables: Callable[[Sequence[Any], Metrics], None],
 ) -> None:
-    """Run a stage: train, report, `draw(outcomes, metrics)`, publish the folder `out`.
+    """Run a stage: train, report, `write_tables(outcomes, metrics)`, publish the folder `out`.
 
     Every rank comes here; the first one writes.
     """
@@ -249,7 +249,7 @@ def execute(
         if not ranks.leads:
             return
         found = plan.report(outcomes)
-        draw(outcomes, found)
+        write_tables(outcomes, found)
         io.publish_dir(scratch / "out", out)
         io.write_json(metrics, found)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,26 +1,21 @@
-"""Numbers, tables and charts of the probes (stage probe) and of the comparison (match_features)."""
+"""Numbers and tables of the probes (stage probe) and of the comparison (match_features)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from musicscope.config.analysis import MatchFeatures
-from musicscope.core import plots, stats
+from musicscope.core import stats
 from musicscope.core.io import write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.splits import (
     CLASS_SETS,
-    HELDOUT_FONT,
     MAIN,
     PAIR_SETS,
-    TRAIN_FONT,
     clip_sets,
     label_matrix,
     labelled_sets,
@@ -31,18 +26,6 @@ from musicscope.features.matching import Match, correlations_of
 from musicscope.features.run import FONT, Comparison
 from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
-LABELS = {
-    "sae": "SAE",
-    "dense": "activations",
-    "logmel": "log-mel",
-    "codec": "codec",
-    "trivial": "trivial",
-    "shuffled": "shuffled",
-}
-SET_LABELS = {
-    "test": f"unheard compositions, {TRAIN_FONT}",
-    "heldout_font": f"unheard compositions, {HELDOUT_FONT} (held out)",
-}
 LEVEL = 0.05
 EDGES = np.linspace(-0.2, 1.0, 49)
 """Histogram of correlations; lower ones count in the first bin."""
@@ -109,49 +92,10 @@ def latent_table(
     return pd.DataFrame(records)
 
 
-def plot_probes(table: pd.DataFrame, title: str, concept: str = MAIN) -> Figure:
-    """Plot AUROC of one concept: bars by representation and test set, and k-sparse curves."""
-    table = table[table["concept"] == concept].set_index(["set", "representation"])
-    sparse = [name for name in table.loc["test"].index if name.startswith("sae_k")]
-    middle = "sae_k016" if "sae_k016" in sparse else sparse[-1]
-    names = ["sae", middle, *list(LABELS)[1:]]
-    labels = [
-        LABELS.get(name, f"SAE k={int(name[5:])}" if name == middle else name) for name in names
-    ]
-    figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.4), width_ratios=[1.7, 1], sharey=True)
-    sets = [name for name in CLASS_SETS if name in table.index.get_level_values(0)]
-    k = [int(name[5:]) for name in sparse]
-    for series, clip_set in enumerate(sets):
-        part = table.loc[clip_set]
-        bars, curve = (
-            [part.loc[n][c] for c in ("auroc", "auroc_low", "auroc_high")] for n in (names, sparse)
-        )
-        label = SET_LABELS[clip_set] if len(sets) > 1 else "unheard compositions"
-        offset = 0.42 * (series - (len(sets) - 1) / 2)
-        colour = plots.COLOURS[series]
-        plots.interval_bars(
-            axes[0], labels, *bars, colour=colour, offset=offset, width=0.4, name=label
-        )
-        plots.interval_curve(axes[1], k, *curve, name=label, series=series)
-    axes[1].set_xscale("log", base=2)
-    axes[1].set_xticks(k, [str(size) for size in k])
-    axes[1].minorticks_off()
-    axes[0].set(title=f"{title}: {concept}", ylabel="AUROC (95 % over compositions)")
-    drawn = table[table.index.get_level_values(1).isin([*names, *sparse])]
-    axes[0].set_ylim(min(0.3, drawn["auroc_low"].min() - 0.02), 1.05)
-    axes[1].set(title="k-sparse probes on SAE codes", xlabel="latents used (k)")
-    for axis in axes:
-        axis.axhline(0.5, color="#555555", lw=1, ls="--")
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=2)
-    return figure
-
-
-def write_probes(stem: str, title: str, table: pd.DataFrame, latents: pd.DataFrame) -> None:
-    """Write `stem`.csv (all concepts), `stem`-features.csv and `stem`.png (the main concept)."""
+def write_probes(stem: str, table: pd.DataFrame, latents: pd.DataFrame) -> None:
+    """Write `stem`.csv (all concepts) and `stem`-features.csv (the main concept)."""
     for name, frame in ((f"{stem}.csv", table), (f"{stem}-features.csv", latents)):
         write_text(name, frame.to_csv(index=False, float_format="%.6g"))
-    plots.save_figure(plot_probes(table, title), f"{stem}.png")
 
 
 def _quality(match: Match, threshold: float) -> dict[str, Any]:
@@ -281,51 +225,8 @@ def cosine_table(comparison: Comparison) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _draw_threshold(axis: Axes, threshold: float, vertical: bool) -> None:
-    draw = axis.axvline if vertical else axis.axhline
-    draw(threshold, color="#555555", lw=1, ls="--")
-
-
-def plot_correlations(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], t: float) -> Figure:
-    """Plot one panel per pair of models: the pairs, their null, and the pairs between seeds."""
-    figure, axes = plots.new_figure(1, len(pairs), size=(7.0 * len(pairs), 4.2))
-    for axis, (a, b) in zip(axes[0], pairs, strict=True):
-        lines = [(f"{a}_{b}", "share", f"{a} and {b}"), (f"{a}_{b}", "null_share", "null")]
-        lines += [(f"seeds_{m}", "share", f"two seeds of {m}") for m in (a, b)]
-        styles = ("-", "--", ":", "-.")
-        for (name, column, label), style, colour in zip(lines, styles, plots.COLOURS, strict=False):
-            part = table[table["comparison"] == name]
-            axis.stairs(
-                part[column].astype(float), EDGES, color=colour, ls=style, lw=1.8, label=label
-            )
-        _draw_threshold(axis, t, vertical=True)
-        axis.set(xlabel="correlation on test", ylabel="share of pairs", yscale="log")
-        axis.set_title("SAE latents paired on validation")
-        axis.legend()
-    return figure
-
-
-def plot_cosines(table: pd.DataFrame, t: float) -> Figure:
-    """Plot cosines of SAE and USAE pairs from high to low, solid per model, its null dashed."""
-    figure, ((axis,),) = plots.new_figure(1, 1, size=(7.0, 4.2))
-    for series, (model, part) in enumerate(table.groupby("model", sort=False)):
-        colour = plots.COLOURS[series % len(plots.COLOURS)]
-        rank = part["rank"] / len(part)
-        axis.plot(rank, part["cosine"], color=colour, lw=1.8, label=model)
-        axis.plot(rank, part["null_cosine"], color=colour, lw=1.4, ls="--", label=f"{model}, null")
-    _draw_threshold(axis, t, vertical=False)
-    axis.set(xlabel="pairs, from the most similar, as a share", ylabel="cosine of decoder rows")
-    axis.set_title("SAE and universal SAE of one model")
-    axis.grid(color="#dddddd", lw=0.7)
-    axis.legend()
-    return figure
-
-
-def write_comparison(folder: str, comparison: Comparison, threshold: float) -> None:
-    """Write `folder`/correlations.{csv,png} and cosines.{csv,png}."""
+def write_comparison(folder: str, comparison: Comparison) -> None:
+    """Write `folder`/correlations.csv and cosines.csv."""
     correlations, cosines = correlation_table(comparison), cosine_table(comparison)
     for name, frame in (("correlations", correlations), ("cosines", cosines)):
         write_text(f"{folder}/{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    figure = plot_correlations(correlations, list(comparison.matches), threshold)
-    plots.save_figure(figure, f"{folder}/correlations.png")
-    plots.save_figure(plot_cosines(cosines, threshold), f"{folder}/cosines.png")

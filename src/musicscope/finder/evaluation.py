@@ -7,15 +7,13 @@ clips that all lack the concept show how often the finder reports a feature wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from musicscope.config.concepts import FindConcept
-from musicscope.core import plots, stats
+from musicscope.core import stats
 from musicscope.core.seeding import seed_for
 from musicscope.features.association import rank_by_auroc
 from musicscope.finder.queries import Sets
@@ -135,26 +133,3 @@ def without_concept(
         "recordings": n, "draws": len(counts), "discoveries": whole,
         "any_discovery": np.mean(np.array(counts) > 0) if counts else None,
     }  # fmt: skip
-
-
-def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:
-    """Plot test AUROC of each concept's best feature, and how often few recordings find any."""
-    figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.0))
-    width = 0.8 / max(1, len(metrics))
-    for series, (name, concepts) in enumerate(metrics.items()):
-        labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
-        offset = width * (series - (len(metrics) - 1) / 2)
-        tests = [concepts[c]["test"]["best_auroc"] for c in labels]
-        best = ([t[k] for t in tests] for k in ("value", "low", "high"))
-        few = ([concepts[c]["few"]["any_discovery"] for c in labels], None, None)
-        null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
-        for axis, (values, low, high) in zip(axes, (best, few), strict=True):
-            colour = plots.COLOURS[series]
-            plots.interval_bars(axis, labels, values, low, high, colour, offset, width, name)
-        axes[1].scatter(np.arange(len(labels)) + offset, null, color="black", marker="x", zorder=3)
-    axes[0].axhline(0.5, color="#555555", lw=1, ls="--")
-    axes[0].set(title=f"{model}: best feature on test clips", ylabel="AUROC (95 %)", ylim=(0.3, 1))
-    title = "few recordings: share of draws with a discovery (x: nothing to find)"
-    axes[1].set(title=title, ylim=(0, 1.05))
-    axes[0].legend()
-    return figure

@@ -1,4 +1,4 @@
-"""Metrics, table and chart of the judges on test clips: AUROC per family with intervals."""
+"""Metrics and table of the judges on test clips: AUROC per family with intervals."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from musicscope.core import plots, stats
+from musicscope.core import stats
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.taxonomy import FAMILIES
@@ -114,25 +113,3 @@ def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
             if family in report
         ]
     )
-
-
-def figure(metrics: Mapping[str, Any]) -> Figure:
-    """Draw AUROC per family and judge on codec output, the domain of generated music."""
-    drawn, ((axis,),) = plots.new_figure(size=(12.0, 4.2))
-    for series, judge in enumerate(JUDGES):
-        report = metrics[judge].get("codec") or metrics[judge][FONTS[0]]
-        entries = [report.get(f, {}).get("auroc", {}) for f in FAMILIES]
-        values, low, high = (
-            [np.nan if e.get(k) is None else e[k] for e in entries]
-            for k in ("value", "low", "high")
-        )
-        plots.interval_bars(
-            axis, [f.replace("_", "\n") for f in FAMILIES], values, low, high, offset=series * 0.4,
-            colour=plots.COLOURS[series], name=judge.replace("_", " "), width=0.4,
-            show_values=False,
-        )  # fmt: skip
-    plots.reference_line(axis, 0.5, "chance")
-    title = "Judges on codec output of unheard compositions"
-    axis.set(title=title, ylabel="AUROC (95 %)", ylim=(0.3, 1.02))
-    axis.legend(loc="lower right")
-    return drawn

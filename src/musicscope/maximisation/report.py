@@ -1,4 +1,4 @@
-"""Results of activation maximisation as metrics, chart, table and audio.
+"""Results of activation maximisation as metrics, table and audio.
 
 Ratios are values divided by that of the best real clip (train and test). That clip has up to ten
 seconds of context that the short searched sequences do not have.
@@ -26,10 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import soundfile
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate, estimate, mean_of
@@ -52,7 +49,7 @@ WHOLE_CLIP_CONTROLS = (
 
 
 def write(result: Result, name: str, clips: ClipStore) -> None:
-    """Write data/<name>, metrics/<name>.json and plots/<name>.{csv,png} of a run.
+    """Write data/<name>, metrics/<name>.json and plots/<name>.csv of a run.
 
     `clips` are at the sample rate of the audio.
     """
@@ -60,8 +57,6 @@ def write(result: Result, name: str, clips: ClipStore) -> None:
         write_audio(result, folder, clips)
     table = plot_table(result)
     write_text(f"plots/{name}.csv", table.to_csv(index=False, float_format="%.6g"))
-    title = ", ".join(result.plan.names)
-    plots.save_figure(figure(result, table, title), f"plots/{name}.png")
     write_json(f"metrics/{name}.json", metrics(result))
 
 
@@ -252,11 +247,11 @@ def metrics(result: Result) -> dict[str, Any]:
     return numbers | {"naturalness": plan.section.naturalness, "log_prob": log_prob}
 
 
-# --- chart ------------------------------------------------------------------------------------
+# --- table ------------------------------------------------------------------------------------
 
 
 def plot_table(result: Result) -> pd.DataFrame:
-    """Tabulate the chart: one row per (feature, model, series) with ratio and log p per code."""
+    """Tabulate all ratios: one row per (feature, model, series) with ratio and log p per code."""
     controls = pd.DataFrame(
         {
             "feature": latent.name, "role": latent.role, "concept": latent.concept,
@@ -273,73 +268,6 @@ def plot_table(result: Result) -> pd.DataFrame:
     searches = searches.rename(columns={"log_prob_reached": "log_prob"})
     searches = searches[[*controls.columns, "log_prob", "tokens", "sound"]]
     return pd.concat([searches, controls], ignore_index=True)
-
-
-def figure(result: Result, table: pd.DataFrame, title: str) -> Figure:
-    """Draw the ratios of each feature and, for searches, log p per code of their results."""
-    names, searched = result.plan.names, bool(result.searches)
-    pairs = [(latent, model) for latent in result.plan.latents for model in names]
-    rows = {(latent.name, model): y for y, (latent, model) in enumerate(pairs)}
-    height, ratios = 1.6 + 0.34 * len(rows), [1.7, 1] if searched else [1]
-    drawn, (axes,) = plots.new_figure(
-        1, len(ratios), (12.0 if searched else 8.0, height), sharey=True, width_ratios=ratios
-    )
-    ratio_axis = axes[0]
-
-    def series(name: str) -> tuple[list[int], pd.DataFrame]:
-        part = table[table["series"] == name]
-        return [rows[key] for key in zip(part["feature"], part["model"], strict=True)], part
-
-    spans = [("whole_clips_q05", "whole_clips_q95", 6, 0.0, "test clips, 5-95 %")]
-    points = {"whole_clips_q50": "whole clips median"}
-    points |= {"best_train": "best train", "best_test": "best test"}
-    if searched:
-        spans = [
-            ("clips_q05", "clips_q95", 6, 0.16, "random clips, 5-95 %"),
-            ("samples_q05", "samples_max", 5, -0.16, "model samples, 5 % to best"),
-        ]
-        points = {search.variant: f"search: {search.variant}" for search in result.searches}
-        points["moments_max"] = "best moment on its own"
-    for low, high, colour, shift, label in spans:
-        (y, left), (_, right) = series(low), series(high)
-        ratio_axis.hlines(np.array(y) + shift, left["ratio"], right["ratio"],
-                          color=plots.COLOURS[colour], lw=5, alpha=0.45, label=label)  # fmt: skip
-    for number, (name, label) in enumerate(points.items()):
-        y, part = series(name)
-        style = {"marker": plots.MARKERS[number], "color": plots.COLOURS[number], "ls": "none"}
-        ratio_axis.plot(part["ratio"], y, label=label, **style)
-        if searched and name != "moments_max":
-            axes[1].plot(part["log_prob"], y, **style)
-    if searched:
-        ratio_axis.axvline(1, color="#555555", lw=1, ls="--")
-        _mark_controls(axes[1], result)
-        labels = [_label(latent, model, len(names) > 1) for latent, model in pairs]
-    else:
-        labels = [" ".join(key) for key in rows]
-    ratio_axis.set_yticks(range(len(labels)), labels)
-    ratio_axis.invert_yaxis()
-    ratio_axis.set(title=title, xlabel="activation (1: the best real clip)")
-    for axis in axes:
-        axis.grid(axis="x", color="#dddddd", lw=0.7)
-    drawn.legend(*ratio_axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return drawn
-
-
-def _mark_controls(axis: Axes, result: Result) -> None:
-    """Mark the median log p of each control."""
-    for number, (name, measured) in enumerate(result.controls.items()):
-        at = float(np.mean([np.median(m.log_prob) for m in measured]))
-        axis.axvline(at, color="#555555", lw=1.2, ls=("-", "--", ":")[number])
-        axis.annotate(
-            name.replace("_", " "), (at, 1), (2, -4), xycoords=("data", "axes fraction"),
-            textcoords="offset points", rotation=90, va="top", fontsize=8, color="#333333",
-        )  # fmt: skip
-    axis.set(title="naturalness", xlabel="log p per code (nats)")
-
-
-def _label(latent: Latent, model: str, several: bool) -> str:
-    about = latent.concept if latent.role == "concept" else latent.role
-    return f"{latent.name} {about}{f' {model}' if several else ''}"
 
 
 # --- audio ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from musicscope.report.sections import (
     dictionaries,
     features,
     finder,
+    gallery,
     judges,
     layers,
     matching,
@@ -30,8 +31,8 @@ from musicscope.report.sections import (
     steering,
 )
 
-SECTIONS = (data, layers, dictionaries, probes, sharing, matching, maximisation, judges, finder,
-            steering)  # fmt: skip
+SECTIONS = (data, gallery, layers, dictionaries, probes, sharing, matching, maximisation, judges,
+            finder, steering)  # fmt: skip
 """All but `features`, the last one."""
 MAX_BYTES = 15_000_000
 HERE = Path(__file__).parent

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
@@ -49,11 +50,16 @@ class Sources:
         table = pd.read_csv(path) if path.is_file() else None
         return table if table is not None and len(table) else None
 
+    def chosen_layers(self, model: str) -> list[int]:
+        """Layers of the slots, from metrics/layers/<model>.yaml."""
+        chosen = OmegaConf.load(self.root / "metrics/layers" / f"{model}.yaml")
+        return [int(chosen[slot]) for slot in self.slots]
+
     def figure(self, name: str, alt: str, caption: str) -> Figure | str:
-        """plots/<name>.png, or a note that it is missing."""
-        path = self.root / "plots" / f"{name}.png"
+        """plots/figures/<name>.png, or a note that it is missing."""
+        path = self.root / "plots/figures" / f"{name}.png"
         if not path.is_file():
-            return f"Left out: plots/{name}.png is not there."
+            return f"Left out: plots/figures/{name}.png is not there."
         content = path.read_bytes()
         width, height = struct.unpack(">II", content[16:24])
         size = round(width * FIGURE_SCALE), round(height * FIGURE_SCALE)

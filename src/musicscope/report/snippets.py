@@ -138,15 +138,15 @@ def excerpt(
 
 
 def file_moment(
-    folder: Path, name: str, caption: str, detail: str, label: str = ""
+    folder: Path, name: str, caption: str, detail: str, label: str = "", longest: float = LONGEST
 ) -> Moment | None:
-    """The first `LONGEST` seconds of a sound file in `folder`; None if it cannot be read there."""
+    """The first `longest` seconds of a sound file in `folder`; None if it cannot be read there."""
     path = folder / name
     if Path(name).name != name or not path.is_file():
         return None
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        audio = audio[: round(LONGEST * rate)].mean(1)
+        audio = audio[: round(longest * rate)].mean(1)
         sound, picture = mp3(audio, rate), png(spectrogram_levels(audio, rate))
     except (soundfile.LibsndfileError, ValueError):
         return None

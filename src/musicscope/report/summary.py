@@ -1,4 +1,4 @@
-"""Collect the headline numbers into one flat file, and draw the overview figure.
+"""Collect the headline numbers into one flat file.
 
 `HEADLINES` is the whole selection: one row per number, with its controls. Everything else stays in
 metrics/<stage>/*.json. The summary is one level deep: ``dvc metrics diff`` prints flat keys.
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from musicscope.core import plots
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
 
@@ -203,43 +201,3 @@ def summary_table(
             for row in headline_rows(models, slots, metrics)
         ]
     ).set_index("number")
-
-
-def plot_summary(
-    ablations: Mapping[str, dict], probes: Mapping[str, dict], kind: str, concept: str = "guitar"
-) -> Figure:
-    """Draw the KL divergence of every layer, and one concept's AUROC beside its baselines.
-
-    Args:
-        ablations: {model: metrics/ablate/<model>.json}; an audio model has a counterpart of KL.
-        probes: {"<model> <slot>": metrics/probe/<model>-<slot>.json}.
-        kind: of ablation: skip, zero or mean.
-    """
-    figure, (axes,) = plots.new_figure(1, 2, size=(13.0, 4.4), width_ratios=[1, 1.8])
-    for series, (model, found) in enumerate(ablations.items()):
-        layers = sorted(found["layers"], key=int)
-        score = found.get("counterparts", {}).get("kl", "kl")
-        kl, low, high = (
-            [found["layers"][layer][kind][score][key] for layer in layers]
-            for key in ("value", "low", "high")
-        )
-        name = model if score == "kl" else f"{model} (spectral distance)"
-        plots.interval_curve(axes[0], list(map(int, layers)), kl, low, high, name, series)
-    axes[0].set(title=f"{kind} ablation", xlabel="layer", ylabel="KL (nats per code)", yscale="log")
-    axes[0].legend()
-    names = ["sae", "dense", "logmel", "codec", "trivial", "shuffled"]
-    labels = ["SAE", "activations", "log-mel", "codec", "trivial", "shuffled"]
-    width = 0.84 / max(1, len(probes))
-    for series, (name, found) in enumerate(probes.items()):
-        entries = [found["concepts"][concept][key]["test"]["auroc"] for key in names]
-        auroc, low, high = ([e[key] for e in entries] for key in ("value", "low", "high"))
-        plots.interval_bars(
-            axes[1], labels, auroc, low, high,
-            colour=plots.COLOURS[series % len(plots.COLOURS)], name=name, width=width,
-            offset=width * (series - (len(probes) - 1) / 2), show_values=len(probes) < 3,
-        )  # fmt: skip
-    axes[1].axhline(0.5, color="#555555", lw=1, ls="--")
-    axes[1].set(title=f"{concept} on unheard compositions", ylabel="AUROC (95 %)", ylim=(0.3, 1.05))
-    handles, texts = axes[1].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower right", ncols=4)
-    return figure

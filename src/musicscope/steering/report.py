@@ -1,4 +1,4 @@
-"""Results of steering as metrics, tables, charts and audio: projections of `Result.outcomes`."""
+"""Results of steering as metrics, tables and audio: projections of `Result.outcomes`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import soundfile
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Context
@@ -28,7 +25,6 @@ TEST_KEYS = (
 )  # fmt: skip
 """Numbers of the test table; spectral_cost exists for audio models only."""
 COSTS = ("ce_cost", "spectral_cost", "frechet", "silent")
-CHART_SUFFIXES = ("-dose", "-trade", "-crosstalk")
 Learnt = Mapping[str, tuple[Recipe, Mapping[str, float]]]
 """Concept -> recipe and its AUROCs, as `learning.learn_recipe` returns."""
 
@@ -42,7 +38,7 @@ class Outs:
     metrics: str
     """JSON file"""
     plots: str
-    """Prefix of the names of tables and charts."""
+    """Prefix of the names of tables."""
 
 
 # --- metrics ----------------------------------------------------------------------------------
@@ -166,86 +162,6 @@ def cross_talk(result: Result) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(result.scorer.families))
 
 
-# --- charts -----------------------------------------------------------------------------------
-
-
-def _panels(table: pd.DataFrame, title: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """Make one panel per concept (columns) and direction (rows), with its rows of the table."""
-    concepts = list(dict.fromkeys(table["concept"]))
-    figure, axes = plots.new_figure(2, len(concepts), (3.3 * len(concepts) + 0.8, 6.2), sharey=True)
-    figure.suptitle(title)
-    parts = []
-    for row, direction in enumerate(("off", "on")):
-        for column, concept in enumerate(concepts):
-            axis = axes[row, column]
-            axis.set(title=f"{concept} {direction}", ylim=(-0.03, 1.03))
-            here = (table["concept"] == concept) & (table["direction"] == direction)
-            parts.append((axis, table[here]))
-    return figure, parts
-
-
-def dose_figure(doses: pd.DataFrame, tests: pd.DataFrame, title: str) -> Figure:
-    """Draw success over strength on validation data, with controls on test data as lines."""
-    figure, parts = _panels(doses, title)
-    for axis, rows in parts:
-        at = rows.iloc[0]
-        for series, method in enumerate(("sae", "diff_means")):
-            part = rows[rows["method"] == method].sort_values("strength")
-            plots.interval_curve(
-                axis, part["strength"], part["success"], part["success_low"],
-                part["success_high"], method, series,
-            )  # fmt: skip
-        here = (tests["concept"] == at["concept"]) & (tests["direction"] == at["direction"])
-        for style, method in (("--", "prompt_edit"), (":", "reseed")):
-            # An audio model has no prompt to edit, and may have no clips for a request.
-            for value in tests.loc[here & (tests["method"] == method), "success"]:
-                axis.axhline(value, color="#555555", lw=1.4, ls=style, label=method)
-        if rows["success"].notna().any():  # nothing to change: no point, and no logarithm
-            axis.set_xscale("log")
-        axis.set_xlabel("strength")
-    _legend(figure, parts, "success (95 %)")
-    return figure
-
-
-def trade_figure(doses: pd.DataFrame, title: str) -> Figure:
-    """Draw success over cost: compare methods at the same cost."""
-    figure, parts = _panels(doses, title)
-    for axis, rows in parts:
-        for series, method in enumerate(dict.fromkeys(doses["method"])):
-            part = rows[rows["method"] == method].sort_values("strength")
-            style = {"color": plots.COLOURS[series % 8], "marker": plots.MARKERS[series % 8]}
-            axis.plot(part["frechet"], part["success"], ms=5, label=method, **style)
-        axis.set(xlabel="Frechet distance from plain")
-        axis.grid(color="#dddddd", lw=0.7)
-    _legend(figure, parts, "success")
-    return figure
-
-
-def _legend(figure: Figure, parts: Sequence[tuple[Axes, pd.DataFrame]], label: str) -> None:
-    for axis in (parts[0][0], parts[len(parts) // 2][0]):
-        axis.set_ylabel(label)
-    handles, texts = parts[0][0].get_legend_handles_labels()
-    texts = [text.replace("_", " ") for text in texts]
-    figure.legend(handles, texts, loc="outside lower center", ncols=4)
-
-
-def cross_talk_figure(table: pd.DataFrame, title: str) -> Figure:
-    """Draw the cross-talk matrix as a heat map with its numbers."""
-    figure, ((axis,),) = plots.new_figure(
-        size=(2.8 + 0.62 * table.shape[1], 1.4 + 0.36 * len(table))
-    )
-    values = table.to_numpy()
-    largest = float(np.nanmax(np.abs(values), initial=1e-3))
-    axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 0.6 * largest else "black"
-        axis.text(x, y, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=colour)
-    axis.set_xticks(range(table.shape[1]), [c.replace("_", " ") for c in table], rotation=40)
-    axis.set_yticks(range(len(table)), table.index, fontsize=8)
-    axis.set_title(title)
-    return figure
-
-
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -300,38 +216,23 @@ def write(result: Result, recipes: Learnt, context: Context, outs: Outs) -> None
     with atomic_dir(outs.folder) as folder:
         _write_recipes(result, recipes, folder)
         write_examples(result, folder / "examples", context)
-    model = context.model.name
-    table, talk, doses = test_table(result), cross_talk(result), dose_table(result.search)
     frames = {
-        "": table,
+        "": test_table(result),
         "-search": result.search,
-        "-dose": doses,
-        "-crosstalk": talk.rename_axis("edit").reset_index(),
+        "-dose": dose_table(result.search),
+        "-crosstalk": cross_talk(result).rename_axis("edit").reset_index(),
     }
     for suffix, frame in frames.items():
         write_text(f"{outs.plots}{suffix}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    figures = (
-        dose_figure(doses, table, model),
-        trade_figure(doses, model),
-        cross_talk_figure(talk, f"{model}: mean change of the judge"),
-    )
-    for suffix, figure in zip(CHART_SUFFIXES, figures, strict=True):
-        plots.save_figure(figure, f"{outs.plots}{suffix}.png")
     write_json(outs.metrics, metrics(result, recipes, context))
 
 
-def write_nothing(plan: Plan, name: str, outs: Outs) -> None:
-    """Write all outs if no edit has the clips that it needs: reasons, empty tables and charts."""
+def write_nothing(plan: Plan, outs: Outs) -> None:
+    """Write all outs if no edit has the clips that it needs: reasons and empty tables."""
     with atomic_dir(outs.folder) as folder:
         index = {"sample_rate": None, "families": [], "examples": []}
         (folder / "examples").mkdir()
         write_json(folder / "examples" / "index.json", index)
     for suffix in ("", "-search", "-dose", "-crosstalk"):
         write_text(f"{outs.plots}{suffix}.csv", "concept,direction,method\n")
-    for suffix in CHART_SUFFIXES:
-        figure, ((axis,),) = plots.new_figure(1, 1, (6.0, 1.4))
-        text = f"{name}: no edit has the clips that it needs"
-        axis.text(0.5, 0.5, text, ha="center", va="center", wrap=True, fontsize=8)
-        axis.set_axis_off()
-        plots.save_figure(figure, f"{outs.plots}{suffix}.png")
     write_json(outs.metrics, {**plan_metrics(plan), "prompts": 0, "concepts": {}, "joint": {}})

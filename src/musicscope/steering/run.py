@@ -37,7 +37,7 @@ def evaluate(
     model = load_model(f"data/models/{name}", device)
     plan = search.make_plan(make_subject(model, section, seed, clips), section)
     if not plan.tests:
-        report.write_nothing(plan, name, outs)
+        report.write_nothing(plan, outs)
         return
     dictionary, layer = sae_folder(name, section.slot), store.config["layer"]
     train = read_clips(store, TopKSAE.load(dictionary, device), clips.rows, processes, device)
