@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from musicscope.core.io import read_json
 from musicscope.data.clips import ClipStore, ResampledClips, at_rate
 from musicscope.models import hub
+from musicscope.models.checkpoint import read_config
 from musicscope.models.interface import MusicModel
 
 Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
@@ -120,8 +120,7 @@ def fetch_model(name: str, revision: str | None, system: str | None = None) -> P
 
 def detect_system(path: Path) -> str:
     """Tell the family (key of SYSTEMS) of a folder or file. FileNotFoundError if it is of none."""
-    file = path / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_config(path)
     for name, system in SYSTEMS.items():
         if system.detect(path, config):
             return name

@@ -28,9 +28,11 @@ from musicscope.models.audiocraft.loading import (
     MODEL_FILE,
     TEXT_FOLDER,
     check_supported,
+    load_text_encoder,
     read_checkpoint,
     text_encoder_folder,
 )
+from musicscope.models.checkpoint import load_tokenizer
 from musicscope.models.musicgen.loading import load_parts
 
 State = dict[str, Tensor]
@@ -204,14 +206,14 @@ def to_transformers(source: str | Path, out: str | Path, text_revision: str | No
 
 
 def _to_transformers(source: str | Path, folder: Path, text_revision: str | None) -> None:
-    from transformers import AutoTokenizer, MusicgenForConditionalGeneration, T5EncoderModel
+    from transformers import MusicgenForConditionalGeneration
 
     source = Path(source)
     weights, language = read_checkpoint(source / MODEL_FILE)
     codec_weights, compression = read_checkpoint(source / CODEC_FILE)
     check_supported(language, source / MODEL_FILE)
     place = text_encoder_folder(source, language, text_revision)
-    text = T5EncoderModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+    text = load_text_encoder(place)
     config = transformers_config(language, compression, text.config)
     state = decoder_to_transformers(weights)
     t5 = {k.partition(".t5.")[2]: v for k, v in weights.items() if ".description.t5." in k}
@@ -238,7 +240,7 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
     generation.do_sample = True
     generation.guidance_scale = float(language.classifier_free_guidance.inference_coef)
     hf.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(folder)
+    load_tokenizer(place, text.config).save_pretrained(folder)
 
 
 def main() -> None:

@@ -13,18 +13,20 @@ the values it is given and runs nothing; the config is then built from those val
 from __future__ import annotations
 
 import contextlib
-import pickle
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from musicscope.models import hub
+from musicscope.models import checkpoint, hub
 from musicscope.models.audiocraft.compat import import_audiocraft
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.bin", "text_encoder"
 
@@ -82,14 +84,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
         )
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            package = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} could not be read as tensors and a config ({str(error).splitlines()[0]}); "
-            "fetch it again, or, if you trained it, export it with audiocraft.utils.export"
-        ) from error
+            package = checkpoint.read_pickle(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; if you trained it, run audiocraft.utils.export") from error
     if not isinstance(package, dict):
         raise ValueError(f"{path} holds a {type(package).__name__}, not an audiocraft checkpoint")
     if "pretrained" in package:
@@ -171,18 +168,29 @@ def check_supported(config: DictConfig, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _local_t5(conditioners: Any, folder: Path, width: int) -> Iterator[None]:
+def _local_t5(conditioners: Any, folder: Path) -> Iterator[None]:
     """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
-    from transformers import AutoTokenizer
-
-    cls, tokenizer = conditioners.T5Conditioner, conditioners.T5Tokenizer
+    cls, own = conditioners.T5Conditioner, (conditioners.T5Tokenizer, conditioners.T5EncoderModel)
     names, widths = cls.MODELS, cls.MODELS_DIMS
-    cls.MODELS, cls.MODELS_DIMS = [*names, str(folder)], {**widths, str(folder): width}
-    conditioners.T5Tokenizer = AutoTokenizer  # the class that the folder itself names
+    encoder = load_text_encoder(folder)
+    tokenizer = checkpoint.load_tokenizer(folder, encoder.config)
+    cls.MODELS = [*names, str(folder)]
+    cls.MODELS_DIMS = {**widths, str(folder): encoder.config.d_model}
+    conditioners.T5EncoderModel = SimpleNamespace(from_pretrained=lambda name: encoder)
+    conditioners.T5Tokenizer = SimpleNamespace(from_pretrained=lambda name: tokenizer)
     try:
         yield
     finally:
-        cls.MODELS, cls.MODELS_DIMS, conditioners.T5Tokenizer = names, widths, tokenizer
+        cls.MODELS, cls.MODELS_DIMS = names, widths
+        conditioners.T5Tokenizer, conditioners.T5EncoderModel = own
+
+
+def load_text_encoder(folder: Path) -> T5EncoderModel:
+    """Load the encoder of the T5 in `folder`, in float32; its decoder is not used."""
+    from transformers import T5EncoderModel
+
+    ignored = r"decoder\.|lm_head\."
+    return checkpoint.load_pretrained(T5EncoderModel, folder, ignored, dtype=torch.float32)
 
 
 def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) -> Path:
@@ -208,7 +216,6 @@ def build_language_model(
     import_audiocraft()
     from audiocraft.models import builders
     from audiocraft.modules import conditioners
-    from transformers import AutoConfig
 
     text = text or text_encoder_folder(path.parent, config, text_revision)
     OmegaConf.set_struct(config, False)
@@ -217,10 +224,9 @@ def build_language_model(
     # Weights are about to be read: drawing random ones takes longer than that on a large model.
     config.transformer_lm.weight_init = config.transformer_lm.depthwise_init = None
     config.transformer_lm.zero_bias_init = False
-    width = AutoConfig.from_pretrained(text, local_files_only=True).d_model
-    with _local_t5(conditioners, text, width):
+    with _local_t5(conditioners, text):
         model = builders.get_lm_model(config)
-    _fill(model, weights, path)
+    checkpoint.fill(model, weights, path)
     model = model.eval().to(dtype).requires_grad_(False)
     model.condition_provider.conditioners["description"].t5.eval().float().requires_grad_(False)
     model.cfg = config
@@ -231,6 +237,9 @@ def build_codec(path: Path, config: DictConfig) -> Any:
     """Build audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of
     the language model) uses."""
     weights, own = read_checkpoint(path)
+    books = int(OmegaConf.select(config, "compression_model_n_q", default=0) or 0)
+    card = int(config.transformer_lm.card)
+    held = (int(own.rvq.n_q), int(own.rvq.bins))
     import_audiocraft()
     from audiocraft.models import builders
 
@@ -239,16 +248,7 @@ def build_codec(path: Path, config: DictConfig) -> Any:
     if int(OmegaConf.select(own, "encodec.channels", default=1)) != 1:
         raise ValueError(f"{path}: encodec.channels is not 1; stereo is not supported")
     codec = builders.get_compression_model(own)
-    _fill(codec, weights, path)
+    checkpoint.fill(codec, weights, path)
+    checkpoint.check_codec(codec, path, held, (books, card))
     codec = builders.get_wrapped_compression_model(codec, config)
     return codec.float().eval().requires_grad_(False)
-
-
-def _fill(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the weights in {path} are not those of its own config ({what}); fetch it again"
-        ) from error

@@ -8,23 +8,20 @@ and hold the table of positions, which newer versions compute.
 
 from __future__ import annotations
 
-import re
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+from transformers import MusicgenForConditionalGeneration
 
-from musicscope.core.io import read_json
+from musicscope.models import checkpoint
 
 # Rounding the codec would change the codes, that is the data; T5 overflows in float16, and its
 # states are the same for all precisions of the decoder when it keeps its own.
 FLOAT32_PARTS = ("audio_encoder", "text_encoder")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-LAYER = re.compile(r"decoder\.model\.decoder\.layers\.(\d+)\.")
-RECOMPUTED = re.compile(r"embed_positions\.weights$")
+GUIDANCE = 3.0
+"""Scale of the released models (Copet et al. 2023), where a folder names none."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # transformers has no argument for this, only a class attribute; its loader, and what it writes on
@@ -46,7 +43,7 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: not a save_pretrained folder")
-    config = read_json(folder / "config.json")
+    config = checkpoint.read_config(folder)
     kind = config.get("model_type")
     if kind != "musicgen":
         why = (
@@ -62,28 +59,6 @@ def check_folder(folder: Path) -> None:
             f"{folder} is a stereo MusicGen ({channels} audio channels); only mono models are "
             "supported: take facebook/musicgen-small, -medium or -large"
         )
-    if not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise FileNotFoundError(
-            f"{folder} holds no weights ({' or '.join(WEIGHTS)}); fetch them (dvc pull, or the hub)"
-        )
-
-
-def stored_names(folder: Path) -> set[str]:
-    """List the names of the weights in a folder, as the files spell them; read no weight."""
-    names: set[str] = set()
-    for index in folder.glob("*.index.json"):
-        names.update(read_json(index)["weight_map"])
-    if names:
-        return names
-    if files := sorted(folder.glob(WEIGHTS[0])):
-        for file in files:
-            with safe_open(file, framework="pt") as stored:
-                names.update(stored.keys())
-        return names
-    for file in sorted(folder.glob(WEIGHTS[1])):
-        mapped = zipfile.is_zipfile(file)
-        names.update(torch.load(file, weights_only=True, map_location="meta", mmap=mapped))
-    return names
 
 
 def load_parts(
@@ -108,31 +83,37 @@ def load_parts(
         raise ValueError(f"dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}")
     if options and device_map is None:
         raise ValueError(f"{sorted(options)} need a device_map")
-    # A folder must not be looked up on the hub when one of its files is missing.
-    hf, report = _Musicgen.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        weights_only=True,
-        output_loading_info=True,
-        device_map=device_map,
-        **options,
+    hf = checkpoint.load_pretrained(
+        _Musicgen, folder, dtype=dtype, device_map=device_map, **options
     )
-    layers = {int(m[1]) for m in map(LAYER.search, stored_names(folder)) if m}
-    cut = layers - set(range(hf.config.decoder.num_hidden_layers))
-    # transformers does not report layers beyond those of the config: the model would be cut short.
-    unknown = [f"decoder.model.decoder.layers.{i}" for i in sorted(cut)]
-    unknown += sorted(k for k in report["unexpected_keys"] if not RECOMPUTED.search(k))
-    missing = sorted(report["missing_keys"])
-    if unknown or missing:
-        raise ValueError(
-            f"the weights in {folder} are not those of its config.json: {len(missing)} missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}; fetch the folder again"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    codec, books = hf.config.audio_encoder, hf.config.decoder.num_codebooks
+    quantizer = hf.audio_encoder.quantizer
+    used = quantizer.get_num_quantizers_for_bandwidth(codec.target_bandwidths[0])
+    checkpoint.check_codec(
+        hf.audio_encoder,
+        folder / "config.json",
+        (min(used, len(quantizer.layers)), codec.codebook_size),
+        (books, hf.config.decoder.vocab_size),
+    )
+    tokenizer = checkpoint.load_tokenizer(folder, hf.config.text_encoder)
+    _say_defaults(folder, hf)
     if device_map is None:
         hf.to(device)
     return hf.requires_grad_(False), tokenizer
+
+
+def _say_defaults(folder: Path, hf: MusicgenForConditionalGeneration) -> None:
+    """Warn of generation settings that the folder lacks."""
+    held, own = hf.generation_config, hf.config.decoder
+    absent = []
+    if not held.guidance_scale:
+        absent.append(f"guidance_scale ({GUIDANCE} is used)")
+    if held.decoder_start_token_id is None:
+        absent.append(f"decoder_start_token_id (the decoder's bos_token_id {own.bos_token_id} is)")
+    if absent:
+        path = folder / "generation_config.json"
+        state = "lacks" if path.is_file() else "is missing, and with it"
+        warnings.warn(f"{path} {state} {', '.join(absent)}", stacklevel=3)
 
 
 def main_device(hf: MusicgenForConditionalGeneration) -> torch.device:

@@ -15,7 +15,7 @@ from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
 from musicscope.models.musicgen.decoder import LayerwiseDecoder
 from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
-from musicscope.models.musicgen.loading import load_parts, main_device
+from musicscope.models.musicgen.loading import GUIDANCE, load_parts, main_device
 
 
 class MusicgenModel(DelayPatternModel):
@@ -40,7 +40,7 @@ class MusicgenModel(DelayPatternModel):
             width=decoder.hidden_size,
             card=decoder.vocab_size,
             special=decoder.bos_token_id if start is None else start,
-            guidance_scale=float(hf.generation_config.guidance_scale or 3.0),
+            guidance_scale=float(hf.generation_config.guidance_scale or GUIDANCE),
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> S
     if rate is None:
         raise ValueError(f"{name} has no attribute sr; export it again with RAVE 2 or later")
     known = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
+    if known is None:
+        warnings.warn(f"{name} lacks encode_params: input of one channel is assumed", stacklevel=3)
     channels, step = (1, 1) if known is None else (int(known[0]), int(known[3]))
     names = {
         weight.data_ptr(): key.removesuffix(".weight")
@@ -86,6 +89,13 @@ def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> S
             f"{name}: {samples} samples gave {z.shape[-1]} latent frames and {y.shape[-1]} "
             "samples; an export must keep the length of whole frames"
         )
+    if known is not None and (z.shape[1], ratio) != (int(known[2]), step):
+        raise ValueError(
+            f"{name} gives {z.shape[1]} latents per {ratio} samples, its own encode_params say "
+            f"{int(known[2])} per {step}; parts of two models: export it again"
+        )
+    if not (torch.isfinite(z).all() and torch.isfinite(y).all()):
+        raise ValueError(f"{name} gives NaN or infinity on noise: its weights are damaged")
     stats = next(reversed(encoded), None)
     mean = None if stats is None else _posterior(module, encoded[stats], z)
     notes = []

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import XcodecModel
+from transformers import XcodecConfig, XcodecModel
 
+from musicscope.models import checkpoint
 from musicscope.models.yue.tokens import CARD
 
 HUB_ID = "Manel/YuE-XCodec"
@@ -33,8 +34,8 @@ def load_codec(folder: str | Path, device: torch.device) -> XcodecModel:
             f"{folder} holds no config.json: save YuE's codec there in transformers' layout "
             f"(hub id {HUB_ID}), or name its folder with codec="
         )
-    codec = XcodecModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    config = codec.config
+    checkpoint.read_config(folder)
+    config = XcodecConfig.from_pretrained(folder, local_files_only=True)
     found = (config.sample_rate, config.hop_length, config.codebook_size)
     if found != (SAMPLE_RATE, HOP, CARD) or BANDWIDTH not in config.target_bandwidths:
         raise ValueError(
@@ -42,6 +43,9 @@ def load_codec(folder: str | Path, device: torch.device) -> XcodecModel:
             f"{CARD} codes, and {BANDWIDTH} among target_bandwidths; this one has {found} and "
             f"{list(config.target_bandwidths)}: put {HUB_ID} there"
         )
+    codec = checkpoint.load_pretrained(XcodecModel, folder, dtype=torch.float32)
+    # Stage 1 uses the first codebook for both tracks.
+    checkpoint.check_codec(codec, folder, (len(codec.quantizer.quantizers), CARD), (1, CARD))
     return codec.eval().to(device).requires_grad_(False)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, XcodecModel
 from transformers.cache_utils import DynamicCache
 
+from musicscope.models import checkpoint
 from musicscope.models.interface import Batch, Hooks, check_audio
 from musicscope.models.language_model import LayerwiseModel, by_clip, run_layers
 from musicscope.models.yue import codec as yue_codec
@@ -105,8 +106,8 @@ class YueModel(LayerwiseModel):
         tokenize = tokens.load_tokenizer(tokenizer or source / "tokenizer.model")
         if device_map is None and device.type != "cpu":
             device_map = {"": device}  # never whole in main memory
-        hf = LlamaForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, local_files_only=True, **options
+        hf = checkpoint.load_pretrained(
+            LlamaForCausalLM, source, dtype=dtype, device_map=device_map, **options
         )
         return cls(hf.requires_grad_(False), audio, tokenize, source.name)
 

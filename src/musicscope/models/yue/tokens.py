@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from musicscope.core.io import sha256
+from musicscope.models import checkpoint
 
 TEXT_IDS = 32_000
 """Ids 0..31,999 are text."""
@@ -65,7 +66,10 @@ def load_tokenizer(path: str | Path) -> Tokenize:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ImportError("YuE needs sentencepiece: pip install sentencepiece") from error
-    processor = SentencePieceProcessor(model_file=str(path))
+    try:
+        processor = SentencePieceProcessor(model_file=str(checkpoint.check_file(path)))
+    except RuntimeError as error:
+        raise checkpoint.damaged(path, error) from error
     found = sha256(path)
     if found != TOKENIZER_SHA256:
         wrong = [mark for mark, ids in MARKS.items() if tuple(processor.encode(mark)) != ids]
