@@ -68,13 +68,16 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors. FileNotFoundError, or ValueError for a pointer or a damaged file."""
+    """Read all tensors. FileNotFoundError, or ValueError for a pointer, a damaged file or NaN."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {AGAIN}")
     try:
-        return load_file(check_file(path))
+        found = load_file(check_file(path))
     except SafetensorError as error:
         raise damaged(path, error) from error
+    if bad := [name for name, value in found.items() if not torch.isfinite(value).all()]:
+        raise damaged(path, ValueError(f"NaN or infinity in {', '.join(bad[:3])}"))
+    return found
 
 
 def read_pickle(path: Path, device: str = "cpu") -> object:
