@@ -20,8 +20,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, StoreError, storage
-from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.activations.store import (
+    CLIP_COLUMNS,
+    ActivationStore,
+    StoreError,
+    StoreWriter,
+    shard_spans,
+    storage,
+)
 from musicscope.core.io import atomic_dir, partial_dir, sha256, sole_user
 
 

@@ -24,8 +24,13 @@ import torch
 from tqdm import tqdm
 
 from musicscope.activations import token_cache
-from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, storage
-from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.activations.store import (
+    CLIP_COLUMNS,
+    ActivationStore,
+    StoreWriter,
+    shard_spans,
+    storage,
+)
 from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import partial_dir, publish_dir, sole_user
 from musicscope.core.parallel import workers

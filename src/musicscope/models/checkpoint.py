@@ -1,4 +1,7 @@
-"""Read checkpoints, and refuse those of which a part is absent, damaged or of another model.
+"""Fetch and read checkpoints; refuse those of which a part is absent, damaged or foreign.
+
+Loaders work on local folders, so a hub id and a copied folder load alike, and a second load with
+the network off (``HF_HUB_OFFLINE=1``) finds the hub's cache.
 
 One check for all families. Left alone, transformers fills missing weights with random numbers,
 passes over unknown ones, and makes an empty tokenizer where its files are absent.
@@ -9,11 +12,13 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     M = TypeVar("M", bound=PreTrainedModel)
+
 
 AGAIN = "download it again, or fetch it with `dvc pull`"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -36,6 +42,54 @@ RENAMED = (("weight_g", "parametrizations.weight.original0"),
            ("weight_v", "parametrizations.weight.original1"))  # fmt: skip
 UNUSED_IDS = 256
 """Rows of an embedding beyond the tokenizer's ids; T5 has 28, or 128 without its extra ids."""
+TEXTS = ("*.json", "*.model", "*.txt")
+FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    # Hub pages hold every format beside the others: twice 2 GB for musicgen-small.
+    "musicgen": ((*TEXTS, "model*.safetensors"), ("pytorch_model*.bin",)),
+    "audiocraft": (("state_dict.bin", "compression_state_dict.bin"),),
+    "t5": ((*TEXTS, "model*.safetensors"), ("pytorch_model*.bin",)),
+}
+"""File patterns of each family; the second row only where the first brought no weights."""
+
+
+# ---- the hub
+
+
+def fetch(name: str, revision: str | None, patterns: Sequence[str] | None = None) -> Path:
+    """Fetch files of hub model `name` ("owner/model") that fit `patterns` (None: all); the folder.
+
+    ValueError without a `revision` that pins (a branch moves); FileNotFoundError with the remedy
+    if hub and cache have none.
+    """
+    if not revision or revision == "main":
+        raise ValueError(
+            f"hub model {name} needs revision=: a commit hash from its page (Files, History), "
+            "or a tag. A branch such as main moves, and results with it"
+        )
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=None if patterns is None else list(patterns)
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise FileNotFoundError(
+            f"could not fetch {name} at revision {revision} from the hub or its cache "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check name, revision and "
+            "network, or copy the files to a folder and give that"
+        ) from error
+    return Path(folder)
+
+
+def fetch_family(name: str, revision: str | None, system: str) -> Path:
+    """Fetch the files that the family `system` loads (all if not in `FILES`); the folder."""
+    if system not in FILES:
+        return fetch(name, revision)
+    for patterns in FILES[system]:
+        folder = fetch(name, revision, patterns)
+        if any(any(folder.glob(p)) for p in patterns if p not in TEXTS):
+            return folder
+    raise FileNotFoundError(
+        f"{name} at revision {revision} has none of {', '.join(sum(FILES[system], ()))}"
+    )
 
 
 # ---- files

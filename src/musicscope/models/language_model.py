@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models import hooks as hooked
-from musicscope.models.interface import Batch, Hook, HookPoint, Hooks, check_audio
+from musicscope.models.interface import Batch, Hook, HookPoint, Hooks, apply_hook, check_audio
 
 
 class Context(Protocol):
@@ -66,7 +65,7 @@ def run_layers(
         decoder.calls += 1
         if i in hooks:
             positions = context.positions.to(hidden.device)
-            hidden = hooked.apply(f"layers.{i}", hooks[i], hidden, positions)
+            hidden = apply_hook(f"layers.{i}", hooks[i], hidden, positions)
     return hidden
 
 

@@ -1,4 +1,4 @@
-"""Read MusicGen in audiocraft's own format: checkpoints, their configs, and checks of both.
+"""Import audiocraft 1.3.0, and read MusicGen in its own format: checkpoints, configs, checks.
 
 A folder holds ``state_dict.bin`` (the language model) and ``compression_state_dict.bin`` (EnCodec).
 Each is a ``torch.save`` of a dict: ``best_state`` (the weights) and ``xp.cfg`` (the whole config of
@@ -8,25 +8,36 @@ them hold a pickled OmegaConf object and the weights one level deeper (``best_st
 All are read with ``weights_only``, so that a file can name nothing but tensors and plain
 containers. The classes of OmegaConf are let through under their names as `_Record`, which keeps
 the values it is given and runs nothing; the config is then built from those values.
+
+audiocraft imports packages that loading and running MusicGen never calls: torchaudio, librosa
+(melody), av (reading files), spacy and num2words (text normalisation), xformers (attention kernels;
+its default backend is torch's). Where one is absent, a module stands in for it while audiocraft is
+imported; its functions raise ImportError with the package's name when called. Afterwards the
+stand-ins are removed, so that no other library takes them for the packages; only xformers stays,
+which audiocraft imports again when it runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from musicscope.models import checkpoint, hub
-from musicscope.models.audiocraft.compat import import_audiocraft
+from musicscope.models import checkpoint, missing
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
+
 
 MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.bin", "text_encoder"
 
@@ -204,7 +215,7 @@ def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) 
             f"{source} holds no {TEXT_FOLDER}/ (a T5 as save_pretrained writes it): put {name} "
             "there, or give text_revision=, the commit of its hub page to take it from"
         )
-    return hub.fetch_model(name if "/" in name else f"google-t5/{name}", revision, "t5")
+    return checkpoint.fetch_family(name if "/" in name else f"google-t5/{name}", revision, "t5")
 
 
 def build_language_model(
@@ -252,3 +263,84 @@ def build_codec(path: Path, config: DictConfig) -> Any:
     checkpoint.check_codec(codec, path, held, (books, card))
     codec = builders.get_wrapped_compression_model(codec, config)
     return codec.float().eval().requires_grad_(False)
+
+
+# ---- the package
+
+ABSENT = {
+    "torchaudio": ("torchaudio.transforms", "torchaudio.functional"),
+    "librosa": ("librosa.filters",),
+    "av": (),
+    "spacy": (),
+    "num2words": (),
+    "xformers": ("xformers.ops",),
+}
+"""Packages that audiocraft imports and MusicGen does not use, with the submodules it names."""
+KEPT = "xformers"
+
+
+class _StandIn(ModuleType):
+    """A module in which every public name is a function that raises when called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return missing(self.__name__.partition(".")[0], f"{self.__name__}.{name}")
+
+
+def _stand_in(package: str) -> list[str]:
+    """Put stand-ins for an absent package and its submodules in sys.modules; their names."""
+    if sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None:
+        return []
+    names = [package, *ABSENT[package]]
+    for name in names:
+        module = _StandIn(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=name == package)
+        if name == package:
+            module.__path__ = []
+        sys.modules[name] = module
+        if name != package:
+            setattr(sys.modules[package], name.rpartition(".")[2], module)
+    if package == "xformers":
+        import torch
+
+        # The one function that audiocraft calls with torch's attention backend, and a mask of which
+        # it needs no more than the name.
+        sys.modules["xformers.ops"].unbind = torch.unbind
+        sys.modules["xformers.ops"].LowerTriangularMask = type("LowerTriangularMask", (), {})
+    return names
+
+
+def _settle_transformers() -> None:
+    """Have transformers record which packages are installed, before stand-ins exist."""
+    utils = importlib.import_module("transformers.utils")
+    for package in ABSENT:
+        getattr(utils, f"is_{package}_available", bool)()
+
+
+def import_audiocraft() -> ModuleType:
+    """Import the package `audiocraft` once, with stand-ins for absent packages.
+
+    ImportError with the remedy if audiocraft, or a small package that it needs, is missing.
+    """
+    if "audiocraft" in sys.modules:
+        return sys.modules["audiocraft"]
+    if importlib.util.find_spec("audiocraft") is None:
+        raise ImportError(
+            "audiocraft is not installed; pip install --no-deps -r requirements-nodeps.txt (its "
+            "own pins would replace torch)"
+        )
+    _settle_transformers()
+    added = [name for package in ABSENT for name in _stand_in(package)]
+    try:
+        return importlib.import_module("audiocraft")
+    except BaseException:
+        # A half imported package would look whole to the next caller.
+        for name in [n for n in sys.modules if n.partition(".")[0] == "audiocraft"]:
+            del sys.modules[name]
+        added = [name for name in added if name in sys.modules]
+        raise
+    finally:
+        for name in added:
+            if name.partition(".")[0] != KEPT:
+                sys.modules.pop(name, None)

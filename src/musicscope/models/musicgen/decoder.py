@@ -18,10 +18,8 @@ from transformers import MusicgenForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from musicscope.models import hooks as hooked
-from musicscope.models.interface import Hook
+from musicscope.models.interface import Hook, apply_hook
 from musicscope.models.language_model import run_layers
-from musicscope.models.musicgen.loading import main_device
 
 Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
 """(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
@@ -156,6 +154,16 @@ def spans(hidden: Tensor, frames: int | None, books: int) -> list[Tensor]:
     return [hidden if frames is None else hidden[:, k : k + frames] for k in range(books)]
 
 
+def main_device(hf: MusicgenForConditionalGeneration) -> torch.device:
+    """Find the device of codec, text encoder and batches: the model's, or the map's first one."""
+    placed = getattr(hf, "hf_device_map", None)
+    if not placed:
+        return hf.device
+    # "disk" and "cpu" hold weights that are brought to the map's first accelerator to run.
+    devices = [torch.device("cpu" if d in ("cpu", "disk") else d) for d in placed.values()]
+    return next((d for d in devices if d.type != "cpu"), devices[0])
+
+
 class Steps:
     """Run the decoder one position at a time with an in-place cache, on one device.
 
@@ -207,7 +215,7 @@ class Steps:
             hidden = hidden + layer.fc2(layer.activation_fn(inner))
             self.decoder.calls += 1
             if i in hooks:
-                hidden = hooked.apply(f"layers.{i}", hooks[i], hidden, where)
+                hidden = apply_hook(f"layers.{i}", hooks[i], hidden, where)
         self.position += 1
         return hidden
 
