@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from musicscope.activations.store import (
     CLIP_COLUMNS,
     ActivationStore,
+    StoreConfig,
     StoreError,
     StoreWriter,
     shard_spans,
@@ -128,7 +128,7 @@ def aligned_store(
     table["frames"] = slow.frames
     pairs = list(zip(order, slow.frames.tolist(), strict=True))
     beyond = sum(outside(int(fast.frames[i]), rate, to_rate, n, offset_s) for i, n in pairs)
-    config: dict[str, Any] = {
+    config: StoreConfig = {
         **fast.config,
         "frame_rate": to_rate,
         "aligned": {

@@ -27,7 +27,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,62 @@ CLIP_COLUMNS = ("id", "split", "font", "kind", "group", "frames")
 # bfloat16 is unknown to numpy: it travels as the upper half of a float32.
 STORAGE = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 FLOAT16_MAX = 65504.0
+
+
+class StoreConfig(TypedDict, total=False):
+    """Source of the values; part of a store's identity."""
+
+    model: str
+    layer: str
+    frame_rate: float
+    sample_rate: int
+    model_sha256: str
+    clips_sha256: str
+    captions: bool
+    batch_clips: int
+    aligned: dict[str, str | float]
+    """See `alignment.aligned_store`."""
+
+
+class Shard(TypedDict):
+    """Entry of the manifest."""
+
+    file: str
+    clips: list[int]
+    rows: int
+    sha256: str
+
+
+class Train(TypedDict, total=False):
+    """Statistics over the rows of split "train"; without such rows `frames` alone."""
+
+    frames: int
+    mean: list[float]
+    std: list[float]
+    mean_norm: float
+
+
+class Manifest(TypedDict):
+    """Content of manifest.json."""
+
+    format: str
+    format_version: int
+    config: StoreConfig
+    config_sha256: str
+    width: int
+    dtype: str
+    shards: list[Shard]
+    clips: dict[str, list]
+    train: Train
+    sha256: str
+
+
+class Finished(TypedDict):
+    """Note beside a shard of a store that is being written."""
+
+    config_sha256: str
+    sha256: str
+    moments: dict[str, object]
 
 
 class StoreError(ValueError):
@@ -82,7 +138,7 @@ def storage(dtype: str) -> np.dtype:
     return STORAGE[dtype]
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -96,10 +152,10 @@ class ActivationStore:
     ``train_frames``, ``shards``.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.config, self.width, self.dtype = (manifest[k] for k in ("config", "width", "dtype"))
-        self.shards: list[dict[str, Any]] = manifest["shards"]
+        self.shards = manifest["shards"]
         self.rows = pd.DataFrame(manifest["clips"], columns=[*CLIP_COLUMNS, "first_row"])
         self.ids: list[str] = manifest["clips"]["id"]
         self.split = np.array(manifest["clips"]["split"], dtype=str)
@@ -178,7 +234,7 @@ class ActivationStore:
         """Per-dimension population standard deviation over all train rows, float64 [width]."""
         return self._train("std")
 
-    def _train(self, key: str) -> np.ndarray:
+    def _train(self, key: Literal["mean", "std"]) -> np.ndarray:
         if not self.train_frames:
             raise StoreError(f"{self.folder} has no clip of split 'train', hence no {key}")
         return np.array(self.manifest["train"][key], dtype=np.float64)
@@ -366,11 +422,11 @@ class Moments:
             self.norm_sum + other.norm_sum,
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return self.__dict__ | {"mean": self.mean.tolist(), "m2": self.m2.tolist()}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Moments:
+    def from_json(cls, value: dict[str, object]) -> Moments:
         return cls(**value | {"mean": np.array(value["mean"]), "m2": np.array(value["m2"])})
 
 
@@ -389,7 +445,7 @@ class StoreWriter:
         dtype: str,
         clips: pd.DataFrame,
         spans: Sequence[tuple[int, int]],
-        config: dict[str, Any],
+        config: StoreConfig,
     ) -> None:
         storage(dtype)
         if missing := [c for c in CLIP_COLUMNS if c not in clips]:
@@ -421,7 +477,7 @@ class StoreWriter:
         stem = self.folder / f"shard-{shard:05d}"
         return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
-    def _finished(self, shard: int) -> dict[str, Any] | None:
+    def _finished(self, shard: int) -> Finished | None:
         """Read the record of a shard that an earlier writer of this configuration left whole."""
         data, note = self._files(shard)
         if not (data.exists() and note.exists()):
@@ -481,7 +537,7 @@ class StoreWriter:
                     "sha256": record["sha256"],
                 }
             )
-        train: dict[str, Any] = {"frames": total.count}
+        train: Train = {"frames": total.count}
         if total.count:
             train["mean"] = total.mean.tolist()
             train["std"] = np.sqrt(total.m2 / total.count).tolist()

@@ -35,6 +35,8 @@ AGAIN = "download it again, or fetch it with `dvc pull`"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """In the order in which transformers takes them; each may be in shards, listed by its index."""
 TOKENIZERS = ("tokenizer.json", "spiece.model")
+DeviceMap = str | Mapping[str, str | int | torch.device] | None
+"""As accelerate takes it: "auto", or module name to device, "cpu" or "disk"."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 RECOMPUTED = re.compile(r"embed_positions\.weights$|rotary_emb\.inv_freq$|position_ids$")
 """Tables in older checkpoints that the library computes by now."""

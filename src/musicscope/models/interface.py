@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ def check_audio(audio: Tensor | np.ndarray) -> Tensor:
     return audio.float()
 
 
-def is_audio_model(model: MusicModel[Any]) -> bool:
+def is_audio_model(model: MusicModel) -> TypeGuard[AudioModel]:
     """Tell an `AudioModel` from a `LanguageModel`."""
     return isinstance(model, AudioModel)
 

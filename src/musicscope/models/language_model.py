@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ class Context(Protocol):
         """[S] labels for hooks, see `interface.Hook`."""
 
 
-class Decoder(Protocol):
+C = TypeVar("C", bound=Context, contravariant=True)
+
+
+class Decoder(Protocol[C]):
     """Embedding, layers and heads of a decoder as separate steps."""
 
     num_layers: int
@@ -38,11 +41,14 @@ class Decoder(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Turn input ids into the input of layer 0 [rows, S, d]."""
 
-    def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, context: C) -> Tensor:
         """Run layer `index` on hidden [rows, S, d]."""
 
     def logits(self, hidden: Tensor, frames: int) -> Tensor:
         """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to codes."""
+
+
+D = TypeVar("D", bound=Decoder)
 
 
 def run_layers(
@@ -78,7 +84,7 @@ def by_clip(signal: Tensor) -> tuple[Tensor, ...]:
     return signal.split(1 if signal.device.type == "cpu" else max(1, len(signal)))
 
 
-class LayerwiseModel:
+class LayerwiseModel(Generic[D]):
     """`interface.LanguageModel` over a `Decoder`. Methods run without autograd, but for `traced`.
 
     `device` is where batches and results are; with a device map, layers may be elsewhere.
@@ -92,7 +98,7 @@ class LayerwiseModel:
     def __init__(
         self,
         name: str,
-        decoder: Any,
+        decoder: D,
         *,
         device: torch.device,
         sample_rate: int,

@@ -6,10 +6,9 @@ import fnmatch
 import functools
 import importlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
 """Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
 
 
-def _model_type(config: dict[str, Any]) -> str:
+def _model_type(config: Mapping[str, object]) -> str:
     return str(config.get("model_type", ""))
 
 
@@ -35,10 +34,10 @@ class System:
     """module:class, imported when needed, with `load(folder or file, device=, dtype=, **options)`.
     A string, so that a stage depends on the loaders of its own models alone
     (`tools.import_closure`)."""
-    detect: Callable[[Path, dict[str, Any]], bool]
+    detect: Callable[[Path, Mapping[str, object]], bool]
     """(folder or file, its config.json or {}) -> whether it holds a model of this family."""
 
-    def load(self, path: Path, **options: Any) -> MusicModel:
+    def load(self, path: Path, **options: object) -> MusicModel:
         """Load the model in a folder or file."""
         module, name = self.loader.split(":")
         return getattr(importlib.import_module(module), name).load(path, **options)
@@ -70,7 +69,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     system: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> MusicModel:
     """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
@@ -189,7 +188,7 @@ def _check_apart(parts: Sequence[DownloadModel | Part], target: Path) -> None:
             )
 
 
-def download(entry: DownloadModel, target: str | Path) -> dict[str, Any]:
+def download(entry: DownloadModel, target: str | Path) -> dict[str, str | int]:
     """Replace the folder `target` by the model of `entry`.
 
     Returns numbers for metrics/download_model/<name>.json. A hub id is fetched into the hub's own

@@ -16,7 +16,7 @@ import re
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +34,9 @@ from musicscope.models.audiocraft.loading import (
 )
 from musicscope.models.checkpoint import load_tokenizer
 from musicscope.models.musicgen.model import load_parts
+
+if TYPE_CHECKING:
+    from transformers import MusicgenConfig, MusicgenForConditionalGeneration, T5Config
 
 State = dict[str, Tensor]
 CORE, LAYERS = "decoder.model.decoder.", "transformer.layers."
@@ -152,7 +155,9 @@ def codec_to_transformers(state: State) -> State:
 # ---- settings
 
 
-def audiocraft_configs(hf: Any, text_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def audiocraft_configs(
+    hf: MusicgenForConditionalGeneration, text_name: str
+) -> tuple[dict[str, object], dict[str, object]]:
     """Make (config of the language model, config of the codec) for a transformers MusicGen."""
     decoder, codec = hf.config.decoder, hf.config.audio_encoder
     if codec.norm_type != "weight_norm" or codec.codebook_dim != codec.hidden_size:
@@ -217,7 +222,9 @@ def audiocraft_configs(hf: Any, text_name: str) -> tuple[dict[str, Any], dict[st
     return language, compression
 
 
-def transformers_config(language: DictConfig, compression: DictConfig, text: Any) -> Any:
+def transformers_config(
+    language: DictConfig, compression: DictConfig, text: T5Config
+) -> MusicgenConfig:
     """Make the MusicgenConfig of audiocraft's two configs and a T5 config."""
     from transformers import EncodecConfig, MusicgenConfig, MusicgenDecoderConfig
 

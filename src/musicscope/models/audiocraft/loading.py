@@ -24,10 +24,10 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +36,8 @@ from torch import Tensor
 from musicscope.models import checkpoint, missing
 
 if TYPE_CHECKING:
+    from audiocraft.models.encodec import CompressionModel
+    from audiocraft.models.lm import LMModel
     from transformers import T5EncoderModel
 
 
@@ -45,11 +47,11 @@ MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.
 class _Record:
     """Stand-in for any object of OmegaConf in a pickle: `__dict__` holds its stored values."""
 
-    def __new__(cls, *args: Any) -> _Record:
+    def __new__(cls, *args: object) -> _Record:
         return super().__new__(cls)
 
 
-def _empty(*args: Any) -> dict:
+def _empty(*args: object) -> dict:
     """Stand-in for ``collections.defaultdict``, in which OmegaConf caches resolvers."""
     return {}
 
@@ -71,7 +73,7 @@ RECORDS = (
 ALLOWED = [*((_Record, name) for name in RECORDS), (_empty, "collections.defaultdict")]
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: object) -> object:
     """Turn a config that was read as `_Record`s into dicts, lists and values."""
     if isinstance(node, _Record):
         stored = node.__dict__
@@ -123,7 +125,7 @@ def check_supported(config: DictConfig, path: Path) -> None:
     ValueError names the file, the key and the value that is not supported.
     """
 
-    def value(key: str, default: Any = None) -> Any:
+    def value(key: str, default: object = None):
         found = OmegaConf.select(config, key, default=default)
         return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
@@ -179,7 +181,7 @@ def check_supported(config: DictConfig, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _local_t5(conditioners: Any, folder: Path) -> Iterator[None]:
+def _local_t5(conditioners: ModuleType, folder: Path) -> Iterator[None]:
     """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
     cls, own = conditioners.T5Conditioner, (conditioners.T5Tokenizer, conditioners.T5EncoderModel)
     names, widths = cls.MODELS, cls.MODELS_DIMS
@@ -220,7 +222,7 @@ def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) 
 
 def build_language_model(
     path: Path, text: Path | None, text_revision: str | None, dtype: torch.dtype
-) -> tuple[Any, DictConfig]:
+) -> tuple[LMModel, DictConfig]:
     """Build (audiocraft's LMModel in `dtype`, its config) from a checkpoint; T5 in float32."""
     weights, config = read_checkpoint(path)
     check_supported(config, path)
@@ -244,7 +246,7 @@ def build_language_model(
     return model, config
 
 
-def build_codec(path: Path, config: DictConfig) -> Any:
+def build_codec(path: Path, config: DictConfig) -> CompressionModel:
     """Build audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of
     the language model) uses."""
     weights, own = read_checkpoint(path)
@@ -282,7 +284,7 @@ KEPT = "xformers"
 class _StandIn(ModuleType):
     """A module in which every public name is a function that raises when called."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
         return missing(self.__name__.partition(".")[0], f"{self.__name__}.{name}")

@@ -12,17 +12,21 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import MusicgenForConditionalGeneration
+from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerBase
 
 from musicscope.models import checkpoint
+from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
-from musicscope.models.musicgen.decoder import LayerwiseDecoder, main_device
+from musicscope.models.musicgen.decoder import LayerwiseDecoder
 from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
+
+if TYPE_CHECKING:
+    from nnsight import NNsight
 
 # Rounding the codec would change the codes, that is the data; T5 overflows in float16, and its
 # states are the same for all precisions of the decoder when it keeps its own.
@@ -72,9 +76,9 @@ def load_parts(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
-    device_map: str | dict[str, Any] | None = None,
-    **options: Any,
-) -> tuple[MusicgenForConditionalGeneration, Any]:
+    device_map: DeviceMap = None,
+    **options: object,
+) -> tuple[MusicgenForConditionalGeneration, PreTrainedTokenizerBase]:
     """Load (model, tokenizer) of a save_pretrained folder, frozen.
 
     The decoder is read in `dtype` (float32, bfloat16 or float16) without a float32 copy of the
@@ -129,7 +133,9 @@ class MusicgenModel(DelayPatternModel):
     Mono text-to-music models only (small, medium, large).
     """
 
-    def __init__(self, hf: MusicgenForConditionalGeneration, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, hf: MusicgenForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str
+    ) -> None:
         self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
         decoder, codec = hf.config.decoder, hf.config.audio_encoder
         if decoder.audio_channels != 1 or codec.audio_channels != 1:
@@ -138,10 +144,8 @@ class MusicgenModel(DelayPatternModel):
         super().__init__(
             name,
             LayerwiseDecoder(hf),
-            device=main_device(hf),
             sample_rate=codec.sampling_rate,
             frame_rate=codec.sampling_rate / math.prod(codec.upsampling_ratios),
-            num_codebooks=decoder.num_codebooks,
             width=decoder.hidden_size,
             card=decoder.vocab_size,
             special=decoder.bos_token_id if start is None else start,
@@ -154,8 +158,8 @@ class MusicgenModel(DelayPatternModel):
         source: Path,
         device: torch.device,
         dtype: torch.dtype,
-        device_map: str | dict[str, Any] | None = None,
-        **options: Any,
+        device_map: DeviceMap = None,
+        **options: object,
     ) -> MusicgenModel:
         """Load a save_pretrained folder; see `load_parts`."""
         hf, tokenizer = load_parts(source, device, dtype, device_map, **options)
@@ -192,7 +196,7 @@ class MusicgenModel(DelayPatternModel):
         decode, parts = self.hf.audio_encoder.decode, by_clip(codes.to(self.device))
         return torch.cat([decode(part[None], [None]).audio_values[:, 0] for part in parts])
 
-    def trace(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    def trace(self, batch: Batch) -> tuple[NNsight, dict[str, object]]:
         """Give an nnsight view of the model, and the inputs with which it repeats `forward`.
 
         For interactive work; the stages use hooks. Needs ``pip install nnsight``. Put it in a file

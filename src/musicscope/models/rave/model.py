@@ -26,7 +26,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class RaveModel:
         name = source.name if source.is_dir() else source.stem
         return cls(load_archive(files[0], device), name, device, seed)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         # AttributeError, so that this is no `LanguageModel`.
         why = NOT_OFFERED.get(name)
         raise AttributeError(

@@ -34,7 +34,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +43,7 @@ from transformers import LlamaForCausalLM, XcodecModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from musicscope.models import checkpoint
+from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch, Hooks, check_audio
 from musicscope.models.language_model import LayerwiseModel, by_clip, run_layers
 from musicscope.models.yue import tokens
@@ -162,7 +162,7 @@ class LayerwiseLlama:
         return self.hf.lm_head(self.hf.model.norm(hidden[:, -1])).float()
 
 
-class YueModel(LayerwiseModel):
+class YueModel(LayerwiseModel[LayerwiseLlama]):
     """`LanguageModel` over `LlamaForCausalLM`; `.hf` is the Llama, `.codec` the XcodecModel.
 
     `segment` is the lyric text of the one segment, with its section head.
@@ -212,8 +212,8 @@ class YueModel(LayerwiseModel):
         dtype: torch.dtype,
         codec: str | Path | None = None,
         tokenizer: str | Path | None = None,
-        device_map: str | dict[str, Any] | None = None,
-        **options: Any,
+        device_map: DeviceMap = None,
+        **options: object,
     ) -> YueModel:
         """Load a folder laid out as above; see `musicscope.models.registry.load_model`.
 
