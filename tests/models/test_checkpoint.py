@@ -99,7 +99,7 @@ def in_audiocraft(key: str, value: object, file: str) -> Damage:
     def damage(folder: Path) -> None:
         package = torch.load(folder / file, weights_only=True)
         config = OmegaConf.create(package["xp.cfg"])
-        OmegaConf.update(config, key, value, force_add=True)
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
         torch.save({**package, "xp.cfg": OmegaConf.to_yaml(config)}, folder / file)
 
     return damage
@@ -173,6 +173,13 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
         "musicgen", settings("config.json",
                              lambda c: c["audio_encoder"].update(target_bandwidths=[0.6, 1.2])),
         r"the codec has 2 codebooks of 64 codes, the decoder needs 4"),
+    "musicgen: start token": (
+        "musicgen", settings("generation_config.json",
+                             lambda c: c.update(decoder_start_token_id=0)),
+        r"generation_config\.json: decoder_start_token_id is 0, .* special id is 64"),
+    "audiocraft: rate of the codec": (
+        "audiocraft", in_audiocraft("sample_rate", 1600, CODEC),
+        r"compression_state_dict\.bin: the codec works at 1600 Hz, the language model at 3200"),
     "musicgen: untrained codec": (
         "musicgen", weights(HF, silent_codebook("audio_encoder.quantizer.layers.1.codebook.embed")),
         r"layers\.1\.codebook\.embed of the codec is all zero"),
@@ -290,6 +297,10 @@ def test_generation_settings_that_are_absent_are_said(checkpoints, tmp_path):
     settings("generation_config.json", lambda c: c.pop("guidance_scale"))(folder)
     with pytest.warns(UserWarning, match=r"generation_config\.json lacks guidance_scale"):
         load(folder)
+    lacking = in_audiocraft("classifier_free_guidance", {}, "state_dict.bin")
+    folder = copied(checkpoints["audiocraft"], tmp_path / "y", lacking)
+    with pytest.warns(UserWarning, match=r"state_dict\.bin lacks classifier_free.*: 3\.0 is used"):
+        assert load(folder).guidance_scale == 3.0
     module = rave_export.TinyRave()
     del module.encode_params
     rave_export.save(module, tmp_path / "bare.ts")

@@ -108,6 +108,10 @@ def test_nothing_is_left_of_what_is_no_model_or_not_there(tmp_path):
         assert not target.exists()
         assert not list(target.parent.iterdir())
     rave_export.save(rave_export.TinyRave(), tmp_path / "empty/a.ts")
+    (tmp_path / "text/config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"text/config\.json is a git-lfs pointer"):
+        registry.download(replace(LOCAL, source=str(tmp_path / "text")), target)
+    assert not target.exists()
     outside = replace(
         LOCAL, source=str(tmp_path / "empty"), parts=(Part("../x", str(tmp_path), "", ("*",)),)
     )

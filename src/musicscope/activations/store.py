@@ -302,50 +302,38 @@ class ActivationStore:
             raise StoreError(f"{samples} samples give no batch of {batch_size}")
         limit = buffer_mb * 2**20 / (self.width * STORAGE[self.dtype].itemsize)
         part = rows or slice(0, batch_size)
-        return self._stream(
-            members, counts, limit, batch_size, part, seed, start_step, steps, total
-        )
 
-    def _stream(
-        self,
-        members: list[np.ndarray],
-        counts: np.ndarray,
-        limit: float,
-        batch_size: int,
-        part: slice,
-        seed: int,
-        step: int,
-        steps: int,
-        total: int,
-    ) -> Iterator[np.ndarray]:
-        epoch, skip = divmod(step * batch_size, total)
-        batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
-        while step < steps:
-            rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
-            for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
-                # Drawn even where it is skipped: a resumed epoch must use the same numbers.
-                order = rng.permutation(int(counts[window].sum()))
-                if skip >= len(order):
-                    skip -= len(order)
-                    continue
-                buffer = self._load(window, members, len(order))
-                position, skip = skip, 0
-                while position < len(order):
-                    take = order[position : position + batch_size - filled]
-                    first, stop = max(filled, part.start), min(filled + len(take), part.stop)
-                    if first < stop:
-                        batch[first - part.start : stop - part.start] = decode(
-                            buffer[take[first - filled : stop - filled]], self.dtype
-                        )
-                    position, filled = position + len(take), filled + len(take)
-                    if filled == batch_size:
-                        yield batch
-                        step += 1
-                        if step == steps:
-                            return
-                        batch, filled = np.empty_like(batch), 0
-                del buffer  # before the next window is read, or two would be in memory
-            epoch += 1
+        def batches(step: int) -> Iterator[np.ndarray]:
+            epoch, skip = divmod(step * batch_size, total)
+            batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
+            while step < steps:
+                rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
+                for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
+                    # Drawn even where it is skipped: a resumed epoch must use the same numbers.
+                    order = rng.permutation(int(counts[window].sum()))
+                    if skip >= len(order):
+                        skip -= len(order)
+                        continue
+                    buffer = self._load(window, members, len(order))
+                    position, skip = skip, 0
+                    while position < len(order):
+                        take = order[position : position + batch_size - filled]
+                        first, stop = max(filled, part.start), min(filled + len(take), part.stop)
+                        if first < stop:
+                            batch[first - part.start : stop - part.start] = decode(
+                                buffer[take[first - filled : stop - filled]], self.dtype
+                            )
+                        position, filled = position + len(take), filled + len(take)
+                        if filled == batch_size:
+                            yield batch
+                            step += 1
+                            if step == steps:
+                                return
+                            batch, filled = np.empty_like(batch), 0
+                    del buffer  # before the next window is read, or two would be in memory
+                epoch += 1
+
+        return batches(start_step)
 
     def _load(self, window: Sequence[int], members: list[np.ndarray], rows: int) -> np.ndarray:
         """The selected rows of some shards as storage words [rows, width]."""

@@ -153,12 +153,10 @@ class LayerwiseModel(Generic[D]):
 
     @property
     def layer_calls(self) -> int:
-        """Layer evaluations since loading."""
         return self.decoder.calls
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers."""
         held: dict[int, int] = {}
         for module in self.modules:
             for tensor in (*module.parameters(), *module.buffers()):
@@ -167,8 +165,7 @@ class LayerwiseModel(Generic[D]):
 
     @torch.no_grad()
     def encode(self, audio: Tensor | np.ndarray, captions: Sequence[str | None]) -> Batch:
-        """Run audio [B, n] float at `sample_rate` through the codec, captions through the text
-        encoder.
+        """Run audio [B, n] through the codec, captions through the text encoder.
 
         ValueError for another shape, for NaN or infinity, and for a caption count other than B.
         """
@@ -218,10 +215,6 @@ class LayerwiseModel(Generic[D]):
     def forward(
         self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
     ) -> Tensor | None:
-        """Logits [B, K, T, card], [b, k, t] predicting codes[b, k, t].
-
-        With `stop_after` the layers behind that hook point do not run and the result is None.
-        """
         last = None if stop_after is None else self._layer(stop_after)
         hidden = self._run(batch, self.by_layer(hooks), last)
         return self._logits(hidden, batch) if stop_after is None else None
@@ -253,7 +246,6 @@ class LayerwiseModel(Generic[D]):
 
     @torch.no_grad()
     def layer_inputs(self, batch: Batch) -> list[Tensor]:
-        """L + 1 tensors [B, S, d]: the input of every layer and the last layer's output."""
         inputs: list[Tensor] = []
         output = self._run(batch, {}, inputs=inputs)
         return [stream.to(self.device) for stream in [*inputs, output]]
@@ -276,7 +268,6 @@ class LayerwiseModel(Generic[D]):
 
     @torch.no_grad()
     def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
-        """-log p(codes) [B, K, T] in nats, float32."""
         logits = self.forward(batch, hooks).float()
         return F.cross_entropy(logits.flatten(0, 2), batch.codes.flatten(), reduction="none").view(
             batch.codes.shape
@@ -291,7 +282,6 @@ class LayerwiseModel(Generic[D]):
     def traced(
         self, batch: Batch, layer: str, logits: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run `forward` with autograd; see `interface.LanguageModel.traced`."""
         index = self._layer(layer)
         with torch.enable_grad():
             inputs = self.decoder.embed(self.sequence(batch)).detach().requires_grad_()
@@ -305,12 +295,8 @@ class LayerwiseModel(Generic[D]):
 
     @torch.no_grad()
     def substitution_gains(self, codes: Tensor, gradient: Tensor) -> Tensor:
-        """First-order change of J per substitution; see `interface.LanguageModel`.
-
-        The input at a position is a sum of code embeddings E, so a new code v at (k, t) changes J
-        by g . (E[v] - E[code t]), g being the gradient at the position where (k, t) is fed. A code
-        that is never fed has changes of 0.
-        """
+        # The input at a position is a sum of code embeddings E, so a new code v at (k, t) changes J
+        # by g . (E[v] - E[code t]), g being the gradient where (k, t) is fed; 0 if it never is.
         frames = codes.shape[1]
         gains = []
         for book, own in enumerate(codes):

@@ -15,7 +15,7 @@ import torch
 from musicscope.config.data import DownloadModel, Part
 from musicscope.core.io import atomic_dir
 from musicscope.data.clips import ClipStore, ResampledClips, at_rate
-from musicscope.models.checkpoint import fetch, fetch_family, read_config
+from musicscope.models.checkpoint import check_file, fetch, fetch_family, read_config
 from musicscope.models.interface import MusicModel
 
 Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
@@ -160,7 +160,7 @@ def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
     """Copy the files below `folder` whose name or path fits a pattern, except hidden ones.
 
     Links are followed: the hub's cache consists of them. Returns the number of files;
-    FileNotFoundError if there is none.
+    FileNotFoundError if there is none, ValueError for a git-lfs pointer.
     """
     count = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -169,7 +169,7 @@ def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
         if not fits or any(part.startswith(".") for part in name.parts):
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        shutil.copyfile(check_file(path), target / name)
         count += 1
     if not count:
         raise FileNotFoundError(f"download_model: {folder} has no file {' or '.join(patterns)}")

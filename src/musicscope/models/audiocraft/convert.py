@@ -30,6 +30,7 @@ from musicscope.models.audiocraft.loading import (
     check_supported,
     load_text_encoder,
     read_checkpoint,
+    settle_guidance,
     text_encoder_folder,
 )
 from musicscope.models.checkpoint import load_tokenizer
@@ -324,6 +325,7 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
     weights, language = read_checkpoint(source / MODEL_FILE)
     codec_weights, compression = read_checkpoint(source / CODEC_FILE)
     check_supported(language, source / MODEL_FILE)
+    settle_guidance(language, source / MODEL_FILE)
     place = text_encoder_folder(source, language, text_revision)
     text = load_text_encoder(place)
     config = transformers_config(language, compression, text.config)

@@ -24,6 +24,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from musicscope.models import checkpoint, missing
+from musicscope.models.musicgen.delay_pattern import GUIDANCE
 
 if TYPE_CHECKING:
     from audiocraft.models.encodec import CompressionModel
@@ -134,50 +136,46 @@ def check_supported(config: DictConfig, path: Path) -> None:
     fused = {op: value(f"fuser.{op}", []) for op in ("sum", "prepend", "input_interpolate")}
     no_melody = "melody, style and other conditioning is not supported, only text"
     kind = value("conditioners.description.model")
+    normalised = bool(value("conditioners.description.t5.normalize_text"))
+    plain = list(range(books or 0))
+    pattern = value("codebooks_pattern.modeling") or value("transformer_lm.q_modeling")
+    stereo = "stereo is not supported: take a mono model"
     needs = [
         ("lm_model", value("lm_model"), "transformer_lm", "only MusicGen's decoder is supported"),
-        (
-            "interleave_stereo_codebooks.use",
-            bool(value("interleave_stereo_codebooks.use", False)),
-            False,
-            "stereo is not supported: take a mono model",
-        ),
+        ("interleave_stereo_codebooks.use", bool(value("interleave_stereo_codebooks.use", False)),
+         False, stereo),
         ("conditioners", conditions, ["description"], no_melody),
         ("conditioners.description.model", kind, "t5", no_melody),
         ("fuser.cross", value("fuser.cross", []), ["description"], no_melody),
         ("fuser", [op for op, names in fused.items() if names], [], no_melody),
         ("fuser.cross_attention_pos_emb", bool(value("fuser.cross_attention_pos_emb")), False, ""),
-        (
-            "conditioners.description.t5.normalize_text",
-            bool(value("conditioners.description.t5.normalize_text")),
-            False,
-            "it needs spacy",
-        ),
-        (
-            "codebooks_pattern.modeling",
-            value("codebooks_pattern.modeling") or value("transformer_lm.q_modeling"),
-            "delay",
-            "",
-        ),
-        (
-            "codebooks_pattern.delay.delays",
-            value("codebooks_pattern.delay.delays") or list(range(books or 0)),
-            list(range(books or 0)),
-            "stereo models delay two codebooks together: take a mono model",
-        ),
+        ("conditioners.description.t5.normalize_text", normalised, False, "it needs spacy"),
+        ("codebooks_pattern.modeling", pattern, "delay", ""),
+        ("codebooks_pattern.delay.delays", value("codebooks_pattern.delay.delays") or plain, plain,
+         "stereo models delay two codebooks together: take a mono model"),
+        ("codebooks_pattern.delay.flatten_first",
+         value("codebooks_pattern.delay.flatten_first") or 0, 0, ""),
+        ("codebooks_pattern.delay.empty_initial",
+         value("codebooks_pattern.delay.empty_initial") or 0, 0, ""),
         ("transformer_lm.norm_first", value("transformer_lm.norm_first"), True, ""),
         ("transformer_lm.positional_embedding",
          value("transformer_lm.positional_embedding", "sin"), "sin", ""),
         ("transformer_lm.past_context", value("transformer_lm.past_context"), None, ""),
     ]  # fmt: skip
-    for step in ("flatten_first", "empty_initial"):
-        key = f"codebooks_pattern.delay.{step}"
-        needs.append((key, value(key) or 0, 0, ""))
     for key, found, wanted, why in needs:
         if found != wanted:
             raise ValueError(
                 f"{path}: {key} is {found!r}, need {wanted!r}{'; ' + why if why else ''}"
             )
+
+
+def settle_guidance(config: DictConfig, path: Path) -> None:
+    """Fill in the scale of guidance, with a warning, where the config names none."""
+    key = "classifier_free_guidance"
+    if OmegaConf.select(config, f"{key}.inference_coef") is None:
+        warnings.warn(f"{path} lacks {key}.inference_coef: {GUIDANCE} is used", stacklevel=4)
+        settings = {"training_dropout": 0.0, "inference_coef": GUIDANCE}
+        OmegaConf.update(config, key, settings, force_add=True)
 
 
 @contextlib.contextmanager
@@ -226,6 +224,7 @@ def build_language_model(
     """Build (audiocraft's LMModel in `dtype`, its config) from a checkpoint; T5 in float32."""
     weights, config = read_checkpoint(path)
     check_supported(config, path)
+    settle_guidance(config, path)
     import_audiocraft()
     from audiocraft.models import builders
     from audiocraft.modules import conditioners
@@ -253,6 +252,12 @@ def build_codec(path: Path, config: DictConfig) -> CompressionModel:
     books = int(OmegaConf.select(config, "compression_model_n_q", default=0) or 0)
     card = int(config.transformer_lm.card)
     held = (int(own.rvq.n_q), int(own.rvq.bins))
+    rates = config.get("sample_rate"), own.get("sample_rate")
+    if None not in rates and rates[0] != rates[1]:
+        raise ValueError(
+            f"{path}: the codec works at {rates[1]} Hz, the language model at {rates[0]} Hz; they "
+            "do not belong together: take both from one model"
+        )
     import_audiocraft()
     from audiocraft.models import builders
 

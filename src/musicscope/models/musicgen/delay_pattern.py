@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
 
+GUIDANCE = 3.0
+"""Scale of the released models (Copet et al. 2023), where a folder names none."""
+
 
 def delayed(codes: Tensor, special: int) -> Tensor:
     """Codes [B, K, T] to the sequence [B, K, T + K]: start column, then the delay pattern."""

@@ -23,7 +23,7 @@ from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
 from musicscope.models.musicgen.decoder import LayerwiseDecoder
-from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
+from musicscope.models.musicgen.delay_pattern import GUIDANCE, DelayPatternModel, text_states
 
 if TYPE_CHECKING:
     from nnsight import NNsight
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 # Rounding the codec would change the codes, that is the data; T5 overflows in float16, and its
 # states are the same for all precisions of the decoder when it keeps its own.
 FLOAT32_PARTS = ("audio_encoder", "text_encoder")
-GUIDANCE = 3.0
-"""Scale of the released models (Copet et al. 2023), where a folder names none."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # transformers has no argument for this, only a class attribute; its loader, and what it writes on
@@ -107,22 +105,26 @@ def load_parts(
         (books, hf.config.decoder.vocab_size),
     )
     tokenizer = checkpoint.load_tokenizer(folder, hf.config.text_encoder)
-    _say_defaults(folder, hf)
+    check_generation(folder, hf)
     if device_map is None:
         hf.to(device)
     return hf.requires_grad_(False), tokenizer
 
 
-def _say_defaults(folder: Path, hf: MusicgenForConditionalGeneration) -> None:
-    """Warn of generation settings that the folder lacks."""
+def check_generation(folder: Path, hf: MusicgenForConditionalGeneration) -> None:
+    """Warn of generation settings that the folder lacks; ValueError for another model's."""
     held, own = hf.generation_config, hf.config.decoder
-    absent = []
+    path, absent = folder / "generation_config.json", []
+    if held.decoder_start_token_id not in (None, own.vocab_size):
+        raise ValueError(
+            f"{path}: decoder_start_token_id is {held.decoder_start_token_id}, the decoder's "
+            f"special id is {own.vocab_size}; the file is another model's: {checkpoint.AGAIN}"
+        )
     if not held.guidance_scale:
         absent.append(f"guidance_scale ({GUIDANCE} is used)")
     if held.decoder_start_token_id is None:
         absent.append(f"decoder_start_token_id (the decoder's bos_token_id {own.bos_token_id} is)")
     if absent:
-        path = folder / "generation_config.json"
         state = "lacks" if path.is_file() else "is missing, and with it"
         warnings.warn(f"{path} {state} {', '.join(absent)}", stacklevel=3)
 
@@ -138,8 +140,6 @@ class MusicgenModel(DelayPatternModel):
     ) -> None:
         self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
         decoder, codec = hf.config.decoder, hf.config.audio_encoder
-        if decoder.audio_channels != 1 or codec.audio_channels != 1:
-            raise ValueError(f"{name} is a stereo MusicGen; only mono models are supported")
         start = hf.generation_config.decoder_start_token_id
         super().__init__(
             name,
@@ -172,11 +172,10 @@ class MusicgenModel(DelayPatternModel):
     @torch.no_grad()
     def encode_signal(self, signal: Tensor) -> Tensor:
         codes = self.hf.audio_encoder.encode(signal[:, None]).audio_codes
-        if codes.shape[0] != 1 or codes.shape[2] != self.num_codebooks:
+        if codes.shape[0] != 1:
             raise ValueError(
-                f"{self.name}: the codec gave codes {list(codes.shape)}, need one chunk of "
-                f"{self.num_codebooks} codebooks; check chunk_length_s and target_bandwidths[0] "
-                "in the audio_encoder section of its config.json"
+                f"{self.name}: the codec gave {codes.shape[0]} chunks, need one; check "
+                "chunk_length_s in the audio_encoder section of its config.json"
             )
         return codes[0]
 
@@ -199,27 +198,7 @@ class MusicgenModel(DelayPatternModel):
     def trace(self, batch: Batch) -> tuple[NNsight, dict[str, object]]:
         """Give an nnsight view of the model, and the inputs with which it repeats `forward`.
 
-        For interactive work; the stages use hooks. Needs ``pip install nnsight``. Put it in a file
-        or a notebook cell (nnsight reads the source of the block)::
-
-            view, inputs = model.trace(batch)
-            layers = view.decoder.model.decoder.layers
-            with torch.no_grad(), view.trace(**inputs):
-                seen = layers[3].output.save()          # ask for layers in forward order
-                layers[4].output = layers[4].output * 0 # and change them
-                logits = view.output.logits.save()      # [B * K, S, card], not aligned
-            frames = seen[:, 1 : batch.frames + 1]      # == model.capture(batch, ["layers.3"])
-
-        To follow generation, loop without a bound and take the result in a second invoke:
-        transformers 5 runs the first decoder step twice, so `tracer.iter[:N]` misses the last::
-
-            with view.trace(fn="generate") as tracer:
-                with tracer.invoke(input_ids=ids, attention_mask=mask, max_new_tokens=100):
-                    for step in tracer.iter[:]:
-                        layers[3].output = layers[3].output + direction
-                with tracer.invoke():
-                    audio = tracer.result.save()
-
+        For interactive work, see docs/models.md; the stages use hooks.
         Importing nnsight puts `.save` on every Python object; hence the late import.
         """
         try:

@@ -74,21 +74,6 @@ def frame_labels(prompt: int, codes: int) -> Tensor:
     return torch.cat([torch.zeros(prompt, dtype=torch.int64), labels])
 
 
-NUM_POSITION_GROUPS = 4
-
-
-def group_positions(prompt_mask: Tensor, codes: int) -> Tensor:
-    """Group alike positions, for means over them: [B, P + codes].
-
-    0 the first of a row (the same in all clips, and where attention rests), 1 frames, 2 vocal
-    codes, 3 the rest of the prompt, -1 padding. `prompt_mask` [B, P] is 0 on padding.
-    """
-    labels = frame_labels(prompt_mask.shape[1], codes).to(prompt_mask.device)
-    kinds = torch.where(labels > 0, 1, torch.where(labels < 0, 2, 3)).repeat(len(prompt_mask), 1)
-    kinds[:, : prompt_mask.shape[1]].masked_fill_(prompt_mask == 0, -1)
-    return kinds.scatter(1, prompt_mask.argmax(1, keepdim=True), 0)
-
-
 class LayerwiseLlama:
     """Embedding, layers and head as separate steps; counts layer evaluations."""
 
@@ -171,7 +156,7 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
     takes a mix for the instrumental track and silence for the vocal one (`first_encoded`).
     """
 
-    num_position_groups = NUM_POSITION_GROUPS
+    num_position_groups = 4
     plain_sampling = {"guidance_scale": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     first_encoded = 1
 
@@ -260,9 +245,15 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
                 raise ValueError("vocals and audio must have the same number of clips and samples")
         return self.with_captions(torch.stack([vocal, instrumental], 1), captions)
 
+    @torch.no_grad()
     def _track(self, audio: Tensor | np.ndarray) -> Tensor:
-        parts = by_clip(check_audio(audio).to(self.device))
-        return torch.cat([tokens.encode_track(self.codec, part) for part in parts])
+        """Encode one track [B, n] into codes [B, T] int64, T = ceil(n / 320)."""
+        signal = check_audio(audio).to(self.device)
+        # xcodec would drop a last frame of less than a quarter; padded, each started frame counts,
+        # as in the other models.
+        padded = F.pad(signal[:, None], (0, -signal.shape[-1] % tokens.HOP))
+        parts = [self.codec.encode(p, bandwidth=tokens.BANDWIDTH) for p in by_clip(padded)]
+        return torch.cat([part.audio_codes[:, 0] for part in parts])
 
     def silence(self, frames: int) -> Tensor:
         """The codec's codes [T] of silence (not always one code throughout), kept per length."""
@@ -302,8 +293,15 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
         return frame_labels(batch.text.shape[1], 2 * batch.frames).to(self.device)
 
     def position_groups(self, batch: Batch) -> Tensor:
-        """[B, P + 2T]: the positions that share a mean, see `group_positions`."""
-        return group_positions(batch.text_mask, 2 * batch.frames)
+        """Group alike positions, for means over them: [B, P + 2T].
+
+        0 the first of a row (the same in all clips, and where attention rests), 1 frames, 2 vocal
+        codes, 3 the rest of the prompt, -1 padding.
+        """
+        mask, labels = batch.text_mask, self.positions(batch)
+        kinds = torch.where(labels > 0, 1, torch.where(labels < 0, 2, 3)).repeat(len(mask), 1)
+        kinds[:, : mask.shape[1]].masked_fill_(mask == 0, -1)
+        return kinds.scatter(1, mask.argmax(1, keepdim=True), 0)
 
     def context(self, hidden: Tensor, batch: Batch) -> Context:
         codes = batch.text_mask.new_ones(len(batch), 2 * batch.frames)
@@ -404,13 +402,16 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
 
     # ---- codec
 
+    @torch.no_grad()
     def codec_latents(self, codes: Tensor) -> Tensor:
         """Look up xcodec's latents [B, T, D] of the instrumental track of codes [B, 2, T]."""
-        return tokens.latents(self.codec, codes[:, 1])
+        return self.codec.quantizer.decode(codes[:, 1].to(self.device)[None]).transpose(1, 2)
 
+    @torch.no_grad()
     def decode_tracks(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into the audio [B, 2, n] of vocal and instrumental track."""
-        return tokens.decode_tracks(self.codec, codes)
+        flat = codes.to(self.device).flatten(0, 1)[:, None]
+        return self.codec.decode(flat).audio_values[:, 0].unflatten(0, codes.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into audio [B, n], the sum of the tracks (may exceed -1..1)."""

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import XcodecConfig, XcodecModel
 
 from musicscope.core.io import sha256
@@ -182,25 +181,3 @@ def load_codec(folder: str | Path, device: torch.device) -> XcodecModel:
     # Stage 1 uses the first codebook for both tracks.
     checkpoint.check_codec(codec, folder, (len(codec.quantizer.quantizers), CARD), (1, CARD))
     return codec.eval().to(device).requires_grad_(False)
-
-
-@torch.no_grad()
-def encode_track(codec: XcodecModel, signal: Tensor) -> Tensor:
-    """Encode one track [B, n] float32 at 16 kHz into codes [B, T] int64, T = ceil(n / 320)."""
-    # xcodec would drop a last frame of less than a quarter; padded, each started frame counts, as
-    # in the other models.
-    signal = F.pad(signal[:, None], (0, -signal.shape[-1] % HOP))
-    return codec.encode(signal, bandwidth=BANDWIDTH).audio_codes[:, 0]
-
-
-@torch.no_grad()
-def latents(codec: XcodecModel, codes: Tensor) -> Tensor:
-    """Look up quantised latents [B, T, D] of one track's codes [B, T]."""
-    return codec.quantizer.decode(codes.to(codec.device)[None]).transpose(1, 2)
-
-
-@torch.no_grad()
-def decode_tracks(codec: XcodecModel, codes: Tensor) -> Tensor:
-    """Turn codes [B, K, T] of K tracks into their audio [B, K, 320 T]."""
-    flat = codes.to(codec.device).flatten(0, 1)[:, None]
-    return codec.decode(flat).audio_values[:, 0].unflatten(0, codes.shape[:2])
