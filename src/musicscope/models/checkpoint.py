@@ -303,9 +303,9 @@ def check_codec(
 ) -> None:
     """Refuse (ValueError) a codec that does not fit its decoder, or whose codebooks are untrained.
 
-    `found` and `wanted` are (codebooks, codes in each).
+    `found` and `wanted` are (codebooks in use, codes in each).
     """
-    if found[1] != wanted[1] or found[0] < wanted[0]:
+    if found != wanted:
         raise ValueError(
             f"{place}: the codec has {found[0]} codebooks of {found[1]} codes, the decoder needs "
             f"{wanted[0]} of {wanted[1]}; they do not belong together: take both from one model"

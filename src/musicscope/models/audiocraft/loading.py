@@ -249,9 +249,9 @@ def build_codec(path: Path, config: DictConfig) -> CompressionModel:
     """Build audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of
     the language model) uses."""
     weights, own = read_checkpoint(path)
-    books = int(OmegaConf.select(config, "compression_model_n_q", default=0) or 0)
+    used = OmegaConf.select(config, "compression_model_n_q", default=None) or own.rvq.n_q
     card = int(config.transformer_lm.card)
-    held = (int(own.rvq.n_q), int(own.rvq.bins))
+    held = (min(int(used), int(own.rvq.n_q)), int(own.rvq.bins))
     rates = config.get("sample_rate"), own.get("sample_rate")
     if None not in rates and rates[0] != rates[1]:
         raise ValueError(
@@ -267,7 +267,7 @@ def build_codec(path: Path, config: DictConfig) -> CompressionModel:
         raise ValueError(f"{path}: encodec.channels is not 1; stereo is not supported")
     codec = builders.get_compression_model(own)
     checkpoint.fill(codec, weights, path)
-    checkpoint.check_codec(codec, path, held, (books, card))
+    checkpoint.check_codec(codec, path, held, (int(config.transformer_lm.n_q), card))
     codec = builders.get_wrapped_compression_model(codec, config)
     return codec.float().eval().requires_grad_(False)
 

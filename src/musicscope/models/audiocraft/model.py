@@ -34,7 +34,6 @@ from musicscope.models.musicgen.delay_pattern import (
     DelayDecoder,
     DelayPatternModel,
     Step,
-    text_states,
 )
 
 if TYPE_CHECKING:
@@ -53,14 +52,9 @@ class AudiocraftModel(DelayPatternModel):
         self.lm, self.codec = lm.to(device), codec.to(device)
         self.conditioner = lm.condition_provider.conditioners["description"]
         # Not a registered module of its conditioner, unless it was trained along.
-        self.conditioner.t5.to(device)
+        self.text_encoder = self.conditioner.t5.to(device)
+        self.tokenizer = self.conditioner.t5_tokenizer
         self.conditioner.device = lm.condition_provider.device = str(device)
-        if codec.num_codebooks != lm.n_q or codec.cardinality != lm.card:
-            raise ValueError(
-                f"{name}: the codec has {codec.num_codebooks} codebooks of {codec.cardinality}, "
-                f"the language model {lm.n_q} of {lm.card}; {MODEL_FILE} and {CODEC_FILE} do not "
-                "belong together"
-            )
         super().__init__(
             name,
             AudiocraftDecoder(lm, self.conditioner, device),
@@ -98,7 +92,7 @@ class AudiocraftModel(DelayPatternModel):
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        return self.lm, self.codec, self.conditioner.t5
+        return self.lm, self.codec, self.text_encoder
 
     @torch.no_grad()
     def encode_signal(self, signal: Tensor) -> Tensor:
@@ -107,16 +101,8 @@ class AudiocraftModel(DelayPatternModel):
             raise ValueError(f"{self.name}: a codec that renormalizes is not supported")
         return codes
 
-    @torch.no_grad()
     def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None or ""."""
-        text, mask = text_states(
-            self.conditioner.t5_tokenizer,
-            self.conditioner.t5,
-            [caption or None for caption in captions],
-            self.device,
-        )
-        return text.to(self.decoder.dtype), mask
+        return super().encode_text([caption or None for caption in captions])
 
     @torch.no_grad()
     def codec_latents(self, codes: Tensor) -> Tensor:
@@ -137,7 +123,7 @@ class AudiocraftDecoder(DelayDecoder):
         self._project = conditioner.output_proj
         super().__init__(lm.emb, lm.transformer.layers, lm.out_norm, lm.linears, device)
 
-    def places(self, ids: Tensor, past: int, width: int) -> Tensor:
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
         # In float32 whatever the decoder: float16 cannot tell positions beyond 2,048 apart.
         positions = torch.arange(ids.shape[-1], device=ids.device).view(1, -1, 1) + past
         period = self._transformer.max_period

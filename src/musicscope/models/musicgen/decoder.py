@@ -39,7 +39,7 @@ class LayerwiseDecoder(DelayDecoder):
             text = self.hf.enc_to_dec_proj(text)
         return text * text_mask[..., None]
 
-    def places(self, ids: Tensor, past: int, width: int) -> Tensor:
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
         return self._positions(ids, past)
 
     def context(

@@ -46,29 +46,6 @@ def undelayed(sequence: Tensor) -> Tensor:
     return torch.stack([sequence[:, k, k + 1 : k + 1 + frames] for k in range(books)], dim=1)
 
 
-def text_states(
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: PreTrainedModel,
-    captions: Sequence[str | None],
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """T5 states [B, L, d_text] and mask [B, L]; zero states and zero mask for None.
-
-    Both implementations use zeros for the unconditional half of guidance.
-    """
-    known = [i for i, caption in enumerate(captions) if caption is not None]
-    if not known:
-        text = torch.zeros(len(captions), 1, encoder.config.hidden_size, device=device)
-        return text, torch.zeros(len(captions), 1, device=device, dtype=torch.int64)
-    tokens = tokenizer([captions[i] for i in known], padding=True, return_tensors="pt").to(device)
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    text = states.new_zeros(len(captions), *states.shape[1:])
-    text_mask = mask.new_zeros(len(captions), mask.shape[1])
-    text[known], text_mask[known] = states, mask
-    return text, text_mask
-
-
 def sample(scores: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
     """Draw codes from logits [..., card] by adding Gumbel noise and taking the largest.
 
@@ -127,7 +104,7 @@ class DelayDecoder:
         self.num_codebooks, self.num_layers, self.calls = len(self.heads), len(layers), 0
         self.dtype: torch.dtype = next(self.heads[0].parameters()).dtype
 
-    def places(self, ids: Tensor, past: int, width: int) -> Tensor:
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
         """Embed the positions of ids [rows, K, S]: [S, d] or [1, S, d]."""
         raise NotImplementedError
 
@@ -152,7 +129,7 @@ class DelayDecoder:
     def embed(self, ids: Tensor, past: int = 0) -> Tensor:
         """Turn ids [rows, K, S] into the input of layer 0 [rows, S, d]."""
         tokens = sum(table(ids[:, k]) for k, table in enumerate(self.tables))
-        return tokens + self.places(ids, past, tokens.shape[-1]).to(tokens)
+        return tokens + self.embed_positions(ids, past, tokens.shape[-1]).to(tokens)
 
     def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
         """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
@@ -173,6 +150,8 @@ class DelayPatternModel(LayerwiseModel[DelayDecoder]):
     `special` is the id that fills the start column and the corners of the pattern.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel
     num_position_groups = 2
     plain_sampling = {"guidance_scale": 1.0, "top_k": 0}
 
@@ -185,6 +164,26 @@ class DelayPatternModel(LayerwiseModel[DelayDecoder]):
             num_codebooks=decoder.num_codebooks, width=width, card=card,
         )  # fmt: skip
         self.special, self.guidance_scale = special, guidance_scale
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None.
+
+        Both libraries use zeros for the unconditional half of guidance.
+        """
+        known = [i for i, caption in enumerate(captions) if caption is not None]
+        count, place = len(captions), {"device": self.device}
+        if not known:
+            text = torch.zeros(count, 1, self.text_encoder.config.hidden_size, **place)
+            return text.to(self.decoder.dtype), torch.zeros(count, 1, dtype=torch.int64, **place)
+        given = [captions[i] for i in known]
+        tokens = self.tokenizer(given, padding=True, return_tensors="pt").to(self.device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        text = states.new_zeros(count, *states.shape[1:])
+        text_mask = mask.new_zeros(count, mask.shape[1])
+        text[known], text_mask[known] = states, mask
+        return text.to(self.decoder.dtype), text_mask
 
     def sequence(self, batch: Batch) -> Tensor:
         """Decoder input ids [B, K, S]: start column and delay pattern, S = T + K - 1.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
 from musicscope.models.musicgen.decoder import LayerwiseDecoder
-from musicscope.models.musicgen.delay_pattern import GUIDANCE, DelayPatternModel, text_states
+from musicscope.models.musicgen.delay_pattern import GUIDANCE, DelayPatternModel
 
 if TYPE_CHECKING:
     from nnsight import NNsight
@@ -138,7 +137,8 @@ class MusicgenModel(DelayPatternModel):
     def __init__(
         self, hf: MusicgenForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str
     ) -> None:
-        self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
+        self.hf, self.codec = hf.eval(), hf.audio_encoder
+        self.text_encoder, self.tokenizer = hf.text_encoder, tokenizer
         decoder, codec = hf.config.decoder, hf.config.audio_encoder
         start = hf.generation_config.decoder_start_token_id
         super().__init__(
@@ -178,12 +178,6 @@ class MusicgenModel(DelayPatternModel):
                 "chunk_length_s in the audio_encoder section of its config.json"
             )
         return codes[0]
-
-    @torch.no_grad()
-    def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None."""
-        text, mask = text_states(self.tokenizer, self.hf.text_encoder, captions, self.device)
-        return text.to(self.decoder.dtype), mask
 
     @torch.no_grad()
     def codec_latents(self, codes: Tensor) -> Tensor:

@@ -179,5 +179,5 @@ def load_codec(folder: str | Path, device: torch.device) -> XcodecModel:
         )
     codec = checkpoint.load_pretrained(XcodecModel, folder, dtype=torch.float32)
     # Stage 1 uses the first codebook for both tracks.
-    checkpoint.check_codec(codec, folder, (len(codec.quantizer.quantizers), CARD), (1, CARD))
+    checkpoint.check_codec(codec, folder, (1, CARD), (1, CARD))
     return codec.eval().to(device).requires_grad_(False)
