@@ -14,7 +14,7 @@ import yaml
 
 from musicscope.config import load_params
 from musicscope.core.io import partial_dir, write_json
-from musicscope.models.download import download
+from musicscope.models.registry import download
 
 
 def filled(folder: Path) -> bool:

@@ -20,8 +20,7 @@ from musicscope.activations.alignment import (
     outside,
     slowest,
 )
-from musicscope.activations.store import ActivationStore, StoreError
-from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.activations.store import ActivationStore, StoreError, StoreWriter, shard_spans
 from musicscope.data.clips import ResampledClips, at_rate
 from musicscope.dictionaries import data
 from musicscope.dictionaries.training import train

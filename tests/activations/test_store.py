@@ -15,8 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicscope.activations.store import ActivationStore, StoreError, decode, encode
-from musicscope.activations.writer import Moments, StoreWriter, shard_spans
+from musicscope.activations.store import (
+    ActivationStore,
+    Moments,
+    StoreError,
+    StoreWriter,
+    decode,
+    encode,
+    shard_spans,
+)
 
 SPLITS = ("train", "validation", "test")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 
 from musicscope.core import stats
@@ -97,6 +98,55 @@ def test_saved_judges_are_the_same_and_need_no_wheel(judges, tmp_path, monkeypat
     np.testing.assert_array_equal(loaded.embed(audio), judges.embed(audio))
     with pytest.raises(FileNotFoundError, match="train_judge"):
         judging.load_judges(tmp_path)
+
+
+def without_a_tensor(path):
+    held = load_file(path)
+    held.pop(sorted(held)[-1])
+    save_file(held, path)
+
+
+def with_other_shapes(path):
+    held = load_file(path)
+    name = max(held, key=lambda key: held[key].numel())
+    save_file({**held, name: held[name].flatten().contiguous()}, path)
+
+
+def with_nan(path):
+    held = load_file(path)
+    name = next(key for key, value in held.items() if value.is_floating_point() and value.ndim)
+    held[name].flatten()[0] = torch.nan
+    save_file(held, path)
+
+
+DAMAGES = {
+    "pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "cut short or damaged"),
+    "nan": (with_nan, "NaN or infinity in"),
+    "missing": (without_a_tensor, "are not those of|does not hold the weights"),
+    "shape": (with_other_shapes, "are not those of|does not hold the weights"),
+    "absent": (lambda p: p.unlink(), "missing"),
+}
+
+
+@pytest.mark.parametrize("file", ["musicnn.safetensors", "family_judge/model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_judges_whose_weights_cannot_be_read_never_score(judges, tmp_path, file, damage):
+    judges.save(tmp_path / "judge")
+    change, message = DAMAGES[damage]
+    change(tmp_path / "judge" / file)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        judging.load_judges(tmp_path / "judge")
+    assert f"{tmp_path / 'judge' / file}" in str(caught.value)
+
+
+def test_settings_that_are_no_judges_are_named(judges, tmp_path):
+    judges.save(tmp_path / "judge")
+    config = tmp_path / "judge/family_judge/config.json"
+    for text in ("{}", '{"families": ["a"], "other": 1, "channels": []}', "[]", "{"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=r"family_judge/config\.json"):
+            judging.load_judges(tmp_path / "judge")
 
 
 # --- distance ---------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from musicscope.maximisation.moments import StudiedModel
 from musicscope.maximisation.objective import Objective, Target, exact, gains
 from musicscope.maximisation.run import unsearchable
 from musicscope.maximisation.search import search
-from musicscope.models.audiocraft import compat as audiocraft_compat
 from musicscope.models.audiocraft import convert
+from musicscope.models.audiocraft import loading as audiocraft_loading
 from musicscope.models.audiocraft.loading import read_checkpoint
 from musicscope.models.registry import load_model
 from tests.conftest import CAPTIONS, ROOT
@@ -290,7 +290,7 @@ class Stranger:
 def test_no_strangers_objects_are_unpickled(folder, tmp_path, where):
     mark = tmp_path / "ran"
     bad = rewritten(folder, tmp_path / "bad", lambda p: p.update({where: Stranger(mark)}))
-    with pytest.raises(ValueError, match=r"state_dict\.bin could not be read.*export"):
+    with pytest.raises(ValueError, match=r"state_dict\.bin is cut short or damaged.*export"):
         load_model(bad)
     assert not mark.exists()
 
@@ -299,7 +299,7 @@ def test_damaged_and_missing_files_are_named(folder, tmp_path):
     cut = rewritten(folder, tmp_path / "cut", lambda p: None)
     content = (cut / "state_dict.bin").read_bytes()
     (cut / "state_dict.bin").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut/state_dict\.bin could not be read"):
+    with pytest.raises(ValueError, match=r"cut/state_dict\.bin is cut short or damaged"):
         load_model(cut)
     (cut / "state_dict.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"state_dict\.bin is missing"):
@@ -378,10 +378,10 @@ def test_stand_ins_leave_no_trace_for_other_libraries(model):
 
     for package in ("torchaudio", "librosa", "av", "spacy", "num2words"):
         module = sys.modules.get(package)
-        assert not isinstance(module, audiocraft_compat._StandIn)
+        assert not isinstance(module, audiocraft_loading._StandIn)
     assert is_torchaudio_available() == (importlib.util.find_spec("torchaudio") is not None)
-    assert audiocraft_compat.import_audiocraft() is sys.modules["audiocraft"]
-    stand_in = audiocraft_compat._StandIn("av")
+    assert audiocraft_loading.import_audiocraft() is sys.modules["audiocraft"]
+    stand_in = audiocraft_loading._StandIn("av")
     with pytest.raises(ImportError, match=r"av\.open needs av, which is not installed"):
         stand_in.open("file.mp3")
 
@@ -393,25 +393,24 @@ def test_without_audiocraft_the_error_says_how_to_install_it(monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name == "audiocraft" else find(name)
     )
     with pytest.raises(ImportError, match=r"--no-deps -r requirements-nodeps\.txt"):
-        audiocraft_compat.import_audiocraft()
+        audiocraft_loading.import_audiocraft()
 
 
 SCRIPT = """
 import importlib, sys
-from musicscope.models import torchaudio_guard
-from musicscope.models.audiocraft import compat
+import musicscope.models as guarded
+from musicscope.models.audiocraft import loading as compat
 from musicscope.models.registry import load_model
-import musicscope.models.musicgen
 guard = sys.meta_path.pop(0)
-assert isinstance(guard, torchaudio_guard.TorchaudioGuard), guard
+assert isinstance(guard, guarded.TorchaudioGuard), guard
 try:
     import torchaudio
     raise SystemExit("the wheel loads by itself: nothing is tested")
 except OSError:
     pass
-torchaudio_guard.install_guard()
-torchaudio_guard.install_guard()
-assert sum(isinstance(f, torchaudio_guard.TorchaudioGuard) for f in sys.meta_path) == 1
+guarded.install_guard()
+guarded.install_guard()
+assert sum(isinstance(f, guarded.TorchaudioGuard) for f in sys.meta_path) == 1
 import torchaudio
 assert torchaudio.resample() == "plain torch works"
 assert not torchaudio._extension._IS_ALIGN_AVAILABLE

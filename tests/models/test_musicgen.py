@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-from musicscope.models import hooks
-from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.interface import AudioModel, LanguageModel, chain, on_frames
 from musicscope.models.musicgen.delay_pattern import delayed, sample, undelayed
 from musicscope.models.registry import load_model
 from tests.conftest import CAPTIONS, ROOT
@@ -360,14 +363,14 @@ def test_hook_tools(model, batch):
         return activations * 2
 
     plain = model.capture(batch, ["layers.0"])["layers.0"]
-    some = hooks.on_frames(double, 5, 8)
+    some = on_frames(double, 5, 8)
     found = model.capture(batch, ["layers.0"], {"layers.0": some})["layers.0"]
     expected = plain.clone()
     expected[:, 5:8] *= 2
     assert torch.equal(found, expected)
     x = torch.ones(4, 3, 48)
-    assert hooks.on_frames(double)(x, torch.arange(3))[0, :, 0].tolist() == [1, 2, 2]
-    twice = hooks.chain(double, lambda a, _: a + 1)
+    assert on_frames(double)(x, torch.arange(3))[0, :, 0].tolist() == [1, 2, 2]
+    twice = chain(double, lambda a, _: a + 1)
     assert twice(x, torch.arange(3)).unique().tolist() == [3]
 
     rows = []
@@ -381,7 +384,7 @@ def test_hook_tools(model, batch):
         activations[model.conditional_rows] = 0
         return activations
 
-    only = hooks.chain(silence, spy)
+    only = chain(silence, spy)
     model.generate(list(CAPTIONS[:2]), 0.1, 0, {"layers.0": only})
     assert all(r[:2] == [0, 0] and 0 not in r[2:] for r in rows)
     rows.clear()
@@ -435,3 +438,154 @@ def test_load_by_name_and_errors(tiny_musicgen, tmp_path, monkeypatch):
 def test_cross_entropy_of_one_codebook_by_hand(model, batch):
     expected = F.cross_entropy(model.forward(batch)[2, 3], batch.codes[2, 3], reduction="none")
     torch.testing.assert_close(model.cross_entropy(batch)[2, 3], expected)
+
+
+# ---- loading
+
+
+def old_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As the hub's MusicGen pages spell them, with the table of positions that they hold."""
+    renamed = {
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): value
+        for name, value in weights.items()
+    }
+    assert sum(name.endswith("weight_g") for name in renamed) > 5
+    renamed["decoder.model.decoder.embed_positions.weights"] = torch.zeros(512, 48)
+    return renamed
+
+
+def bin_layout(source: Path, out: Path, shards: int = 1) -> Path:
+    """The folder with pytorch_model*.bin under the old names instead of safetensors."""
+    shutil.copytree(source, out)
+    weights = old_names(load_file(out / "model.safetensors"))
+    (out / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(weights, out / "pytorch_model.bin")
+        return out
+    names, index = sorted(weights), {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        part = {name: weights[name] for name in names[i::shards]}
+        torch.save(part, out / file)
+        index.update(dict.fromkeys(part, file))
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
+    (out / "pytorch_model.bin.index.json").write_text(text)
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_bin_layout_is_the_same_model(tiny_musicgen, model, batch, tmp_path, shards):
+    other = load_model(bin_layout(tiny_musicgen, tmp_path / "bin", shards))
+    expected, found = model.hf.state_dict(), other.hf.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(other.forward(batch), model.forward(batch))
+    assert torch.equal(other.decode(batch.codes), model.decode(batch.codes))
+
+
+class Stranger:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_bin_with_other_objects_is_not_unpickled(tiny_musicgen, tmp_path):
+    folder = bin_layout(tiny_musicgen, tmp_path / "bin")
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, "extra": Stranger(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="weights_only|WeightsUnpickler|Unsupported global"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_decoders_alone(tiny_musicgen, model, batch, dtype):
+    half = load_model(tiny_musicgen, dtype=dtype)
+    kinds = {name: {p.dtype for p in part.parameters()} for name, part in half.hf.named_children()}
+    assert kinds == {
+        "text_encoder": {torch.float32},
+        "audio_encoder": {torch.float32},
+        "decoder": {dtype},
+        "enc_to_dec_proj": {dtype},
+    }
+    expected = model.hf.decoder.lm_heads[1].weight.to(dtype)
+    assert torch.equal(half.hf.decoder.lm_heads[1].weight, expected)
+    seen = half.with_captions(batch.codes, PROMPTS)
+    logits = half.forward(seen)
+    assert logits.dtype == seen.text.dtype == dtype
+    assert 1e-5 < (logits.float() - model.forward(batch)).abs().max() < 0.2
+    assert half.generate(["flute"], 0.1, seed=0)[1].shape == (1, 4, 5)
+    assert half.weight_bytes < model.weight_bytes
+    with pytest.raises(ValueError, match=r"dtype must be one of .*bfloat16"):
+        load_model(tiny_musicgen, dtype=torch.int8)
+
+
+def test_a_device_map_spreads_the_layers(tiny_musicgen, model, batch, tmp_path):
+    parts = {"text_encoder": "cpu", "audio_encoder": "cpu", "enc_to_dec_proj": "cpu",
+             "decoder.lm_heads": "cpu", "decoder.model.decoder.embed_tokens": "cpu",
+             "decoder.model.decoder.embed_positions": "cpu",
+             "decoder.model.decoder.layer_norm": "cpu"}  # fmt: skip
+    # On a machine without accelerators the disk is another place: weights come when a layer runs.
+    layers = {f"decoder.model.decoder.layers.{i}": "disk" if i in (1, 2) else "cpu"
+              for i in range(4)}  # fmt: skip
+    spread = load_model(
+        tiny_musicgen, device_map={**parts, **layers}, offload_folder=str(tmp_path / "offload")
+    )
+    held = spread.hf.decoder.model.decoder.layers[1].fc1.weight
+    assert held.device.type == "meta"
+    assert spread.device.type == "cpu"
+    assert torch.equal(spread.forward(batch), model.forward(batch))
+    edit = {"layers.2": lambda x, _: x * 0.5}
+    assert torch.equal(spread.forward(batch, edit), model.forward(batch, edit))
+    _, codes = spread.generate(PROMPTS, 0.1, seed=0, hooks=edit, temperature=0.0)
+    assert torch.equal(codes, model.generate(PROMPTS, 0.1, 0, edit, temperature=0.0)[1])
+    with pytest.raises(ValueError, match=r"\['offload_folder'\] need a device_map"):
+        load_model(tiny_musicgen, offload_folder="x")
+
+
+def changed(source: Path, out: Path, change) -> Path:
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_what_is_not_supported_is_refused_by_name(tiny_musicgen, tmp_path):
+    melody = changed(
+        tiny_musicgen, tmp_path / "melody", lambda c: c.update(model_type="musicgen_melody")
+    )
+    with pytest.raises(ValueError, match=r"melody/config\.json.*melody conditioning is not supp"):
+        load_model(melody)
+    stereo = changed(
+        tiny_musicgen, tmp_path / "stereo", lambda c: c["decoder"].update(audio_channels=2)
+    )
+    with pytest.raises(ValueError, match=r"stereo MusicGen.*only mono"):
+        load_model(stereo)
+    other = changed(tiny_musicgen, tmp_path / "other", lambda c: c.update(model_type="bert"))
+    with pytest.raises(FileNotFoundError, match=r"other holds no model of musicgen.*'bert'"):
+        load_model(other)
+    with pytest.raises(ValueError, match=r"no system 'magnet'; known: musicgen, audiocraft"):
+        load_model(tiny_musicgen, system="magnet")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tiny_musicgen, tmp_path):
+    few = changed(
+        tiny_musicgen, tmp_path / "few", lambda c: c["decoder"].update(num_hidden_layers=3)
+    )
+    with pytest.raises(ValueError, match=r"few are not those.*unknown.*layers\.3"):
+        load_model(few)
+    many = changed(
+        tiny_musicgen, tmp_path / "many", lambda c: c["decoder"].update(num_hidden_layers=5)
+    )
+    with pytest.raises(ValueError, match=r"many are not those.*missing.*layers\.4"):
+        load_model(many)
+    (few / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"few holds no weights \(model\.safetensors"):
+        load_model(few)

@@ -24,8 +24,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.core.audio import resample
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ResampledClips
-from musicscope.models.hooks import on_frames
-from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.interface import AudioModel, LanguageModel, on_frames
 from musicscope.models.rave.archive_check import check_archive
 from musicscope.models.rave.model import RaveModel
 from musicscope.models.registry import load_model

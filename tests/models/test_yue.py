@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from musicscope.ablation import language
 from musicscope.activations.extraction import extract, plan
 from musicscope.dictionaries.fidelity import replace_frames
-from musicscope.models import hooks
-from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.interface import AudioModel, LanguageModel, chain, on_frames
 from musicscope.models.registry import load_model
 from musicscope.models.yue import tokens
-from musicscope.models.yue.decoder import frame_labels
+from musicscope.models.yue.model import frame_labels
 from tests.conftest import CAPTIONS
 from tests.support.yue_export import build_tiny_yue, write_tokenizer
 
@@ -214,8 +213,8 @@ def test_hooks_are_told_frames_so_tools_for_frames_act_on_them(model, batch):
         return x * 2
 
     odd = [prompt + 2 * t + 1 for t in range(10)]
-    assert stream_after(hooks.on_frames(double)) == odd
-    assert stream_after(hooks.on_frames(double, 3, 5)) == odd[3:5]
+    assert stream_after(on_frames(double)) == odd
+    assert stream_after(on_frames(double, 3, 5)) == odd[3:5]
     assert stream_after(replace_frames(lambda x: x * 2, 10)) == odd
     edited = model.capture(batch, ["layers.0"], {"layers.0": double})["layers.0"]
     assert torch.equal(edited, plain["layers.0"] * 2)
@@ -345,8 +344,8 @@ def test_conditional_rows_are_those_with_the_caption(model):
         return activations
 
     rows = []
-    watch = hooks.chain(
-        hooks.on_frames(zero),
+    watch = chain(
+        on_frames(zero),
         lambda a, p: (rows.append((p.tolist(), a[:, -1].abs().sum(-1) == 0)), a)[1],
     )
     model.generate(["guitar", "music"], 0.04, 0, {"layers.0": spy, "layers.1": watch})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.models.hooks import chain
+from musicscope.models.interface import chain
 from musicscope.models.registry import load_model
 from musicscope.steering import conditions
 from musicscope.steering import edit as st

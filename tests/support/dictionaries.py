@@ -10,8 +10,7 @@ import pandas as pd
 import torch
 import yaml
 
-from musicscope.activations.store import ActivationStore
-from musicscope.activations.writer import StoreWriter
+from musicscope.activations.store import ActivationStore, StoreWriter
 from musicscope.config.dictionaries import TrainSae, TrainUsae
 from musicscope.data.clips import ClipStore, write_clips
 from musicscope.models.registry import load_model

@@ -14,14 +14,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, StoreError, storage
-from musicscope.activations.writer import StoreWriter, shard_spans
+from musicscope.activations.store import (
+    CLIP_COLUMNS,
+    ActivationStore,
+    StoreConfig,
+    StoreError,
+    StoreWriter,
+    shard_spans,
+    storage,
+)
 from musicscope.core.io import atomic_dir, partial_dir, sha256, sole_user
 
 
@@ -122,7 +128,7 @@ def aligned_store(
     table["frames"] = slow.frames
     pairs = list(zip(order, slow.frames.tolist(), strict=True))
     beyond = sum(outside(int(fast.frames[i]), rate, to_rate, n, offset_s) for i, n in pairs)
-    config: dict[str, Any] = {
+    config: StoreConfig = {
         **fast.config,
         "frame_rate": to_rate,
         "aligned": {

@@ -13,10 +13,9 @@ import functools
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +23,15 @@ import torch
 from tqdm import tqdm
 
 from musicscope.activations import token_cache
-from musicscope.activations.store import CLIP_COLUMNS, ActivationStore, storage
-from musicscope.activations.writer import StoreWriter, shard_spans
-from musicscope.core.distributed import ALONE, Ranks
+from musicscope.activations.store import (
+    CLIP_COLUMNS,
+    ActivationStore,
+    StoreConfig,
+    StoreWriter,
+    shard_spans,
+    storage,
+)
+from musicscope.core.distributed import ALONE, Ranks, Workers
 from musicscope.core.io import partial_dir, publish_dir, sole_user
 from musicscope.core.parallel import workers
 from musicscope.data.clips import ClipStore, ResampledClips
@@ -50,7 +55,7 @@ class Plan:
     batch_clips: int
     captions: bool
     """Whether the model gets each clip's caption, or runs unconditionally."""
-    config: dict[str, Any]
+    config: StoreConfig
     """Rest of the run's identity: model, model_sha256, clips_sha256, frame_rate and sample_rate in
     Hz."""
 
@@ -66,7 +71,7 @@ class Plan:
             config={**self.config, **choices, "layer": self.layers[slot]},
         )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Give all fields as JSON values: plans with equal identities write equal bytes."""
         return {**self.__dict__, "stage": "extract", "clips": self.clips.to_dict("list")}
 
@@ -85,7 +90,7 @@ class Plan:
         return "\n".join([*lines, f"  in all {total / 1e9:.3f} GB"])
 
 
-def hook_names(model: MusicModel[Any], chosen: Mapping[str, int]) -> dict[str, str]:
+def hook_names(model: MusicModel, chosen: Mapping[str, int]) -> dict[str, str]:
     """Turn slot -> number of a hook point (metrics/layers) into slot -> its name.
 
     ValueError for a number that the model does not have.
@@ -100,7 +105,7 @@ def hook_names(model: MusicModel[Any], chosen: Mapping[str, int]) -> dict[str, s
 
 
 def plan(
-    model: MusicModel[Any],
+    model: MusicModel,
     clips: ClipStore | ResampledClips,
     layers: Mapping[str, str],
     *,
@@ -162,7 +167,7 @@ def extract(
     folders: Mapping[str, str | Path],
     processes: int = 1,
     ranks: Ranks = ALONE,
-    workers: Callable[[int], Any] = workers,
+    workers: Workers = workers,
 ) -> dict[str, ActivationStore]:
     """Run the plans: one store per slot at `folders[slot]`.
 
@@ -189,7 +194,7 @@ def _run(
     folders: Mapping[str, str | Path],
     processes: int,
     ranks: Ranks,
-    workers: Callable[[int], Any],
+    workers: Workers,
 ) -> None:
     model, clips = sources()
     tokens = token_cache.codes_dir(model, plan.config["clips_sha256"])
@@ -270,7 +275,7 @@ def _write_shard(
     return stop - first
 
 
-def summary(plans: Sequence[Plan], stores: Mapping[str, ActivationStore]) -> dict[str, Any]:
+def summary(plans: Sequence[Plan], stores: Mapping[str, ActivationStore]) -> dict[str, object]:
     """Sum up an extraction for metrics/extract_activations/<model>.json.
 
     `gamma` is |mean| / standard deviation of a dimension over train: large values predict dead

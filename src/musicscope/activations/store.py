@@ -16,7 +16,7 @@ This docstring is the normative description of the format. A store is a folder w
     the manifest itself.
 
 While a store is being written each finished shard has a ``shard-00000.json`` beside it, so that a
-rerun after a kill keeps it (`activations.writer`). Shard i depends on the configuration and on i
+rerun after a kill keeps it. Shard i depends on the configuration and on i
 only: any process may write any shard, in any order, twice.
 """
 
@@ -25,13 +25,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
 
-from musicscope.core.io import read_json, sha256
+from musicscope.core.io import atomic_file, read_json, sha256, write_text
 from musicscope.core.seeding import seed_for
 
 FORMAT, FORMAT_VERSION = "musicscope.activations", 1
@@ -39,6 +40,62 @@ CLIP_COLUMNS = ("id", "split", "font", "kind", "group", "frames")
 # bfloat16 is unknown to numpy: it travels as the upper half of a float32.
 STORAGE = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 FLOAT16_MAX = 65504.0
+
+
+class StoreConfig(TypedDict, total=False):
+    """Source of the values; part of a store's identity."""
+
+    model: str
+    layer: str
+    frame_rate: float
+    sample_rate: int
+    model_sha256: str
+    clips_sha256: str
+    captions: bool
+    batch_clips: int
+    aligned: dict[str, str | float]
+    """See `alignment.aligned_store`."""
+
+
+class Shard(TypedDict):
+    """Entry of the manifest."""
+
+    file: str
+    clips: list[int]
+    rows: int
+    sha256: str
+
+
+class Train(TypedDict, total=False):
+    """Statistics over the rows of split "train"; without such rows `frames` alone."""
+
+    frames: int
+    mean: list[float]
+    std: list[float]
+    mean_norm: float
+
+
+class Manifest(TypedDict):
+    """Content of manifest.json."""
+
+    format: str
+    format_version: int
+    config: StoreConfig
+    config_sha256: str
+    width: int
+    dtype: str
+    shards: list[Shard]
+    clips: dict[str, list]
+    train: Train
+    sha256: str
+
+
+class Finished(TypedDict):
+    """Note beside a shard of a store that is being written."""
+
+    config_sha256: str
+    sha256: str
+    moments: dict[str, object]
 
 
 class StoreError(ValueError):
@@ -81,7 +138,7 @@ def storage(dtype: str) -> np.dtype:
     return STORAGE[dtype]
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -95,10 +152,10 @@ class ActivationStore:
     ``train_frames``, ``shards``.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.config, self.width, self.dtype = (manifest[k] for k in ("config", "width", "dtype"))
-        self.shards: list[dict[str, Any]] = manifest["shards"]
+        self.shards = manifest["shards"]
         self.rows = pd.DataFrame(manifest["clips"], columns=[*CLIP_COLUMNS, "first_row"])
         self.ids: list[str] = manifest["clips"]["id"]
         self.split = np.array(manifest["clips"]["split"], dtype=str)
@@ -177,7 +234,7 @@ class ActivationStore:
         """Per-dimension population standard deviation over all train rows, float64 [width]."""
         return self._train("std")
 
-    def _train(self, key: str) -> np.ndarray:
+    def _train(self, key: Literal["mean", "std"]) -> np.ndarray:
         if not self.train_frames:
             raise StoreError(f"{self.folder} has no clip of split 'train', hence no {key}")
         return np.array(self.manifest["train"][key], dtype=np.float64)
@@ -245,50 +302,38 @@ class ActivationStore:
             raise StoreError(f"{samples} samples give no batch of {batch_size}")
         limit = buffer_mb * 2**20 / (self.width * STORAGE[self.dtype].itemsize)
         part = rows or slice(0, batch_size)
-        return self._stream(
-            members, counts, limit, batch_size, part, seed, start_step, steps, total
-        )
 
-    def _stream(
-        self,
-        members: list[np.ndarray],
-        counts: np.ndarray,
-        limit: float,
-        batch_size: int,
-        part: slice,
-        seed: int,
-        step: int,
-        steps: int,
-        total: int,
-    ) -> Iterator[np.ndarray]:
-        epoch, skip = divmod(step * batch_size, total)
-        batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
-        while step < steps:
-            rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
-            for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
-                # Drawn even where it is skipped: a resumed epoch must use the same numbers.
-                order = rng.permutation(int(counts[window].sum()))
-                if skip >= len(order):
-                    skip -= len(order)
-                    continue
-                buffer = self._load(window, members, len(order))
-                position, skip = skip, 0
-                while position < len(order):
-                    take = order[position : position + batch_size - filled]
-                    first, stop = max(filled, part.start), min(filled + len(take), part.stop)
-                    if first < stop:
-                        batch[first - part.start : stop - part.start] = decode(
-                            buffer[take[first - filled : stop - filled]], self.dtype
-                        )
-                    position, filled = position + len(take), filled + len(take)
-                    if filled == batch_size:
-                        yield batch
-                        step += 1
-                        if step == steps:
-                            return
-                        batch, filled = np.empty_like(batch), 0
-                del buffer  # before the next window is read, or two would be in memory
-            epoch += 1
+        def batches(step: int) -> Iterator[np.ndarray]:
+            epoch, skip = divmod(step * batch_size, total)
+            batch, filled = np.empty((part.stop - part.start, self.width), np.float32), 0
+            while step < steps:
+                rng = np.random.default_rng(seed_for(seed, "shuffle", epoch))
+                for window in _windows(rng.permutation(np.flatnonzero(counts)), counts, limit):
+                    # Drawn even where it is skipped: a resumed epoch must use the same numbers.
+                    order = rng.permutation(int(counts[window].sum()))
+                    if skip >= len(order):
+                        skip -= len(order)
+                        continue
+                    buffer = self._load(window, members, len(order))
+                    position, skip = skip, 0
+                    while position < len(order):
+                        take = order[position : position + batch_size - filled]
+                        first, stop = max(filled, part.start), min(filled + len(take), part.stop)
+                        if first < stop:
+                            batch[first - part.start : stop - part.start] = decode(
+                                buffer[take[first - filled : stop - filled]], self.dtype
+                            )
+                        position, filled = position + len(take), filled + len(take)
+                        if filled == batch_size:
+                            yield batch
+                            step += 1
+                            if step == steps:
+                                return
+                            batch, filled = np.empty_like(batch), 0
+                    del buffer  # before the next window is read, or two would be in memory
+                epoch += 1
+
+        return batches(start_step)
 
     def _load(self, window: Sequence[int], members: list[np.ndarray], rows: int) -> np.ndarray:
         """The selected rows of some shards as storage words [rows, width]."""
@@ -313,3 +358,186 @@ def _windows(shards: np.ndarray, counts: np.ndarray, limit: float) -> list[list[
         windows[-1].append(shard)
         rows += int(counts[shard])
     return windows
+
+
+# ---- writing
+
+
+def shard_spans(
+    frames: Sequence[int], width: int, dtype: str, shard_mb: float
+) -> list[tuple[int, int]]:
+    """Cut clips into half-open ranges of at most `shard_mb` MiB each, but at least one clip."""
+    if shard_mb <= 0:
+        raise StoreError(f"shard_mb is {shard_mb}; give a positive size, tens of MB are best")
+    limit = shard_mb * 2**20 / (width * storage(dtype).itemsize)
+    spans, start, rows = [], 0, 0
+    for i, count in enumerate(frames):
+        if i > start and rows + count > limit:
+            spans.append((start, i))
+            start, rows = i, 0
+        rows += int(count)
+    return [*spans, (start, len(frames))] if len(frames) > start else spans
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of rows [n, d], in float64; `+` merges."""
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+    norm_sum: float
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Moments:
+        rows = rows.astype(np.float64)
+        if not len(rows):
+            return cls(0, np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), 0.0)
+        mean = rows.mean(axis=0)
+        norms = float(np.sqrt(np.square(rows).sum(axis=1)).sum())
+        return cls(len(rows), mean, np.square(rows - mean).sum(axis=0), norms)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Chan, Golub, LeVeque (1983), eq. 2.1."""
+        count = self.count + other.count
+        if not other.count or not self.count:
+            return other if not self.count else self
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + np.square(delta) * (self.count * other.count / count),
+            self.norm_sum + other.norm_sum,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return self.__dict__ | {"mean": self.mean.tolist(), "m2": self.m2.tolist()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, object]) -> Moments:
+        return cls(**value | {"mean": np.array(value["mean"]), "m2": np.array(value["m2"])})
+
+
+class StoreWriter:
+    """Write the shards of one store, idempotently; `finish` turns the folder into a store.
+
+    `clips` has the columns of CLIP_COLUMNS; `spans` are clip ranges from `shard_spans`; `config`
+    is any JSON-able description of the source of the values and becomes part of the identity.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        width: int,
+        dtype: str,
+        clips: pd.DataFrame,
+        spans: Sequence[tuple[int, int]],
+        config: StoreConfig,
+    ) -> None:
+        storage(dtype)
+        if missing := [c for c in CLIP_COLUMNS if c not in clips]:
+            raise StoreError(f"the clip table lacks the columns {missing}")
+        if len(ids := clips["id"].astype(str)) != ids.nunique():
+            raise StoreError(f"clip id {ids[ids.duplicated()].iloc[0]!r} occurs more than once")
+        if [a for a, _ in spans] != [0, *(b for _, b in spans)][: len(spans)] or (
+            len(clips) != (spans[-1][1] if spans else 0)
+        ):
+            raise StoreError(f"the spans {list(spans)} do not cover {len(clips)} clips in order")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.width, self.dtype, self.spans = width, dtype, [(int(a), int(b)) for a, b in spans]
+        self.clips = {c: clips[c].astype(str).tolist() for c in CLIP_COLUMNS[:-1]}
+        self.clips["frames"] = [int(f) for f in clips["frames"]]
+        starts = np.concatenate([[0], np.cumsum(self.clips["frames"])])
+        self.clips["first_row"] = [int(r) for r in starts[:-1]]
+        self.identity = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": config,
+            "width": width,
+            "dtype": dtype,
+            "clips": self.clips,
+        }
+        self.config_sha256 = digest({**self.identity, "spans": self.spans})
+
+    def _files(self, shard: int) -> tuple[Path, Path]:
+        stem = self.folder / f"shard-{shard:05d}"
+        return stem.with_suffix(".bin"), stem.with_suffix(".json")
+
+    def _finished(self, shard: int) -> Finished | None:
+        """Read the record of a shard that an earlier writer of this configuration left whole."""
+        data, note = self._files(shard)
+        if not (data.exists() and note.exists()):
+            return None
+        try:
+            record = read_json(note)
+        except ValueError:
+            return None
+        same = isinstance(record, dict) and record.get("config_sha256") == self.config_sha256
+        return record if same and sha256(data) == record["sha256"] else None
+
+    def has(self, shard: int) -> bool:
+        """Tell whether the shard is on disk for this configuration with the right hash."""
+        return self._finished(shard) is not None
+
+    def write(self, shard: int, arrays: Sequence[np.ndarray]) -> None:
+        """Write shard `shard` from the float32 [frames, width] arrays of its clips, in order."""
+        first, stop = self.spans[shard]
+        if len(arrays) != stop - first:
+            raise StoreError(f"shard {shard} takes {stop - first} clips, got {len(arrays)}")
+        data, note = self._files(shard)
+        hasher, moments = hashlib.sha256(), Moments.of(np.empty((0, self.width)))
+        with atomic_file(data) as temporary, open(temporary, "wb") as stream:
+            for clip, values in zip(range(first, stop), arrays, strict=True):
+                name, shape = self.clips["id"][clip], (self.clips["frames"][clip], self.width)
+                if values.shape != shape:
+                    raise StoreError(f"clip {name!r}: got {values.shape}, expected {shape}")
+                words = encode(values, self.dtype, f"clip {name!r}")
+                if self.clips["split"][clip] == "train":
+                    moments += Moments.of(decode(words, self.dtype))
+                content = words.tobytes()
+                hasher.update(content)
+                stream.write(content)
+        record = {
+            "config_sha256": self.config_sha256,
+            "sha256": hasher.hexdigest(),
+            "moments": moments.to_json(),
+        }
+        # Not write_json: the moments keep all their digits.
+        write_text(note, json.dumps(record))
+
+    def finish(self) -> ActivationStore:
+        """Merge the statistics, write the manifest last, and open the store."""
+        records = [self._finished(i) for i in range(len(self.spans))]
+        if absent := [i for i, record in enumerate(records) if record is None]:
+            raise StoreError(f"{self.folder}: shards {absent} are not written or damaged")
+        total = Moments.of(np.empty((0, self.width)))
+        shards = []
+        for i, (record, (first, stop)) in enumerate(zip(records, self.spans, strict=True)):
+            total += Moments.from_json(record["moments"])
+            rows = sum(self.clips["frames"][first:stop])
+            shards.append(
+                {
+                    "file": self._files(i)[0].name,
+                    "clips": [first, stop],
+                    "rows": rows,
+                    "sha256": record["sha256"],
+                }
+            )
+        train: Train = {"frames": total.count}
+        if total.count:
+            train["mean"] = total.mean.tolist()
+            train["std"] = np.sqrt(total.m2 / total.count).tolist()
+            train["mean_norm"] = total.norm_sum / total.count
+        manifest = {
+            **self.identity,
+            "config_sha256": self.config_sha256,
+            "shards": shards,
+            "train": train,
+        }
+        manifest["sha256"] = digest(manifest)
+        write_text(self.folder / "manifest.json", json.dumps(manifest, sort_keys=True))
+        for leftover in [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp*")]:
+            leftover.unlink(missing_ok=True)
+        return ActivationStore.open(self.folder)

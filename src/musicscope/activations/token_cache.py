@@ -13,7 +13,6 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ CHUNK = 8  # clips encoded together: fixed, so that tokens never depend on who a
 INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
-def codec_sha256(model: MusicModel[Any]) -> str | None:
+def codec_sha256(model: MusicModel) -> str | None:
     """Hash the codec's weights and settings; None where the model has no separate codec."""
     codec = getattr(model, "codec", None)
     if codec is None:
@@ -44,7 +43,7 @@ def codec_sha256(model: MusicModel[Any]) -> str | None:
     return hasher.hexdigest()
 
 
-def codes_dir(model: MusicModel[Any], clips_sha256: str) -> Path | None:
+def codes_dir(model: MusicModel, clips_sha256: str) -> Path | None:
     """Folder of this model's tokens of this collection; None if it has no codec."""
     codec = codec_sha256(model)
     device = str(getattr(model, "device", "cpu")).split(":")[0]  # floats differ between kinds

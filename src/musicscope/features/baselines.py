@@ -20,7 +20,7 @@ from musicscope.core.io import atomic_file, partial_dir, sha256
 from musicscope.data.clips import ClipStore, at_rate
 from musicscope.dictionaries.codes import Pools, by_batch
 from musicscope.models.interface import AudioModel, MusicModel, is_audio_model
-from musicscope.models.rave.inspect import POSTERIOR
+from musicscope.models.rave.hook_points import POSTERIOR
 
 
 def log_mel_statistics(signal: np.ndarray, rate: int) -> np.ndarray:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from musicscope.core.io import atomic_dir, atomic_file, read_json, write_json
+from musicscope.core.io import atomic_dir, atomic_file, write_json
 from musicscope.core.seeding import seed_for
 from musicscope.judges.musicnn import (
     SAMPLE_RATE,
@@ -32,6 +32,7 @@ from musicscope.judges.musicnn import (
     repeat_to,
     spread,
 )
+from musicscope.models import checkpoint
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,16 @@ def load_family_judge(folder: str | Path) -> FamilyJudge:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}/config.json: no judge there; run the stage train_judge")
-    values = read_json(folder / "config.json")
-    families = tuple(values.pop("families"))
-    config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
-    net = FamilyNet(config, len(families))
+    values = checkpoint.read_config(folder)
     try:
-        net.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
+        families = tuple(values.pop("families"))
+        config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder}/model.safetensors does not fit config.json ({error}); rerun train_judge"
+            f"{folder}/config.json is no judge's ({error}); run dvc repro -f train_judge"
         ) from error
+    net, file = FamilyNet(config, len(families)), folder / "model.safetensors"
+    checkpoint.fill(net, checkpoint.read_safetensors(file), file)
     return FamilyJudge(net.eval(), families, config)
 
 

@@ -231,6 +231,21 @@ def load_musicnn(source: str | Path) -> Musicnn:
         tensor = torch.from_numpy(value)
         # TensorFlow keeps kernels as [height, width, in, out].
         weights[name] = tensor.permute(3, 2, 0, 1).contiguous() if tensor.ndim == 4 else tensor
-    if sum(value.numel() for value in weights.values()) != PARAMETERS:
-        raise ValueError(f"{source} does not hold the whole of MTT_musicnn; fetch the wheel again")
-    return Musicnn(weights)
+    return whole(weights, f"{source}", "fetch the wheel again")
+
+
+def whole(weights: dict[str, torch.Tensor], place: str, remedy: str) -> Musicnn:
+    """Make the tagger. ValueError unless `weights` of `place` are all of musicnn's, and finite.
+
+    NaN in a weight would make every clip look silent.
+    """
+    judge, silence = Musicnn(weights), torch.zeros(1, PATCH_FRAMES, N_MELS)
+    fault = "lacks some" if sum(v.numel() for v in weights.values()) != PARAMETERS else ""
+    try:
+        if not fault and not torch.isfinite(judge.forward(silence)[0]).all():
+            fault = "holds NaN or infinity"
+    except (KeyError, RuntimeError) as error:
+        fault = f"has others ({str(error).splitlines()[0]})"
+    if fault:
+        raise ValueError(f"{place} does not hold the weights of musicnn: it {fault}; {remedy}")
+    return judge

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from musicscope.core.io import atomic_dir
 from musicscope.judges.instrument_classifier import FamilyJudge, load_family_judge
-from musicscope.judges.musicnn import PARAMETERS, Musicnn, check_audio, silent
+from musicscope.judges.musicnn import Musicnn, check_audio, silent, whole
+from musicscope.models.checkpoint import read_safetensors
 
 FOLDER = "data/judge"
 TAGS: dict[str, tuple[str, ...]] = {
@@ -103,10 +104,8 @@ def load_judges(folder: str | Path = FOLDER) -> Judges:
     path = folder / "musicnn.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run dvc repro train_judge")
-    weights = load_file(path)
-    if sum(value.numel() for value in weights.values()) != PARAMETERS:
-        raise ValueError(f"{path} does not hold the whole of musicnn: run dvc repro -f train_judge")
-    return Judges(load_family_judge(folder / "family_judge"), Musicnn(weights))
+    musicnn = whole(read_safetensors(path), f"{path}", "run dvc repro -f train_judge")
+    return Judges(load_family_judge(folder / "family_judge"), musicnn)
 
 
 # --- distance of two sets ---------------------------------------------------------------------

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musicscope.models import hooks as hooked
-from musicscope.models.interface import Batch, Hook, HookPoint, Hooks, check_audio
+from musicscope.models.interface import Batch, Hook, HookPoint, Hooks, apply_hook, check_audio
 
 
 class Context(Protocol):
@@ -29,7 +28,10 @@ class Context(Protocol):
         """[S] labels for hooks, see `interface.Hook`."""
 
 
-class Decoder(Protocol):
+C = TypeVar("C", bound=Context, contravariant=True)
+
+
+class Decoder(Protocol[C]):
     """Embedding, layers and heads of a decoder as separate steps."""
 
     num_layers: int
@@ -39,11 +41,14 @@ class Decoder(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Turn input ids into the input of layer 0 [rows, S, d]."""
 
-    def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, context: C) -> Tensor:
         """Run layer `index` on hidden [rows, S, d]."""
 
     def logits(self, hidden: Tensor, frames: int) -> Tensor:
         """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to codes."""
+
+
+D = TypeVar("D", bound=Decoder)
 
 
 def run_layers(
@@ -66,7 +71,7 @@ def run_layers(
         decoder.calls += 1
         if i in hooks:
             positions = context.positions.to(hidden.device)
-            hidden = hooked.apply(f"layers.{i}", hooks[i], hidden, positions)
+            hidden = apply_hook(f"layers.{i}", hooks[i], hidden, positions)
     return hidden
 
 
@@ -79,7 +84,7 @@ def by_clip(signal: Tensor) -> tuple[Tensor, ...]:
     return signal.split(1 if signal.device.type == "cpu" else max(1, len(signal)))
 
 
-class LayerwiseModel:
+class LayerwiseModel(Generic[D]):
     """`interface.LanguageModel` over a `Decoder`. Methods run without autograd, but for `traced`.
 
     `device` is where batches and results are; with a device map, layers may be elsewhere.
@@ -93,7 +98,7 @@ class LayerwiseModel:
     def __init__(
         self,
         name: str,
-        decoder: Any,
+        decoder: D,
         *,
         device: torch.device,
         sample_rate: int,
@@ -148,12 +153,10 @@ class LayerwiseModel:
 
     @property
     def layer_calls(self) -> int:
-        """Layer evaluations since loading."""
         return self.decoder.calls
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers."""
         held: dict[int, int] = {}
         for module in self.modules:
             for tensor in (*module.parameters(), *module.buffers()):
@@ -162,8 +165,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def encode(self, audio: Tensor | np.ndarray, captions: Sequence[str | None]) -> Batch:
-        """Run audio [B, n] float at `sample_rate` through the codec, captions through the text
-        encoder.
+        """Run audio [B, n] through the codec, captions through the text encoder.
 
         ValueError for another shape, for NaN or infinity, and for a caption count other than B.
         """
@@ -213,10 +215,6 @@ class LayerwiseModel:
     def forward(
         self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
     ) -> Tensor | None:
-        """Logits [B, K, T, card], [b, k, t] predicting codes[b, k, t].
-
-        With `stop_after` the layers behind that hook point do not run and the result is None.
-        """
         last = None if stop_after is None else self._layer(stop_after)
         hidden = self._run(batch, self.by_layer(hooks), last)
         return self._logits(hidden, batch) if stop_after is None else None
@@ -248,7 +246,6 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def layer_inputs(self, batch: Batch) -> list[Tensor]:
-        """L + 1 tensors [B, S, d]: the input of every layer and the last layer's output."""
         inputs: list[Tensor] = []
         output = self._run(batch, {}, inputs=inputs)
         return [stream.to(self.device) for stream in [*inputs, output]]
@@ -271,7 +268,6 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
-        """-log p(codes) [B, K, T] in nats, float32."""
         logits = self.forward(batch, hooks).float()
         return F.cross_entropy(logits.flatten(0, 2), batch.codes.flatten(), reduction="none").view(
             batch.codes.shape
@@ -286,7 +282,6 @@ class LayerwiseModel:
     def traced(
         self, batch: Batch, layer: str, logits: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run `forward` with autograd; see `interface.LanguageModel.traced`."""
         index = self._layer(layer)
         with torch.enable_grad():
             inputs = self.decoder.embed(self.sequence(batch)).detach().requires_grad_()
@@ -300,12 +295,8 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def substitution_gains(self, codes: Tensor, gradient: Tensor) -> Tensor:
-        """First-order change of J per substitution; see `interface.LanguageModel`.
-
-        The input at a position is a sum of code embeddings E, so a new code v at (k, t) changes J
-        by g . (E[v] - E[code t]), g being the gradient at the position where (k, t) is fed. A code
-        that is never fed has changes of 0.
-        """
+        # The input at a position is a sum of code embeddings E, so a new code v at (k, t) changes J
+        # by g . (E[v] - E[code t]), g being the gradient where (k, t) is fed; 0 if it never is.
         frames = codes.shape[1]
         gains = []
         for book, own in enumerate(codes):

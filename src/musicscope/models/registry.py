@@ -1,26 +1,28 @@
-"""Load a model of any family; the table of families."""
+"""Find, load and download models of any family; the table of families."""
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import importlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from musicscope.core.io import read_json
+from musicscope.config.data import DownloadModel, Part
+from musicscope.core.io import atomic_dir
 from musicscope.data.clips import ClipStore, ResampledClips, at_rate
-from musicscope.models import hub
+from musicscope.models.checkpoint import check_file, fetch, fetch_family, read_config
 from musicscope.models.interface import MusicModel
 
 Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
 """Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
 
 
-def _model_type(config: dict[str, Any]) -> str:
+def _model_type(config: Mapping[str, object]) -> str:
     return str(config.get("model_type", ""))
 
 
@@ -32,10 +34,10 @@ class System:
     """module:class, imported when needed, with `load(folder or file, device=, dtype=, **options)`.
     A string, so that a stage depends on the loaders of its own models alone
     (`tools.import_closure`)."""
-    detect: Callable[[Path, dict[str, Any]], bool]
+    detect: Callable[[Path, Mapping[str, object]], bool]
     """(folder or file, its config.json or {}) -> whether it holds a model of this family."""
 
-    def load(self, path: Path, **options: Any) -> MusicModel:
+    def load(self, path: Path, **options: object) -> MusicModel:
         """Load the model in a folder or file."""
         module, name = self.loader.split(":")
         return getattr(importlib.import_module(module), name).load(path, **options)
@@ -67,7 +69,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     system: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> MusicModel:
     """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
@@ -112,16 +114,15 @@ def open_sources(
 def fetch_model(name: str, revision: str | None, system: str | None = None) -> Path:
     """Fetch the files of hub id `name` that its family needs; the folder in the hub's local cache.
 
-    Errors as in `musicscope.models.hub.fetch`.
+    Errors as in `musicscope.models.checkpoint.fetch`.
     """
-    system = system or detect_system(hub.fetch(name, revision, ("config.json",)))
-    return hub.fetch_model(name, revision, system)
+    system = system or detect_system(fetch(name, revision, ("config.json",)))
+    return fetch_family(name, revision, system)
 
 
 def detect_system(path: Path) -> str:
     """Tell the family (key of SYSTEMS) of a folder or file. FileNotFoundError if it is of none."""
-    file = path / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_config(path)
     for name, system in SYSTEMS.items():
         if system.detect(path, config):
             return name
@@ -130,3 +131,88 @@ def detect_system(path: Path) -> str:
         f"{'of type ' + repr(_model_type(config)) if config else 'missing'}; give a "
         "save_pretrained folder or a checkpoint folder, or name one of these as `system`"
     )
+
+
+# ---- download
+
+
+def folder_of(
+    source: str, revision: str, files: Sequence[str], system: str | None, family: bool
+) -> Path:
+    """Find the folder of a source: a hub id with a revision, a local folder without.
+
+    `family`: where `files` is "*", fetch only the files of a hub id that its family needs.
+    FileNotFoundError without such a folder.
+    """
+    if not revision:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"download_model: {source} is no folder here; a hub id needs a revision"
+            )
+        return folder
+    if family and list(files) == ["*"]:
+        return fetch_model(source, revision, system)
+    return fetch(source, revision, files)
+
+
+def copy_files(folder: Path, patterns: Sequence[str], target: Path) -> int:
+    """Copy the files below `folder` whose name or path fits a pattern, except hidden ones.
+
+    Links are followed: the hub's cache consists of them. Returns the number of files;
+    FileNotFoundError if there is none, ValueError for a git-lfs pointer.
+    """
+    count = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder)
+        fits = any(fnmatch.fnmatch(n, p) for n in (name.name, name.as_posix()) for p in patterns)
+        if not fits or any(part.startswith(".") for part in name.parts):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(check_file(path), target / name)
+        count += 1
+    if not count:
+        raise FileNotFoundError(f"download_model: {folder} has no file {' or '.join(patterns)}")
+    return count
+
+
+def _check_apart(parts: Sequence[DownloadModel | Part], target: Path) -> None:
+    """Refuse (ValueError) a local folder that overlaps `target`, which is replaced."""
+    real = target.resolve()
+    for part in parts:
+        folder = Path(part.source).expanduser().resolve()
+        if not part.revision and (real.is_relative_to(folder) or folder.is_relative_to(real)):
+            raise ValueError(
+                f"download_model: {part.source} and {target}, which is replaced, overlap: move the "
+                "files elsewhere, or name the model otherwise"
+            )
+
+
+def download(entry: DownloadModel, target: str | Path) -> dict[str, str | int]:
+    """Replace the folder `target` by the model of `entry`.
+
+    Returns numbers for metrics/download_model/<name>.json. A hub id is fetched into the hub's own
+    cache, which resumes after an interruption, and copied. The folder appears once it is complete
+    and known to be a model. ValueError for a hub id without a revision that pins, for a folder of
+    another family than `entry` names, and for a source that is, holds or lies in `target`.
+    """
+    for part in entry.parts:
+        if ".." in Path(part.into).parts or Path(part.into).is_absolute():
+            raise ValueError(f"download_model: parts.into = {part.into!r} leaves the folder")
+    _check_apart([entry, *entry.parts], Path(target))
+    system = None if entry.system == "auto" else entry.system
+    with atomic_dir(target) as out:
+        folder = folder_of(entry.source, entry.revision, entry.files, system, family=True)
+        count = copy_files(folder, entry.files, out)
+        for part in entry.parts:
+            folder = folder_of(part.source, part.revision, part.files, None, family=False)
+            count += copy_files(folder, part.files, out / part.into)
+        found = detect_system(out)
+        if system not in (None, found):  # every stage goes by what the folder holds
+            raise ValueError(
+                f"download_model: with files {list(entry.files)} of {entry.source} the folder is "
+                f"taken for {found}, not {system}: let files name those of {system} alone"
+            )
+        size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    return {"source": entry.source, "revision": entry.revision, "system": found,
+            "files": count, "bytes": size}  # fmt: skip

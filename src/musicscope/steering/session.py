@@ -19,8 +19,7 @@ from torch import Tensor
 from musicscope.core.audio import resample
 from musicscope.core.io import read_json
 from musicscope.judges.pair import Judges
-from musicscope.models.hooks import chain
-from musicscope.models.interface import Hook, is_audio_model
+from musicscope.models.interface import Hook, chain, is_audio_model
 from musicscope.models.registry import load_model
 from musicscope.steering.conditions import JUDGE_RATE
 from musicscope.steering.edit import Steering, steering_hook

@@ -141,7 +141,7 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
 def _audiocraft_config(folder: Path) -> MusicgenConfig:
     from transformers import T5Config
 
-    from musicscope.models.audiocraft.config import transformers_config
+    from musicscope.models.audiocraft.convert import transformers_config
     from musicscope.models.audiocraft.loading import (
         CODEC_FILE,
         MODEL_FILE,

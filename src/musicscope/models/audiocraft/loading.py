@@ -1,4 +1,4 @@
-"""Read MusicGen in audiocraft's own format: checkpoints, their configs, and checks of both.
+"""Import audiocraft 1.3.0, and read MusicGen in its own format: checkpoints, configs, checks.
 
 A folder holds ``state_dict.bin`` (the language model) and ``compression_state_dict.bin`` (EnCodec).
 Each is a ``torch.save`` of a dict: ``best_state`` (the weights) and ``xp.cfg`` (the whole config of
@@ -8,23 +8,40 @@ them hold a pickled OmegaConf object and the weights one level deeper (``best_st
 All are read with ``weights_only``, so that a file can name nothing but tensors and plain
 containers. The classes of OmegaConf are let through under their names as `_Record`, which keeps
 the values it is given and runs nothing; the config is then built from those values.
+
+audiocraft imports packages that loading and running MusicGen never calls: torchaudio, librosa
+(melody), av (reading files), spacy and num2words (text normalisation), xformers (attention kernels;
+its default backend is torch's). Where one is absent, a module stands in for it while audiocraft is
+imported; its functions raise ImportError with the package's name when called. Afterwards the
+stand-ins are removed, so that no other library takes them for the packages; only xformers stays,
+which audiocraft imports again when it runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
-import zipfile
-from collections.abc import Iterator
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from musicscope.models import hub
-from musicscope.models.audiocraft.compat import import_audiocraft
+from musicscope.models import checkpoint, missing
+from musicscope.models.musicgen.delay_pattern import GUIDANCE
+
+if TYPE_CHECKING:
+    from audiocraft.models.encodec import CompressionModel
+    from audiocraft.models.lm import LMModel
+    from transformers import T5EncoderModel
+
 
 MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.bin", "text_encoder"
 
@@ -32,11 +49,11 @@ MODEL_FILE, CODEC_FILE, TEXT_FOLDER = "state_dict.bin", "compression_state_dict.
 class _Record:
     """Stand-in for any object of OmegaConf in a pickle: `__dict__` holds its stored values."""
 
-    def __new__(cls, *args: Any) -> _Record:
+    def __new__(cls, *args: object) -> _Record:
         return super().__new__(cls)
 
 
-def _empty(*args: Any) -> dict:
+def _empty(*args: object) -> dict:
     """Stand-in for ``collections.defaultdict``, in which OmegaConf caches resolvers."""
     return {}
 
@@ -58,7 +75,7 @@ RECORDS = (
 ALLOWED = [*((_Record, name) for name in RECORDS), (_empty, "collections.defaultdict")]
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: object) -> object:
     """Turn a config that was read as `_Record`s into dicts, lists and values."""
     if isinstance(node, _Record):
         stored = node.__dict__
@@ -82,14 +99,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
         )
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            package = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} could not be read as tensors and a config ({str(error).splitlines()[0]}); "
-            "fetch it again, or, if you trained it, export it with audiocraft.utils.export"
-        ) from error
+            package = checkpoint.read_pickle(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; if you trained it, run audiocraft.utils.export") from error
     if not isinstance(package, dict):
         raise ValueError(f"{path} holds a {type(package).__name__}, not an audiocraft checkpoint")
     if "pretrained" in package:
@@ -115,7 +127,7 @@ def check_supported(config: DictConfig, path: Path) -> None:
     ValueError names the file, the key and the value that is not supported.
     """
 
-    def value(key: str, default: Any = None) -> Any:
+    def value(key: str, default: object = None):
         found = OmegaConf.select(config, key, default=default)
         return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
@@ -124,45 +136,32 @@ def check_supported(config: DictConfig, path: Path) -> None:
     fused = {op: value(f"fuser.{op}", []) for op in ("sum", "prepend", "input_interpolate")}
     no_melody = "melody, style and other conditioning is not supported, only text"
     kind = value("conditioners.description.model")
+    normalised = bool(value("conditioners.description.t5.normalize_text"))
+    plain = list(range(books or 0))
+    pattern = value("codebooks_pattern.modeling") or value("transformer_lm.q_modeling")
+    stereo = "stereo is not supported: take a mono model"
     needs = [
         ("lm_model", value("lm_model"), "transformer_lm", "only MusicGen's decoder is supported"),
-        (
-            "interleave_stereo_codebooks.use",
-            bool(value("interleave_stereo_codebooks.use", False)),
-            False,
-            "stereo is not supported: take a mono model",
-        ),
+        ("interleave_stereo_codebooks.use", bool(value("interleave_stereo_codebooks.use", False)),
+         False, stereo),
         ("conditioners", conditions, ["description"], no_melody),
         ("conditioners.description.model", kind, "t5", no_melody),
         ("fuser.cross", value("fuser.cross", []), ["description"], no_melody),
         ("fuser", [op for op, names in fused.items() if names], [], no_melody),
         ("fuser.cross_attention_pos_emb", bool(value("fuser.cross_attention_pos_emb")), False, ""),
-        (
-            "conditioners.description.t5.normalize_text",
-            bool(value("conditioners.description.t5.normalize_text")),
-            False,
-            "it needs spacy",
-        ),
-        (
-            "codebooks_pattern.modeling",
-            value("codebooks_pattern.modeling") or value("transformer_lm.q_modeling"),
-            "delay",
-            "",
-        ),
-        (
-            "codebooks_pattern.delay.delays",
-            value("codebooks_pattern.delay.delays") or list(range(books or 0)),
-            list(range(books or 0)),
-            "stereo models delay two codebooks together: take a mono model",
-        ),
+        ("conditioners.description.t5.normalize_text", normalised, False, "it needs spacy"),
+        ("codebooks_pattern.modeling", pattern, "delay", ""),
+        ("codebooks_pattern.delay.delays", value("codebooks_pattern.delay.delays") or plain, plain,
+         "stereo models delay two codebooks together: take a mono model"),
+        ("codebooks_pattern.delay.flatten_first",
+         value("codebooks_pattern.delay.flatten_first") or 0, 0, ""),
+        ("codebooks_pattern.delay.empty_initial",
+         value("codebooks_pattern.delay.empty_initial") or 0, 0, ""),
         ("transformer_lm.norm_first", value("transformer_lm.norm_first"), True, ""),
         ("transformer_lm.positional_embedding",
          value("transformer_lm.positional_embedding", "sin"), "sin", ""),
         ("transformer_lm.past_context", value("transformer_lm.past_context"), None, ""),
     ]  # fmt: skip
-    for step in ("flatten_first", "empty_initial"):
-        key = f"codebooks_pattern.delay.{step}"
-        needs.append((key, value(key) or 0, 0, ""))
     for key, found, wanted, why in needs:
         if found != wanted:
             raise ValueError(
@@ -170,19 +169,39 @@ def check_supported(config: DictConfig, path: Path) -> None:
             )
 
 
-@contextlib.contextmanager
-def _local_t5(conditioners: Any, folder: Path, width: int) -> Iterator[None]:
-    """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
-    from transformers import AutoTokenizer
+def settle_guidance(config: DictConfig, path: Path) -> None:
+    """Fill in the scale of guidance, with a warning, where the config names none."""
+    key = "classifier_free_guidance"
+    if OmegaConf.select(config, f"{key}.inference_coef") is None:
+        warnings.warn(f"{path} lacks {key}.inference_coef: {GUIDANCE} is used", stacklevel=4)
+        settings = {"training_dropout": 0.0, "inference_coef": GUIDANCE}
+        OmegaConf.update(config, key, settings, force_add=True)
 
-    cls, tokenizer = conditioners.T5Conditioner, conditioners.T5Tokenizer
+
+@contextlib.contextmanager
+def _local_t5(conditioners: ModuleType, folder: Path) -> Iterator[None]:
+    """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
+    cls, own = conditioners.T5Conditioner, (conditioners.T5Tokenizer, conditioners.T5EncoderModel)
     names, widths = cls.MODELS, cls.MODELS_DIMS
-    cls.MODELS, cls.MODELS_DIMS = [*names, str(folder)], {**widths, str(folder): width}
-    conditioners.T5Tokenizer = AutoTokenizer  # the class that the folder itself names
+    encoder = load_text_encoder(folder)
+    tokenizer = checkpoint.load_tokenizer(folder, encoder.config)
+    cls.MODELS = [*names, str(folder)]
+    cls.MODELS_DIMS = {**widths, str(folder): encoder.config.d_model}
+    conditioners.T5EncoderModel = SimpleNamespace(from_pretrained=lambda name: encoder)
+    conditioners.T5Tokenizer = SimpleNamespace(from_pretrained=lambda name: tokenizer)
     try:
         yield
     finally:
-        cls.MODELS, cls.MODELS_DIMS, conditioners.T5Tokenizer = names, widths, tokenizer
+        cls.MODELS, cls.MODELS_DIMS = names, widths
+        conditioners.T5Tokenizer, conditioners.T5EncoderModel = own
+
+
+def load_text_encoder(folder: Path) -> T5EncoderModel:
+    """Load the encoder of the T5 in `folder`, in float32; its decoder is not used."""
+    from transformers import T5EncoderModel
+
+    ignored = r"decoder\.|lm_head\."
+    return checkpoint.load_pretrained(T5EncoderModel, folder, ignored, dtype=torch.float32)
 
 
 def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) -> Path:
@@ -196,19 +215,19 @@ def text_encoder_folder(source: Path, config: DictConfig, revision: str | None) 
             f"{source} holds no {TEXT_FOLDER}/ (a T5 as save_pretrained writes it): put {name} "
             "there, or give text_revision=, the commit of its hub page to take it from"
         )
-    return hub.fetch_model(name if "/" in name else f"google-t5/{name}", revision, "t5")
+    return checkpoint.fetch_family(name if "/" in name else f"google-t5/{name}", revision, "t5")
 
 
 def build_language_model(
     path: Path, text: Path | None, text_revision: str | None, dtype: torch.dtype
-) -> tuple[Any, DictConfig]:
+) -> tuple[LMModel, DictConfig]:
     """Build (audiocraft's LMModel in `dtype`, its config) from a checkpoint; T5 in float32."""
     weights, config = read_checkpoint(path)
     check_supported(config, path)
+    settle_guidance(config, path)
     import_audiocraft()
     from audiocraft.models import builders
     from audiocraft.modules import conditioners
-    from transformers import AutoConfig
 
     text = text or text_encoder_folder(path.parent, config, text_revision)
     OmegaConf.set_struct(config, False)
@@ -217,20 +236,28 @@ def build_language_model(
     # Weights are about to be read: drawing random ones takes longer than that on a large model.
     config.transformer_lm.weight_init = config.transformer_lm.depthwise_init = None
     config.transformer_lm.zero_bias_init = False
-    width = AutoConfig.from_pretrained(text, local_files_only=True).d_model
-    with _local_t5(conditioners, text, width):
+    with _local_t5(conditioners, text):
         model = builders.get_lm_model(config)
-    _fill(model, weights, path)
+    checkpoint.fill(model, weights, path)
     model = model.eval().to(dtype).requires_grad_(False)
     model.condition_provider.conditioners["description"].t5.eval().float().requires_grad_(False)
     model.cfg = config
     return model, config
 
 
-def build_codec(path: Path, config: DictConfig) -> Any:
+def build_codec(path: Path, config: DictConfig) -> CompressionModel:
     """Build audiocraft's EncodecModel at `path` in float32, with the codebooks that `config` (of
     the language model) uses."""
     weights, own = read_checkpoint(path)
+    used = OmegaConf.select(config, "compression_model_n_q", default=None) or own.rvq.n_q
+    card = int(config.transformer_lm.card)
+    held = (min(int(used), int(own.rvq.n_q)), int(own.rvq.bins))
+    rates = config.get("sample_rate"), own.get("sample_rate")
+    if None not in rates and rates[0] != rates[1]:
+        raise ValueError(
+            f"{path}: the codec works at {rates[1]} Hz, the language model at {rates[0]} Hz; they "
+            "do not belong together: take both from one model"
+        )
     import_audiocraft()
     from audiocraft.models import builders
 
@@ -239,16 +266,88 @@ def build_codec(path: Path, config: DictConfig) -> Any:
     if int(OmegaConf.select(own, "encodec.channels", default=1)) != 1:
         raise ValueError(f"{path}: encodec.channels is not 1; stereo is not supported")
     codec = builders.get_compression_model(own)
-    _fill(codec, weights, path)
+    checkpoint.fill(codec, weights, path)
+    checkpoint.check_codec(codec, path, held, (int(config.transformer_lm.n_q), card))
     codec = builders.get_wrapped_compression_model(codec, config)
     return codec.float().eval().requires_grad_(False)
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+# ---- the package
+
+ABSENT = {
+    "torchaudio": ("torchaudio.transforms", "torchaudio.functional"),
+    "librosa": ("librosa.filters",),
+    "av": (),
+    "spacy": (),
+    "num2words": (),
+    "xformers": ("xformers.ops",),
+}
+"""Packages that audiocraft imports and MusicGen does not use, with the submodules it names."""
+KEPT = "xformers"
+
+
+class _StandIn(ModuleType):
+    """A module in which every public name is a function that raises when called."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return missing(self.__name__.partition(".")[0], f"{self.__name__}.{name}")
+
+
+def _stand_in(package: str) -> list[str]:
+    """Put stand-ins for an absent package and its submodules in sys.modules; their names."""
+    if sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None:
+        return []
+    names = [package, *ABSENT[package]]
+    for name in names:
+        module = _StandIn(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=name == package)
+        if name == package:
+            module.__path__ = []
+        sys.modules[name] = module
+        if name != package:
+            setattr(sys.modules[package], name.rpartition(".")[2], module)
+    if package == "xformers":
+        import torch
+
+        # The one function that audiocraft calls with torch's attention backend, and a mask of which
+        # it needs no more than the name.
+        sys.modules["xformers.ops"].unbind = torch.unbind
+        sys.modules["xformers.ops"].LowerTriangularMask = type("LowerTriangularMask", (), {})
+    return names
+
+
+def _settle_transformers() -> None:
+    """Have transformers record which packages are installed, before stand-ins exist."""
+    utils = importlib.import_module("transformers.utils")
+    for package in ABSENT:
+        getattr(utils, f"is_{package}_available", bool)()
+
+
+def import_audiocraft() -> ModuleType:
+    """Import the package `audiocraft` once, with stand-ins for absent packages.
+
+    ImportError with the remedy if audiocraft, or a small package that it needs, is missing.
+    """
+    if "audiocraft" in sys.modules:
+        return sys.modules["audiocraft"]
+    if importlib.util.find_spec("audiocraft") is None:
+        raise ImportError(
+            "audiocraft is not installed; pip install --no-deps -r requirements-nodeps.txt (its "
+            "own pins would replace torch)"
+        )
+    _settle_transformers()
+    added = [name for package in ABSENT for name in _stand_in(package)]
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the weights in {path} are not those of its own config ({what}); fetch it again"
-        ) from error
+        return importlib.import_module("audiocraft")
+    except BaseException:
+        # A half imported package would look whole to the next caller.
+        for name in [n for n in sys.modules if n.partition(".")[0] == "audiocraft"]:
+            del sys.modules[name]
+        added = [name for name in added if name in sys.modules]
+        raise
+    finally:
+        for name in added:
+            if name.partition(".")[0] != KEPT:
+                sys.modules.pop(name, None)

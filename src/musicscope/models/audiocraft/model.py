@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,32 +29,37 @@ from musicscope.models.audiocraft.loading import (
 )
 from musicscope.models.interface import Hook
 from musicscope.models.language_model import run_layers
-from musicscope.models.musicgen.decoder import Context, Step, spans
-from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
+from musicscope.models.musicgen.delay_pattern import (
+    Context,
+    DelayDecoder,
+    DelayPatternModel,
+    Step,
+)
+
+if TYPE_CHECKING:
+    from audiocraft.models.encodec import CompressionModel
+    from audiocraft.models.lm import LMModel
+    from audiocraft.modules.conditioners import T5Conditioner
+    from audiocraft.modules.transformer import StreamingMultiheadAttention
 
 
 class AudiocraftModel(DelayPatternModel):
     """`LanguageModel` over audiocraft's LMModel (`.lm`) and EncodecModel (`.codec`)."""
 
-    def __init__(self, lm: Any, codec: Any, name: str, device: torch.device) -> None:
+    def __init__(
+        self, lm: LMModel, codec: CompressionModel, name: str, device: torch.device
+    ) -> None:
         self.lm, self.codec = lm.to(device), codec.to(device)
         self.conditioner = lm.condition_provider.conditioners["description"]
         # Not a registered module of its conditioner, unless it was trained along.
-        self.conditioner.t5.to(device)
+        self.text_encoder = self.conditioner.t5.to(device)
+        self.tokenizer = self.conditioner.t5_tokenizer
         self.conditioner.device = lm.condition_provider.device = str(device)
-        if codec.num_codebooks != lm.n_q or codec.cardinality != lm.card:
-            raise ValueError(
-                f"{name}: the codec has {codec.num_codebooks} codebooks of {codec.cardinality}, "
-                f"the language model {lm.n_q} of {lm.card}; {MODEL_FILE} and {CODEC_FILE} do not "
-                "belong together"
-            )
         super().__init__(
             name,
             AudiocraftDecoder(lm, self.conditioner, device),
-            device=device,
             sample_rate=int(codec.sample_rate),
             frame_rate=float(codec.frame_rate),
-            num_codebooks=lm.n_q,
             width=lm.dim,
             card=lm.card,
             special=lm.special_token_id,
@@ -87,7 +92,7 @@ class AudiocraftModel(DelayPatternModel):
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        return self.lm, self.codec, self.conditioner.t5
+        return self.lm, self.codec, self.text_encoder
 
     @torch.no_grad()
     def encode_signal(self, signal: Tensor) -> Tensor:
@@ -96,16 +101,8 @@ class AudiocraftModel(DelayPatternModel):
             raise ValueError(f"{self.name}: a codec that renormalizes is not supported")
         return codes
 
-    @torch.no_grad()
     def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None or ""."""
-        text, mask = text_states(
-            self.conditioner.t5_tokenizer,
-            self.conditioner.t5,
-            [caption or None for caption in captions],
-            self.device,
-        )
-        return text.to(self.decoder.dtype), mask
+        return super().encode_text([caption or None for caption in captions])
 
     @torch.no_grad()
     def codec_latents(self, codes: Tensor) -> Tensor:
@@ -116,37 +113,22 @@ class AudiocraftModel(DelayPatternModel):
         return self.codec.decode(codes.to(self.device))[:, 0]
 
 
-class AudiocraftDecoder:
-    """Embedding, layers and heads of audiocraft's LMModel as separate steps.
+class AudiocraftDecoder(DelayDecoder):
+    """The decoder of audiocraft's LMModel."""
 
-    The counterpart of `musicscope.models.musicgen.decoder.LayerwiseDecoder`.
-    """
-
-    def __init__(self, lm: Any, conditioner: Any, device: torch.device) -> None:
+    def __init__(self, lm: LMModel, conditioner: T5Conditioner, device: torch.device) -> None:
         from audiocraft.modules.transformer import create_sin_embedding
 
-        self.lm, self.device = lm, device
-        self.num_codebooks: int = lm.n_q
-        self.num_layers: int = len(lm.transformer.layers)
-        self.dtype: torch.dtype = lm.linears[0].weight.dtype
-        self.calls = 0
-        self._sinusoids, self._project = create_sin_embedding, conditioner.output_proj
+        self._transformer, self._sinusoids = lm.transformer, create_sin_embedding
+        self._project = conditioner.output_proj
+        super().__init__(lm.emb, lm.transformer.layers, lm.out_norm, lm.linears, device)
 
-    @property
-    def tables(self) -> list[torch.nn.Embedding]:
-        """Token embeddings, one for each codebook; row `card` is the special id."""
-        return list(self.lm.emb)
-
-    def embed(self, ids: Tensor, past: int = 0) -> Tensor:
-        """Turn ids [rows, K, S] into the input of layer 0 [rows, S, d]."""
-        tokens = sum(table(ids[:, k]) for k, table in enumerate(self.lm.emb))
-        positions = torch.arange(ids.shape[-1], device=ids.device).view(1, -1, 1) + past
-        transformer = self.lm.transformer
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
         # In float32 whatever the decoder: float16 cannot tell positions beyond 2,048 apart.
-        sinusoids = self._sinusoids(
-            positions, tokens.shape[-1], max_period=transformer.max_period, dtype=torch.float32
-        )
-        return tokens + (transformer.positional_scale * sinusoids).to(tokens.dtype)
+        positions = torch.arange(ids.shape[-1], device=ids.device).view(1, -1, 1) + past
+        period = self._transformer.max_period
+        table = self._sinusoids(positions, width, max_period=period, dtype=torch.float32)
+        return self._transformer.positional_scale * table
 
     def context(self, hidden: Tensor, text: Tensor, text_mask: Tensor) -> Context:
         """`text_mask` of the result: None where no caption is padded, else bool [rows, L]."""
@@ -155,11 +137,11 @@ class AudiocraftDecoder:
         # Without a caption all states are zero, and so is what attention finds, wherever it looks.
         words = words | ~words.any(1, keepdim=True)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        return Context(positions, text, None if bool(words.all()) else words, None)
+        return Context(positions, text, None if bool(words.all()) else words)
 
     @contextlib.contextmanager
     def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
-        """Give the step function of a generation; audiocraft's layers keep keys and values."""
+        # audiocraft's layers keep keys and values.
         past = 0
         first: list[Context] = []
 
@@ -172,12 +154,11 @@ class AudiocraftDecoder:
             past += 1
             return run_layers(self, hidden, context, hooks)
 
-        with self.lm.transformer.streaming():
+        with self._transformer.streaming():
             yield step
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Run layer `index` on hidden [rows, S, d]."""
-        block = self.lm.transformer.layers[index]
+        block = self.layers[index]
         if context.text_mask is None:
             return block(hidden, cross_attention_src=context.text)
         # The same three steps, with the mask that audiocraft's cross-attention does not take.
@@ -186,16 +167,8 @@ class AudiocraftDecoder:
         hidden = hidden + block.layer_scale_cross(mixed)
         return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
 
-    def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
-        """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
 
-        `frames` None: all positions, as is.
-        """
-        read = spans(self.lm.out_norm(hidden), frames, self.num_codebooks)
-        return torch.stack([head(s) for head, s in zip(self.lm.linears, read, strict=True)], 1)
-
-
-def _attend(attention: Any, query: Tensor, context: Context) -> Tensor:
+def _attend(attention: StreamingMultiheadAttention, query: Tensor, context: Context) -> Tensor:
     """Run audiocraft's cross-attention of query [rows, S, d], masked to the captions' tokens."""
     inner = attention if attention.custom else attention.mha
     weights = inner.in_proj_weight.chunk(3)

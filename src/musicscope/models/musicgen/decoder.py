@@ -8,8 +8,8 @@ forward and generate(). The sequence layout is in `musicscope.models.musicgen.de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,49 +18,20 @@ from transformers import MusicgenForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from musicscope.models import hooks as hooked
-from musicscope.models.interface import Hook
+from musicscope.models.interface import Hook, apply_hook
 from musicscope.models.language_model import run_layers
-from musicscope.models.musicgen.loading import main_device
-
-Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
-"""(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
-called for positions 0, 1, 2 ... in turn."""
+from musicscope.models.musicgen.delay_pattern import Context, DelayDecoder, Step
 
 
-@dataclass(frozen=True)
-class Context:
-    """Inputs of every layer besides the stream; the same for all layers."""
-
-    positions: Tensor
-    """[S] places in the sequence."""
-    text: Tensor
-    """[rows, L, d] as cross-attention reads it."""
-    text_mask: Tensor | None
-    causal_mask: Tensor | None
-    cache: Cache | None = None
-
-
-class LayerwiseDecoder:
-    """Embedding, layers and heads of a MusicGen as separate steps; counts layer evaluations."""
+class LayerwiseDecoder(DelayDecoder):
+    """The decoder of a MusicGen in transformers."""
 
     def __init__(self, hf: MusicgenForConditionalGeneration) -> None:
-        self.hf = hf
-        self.num_codebooks: int = hf.config.decoder.num_codebooks
-        self.num_layers: int = hf.config.decoder.num_hidden_layers
-        self.calls = 0
-        self._core = hf.decoder.model.decoder
-        self.device = main_device(hf)
-        self.dtype: torch.dtype = next(hf.decoder.lm_heads.parameters()).dtype
-
-    @property
-    def tables(self) -> list[torch.nn.Embedding]:
-        """Token embeddings, one for each codebook; row `card` is the special id."""
-        return list(self._core.embed_tokens)
-
-    @property
-    def layers(self) -> torch.nn.ModuleList:
-        return self._core.layers
+        self.hf, core = hf, hf.decoder.model.decoder
+        self._config, self._positions = core.config, core.embed_positions
+        super().__init__(
+            core.embed_tokens, core.layers, core.layer_norm, hf.decoder.lm_heads, main_device(hf)
+        )
 
     def text_states(self, text: Tensor, text_mask: Tensor) -> Tensor:
         """Project T5 states [rows, L, d_text] for cross-attention, [rows, L, d]."""
@@ -68,18 +39,15 @@ class LayerwiseDecoder:
             text = self.hf.enc_to_dec_proj(text)
         return text * text_mask[..., None]
 
-    def embed(self, ids: Tensor, past: int = 0) -> Tensor:
-        """Turn ids [rows, K, S] into the input of layer 0 [rows, S, d]."""
-        tokens = sum(table(ids[:, k]) for k, table in enumerate(self._core.embed_tokens))
-        return tokens + self._core.embed_positions(ids, past).to(tokens.device)
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
+        return self._positions(ids, past)
 
     def context(
         self, hidden: Tensor, text: Tensor, text_mask: Tensor, cache: Cache | None = None
     ) -> Context:
-        """Masks, positions and text for hidden [rows, S, d]."""
         text = self.text_states(text, text_mask)
         attend = create_bidirectional_mask(
-            config=self._core.config,
+            config=self._config,
             inputs_embeds=hidden,
             attention_mask=text_mask,
             encoder_hidden_states=text,
@@ -89,7 +57,7 @@ class LayerwiseDecoder:
 
     def _causal(self, hidden: Tensor, cache: Cache | None) -> Tensor | None:
         return create_causal_mask(
-            config=self._core.config,
+            config=self._config,
             inputs_embeds=hidden,
             attention_mask=None,
             past_key_values=cache,
@@ -97,11 +65,6 @@ class LayerwiseDecoder:
 
     @contextlib.contextmanager
     def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
-        """Give the step function of a generation of `positions` positions.
-
-        `text` [rows, L, d_text], `text_mask` [rows, L]. Keys and values are kept until the block
-        ends.
-        """
         if getattr(self.hf, "hf_device_map", None):
             # Only the layers' own forward has accelerate's hooks, which move what they need.
             yield self._cached_steps(text, text_mask)
@@ -109,7 +72,7 @@ class LayerwiseDecoder:
             yield Steps(self, text, text_mask, positions)
 
     def _cached_steps(self, text: Tensor, text_mask: Tensor) -> Step:
-        config = self._core.config
+        config = self._config
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         first: list[Context] = []
 
@@ -129,8 +92,7 @@ class LayerwiseDecoder:
         return step
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Run layer `index` on hidden [rows, S, d]."""
-        output = self._core.layers[index](
+        output = self.layers[index](
             hidden,
             context.causal_mask,
             context.text,
@@ -140,20 +102,15 @@ class LayerwiseDecoder:
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
-        """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
 
-        Only positions that predict a code go through a head. `frames` None: all positions, as is.
-        With a device map the heads may be spread: their answers come together on `device`.
-        """
-        read = spans(self._core.layer_norm(hidden), frames, self.num_codebooks)
-        heads = zip(self.hf.decoder.lm_heads, read, strict=True)
-        return torch.stack([head(span).to(self.device) for head, span in heads], 1)
-
-
-def spans(hidden: Tensor, frames: int | None, books: int) -> list[Tensor]:
-    """Positions of [rows, S, d] that predict codebook k = 0..K-1; `frames` None: all positions."""
-    return [hidden if frames is None else hidden[:, k : k + frames] for k in range(books)]
+def main_device(hf: MusicgenForConditionalGeneration) -> torch.device:
+    """Find the device of codec, text encoder and batches: the model's, or the map's first one."""
+    placed = getattr(hf, "hf_device_map", None)
+    if not placed:
+        return hf.device
+    # "disk" and "cpu" hold weights that are brought to the map's first accelerator to run.
+    devices = [torch.device("cpu" if d in ("cpu", "disk") else d) for d in placed.values()]
+    return next((d for d in devices if d.type != "cpu"), devices[0])
 
 
 class Steps:
@@ -207,7 +164,7 @@ class Steps:
             hidden = hidden + layer.fc2(layer.activation_fn(inner))
             self.decoder.calls += 1
             if i in hooks:
-                hidden = hooked.apply(f"layers.{i}", hooks[i], hidden, where)
+                hidden = apply_hook(f"layers.{i}", hooks[i], hidden, where)
         self.position += 1
         return hidden
 

@@ -10,15 +10,24 @@ input is codebook 0 of frame t is t + 1: it is called frame t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from musicscope.models.interface import Batch, Hooks
+from musicscope.models.interface import Batch, Hook, Hooks
 from musicscope.models.language_model import LayerwiseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
+
+GUIDANCE = 3.0
+"""Scale of the released models (Copet et al. 2023), where a folder names none."""
 
 
 def delayed(codes: Tensor, special: int) -> Tensor:
@@ -35,26 +44,6 @@ def undelayed(sequence: Tensor) -> Tensor:
     books = sequence.shape[1]
     frames = sequence.shape[-1] - books
     return torch.stack([sequence[:, k, k + 1 : k + 1 + frames] for k in range(books)], dim=1)
-
-
-def text_states(
-    tokenizer: Any, encoder: Any, captions: Sequence[str | None], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """T5 states [B, L, d_text] and mask [B, L]; zero states and zero mask for None.
-
-    Both implementations use zeros for the unconditional half of guidance.
-    """
-    known = [i for i, caption in enumerate(captions) if caption is not None]
-    if not known:
-        text = torch.zeros(len(captions), 1, encoder.config.hidden_size, device=device)
-        return text, torch.zeros(len(captions), 1, device=device, dtype=torch.int64)
-    tokens = tokenizer([captions[i] for i in known], padding=True, return_tensors="pt").to(device)
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    text = states.new_zeros(len(captions), *states.shape[1:])
-    text_mask = mask.new_zeros(len(captions), mask.shape[1])
-    text[known], text_mask[known] = states, mask
-    return text, text_mask
 
 
 def sample(scores: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -81,20 +70,120 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(scores.numpy(), -k)[..., -k, None])  # 8 times as fast
 
 
-class DelayPatternModel(LayerwiseModel):
+@dataclass(frozen=True)
+class Context:
+    """Inputs of every layer besides the stream; the same for all layers."""
+
+    positions: Tensor
+    """[S] places in the sequence."""
+    text: Tensor
+    """[rows, L, d] as cross-attention reads it."""
+    text_mask: Tensor | None
+    causal_mask: Tensor | None = None
+    cache: Cache | None = None
+
+
+Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
+"""(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
+called for positions 0, 1, 2 ... in turn."""
+
+
+class DelayDecoder:
+    """Embedding, layers and heads as separate steps; counts layer evaluations.
+
+    A library gives the methods without a body. `tables` [card + 1, d] are its token embeddings, one
+    for each codebook; row `card` is the special id.
+    """
+
+    def __init__(
+        self, tables: Iterable[nn.Module], layers: Sequence[nn.Module], norm: nn.Module,
+        heads: Iterable[nn.Module], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.tables, self.heads = list(tables), list(heads)
+        self.layers, self.norm, self.device = layers, norm, device
+        self.num_codebooks, self.num_layers, self.calls = len(self.heads), len(layers), 0
+        self.dtype: torch.dtype = next(self.heads[0].parameters()).dtype
+
+    def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
+        """Embed the positions of ids [rows, K, S]: [S, d] or [1, S, d]."""
+        raise NotImplementedError
+
+    def context(self, hidden: Tensor, text: Tensor, text_mask: Tensor) -> Context:
+        """Prepare masks, positions and T5 states [rows, L, d_text] for hidden [rows, S, d]."""
+        raise NotImplementedError
+
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Run layer `index` on hidden [rows, S, d]."""
+        raise NotImplementedError
+
+    def steps(
+        self, text: Tensor, text_mask: Tensor, positions: int
+    ) -> AbstractContextManager[Step]:
+        """Give the step function of a generation of `positions` positions.
+
+        `text` [rows, L, d_text], `text_mask` [rows, L]. Keys and values are kept until the block
+        ends.
+        """
+        raise NotImplementedError
+
+    def embed(self, ids: Tensor, past: int = 0) -> Tensor:
+        """Turn ids [rows, K, S] into the input of layer 0 [rows, S, d]."""
+        tokens = sum(table(ids[:, k]) for k, table in enumerate(self.tables))
+        return tokens + self.embed_positions(ids, past, tokens.shape[-1]).to(tokens)
+
+    def logits(self, hidden: Tensor, frames: int | None) -> Tensor:
+        """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to the codes.
+
+        Only positions that predict a code go through a head. `frames` None: all positions, as is.
+        With a device map the heads may be spread: their answers come together on `device`.
+        """
+        hidden = self.norm(hidden)
+        read = (hidden if frames is None else hidden[:, k : k + frames]
+                for k in range(self.num_codebooks))  # fmt: skip
+        heads = zip(self.heads, read, strict=True)
+        return torch.stack([head(span).to(self.device) for head, span in heads], 1)
+
+
+class DelayPatternModel(LayerwiseModel[DelayDecoder]):
     """`LanguageModel` over K parallel codebooks in the delay pattern.
 
     `special` is the id that fills the start column and the corners of the pattern.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel
     num_position_groups = 2
     plain_sampling = {"guidance_scale": 1.0, "top_k": 0}
 
     def __init__(
-        self, name: str, decoder: Any, *, special: int, guidance_scale: float = 3.0, **shape: Any
-    ) -> None:
-        super().__init__(name, decoder, **shape)
+        self, name: str, decoder: DelayDecoder, *, special: int, guidance_scale: float,
+        sample_rate: int, frame_rate: float, width: int, card: int,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            name, decoder, device=decoder.device, sample_rate=sample_rate, frame_rate=frame_rate,
+            num_codebooks=decoder.num_codebooks, width=width, card=card,
+        )  # fmt: skip
         self.special, self.guidance_scale = special, guidance_scale
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """T5 states [B, L, d_text] in the decoder's dtype and mask [B, L]; zeros for None.
+
+        Both libraries use zeros for the unconditional half of guidance.
+        """
+        known = [i for i, caption in enumerate(captions) if caption is not None]
+        count, place = len(captions), {"device": self.device}
+        if not known:
+            text = torch.zeros(count, 1, self.text_encoder.config.hidden_size, **place)
+            return text.to(self.decoder.dtype), torch.zeros(count, 1, dtype=torch.int64, **place)
+        given = [captions[i] for i in known]
+        tokens = self.tokenizer(given, padding=True, return_tensors="pt").to(self.device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        text = states.new_zeros(count, *states.shape[1:])
+        text_mask = mask.new_zeros(count, mask.shape[1])
+        text[known], text_mask[known] = states, mask
+        return text.to(self.decoder.dtype), text_mask
 
     def sequence(self, batch: Batch) -> Tensor:
         """Decoder input ids [B, K, S]: start column and delay pattern, S = T + K - 1.
@@ -105,7 +194,7 @@ class DelayPatternModel(LayerwiseModel):
         sequence = delayed(batch.codes, self.special)
         return sequence[..., : max(batch.frames + self.num_codebooks - 1, batch.frames + 1)]
 
-    def context(self, hidden: Tensor, batch: Batch) -> Any:
+    def context(self, hidden: Tensor, batch: Batch) -> Context:
         return self.decoder.context(hidden, batch.text, batch.text_mask)
 
     def position_groups(self, batch: Batch) -> Tensor:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from musicscope.models.checkpoint import check_file
+
 # The layout that torch writes, below one top folder whose name is free.
 LAYOUT = re.compile(
     r"(data\.pkl|constants\.pkl|version|byteorder|\.data/\w+|\.format_version|\.storage_alignment"
@@ -55,6 +57,7 @@ def check_archive(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    check_file(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is not a TorchScript archive (no zip file); give the .ts file that RAVE's "
@@ -63,6 +66,8 @@ def check_archive(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_entries(path, archive)
+            if torn := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {torn}")
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 

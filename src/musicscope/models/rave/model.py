@@ -10,7 +10,7 @@ clip's samples: the result depends neither on other clips nor on their order.
 Hook points are ``posterior_mean`` (before the draw and the PCA: deterministic, and of the same
 width whatever fidelity the export kept), ``latent`` (z), and every convolution of encoder and
 decoder by its name in the export, such as ``decoder.net.3``. Python hooks do not fire inside a
-ScriptModule, so convolutions are caught where they run (`musicscope.models.rave.hooks`): the
+ScriptModule, so convolutions are caught where they run (`musicscope.models.rave.hook_points`): the
 program that runs is the export's own, to the last bit, noise synthesiser and caches included.
 Where weights are no longer parameters (a frozen export), only ``latent`` is left, and
 `RaveModel.notes` says so.
@@ -26,7 +26,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -37,8 +37,14 @@ from musicscope.core.audio import spectra, spectral_distance
 from musicscope.core.seeding import seed_for
 from musicscope.models.interface import AudioBatch, Hook, Hooks, check_audio
 from musicscope.models.rave.archive_check import load_archive
-from musicscope.models.rave.hooks import Convolutions, edited, seeded
-from musicscope.models.rave.inspect import LATENT, POSTERIOR, survey
+from musicscope.models.rave.hook_points import (
+    LATENT,
+    POSTERIOR,
+    Convolutions,
+    edited,
+    seeded,
+    survey,
+)
 
 NOT_OFFERED = {
     "forward": "an autoencoder has no logits; use reconstruct",
@@ -105,7 +111,7 @@ class RaveModel:
         name = source.name if source.is_dir() else source.stem
         return cls(load_archive(files[0], device), name, device, seed)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         # AttributeError, so that this is no `LanguageModel`.
         why = NOT_OFFERED.get(name)
         raise AttributeError(

@@ -2,8 +2,7 @@
 
 A Llama writes two tracks of xcodec codes in turn, vocal and instrumental, 50 frames per second
 each. "Codebook" 0 of the interface is the vocal track, 1 the instrumental one; both use the first
-xcodec codebook only. Frames are the instrumental positions. The sequence layout and the labels that
-hooks get are in `musicscope.models.yue.decoder`, ids and template in `yue.tokens`.
+xcodec codebook only. Frames are the instrumental positions.
 
 Stage 2 (codebooks 1..7) and the upsampler are out of scope: they add sound quality, not content.
 Audio is decoded from the one codebook of stage 1, good enough to listen to.
@@ -16,24 +15,37 @@ Folder layout (as on the hub, and two additions)::
     config.json, generation_config.json, model-0000i-of-0000n.safetensors, ...
     tokenizer.model         if the hub page has none: from the authors' code, see yue.tokens
     xcodec/                 the codec for transformers' XcodecModel, such as hub id Manel/YuE-XCodec
+
+Sequence layout: a prompt of P ids, the last of them `<xcodec>`, then v0 i0 v1 i1 ... (vocal and
+instrumental codes). Each id is predicted at the position before it, so v_t at P + 2t - 1 and i_t
+at P + 2t. The position whose newest input is the instrumental code of frame t is P + 2t + 1: an
+odd one counted from the first code, and that one is called frame t. It has seen both tracks of
+frames up to t.
+
+Hooks get a position's frame rather than its place in the sequence, for prompts differ in length:
+t + 1 at frame t (as in every other model), -(t + 1) where the newest input is the vocal code of
+frame t, 0 in the prompt. So tools that act on frames leave vocal positions and prompt alone.
+
+Prompts of different lengths are padded on the left; every row's RoPE counts from its own start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM, XcodecModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
+from musicscope.models import checkpoint
+from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch, Hooks, check_audio
 from musicscope.models.language_model import LayerwiseModel, by_clip, run_layers
-from musicscope.models.yue import codec as yue_codec
-from musicscope.models.yue import decoder as yue_decoder
 from musicscope.models.yue import tokens
 
 GUIDANCE = 1.5
@@ -41,7 +53,101 @@ GUIDANCE = 1.5
 TOP_K, TOP_P, REPETITION_PENALTY = 50, 0.93, 1.1
 
 
-class YueModel(LayerwiseModel):
+@dataclass(frozen=True)
+class Context:
+    """Inputs of every layer besides the stream; the same for all layers."""
+
+    positions: Tensor
+    """[S] labels for hooks, see `frame_labels`."""
+    places: Tensor
+    """[rows, S] place in its own row, for RoPE."""
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    """[rows, 1, S, past + S] bool, true where attention may look; None without padding."""
+    cache: Cache | None = None
+
+
+def frame_labels(prompt: int, codes: int) -> Tensor:
+    """Labels [prompt + codes] of the positions: 0 in the prompt, then -1, 1, -2, 2, ..."""
+    steps = torch.arange(codes)
+    labels = (steps // 2 + 1) * torch.where(steps % 2 == 1, 1, -1)
+    return torch.cat([torch.zeros(prompt, dtype=torch.int64), labels])
+
+
+class LayerwiseLlama:
+    """Embedding, layers and head as separate steps; counts layer evaluations."""
+
+    def __init__(self, hf: LlamaForCausalLM) -> None:
+        self.hf = hf
+        self.num_layers: int = hf.config.num_hidden_layers
+        self.calls = 0
+
+    def check_length(self, prompt: int, frames: int) -> None:
+        """ValueError if prompt and codes exceed the positions the model was trained on."""
+        limit = self.hf.config.max_position_embeddings
+        if prompt + 2 * frames > limit:
+            raise ValueError(
+                f"the model has {limit} positions, {prompt} of them for the prompt: that leaves "
+                f"{(limit - prompt) // 2} frames of 2 codes, {frames} were asked for"
+            )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Turn ids [rows, S] into the input of layer 0 [rows, S, d]."""
+        return self.hf.model.embed_tokens(ids)
+
+    def context(
+        self, hidden: Tensor, positions: Tensor, valid: Tensor, cache: Cache | None = None
+    ) -> Context:
+        """Inputs of every layer besides hidden [rows, S, d].
+
+        `positions` [S] are labels for hooks. `valid` [rows, past + S] is 1 where an id is, 0 on
+        padding, the cached positions first.
+        """
+        count, total = hidden.shape[1], valid.shape[1]
+        valid = valid.to(hidden.device)
+        places = (valid.cumsum(1) - 1).clamp(min=0)[:, total - count :]
+        mask = None
+        # Padding, if there is any, stands first.
+        if not valid[:, 0].all():
+            mask = valid.bool()[:, None, None, :]
+            if count > 1:
+                square = torch.ones(count, total, dtype=torch.bool, device=valid.device)
+                mask = mask & square.tril(total - count)
+                # Padding looks at itself: a row of attention without any key is not a number.
+                mask = mask | square.tril(total - count).triu(total - count)
+        return Context(positions, places, self.hf.model.rotary_emb(hidden, places), mask, cache)
+
+    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Run layer `index` on hidden [rows, S, d]."""
+        return self.hf.model.layers[index](
+            hidden,
+            attention_mask=context.mask,
+            position_ids=context.places,
+            past_key_values=context.cache,
+            use_cache=context.cache is not None,
+            position_embeddings=context.rotary,
+        )
+
+    def logits(self, hidden: Tensor, frames: int) -> Tensor:
+        """Run final norm and head: [rows, P + 2 frames, d] to [rows, 2, frames, 1024].
+
+        Only the head's rows of stage-1 codes (of 83,968) are used, and only at positions that
+        predict a code: [b, k, t] predicts code t of track k.
+        """
+        hidden = self.hf.model.norm(hidden[:, -2 * frames - 1 : -1])
+        head = self.hf.lm_head
+        if head.weight.is_meta:  # offloaded: the weights are there only while the module runs
+            logits = head(hidden)[..., tokens.CODE_IDS]
+        else:
+            logits = F.linear(hidden.to(head.weight.device), head.weight[tokens.CODE_IDS])
+        return logits.unflatten(1, (frames, 2)).transpose(1, 2)
+
+    def next_scores(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, 83,968] float32 over the whole vocabulary, from the last position."""
+        return self.hf.lm_head(self.hf.model.norm(hidden[:, -1])).float()
+
+
+class YueModel(LayerwiseModel[LayerwiseLlama]):
     """`LanguageModel` over `LlamaForCausalLM`; `.hf` is the Llama, `.codec` the XcodecModel.
 
     `segment` is the lyric text of the one segment, with its section head.
@@ -50,7 +156,7 @@ class YueModel(LayerwiseModel):
     takes a mix for the instrumental track and silence for the vocal one (`first_encoded`).
     """
 
-    num_position_groups = yue_decoder.NUM_POSITION_GROUPS
+    num_position_groups = 4
     plain_sampling = {"guidance_scale": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     first_encoded = 1
 
@@ -74,10 +180,10 @@ class YueModel(LayerwiseModel):
         self._silence: dict[int, Tensor] = {}
         super().__init__(
             name,
-            yue_decoder.LayerwiseLlama(hf),
+            LayerwiseLlama(hf),
             device=codec.device,
-            sample_rate=yue_codec.SAMPLE_RATE,
-            frame_rate=yue_codec.SAMPLE_RATE / yue_codec.HOP,
+            sample_rate=tokens.SAMPLE_RATE,
+            frame_rate=tokens.SAMPLE_RATE / tokens.HOP,
             num_codebooks=len(tokens.TRACKS),
             width=hf.config.hidden_size,
             card=tokens.CARD,
@@ -91,8 +197,8 @@ class YueModel(LayerwiseModel):
         dtype: torch.dtype,
         codec: str | Path | None = None,
         tokenizer: str | Path | None = None,
-        device_map: str | dict[str, Any] | None = None,
-        **options: Any,
+        device_map: DeviceMap = None,
+        **options: object,
     ) -> YueModel:
         """Load a folder laid out as above; see `musicscope.models.registry.load_model`.
 
@@ -101,12 +207,12 @@ class YueModel(LayerwiseModel):
         in float32 whatever `dtype`. `options` go to from_pretrained, such as `offload_folder`.
         """
         source = Path(source)
-        audio = yue_codec.load_codec(codec or source / "xcodec", device)
+        audio = tokens.load_codec(codec or source / "xcodec", device)
         tokenize = tokens.load_tokenizer(tokenizer or source / "tokenizer.model")
         if device_map is None and device.type != "cpu":
             device_map = {"": device}  # never whole in main memory
-        hf = LlamaForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, local_files_only=True, **options
+        hf = checkpoint.load_pretrained(
+            LlamaForCausalLM, source, dtype=dtype, device_map=device_map, **options
         )
         return cls(hf.requires_grad_(False), audio, tokenize, source.name)
 
@@ -139,14 +245,20 @@ class YueModel(LayerwiseModel):
                 raise ValueError("vocals and audio must have the same number of clips and samples")
         return self.with_captions(torch.stack([vocal, instrumental], 1), captions)
 
+    @torch.no_grad()
     def _track(self, audio: Tensor | np.ndarray) -> Tensor:
-        parts = by_clip(check_audio(audio).to(self.device))
-        return torch.cat([yue_codec.encode_track(self.codec, part) for part in parts])
+        """Encode one track [B, n] into codes [B, T] int64, T = ceil(n / 320)."""
+        signal = check_audio(audio).to(self.device)
+        # xcodec would drop a last frame of less than a quarter; padded, each started frame counts,
+        # as in the other models.
+        padded = F.pad(signal[:, None], (0, -signal.shape[-1] % tokens.HOP))
+        parts = [self.codec.encode(p, bandwidth=tokens.BANDWIDTH) for p in by_clip(padded)]
+        return torch.cat([part.audio_codes[:, 0] for part in parts])
 
     def silence(self, frames: int) -> Tensor:
         """The codec's codes [T] of silence (not always one code throughout), kept per length."""
         if frames not in self._silence:
-            self._silence[frames] = self._track(torch.zeros(1, frames * yue_codec.HOP))[0]
+            self._silence[frames] = self._track(torch.zeros(1, frames * tokens.HOP))[0]
         return self._silence[frames]
 
     @torch.no_grad()
@@ -178,13 +290,20 @@ class YueModel(LayerwiseModel):
 
     def positions(self, batch: Batch) -> Tensor:
         """Labels for hooks [P + 2T]: 0 in the prompt, -(t + 1) at v_t, t + 1 at frame t."""
-        return yue_decoder.frame_labels(batch.text.shape[1], 2 * batch.frames).to(self.device)
+        return frame_labels(batch.text.shape[1], 2 * batch.frames).to(self.device)
 
     def position_groups(self, batch: Batch) -> Tensor:
-        """[B, P + 2T]: the positions that share a mean, see `yue.decoder.position_groups`."""
-        return yue_decoder.position_groups(batch.text_mask, 2 * batch.frames)
+        """Group alike positions, for means over them: [B, P + 2T].
 
-    def context(self, hidden: Tensor, batch: Batch) -> yue_decoder.Context:
+        0 the first of a row (the same in all clips, and where attention rests), 1 frames, 2 vocal
+        codes, 3 the rest of the prompt, -1 padding.
+        """
+        mask, labels = batch.text_mask, self.positions(batch)
+        kinds = torch.where(labels > 0, 1, torch.where(labels < 0, 2, 3)).repeat(len(mask), 1)
+        kinds[:, : mask.shape[1]].masked_fill_(mask == 0, -1)
+        return kinds.scatter(1, mask.argmax(1, keepdim=True), 0)
+
+    def context(self, hidden: Tensor, batch: Batch) -> Context:
         codes = batch.text_mask.new_ones(len(batch), 2 * batch.frames)
         valid = torch.cat([batch.text_mask, codes], 1)
         return self.decoder.context(hidden, self.positions(batch), valid)
@@ -249,7 +368,7 @@ class YueModel(LayerwiseModel):
         prompt = ids.shape[1]
         self.decoder.check_length(prompt, frames)
         valid = torch.cat([valid, valid.new_ones(len(valid), 2 * frames)], 1)
-        labels = yue_decoder.frame_labels(prompt, 2 * frames).to(ids.device)
+        labels = frame_labels(prompt, 2 * frames).to(ids.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         decoder, wanted = self.decoder, self.by_layer(hooks)
         cache = DynamicCache(config=self.hf.config)
@@ -283,13 +402,16 @@ class YueModel(LayerwiseModel):
 
     # ---- codec
 
+    @torch.no_grad()
     def codec_latents(self, codes: Tensor) -> Tensor:
         """Look up xcodec's latents [B, T, D] of the instrumental track of codes [B, 2, T]."""
-        return yue_codec.latents(self.codec, codes[:, 1])
+        return self.codec.quantizer.decode(codes[:, 1].to(self.device)[None]).transpose(1, 2)
 
+    @torch.no_grad()
     def decode_tracks(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into the audio [B, 2, n] of vocal and instrumental track."""
-        return yue_codec.decode_tracks(self.codec, codes)
+        flat = codes.to(self.device).flatten(0, 1)[:, None]
+        return self.codec.decode(flat).audio_values[:, 0].unflatten(0, codes.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into audio [B, n], the sum of the tracks (may exceed -1..1)."""

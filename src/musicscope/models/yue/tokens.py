@@ -1,9 +1,13 @@
-"""Token ids, prompt template and text tokenizer of YuE stage 1.
+"""Text and audio of YuE stage 1 as tokens: ids, prompt template, tokenizer, codec.
 
 Facts: Yuan et al. 2025 (arXiv 2503.08638) and the code of `multimodal-art-projection/YuE`, branch
 YuE-v1, commit 6d4f0b1f. One sequence holds text and audio: 32,000 Llama pieces, 22 marks, then the
 codes of several codecs. Stage 1 writes the first xcodec codebook only, two tracks in turn: vocal,
 instrumental, vocal, ... Frame t of the first track is the 2t-th code, of the second the 2t+1-th.
+
+The codec is xcodec (Ye et al. 2024, arXiv 2408.17175): 16 kHz, 50 Hz, one codebook. `XcodecModel`
+of transformers does the work; here are the checks and YuE's conventions. Stage 2 (codebooks 1..7)
+is out of scope, so audio is decoded from the first codebook only.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import XcodecConfig, XcodecModel
 
 from musicscope.core.io import sha256
+from musicscope.models import checkpoint
 
 TEXT_IDS = 32_000
 """Ids 0..31,999 are text."""
@@ -65,7 +71,10 @@ def load_tokenizer(path: str | Path) -> Tokenize:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ImportError("YuE needs sentencepiece: pip install sentencepiece") from error
-    processor = SentencePieceProcessor(model_file=str(path))
+    try:
+        processor = SentencePieceProcessor(model_file=str(checkpoint.check_file(path)))
+    except RuntimeError as error:
+        raise checkpoint.damaged(path, error) from error
     found = sha256(path)
     if found != TOKENIZER_SHA256:
         wrong = [mark for mark, ids in MARKS.items() if tuple(processor.encode(mark)) != ids]
@@ -137,3 +146,38 @@ def left_padded(rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+# ---- codec
+
+HUB_ID = "Manel/YuE-XCodec"
+"""The codec's weights in transformers' layout."""
+BANDWIDTH = 0.5
+"""Kilobits per second of one codebook, which stage 1 reads and writes."""
+HOP, SAMPLE_RATE = 320, 16_000
+
+
+def load_codec(folder: str | Path, device: torch.device) -> XcodecModel:
+    """Load a save_pretrained folder, in float32: rounding would change the codes, that is the data.
+
+    FileNotFoundError without a config.json, ValueError for a codec with other rates than YuE's.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: save YuE's codec there in transformers' layout "
+            f"(hub id {HUB_ID}), or name its folder with codec="
+        )
+    checkpoint.read_config(folder)
+    config = XcodecConfig.from_pretrained(folder, local_files_only=True)
+    found = (config.sample_rate, config.hop_length, config.codebook_size)
+    if found != (SAMPLE_RATE, HOP, CARD) or BANDWIDTH not in config.target_bandwidths:
+        raise ValueError(
+            f"{folder}/config.json: YuE's codec has {SAMPLE_RATE} Hz, {HOP} samples a frame and "
+            f"{CARD} codes, and {BANDWIDTH} among target_bandwidths; this one has {found} and "
+            f"{list(config.target_bandwidths)}: put {HUB_ID} there"
+        )
+    codec = checkpoint.load_pretrained(XcodecModel, folder, dtype=torch.float32)
+    # Stage 1 uses the first codebook for both tracks.
+    checkpoint.check_codec(codec, folder, (1, CARD), (1, CARD))
+    return codec.eval().to(device).requires_grad_(False)

@@ -1,15 +1,22 @@
-"""download_model: folders out of a hub and of local folders, whole or absent, in DVC's graph."""
+"""Models out of a hub and of local folders, by load_model and by the stage download_model."""
 
 from __future__ import annotations
 
+import hashlib
+import http.server
+import json
+import os
 import shutil
 import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
 
@@ -17,14 +24,16 @@ from experiments.table import commands
 from musicscope.config import ParamsError, load_params
 from musicscope.config.data import DownloadModel, Part
 from musicscope.core.io import read_json
-from musicscope.models import download, hub
+from musicscope.models import checkpoint, registry
 from musicscope.models.audiocraft.convert import to_audiocraft
 from musicscope.models.audiocraft.loading import CODEC_FILE, MODEL_FILE, TEXT_FOLDER
 from musicscope.models.registry import SYSTEMS, load_model
+from tests.conftest import CAPTIONS
 from tests.support import rave_export
 from tools import smoke
 from tools.import_closure import ROOT, stages_of
 
+REVISION = "4c8334b02c6ec4e8664a91979669a501ec497792"
 LOCAL = DownloadModel(source="", revision="", system="auto", files=("*",), parts=())
 
 
@@ -35,7 +44,7 @@ def test_a_local_folder_becomes_a_model_that_loads(tiny_musicgen, tmp_path):
     (tmp_path / "hub/.cache").mkdir()
     (tmp_path / "hub/.cache/lock").write_text("not a part of it")
     target = tmp_path / "data/models/tiny"
-    found = download.download(replace(LOCAL, source=str(tmp_path / "hub")), target)
+    found = registry.download(replace(LOCAL, source=str(tmp_path / "hub")), target)
     assert found["system"] == "musicgen"
     assert found["files"] == len(list(tiny_musicgen.iterdir()))
     assert found["bytes"] == sum(p.stat().st_size for p in tiny_musicgen.iterdir())
@@ -53,12 +62,12 @@ def test_a_page_in_two_formats_is_taken_in_the_one_that_was_asked_for(tiny_music
     text = Part(TEXT_FOLDER, str(made / TEXT_FOLDER), "", ("*",))
     entry = replace(LOCAL, source=str(page), system="audiocraft", parts=(text,))
     with pytest.raises(ValueError, match="taken for musicgen, not audiocraft: let files name"):
-        download.download(entry, tmp_path / "both")
+        registry.download(entry, tmp_path / "both")
     assert not (tmp_path / "both").exists()
-    found = download.download(replace(entry, files=(MODEL_FILE, CODEC_FILE)), tmp_path / "one")
+    found = registry.download(replace(entry, files=(MODEL_FILE, CODEC_FILE)), tmp_path / "one")
     assert found["system"] == "audiocraft"
     assert type(load_model(tmp_path / "one")).__name__ == "AudiocraftModel"
-    assert download.download(replace(LOCAL, source=str(page)), tmp_path / "two")["system"] == (
+    assert registry.download(replace(LOCAL, source=str(page)), tmp_path / "two")["system"] == (
         "musicgen"
     )
 
@@ -75,7 +84,7 @@ def test_parts_come_from_elsewhere(tmp_path):
             Part("", str(tmp_path / "code/deep"), "", ("tokenizer.model",)),
         ),
     )  # fmt: skip
-    assert download.download(entry, tmp_path / "yue")["system"] == "yue"
+    assert registry.download(entry, tmp_path / "yue")["system"] == "yue"
     names = sorted(
         p.relative_to(tmp_path / "yue").as_posix() for p in (tmp_path / "yue").rglob("*")
     )
@@ -95,15 +104,19 @@ def test_nothing_is_left_of_what_is_no_model_or_not_there(tmp_path):
     }
     for name, message in cases.items():
         with pytest.raises(FileNotFoundError, match=message):
-            download.download(replace(LOCAL, source=str(tmp_path / name)), target)
+            registry.download(replace(LOCAL, source=str(tmp_path / name)), target)
         assert not target.exists()
         assert not list(target.parent.iterdir())
     rave_export.save(rave_export.TinyRave(), tmp_path / "empty/a.ts")
+    (tmp_path / "text/config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"text/config\.json is a git-lfs pointer"):
+        registry.download(replace(LOCAL, source=str(tmp_path / "text")), target)
+    assert not target.exists()
     outside = replace(
         LOCAL, source=str(tmp_path / "empty"), parts=(Part("../x", str(tmp_path), "", ("*",)),)
     )
     with pytest.raises(ValueError, match="leaves the folder"):
-        download.download(outside, target)
+        registry.download(outside, target)
 
 
 def test_a_hub_id_is_fetched_at_its_revision_by_what_its_family_needs(
@@ -115,18 +128,18 @@ def test_a_hub_id_is_fetched_at_its_revision_by_what_its_family_needs(
         asked.append((name, revision, allow_patterns))
         return str(tiny_musicgen)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
     entry = replace(LOCAL, source="facebook/musicgen-small", revision="4c8334b")
-    assert download.download(entry, tmp_path / "small")["system"] == "musicgen"
+    assert registry.download(entry, tmp_path / "small")["system"] == "musicgen"
     assert asked == [
         ("facebook/musicgen-small", "4c8334b", ["config.json"]),
-        ("facebook/musicgen-small", "4c8334b", [*hub.TEXTS, "model*.safetensors"]),
+        ("facebook/musicgen-small", "4c8334b", [*checkpoint.TEXTS, "model*.safetensors"]),
     ]
     asked.clear()
-    download.download(replace(entry, files=("*.json", "*.safetensors")), tmp_path / "again")
+    registry.download(replace(entry, files=("*.json", "*.safetensors")), tmp_path / "again")
     assert asked == [("facebook/musicgen-small", "4c8334b", ["*.json", "*.safetensors"])]
     with pytest.raises(ValueError, match="needs revision="):
-        download.download(replace(entry, revision="main"), tmp_path / "moving")
+        registry.download(replace(entry, revision="main"), tmp_path / "moving")
     assert not (tmp_path / "moving").exists()
 
 
@@ -174,7 +187,7 @@ def test_a_source_that_overlaps_the_models_folder_is_refused(tmp_path):
         (replace(LOCAL, source=str(tmp_path), parts=(Part("", source, "", ("*",)),)), "mine"),
     ):
         with pytest.raises(ValueError, match="which is replaced, overlap: move the files"):
-            download.download(entry, tmp_path / target)
+            registry.download(entry, tmp_path / target)
     assert (tmp_path / "mine/config.json").read_text() == '{"model_type": "musicgen"}'
     assert (tmp_path / "mine/sub").is_dir()
 
@@ -293,3 +306,122 @@ def test_the_page_of_experiments_says_how_to_fetch_each_model_that_it_names(tmp_
     assert load_params(path).download_model["musicgen-medium"].system == "audiocraft"
     for entry in fetched.values():  # a revision says that it is a hub id
         assert entry.source.startswith("downloads/") == (entry.revision == "")
+
+
+# ---- the hub
+
+
+def test_a_hub_id_is_read_from_the_cache_at_its_revision(tiny_musicgen, tmp_path, monkeypatch):
+    codes = torch.arange(40).reshape(1, 4, 10)
+    model = load_model(tiny_musicgen)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshots = tmp_path / "models--someone--musicgen-tiny/snapshots"
+    shutil.copytree(tiny_musicgen, snapshots / REVISION)
+    shutil.copytree(tiny_musicgen, snapshots / ("0" * 40))
+    (snapshots / ("0" * 40) / "config.json").write_text("{}")  # another commit, never looked at
+    found = load_model("someone/musicgen-tiny", revision=REVISION)
+    assert found.name == "musicgen-tiny"
+    one, other = (m.forward(m.with_captions(codes, [CAPTIONS[0]])) for m in (found, model))
+    assert torch.equal(one, other)
+    for revision in (None, "main"):
+        with pytest.raises(ValueError, match="someone/musicgen-tiny needs revision="):
+            load_model("someone/musicgen-tiny", revision=revision)
+    with pytest.raises(FileNotFoundError, match=r"could not fetch someone/other at revision 4c83"):
+        load_model("someone/other", revision=REVISION)
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """The hub's answers for a few model pages: which files there are, and the files."""
+
+    pages: dict[str, dict[str, bytes]]
+    asked: set[tuple[str, str]]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        for page, files in self.pages.items():
+            if self.path.startswith(f"/api/models/{page}/revision/{REVISION}"):
+                names = [{"rfilename": name} for name in files]
+                info = {"id": page, "sha": REVISION, "siblings": names}
+                return self.answer(json.dumps(info).encode())
+            if self.path.startswith(f"/api/models/{page}/tree/{REVISION}"):
+                tree = [
+                    {"type": "file", "path": n, "size": len(c), "oid": "0" * 40}
+                    for n, c in files.items()
+                ]
+                return self.answer(json.dumps(tree).encode())
+            _, found, name = self.path.partition(f"/{page}/resolve/{REVISION}/")
+            if found and name in files:
+                if self.command == "GET":
+                    self.asked.add((page, name))
+                return self.answer(files[name])
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        return self.end_headers()
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_only_what_is_needed_is_fetched_from_the_hub(tmp_path):
+    texts = ["config.json", "tokenizer.json"]
+    released = ["state_dict.bin", "compression_state_dict.bin"]
+    others = ["README.md", "tf_model.h5", "pytorch_model.bin"]
+    wanted = {
+        ("someone/released", "audiocraft"): released,
+        ("someone/new", "musicgen"): [*texts, "model.safetensors"],
+        ("someone/old", "musicgen"): [*texts, "pytorch_model.bin"],
+    }
+    FakeHub.asked = set()
+    FakeHub.pages = {
+        page: {
+            name: f"{page} {name}".encode()
+            for name in {*texts, *released, *others, *wanted[page, system]}
+        }
+        for page, system in wanted
+    }
+    script = (
+        "from musicscope.models import checkpoint\n"
+        f"for page, system in {list(wanted)!r}:\n"
+        f"    print(checkpoint.fetch_family(page, {REVISION!r}, system))"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HUB_OFFLINE": "0",
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1",
+                "PYTHONPATH": str(ROOT / "src"),
+            },
+            capture_output=True,
+            text=True,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert FakeHub.asked == {(page, name) for (page, _), names in wanted.items() for name in names}
+    folders = [Path(line) for line in done.stdout.splitlines()[-3:]]
+    for folder, ((page, _), names) in zip(folders, wanted.items(), strict=True):
+        assert folder.name == REVISION
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            name: f"{page} {name}" for name in names
+        }
+
+
+def test_every_system_with_patterns_names_weights():
+    for system, rows in checkpoint.FILES.items():
+        assert all(set(row) - set(checkpoint.TEXTS) for row in rows), system

@@ -1,17 +1,88 @@
-"""Find out by one run on noise which hook points, rates and caches a RAVE export has."""
+"""Hook points of a RAVE export: find them by one run on noise, read and edit them, seed its noise.
+
+Python hooks do not fire inside a ScriptModule. Its operators do go through torch's dispatcher,
+where a dispatch mode sees each call; the identity of the weight tells the convolution. So the
+module's own program runs, whatever else is in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from musicscope.models.interface import HookPoint
-from musicscope.models.rave.hooks import Convolutions, seeded
+from musicscope.models.interface import Hook, HookPoint, apply_hook
+
+# Above autograd the last three are taken apart into the first; under inference_mode they are not.
+CONVOLUTIONS = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv1d.padding,
+    torch.ops.aten.conv_transpose1d.default,
+}
+NORMAL = {torch.ops.aten.randn, torch.ops.aten.randn_like, torch.ops.aten.normal_}
+
+
+def edited(name: str, hook: Hook, values: Tensor) -> Tensor:
+    """Apply a hook to activations [1, d, T]. ValueError unless it keeps their shape."""
+    rows = values.transpose(1, 2)
+    positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    return apply_hook(name, hook, rows, positions).transpose(1, 2).contiguous()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, from which exports draw, and restore them afterwards."""
+    index = device.index or 0
+    with torch.random.fork_rng([index] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+class Convolutions(TorchDispatchMode):
+    """Pass the output of each convolution with a known weight through `act(name, output)`.
+
+    Works inside TorchScript, whose operators go through the same dispatcher. `silent` makes every
+    normal draw zero. An exception in `act` is kept in `error`: the interpreter would lose its type.
+    """
+
+    def __init__(
+        self, names: dict[int, str], act: Callable[[str, Tensor], Tensor], silent: bool = False
+    ) -> None:
+        super().__init__()
+        self.names, self.act, self.silent = names, act, silent
+        self.error: Exception | None = None
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        if self.silent and func.overloadpacket in NORMAL:
+            return out.zero_()
+        name = self.names.get(args[1].data_ptr()) if func in CONVOLUTIONS else None
+        if name is not None and self.error is None:
+            try:
+                return self.act(name, out)
+            except Exception as error:
+                self.error = error
+        return out
+
+
+# ---- survey
 
 PROBE = 2**14  # samples; RAVE's own export warms up with as many
 POSTERIOR, LATENT = "posterior_mean", "latent"
@@ -53,6 +124,8 @@ def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> S
     if rate is None:
         raise ValueError(f"{name} has no attribute sr; export it again with RAVE 2 or later")
     known = getattr(module, "encode_params", None)  # [channels, 1, D, ratio]
+    if known is None:
+        warnings.warn(f"{name} lacks encode_params: input of one channel is assumed", stacklevel=3)
     channels, step = (1, 1) if known is None else (int(known[0]), int(known[3]))
     names = {
         weight.data_ptr(): key.removesuffix(".weight")
@@ -86,6 +159,13 @@ def survey(module: torch.jit.ScriptModule, name: str, device: torch.device) -> S
             f"{name}: {samples} samples gave {z.shape[-1]} latent frames and {y.shape[-1]} "
             "samples; an export must keep the length of whole frames"
         )
+    if known is not None and (z.shape[1], ratio) != (int(known[2]), step):
+        raise ValueError(
+            f"{name} gives {z.shape[1]} latents per {ratio} samples, its own encode_params say "
+            f"{int(known[2])} per {step}; parts of two models: export it again"
+        )
+    if not (torch.isfinite(z).all() and torch.isfinite(y).all()):
+        raise ValueError(f"{name} gives NaN or infinity on noise: its weights are damaged")
     stats = next(reversed(encoded), None)
     mean = None if stats is None else _posterior(module, encoded[stats], z)
     notes = []

@@ -1,0 +1,171 @@
+"""Promises that models of all families keep: no input without effect, no effect of strength 0."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.steering import edit as steering
+from tests.conftest import CAPTIONS
+from tests.models.conftest import FAMILIES, load
+
+LANGUAGE = tuple(family for family in FAMILIES if family != "rave")
+SECONDS = 0.2
+K, LATENTS = 4, 32
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints):
+    return {family: load(folder) for family, folder in checkpoints.items()}
+
+
+def noise(model, rows: int = 2, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, round(0.5 * model.sample_rate), generator=generator) * 0.3
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_captions_change_all_logits(models, family):
+    model = models[family]
+    assert isinstance(model, LanguageModel)
+    codes = model.encode(noise(model), [None, None]).codes[:1].expand(4, -1, -1)
+    texts = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0].replace("drums", "strings"), None]
+    logits = model.forward(model.with_captions(codes, texts))
+    for i in range(4):
+        for j in range(i):  # every code of every codebook is predicted otherwise
+            assert (logits[i] - logits[j]).abs().amax(-1).min() > 1e-5, (texts[i], texts[j])
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_audio_changes_logits(models, family):
+    model = models[family]
+    audio = noise(model)
+    batch = model.encode(audio, [CAPTIONS[0]] * 2)
+    later = model.encode(torch.cat([audio[:, :-1], -audio[:, -1:]], 1), [CAPTIONS[0]] * 2)
+    assert not torch.equal(batch.codes[0], batch.codes[1])
+    logits = model.forward(batch)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    assert later.codes.shape == batch.codes.shape
+    for book in range(model.num_codebooks):  # and each codebook does
+        changed = batch.codes.clone()
+        changed[:, book, 0] = (changed[:, book, 0] + 1) % model.card
+        other = model.forward(model.with_captions(changed, [CAPTIONS[0]] * 2))
+        assert (other - logits)[:, :, 2:].abs().amax((1, 3)).min() > 1e-6, book
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_what_is_asked_of_a_generation_changes_its_codes(models, family):
+    model = models[family]
+    asked = {"captions": [CAPTIONS[0]], "seconds": SECONDS, "seed": 3, "guidance_scale": 3.0,
+             "temperature": 1.0, "top_k": 20}  # fmt: skip
+    _, plain = model.generate(**asked)
+    changes = {"captions": [CAPTIONS[1]], "seed": 4, "guidance_scale": 8.0, "temperature": 3.0,
+               "top_k": 1}  # fmt: skip
+    if family == "yue":
+        changes |= {"top_p": 0.1, "repetition_penalty": 4.0}
+    for name, value in changes.items():
+        _, other = model.generate(**{**asked, name: value})
+        assert other.shape == plain.shape
+        assert not torch.equal(other, plain), name
+    for scale in (1.0, 2.0):  # without guidance as well
+        _, one = model.generate(**{**asked, "guidance_scale": scale})
+        _, other = model.generate(**{**asked, "guidance_scale": scale, "captions": [CAPTIONS[1]]})
+        assert not torch.equal(one, other), scale
+
+
+def test_yues_own_inputs_change_logits(models, checkpoints):
+    model = models["yue"]
+    audio, words = noise(model), [CAPTIONS[0]] * 2
+    plain = model.forward(model.encode(audio, words))
+    sung = model.forward(model.encode(audio, words, vocals=noise(model, seed=2)))
+    assert (sung - plain).abs().amax((1, 3))[:, 4:].min() > 1e-5
+    model.segment = "[chorus]\nthe music\n\n"
+    try:
+        other = model.forward(model.encode(audio, words))
+        _, drawn = model.generate(words[:1], SECONDS, seed=0)
+    finally:
+        model.segment = "[verse]\n\n\n"
+    assert (other - plain).abs().amax(-1).min() > 1e-5
+    assert not torch.equal(drawn, model.generate(words[:1], SECONDS, seed=0)[1])
+
+
+def test_raves_inputs_change_its_sound(models):
+    model = models["rave"]
+    assert isinstance(model, AudioModel)
+    batch = model.encode(noise(model))
+    sound, latents = model.reconstruct(batch), model.latents(batch)
+    assert (sound[0] - sound[1]).abs().mean() > 1e-4
+    assert (latents[0] - latents[1]).abs().mean() > 1e-3
+    for d in range(latents.shape[-1]):  # each latent is heard
+        changed = latents.clone()
+        changed[..., d] += 1
+        assert (model.decode(changed, batch) - sound).abs().mean() > 1e-5, d
+    seeded = model.encode(noise(model), ["a caption"] * 2)
+    assert torch.equal(model.reconstruct(seeded), sound)  # captions mean nothing to it
+
+
+def edits(width: int, strength: float) -> tuple[TopKSAE, tuple[steering.ConceptEdit, ...]]:
+    rng = np.random.default_rng(0)
+    matrix = torch.from_numpy(rng.standard_normal((LATENTS, width)).astype(np.float32))
+    sae = TopKSAE(matrix, torch.zeros(LATENTS), matrix.clone(), torch.zeros(width), K)
+    every = tuple(range(LATENTS))
+    parts = (
+        steering.Edit(every, "set", (9.0,) * LATENTS),
+        steering.Edit(every, "scale", (3.0,) * LATENTS),
+        steering.Edit(every, "ablate"),
+        steering.Edit(every, "clamp_min", (2.0,) * LATENTS),
+    )
+    gate = steering.Gate((3,), (1.0,), 0.0, 0.1)
+    return sae, tuple(
+        steering.ConceptEdit(f"{part.op} {kind}", (part,), strength, gate if kind else None)
+        for part in parts
+        for kind in ("", "gated")
+    )
+
+
+def hook_at(model, point, strength: float, branch: str = "conditional"):
+    sae, concepts = edits(point.width, strength)
+    made = steering.Steering(sae, concepts if strength == 0 else concepts[:1], branch)
+    return {point.name: steering.steering_hook(model, made, frame_rate=point.rate)}
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strength_0_is_byte_equal_at_every_hook_point(checkpoints, models, family, dtype):
+    model = models[family] if dtype == torch.float32 else load(checkpoints[family], dtype=dtype)
+    batch = model.encode(noise(model), [CAPTIONS[0], None])
+    names = [point.name for point in model.hook_points]
+    logits, streams, loss = model.forward(batch), model.capture(batch, names), model.loss(batch)
+    made = model.generate([CAPTIONS[0]], SECONDS, 5, guidance_scale=3.0)
+    for point in model.hook_points:
+        nothing = hook_at(model, point, 0.0)
+        assert torch.equal(model.forward(batch, nothing), logits), point.name
+        assert torch.equal(model.loss(batch, nothing), loss)
+        for name, stream in model.capture(batch, names, nothing).items():
+            assert torch.equal(stream, streams[name]), (point.name, name)
+        for branch in steering.BRANCHES:
+            hooks = hook_at(model, point, 0.0, branch)
+            same = model.generate([CAPTIONS[0]], SECONDS, 5, hooks, guidance_scale=3.0)
+            assert all(map(torch.equal, same, made)), (point.name, branch)
+        # The same edit at strength 1 is no edit of nothing.
+        assert not torch.equal(model.forward(batch, hook_at(model, point, 1.0)), logits)
+
+
+def test_strength_0_is_byte_equal_at_every_hook_point_of_rave(models):
+    model = models["rave"]
+    batch = model.encode(noise(model))
+    names = [point.name for point in model.hook_points]
+    sound, streams, loss = model.reconstruct(batch), model.capture(batch, names), model.loss(batch)
+    idle = []
+    for point in model.hook_points:
+        nothing = hook_at(model, point, 0.0)
+        assert torch.equal(model.reconstruct(batch, nothing), sound), point.name
+        assert torch.equal(model.loss(batch, nothing), loss)
+        for name, stream in model.capture(batch, names, nothing).items():
+            assert torch.equal(stream, streams[name]), (point.name, name)
+        if torch.equal(model.reconstruct(batch, hook_at(model, point, 1.0)), sound):
+            idle.append(point.name)
+    assert idle == []
