@@ -142,6 +142,7 @@ def test_bad_entries_are_counted_and_named_and_write_nothing_outside(tmp_path):
         "unsafe path": ["../../data/good0000000.wav", "/data/good0000001.wav", "..\\..\\evil.wav"],
         "not a regular file": ["datashare/data/linked00001.wav", "datashare/data/fifo.wav"],
         "not in the metadata": ["datashare/._AppleDouble.wav"],
+        "twice in the archive": ["datashare/data/good0000000.wav"],
         "zero bytes": ["data/zerobytes01.wav"],
         "truncated": ["data/truncated01.wav"],
         "not audio": ["data/webpage0001.wav"],
@@ -149,10 +150,10 @@ def test_bad_entries_are_counted_and_named_and_write_nothing_outside(tmp_path):
         "too short": ["data/short000001.wav"],
         "missing": ["data/linked00001.wav", "data/missing0001.wav"],
     }
-    assert metrics["skipped"] == sum(map(len, named.values())) == 13
-    assert metrics["source_rates"] == {"8000": 9, "44100": 1}
+    assert metrics["skipped"] == sum(map(len, named.values())) == 14
+    assert metrics["source_rates"] == {"8000": 10, "44100": 1}
     lines = (tmp_path / "out/clips/skipped.csv").read_text().splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 15
     assert not list(tmp_path.rglob("evil*"))
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "dvc"}
     assert {p.name for p in (tmp_path / "in").rglob("*.wav")} == set()
@@ -173,7 +174,7 @@ class Killed(Exception):
 
 # 13 files, in this order: six good ones of 3 clips, four bad ones, one of 1 clip, two of 3; four
 # clips a shard. A run that dies at a file decodes again from the one its last shard ended in.
-@pytest.mark.parametrize(("after", "again"), [(1, 13), (3, 11), (9, 8), (12, 2)])
+@pytest.mark.parametrize(("after", "again"), [(1, 13), (3, 11), (9, 8), (12, 3)])
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, after, again):
     monkeypatch.setattr(clips, "SHARD_BYTES", 4 * 2 * 800)
     hostile_bench(tmp_path / "bench")

@@ -17,7 +17,7 @@ import soundfile
 
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.stats import auroc_columns, rank_z, standard_ranks
-from musicscope.data.decoding import Problem, Spec, decode
+from musicscope.data.audio_files import Problem, Sound, Spec, decode, list_files, plain
 from musicscope.judges.musicnn import level, repeat_to
 
 SIDES = ("with", "without")
@@ -37,7 +37,7 @@ class Recording:
     side: str
     """"with" or "without" """
     seconds: float
-    """Of the whole file, by its header."""
+    """Of the whole file, as far as it can be decoded."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,13 @@ class Plan:
     """Most windows per recording."""
 
 
-def list_files(folder: str | Path) -> list[Path]:
-    """List all files below a folder, except hidden ones, sorted by name.
-
-    Raises:
-        FileNotFoundError: no such folder, or nothing in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder of recordings")
-    files = sorted(
-        path for path in root.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )  # fmt: skip
-    if not files:
-        raise FileNotFoundError(f"{root} holds no files")
-    return files
-
-
 def _length(path: Path) -> float | Problem:
-    """Seconds by the header, or why the file cannot be used."""
+    """Seconds that can be decoded, or why the file cannot be used."""
     try:
-        info = soundfile.info(str(path))
-        seconds = info.frames / info.samplerate
-    except (soundfile.LibsndfileError, ZeroDivisionError, RuntimeError, OSError, TypeError):
+        sound = Sound(path)
+        seconds = sound.frames / sound.rate
+    except (soundfile.LibsndfileError, ZeroDivisionError, RuntimeError, OSError, EOFError,
+            TypeError, ValueError):  # fmt: skip
         seconds = float("nan")
     if seconds >= LEAST_SECONDS:
         return seconds
@@ -84,16 +67,35 @@ def _length(path: Path) -> float | Problem:
     return Problem(str(path), reason, detail)
 
 
+def _files(folder: str | Path) -> tuple[list[Path], list[Problem]]:
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{plain(str(root))} is no folder of recordings")
+    if plain(str(root)) != str(root):
+        raise ValueError(f"{plain(str(root))}: its name is not UTF-8; rename the folder")
+    names, problems = list_files(root)
+    if not names:
+        raise FileNotFoundError(f"{root} holds no files" + "".join(
+            f"; {p.name}: {p.reason} {p.detail}" for p in problems[:1]))  # fmt: skip
+    listed = [Problem(f"{root}/{p.name}", p.reason, p.detail) for p in problems]
+    return [root / name for name in names], listed
+
+
 def plan_recordings(
     folders: Sequence[str | Path], seconds: float, windows: int
 ) -> tuple[Plan, list[Problem]]:
-    """Read the headers of both folders (with, without the concept) and fix the windows.
+    """Measure the files of both folders (with, without the concept) and fix the windows.
 
     `seconds` and `windows` are upper limits.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
     """
     usable, problems = [], []
     for side, folder in zip(SIDES, folders, strict=True):
-        for path in list_files(folder):
+        files, listed = _files(folder)
+        problems += listed
+        for path in files:
             length = _length(path)
             if isinstance(length, Problem):
                 problems.append(length)
@@ -118,6 +120,8 @@ def read_windows(
     seconds = min(plan.seconds, recording.seconds)
     decoded = decode(recording.path, Spec(seconds, rate, plan.windows, 0.0))
     problems = [Problem(str(recording.path), reason, detail) for reason, detail in decoded.problems]
+    if decoded.clips and decoded.cut:
+        problems.append(Problem(str(recording.path), "truncated", f"{decoded.cut}; used so far"))
     if not decoded.clips:
         reason = problems or [Problem(str(recording.path), "no audio", "")]
         return np.zeros((0, 1), np.float32), [], reason

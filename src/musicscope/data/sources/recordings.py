@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from musicscope.config import RecordingLimits
 from musicscope.core.io import sha256
 from musicscope.core.seeding import seed_for
-from musicscope.data.decoding import Problem, plain
+from musicscope.data.audio_files import Problem, plain
 
 SPLITS = ("train", "validation", "test")
 HASHED_BYTES = 500_000_000
@@ -40,6 +40,8 @@ class Recording:
     tempo_bpm: float = float("nan")
     music_key: str = ""
     artist: str = ""
+    fixed: str = ""
+    """The data set's own split, if it gives one."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def find_audio(folder: str, audio: str, *inside: str) -> Audio:
     if not root.exists():
         key = "audio" if audio else "folder"
         raise FileNotFoundError(f"prepare_data.recordings.{key}: {root} does not exist")
-    archives = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
+    inside_root = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
+    archives = [p for p in inside_root if not p.name.startswith(".")]
     tars = [p for p in archives if re.search(r"\.(tar(\.\w+)?|tgz)$", p.name)]
     zips = [p for p in archives if p.suffix == ".zip"]
     if tars:
@@ -181,7 +184,7 @@ def assign_splits(
                 f"no recording for split {wanted}: {len(split)} groups (artists or source clips) "
                 "are too few, at least 3 are needed, or the metadata fills the other splits only"
             )
-    return [replace(r, split=split[r.group]) for r in recordings]
+    return [replace(r, split=split[r.group], fixed=r.split) for r in recordings]
 
 
 def limit(recordings: Sequence[Recording], limits: RecordingLimits, seed: int) -> list[Recording]:
