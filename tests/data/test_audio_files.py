@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musicscope.core.audio import resample
-from musicscope.data.audio_files import Decoded, Sound, Spec, decode, list_files, window_starts
+from musicscope.data.audio_files import AudioFile, Decoded, Spec, decode, list_files, window_starts
 from musicscope.data.sources import stems
 from tests.support.source_archives import RATE, encoded, tone
 
@@ -136,7 +136,7 @@ def test_a_cut_file_gives_what_it_holds_and_is_said_to_be_cut(form, tmp_path):
     path = tmp_path / "x.any"
     path.write_bytes(data)
     for payload in (data, path):
-        sound = Sound(payload)
+        sound = AudioFile(payload)
         assert sound.frames / RATE == pytest.approx(4.0, abs=1.5)
         decoded = decode(payload, SPEC)
         assert decoded.cut == sound.cut != ""
@@ -144,9 +144,9 @@ def test_a_cut_file_gives_what_it_holds_and_is_said_to_be_cut(form, tmp_path):
         assert start == pytest.approx((sound.frames / RATE - 0.5) / 2, abs=1e-3)
         expected = sound.read(round(start * RATE), 4000)[0]
         np.testing.assert_allclose(audio, expected, atol=1e-6)
-    beep = Sound(data).read(RATE + 2000, 4000)[0]
+    beep = AudioFile(data).read(RATE + 2000, 4000)[0]
     assert np.abs(np.fft.rfft(beep)).argmax() * 2 == pytest.approx(1000, abs=2)
-    whole = Sound(cut_after(8.0, form))
+    whole = AudioFile(cut_after(8.0, form))
     assert (whole.cut, whole.seekable) == ("", True)
     assert whole.frames == pytest.approx(8 * RATE, abs=2500)
 
@@ -172,7 +172,7 @@ def test_a_flac_that_states_no_length_is_read_to_its_end():
     data = bytearray(encoded(tone(440, 2.0), form="FLAC"))
     data[21] &= 0xF0  # the lower 36 bits of byte 21 on are the number of samples
     data[22:26] = bytes(4)
-    sound = Sound(bytes(data))
+    sound = AudioFile(bytes(data))
     assert sound.cut == ""
     assert sound.frames == pytest.approx(2 * RATE, abs=600)
 

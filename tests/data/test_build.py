@@ -365,7 +365,9 @@ def test_a_broken_parquet_names_itself(tmp_path):
         list(items)
 
 
-def test_the_stage_makes_a_store_and_metrics_from_a_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """The stage in a folder of six recordings, mine/."""
     from stages import prepare_data
 
     (tmp_path / "mine").mkdir()
@@ -382,9 +384,65 @@ def test_the_stage_makes_a_store_and_metrics_from_a_folder(tmp_path, monkeypatch
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.prepare_data"])
-    prepare_data.main()
+    return prepare_data
+
+
+def test_the_stage_makes_a_store_and_metrics_from_a_folder(stage):
+    stage.main()
     store = ClipStore.open("data/clips")
     assert store.rows["has_guitar"].tolist() == [False, True] * 3
     metrics = yaml.safe_load(Path("metrics/prepare_data.json").read_text())
     assert metrics["labels"]["guitar"]["with"] == 3
     assert metrics["labels"]["piano"]["unknown"] == 6
+    assert metrics["copies"] == {
+        "identical": 0, "near_identical": 0, "groups_joined": 0, "clips_moved": 0,
+        "clips_left_out": 0, "leaks": 0,
+    }  # fmt: skip
+
+
+def broken_table(root: Path) -> str:
+    (root / "mine/labels.csv").write_bytes("path,caption\n0.wav,Z\xfcrich\n".encode("cp1252"))
+    return r"mine/labels\.csv, line 2: byte 0xfc is not UTF-8 .*save the file as UTF-8"
+
+
+def no_folder(root: Path) -> str:
+    (root / "mine").rename(root / "moved")
+    return r"prepare_data\.recordings\.folder: mine is no folder"
+
+
+def output_is_a_file(root: Path) -> str:
+    (root / "data").mkdir()
+    (root / "data/clips").write_text("my notes")
+    return "data/clips is a file; move it away"
+
+
+def parent_is_a_file(root: Path) -> str:
+    (root / "data").write_text("my notes")
+    return "data: (File exists|Not a directory)"
+
+
+def metrics_is_a_file(root: Path) -> str:
+    (root / "metrics").write_text("my notes")
+    return "metrics: (File exists|Not a directory)"
+
+
+@pytest.mark.parametrize(
+    "spoil", [broken_table, no_folder, output_is_a_file, parent_is_a_file, metrics_is_a_file]
+)
+def test_the_stage_ends_with_one_line(stage, tmp_path, spoil):
+    message = spoil(tmp_path)
+    with pytest.raises(SystemExit, match=f"^prepare_data: {message}") as caught:
+        stage.main()
+    assert "\n" not in str(caught.value)
+    for notes in tmp_path.glob("**/notes"):
+        assert notes.read_text() == "my notes"
+
+
+def test_cut_files_are_used_and_named_in_the_metrics(stage, tmp_path):
+    (tmp_path / "mine/0.wav").write_bytes(encoded(tone(300, 2.0))[:20_000])
+    stage.main()
+    metrics = yaml.safe_load(Path("metrics/prepare_data.json").read_text())
+    assert metrics["truncated_but_used"] == {
+        "count": 1, "names": [["0.wav", "20000 of 32044 bytes"]],
+    }  # fmt: skip
+    assert metrics["skipped"] == 0

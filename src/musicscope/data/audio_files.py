@@ -151,7 +151,7 @@ def window_starts(length: float, seconds: float, windows: int) -> list[float]:
     return [length * (2 * i + 1) / (2 * count) - seconds / 2 for i in range(count)]
 
 
-class Sound:
+class AudioFile:
     """An audio file whose length is counted where its header is wrong.
 
     Raises:
@@ -267,7 +267,7 @@ def decode(payload: bytes | Path | None, spec: Spec, separate: Separator | None 
     try:
         if not (len(payload) if isinstance(payload, bytes) else os.stat(payload).st_size):
             return Decoded(problems=(("zero bytes", ""),))
-        return _cut(Sound(payload), spec, separate)
+        return _cut(AudioFile(payload), spec, separate)
     except soundfile.LibsndfileError as error:
         unknown = error.code == 1  # SF_ERR_UNRECOGNISED_FORMAT
         return Decoded(problems=(("not audio" if unknown else "corrupt", error.error_string),))
@@ -279,7 +279,7 @@ def decode(payload: bytes | Path | None, spec: Spec, separate: Separator | None 
         return Decoded(problems=(("corrupt", str(error)),))
 
 
-def _cut(file: Sound, spec: Spec, separate: Separator | None) -> Decoded:
+def _cut(file: AudioFile, spec: Spec, separate: Separator | None) -> Decoded:
     rate, frames = file.rate, file.frames
     if not RATES[0] <= rate <= RATES[1]:
         return Decoded(problems=(("unusable rate", f"{rate} Hz"),))

@@ -61,7 +61,7 @@ def statistics(audio: np.ndarray, rate: int) -> np.ndarray:
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Compute the largest absolute correlation of two waveforms [n] over shifts up to SHIFT.
 
-    Each shift is normalised by the energy of the samples that overlap.
+    Each shift is normalised by the energy of the samples that overlap, at least half of it.
     """
     n, most = len(one), int(SHIFT * len(one))
     size = next_fast_len(n + most, real=True)
@@ -71,7 +71,11 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     shift = np.arange(-most, most + 1)
     first, last = np.maximum(shift, 0), np.minimum(n, n + shift)  # of `one` that overlap
     overlap = [e[last - d] - e[first - d] for e, d in zip(energy, (0, shift), strict=True)]
-    return float((np.abs(cross[shift]) / np.sqrt(overlap[0] * overlap[1] + 1e-9)).max())
+    scale = np.sqrt(overlap[0] * overlap[1])
+    enough = scale >= 0.5 * np.sqrt(energy[0][-1] * energy[1][-1])  # else only silence overlaps
+    if not enough.any():
+        return 0.0
+    return float((np.abs(cross[shift[enough]]) / np.maximum(scale[enough], 1e-9)).max())
 
 
 def _similar(table: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -110,6 +114,18 @@ def find_copies(clips: Clips, groups: Sequence[str]) -> list[Copy]:
             joined.join(groups[i], groups[j])
             found.append(Copy(i, j, False))
     return found
+
+
+def count_copies(clips: Clips) -> dict[str, int]:
+    """Count pairs of groups with the same sound, and groups in several splits, for metrics."""
+    groups = clips.rows["group"].tolist()
+    found = find_copies(clips, groups)
+    splits = clips.rows.groupby("group")["split"].nunique()
+    return {
+        "identical": sum(c.identical for c in found),
+        "near_identical": sum(not c.identical for c in found),
+        "leaks": int((splits > 1).sum()),
+    }
 
 
 def joined_groups(copies: Sequence[Copy], groups: Sequence[str]) -> list[str]:
