@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from musicscope.config import RecordingLimits
 from musicscope.core.audio import resample
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import ClipStore, write_clips
 from musicscope.data.copies import Groups, correlation, count_copies, find_copies
 from musicscope.data.sources import build
+from musicscope.data.sources.recordings import Recording
 from tests.support.source_archives import (
     RATE,
     bench_row,
@@ -196,6 +197,45 @@ def test_a_copy_of_a_data_sets_own_test_clip_leaves_train(tmp_path):
     }
     assert (metrics["copies"]["near_identical"], metrics["copies"]["clips_left_out"]) == (1, 1)
     assert [p.name for p in (tmp_path / "dvc/.dvc/tmp/partial").iterdir()] == []
+
+
+GROUPS = st.lists(
+    st.tuples(
+        st.sampled_from(build.SPLITS), st.booleans(), st.lists(st.integers(0, 7), max_size=3)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(GROUPS, st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_sound_is_in_two_splits_whatever_the_copies(tmp_path_factory, groups, limited):
+    folder = tmp_path_factory.mktemp("store")
+    rows, sounds, recordings = [], [], []
+    for number, (split, fixed, has) in enumerate(groups):
+        for i, sound in enumerate(has):
+            name = f"{number}-{i}"
+            rows.append({"id": name, "group": f"g{number}", "split": split, "recording": name})
+            sounds.append(music(sound, 0.5)[:50])
+            recordings.append(Recording(name, name, name, "", split, {}, fixed=split * fixed))
+    if not rows:
+        return
+    write_clips(folder, zip(sounds, rows, strict=True), RATE, 50)
+    limits = RecordingLimits(train=0, validation=0, test=int(limited))
+    kept, counts, problems = build.keep_apart(folder, recordings, limits)
+    store = ClipStore.open(kept)
+    after = store.rows.assign(sound=[x.tobytes() for x in store.audio(range(len(store)))])
+    assert (after.groupby("group")["split"].nunique() == 1).all()
+    assert (after.groupby("sound")["group"].nunique() == 1).all()
+    before = {r["id"]: (r["split"], r["group"]) for r in rows}
+    moved = [r for r in after.to_dict("records") if r["split"] != before[r["id"]][0]]
+    assert len(moved) == counts["clips_moved"]
+    assert not any(dict((r.name, r.fixed) for r in recordings)[m["id"]] for m in moved)
+    assert not (limited and any(m["split"] == "test" for m in moved))
+    assert len(after) + counts["clips_left_out"] == len(rows)
+    assert len(problems) == counts["clips_left_out"]
+    assert {r["id"] for r in rows if r["split"] == "test"} <= set(after["id"])
 
 
 def test_a_run_killed_while_copies_are_taken_out_goes_on(tmp_path, monkeypatch):

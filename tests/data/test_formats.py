@@ -18,8 +18,14 @@ from musicscope.core.io import read_text
 from musicscope.data.sources import folder, musicbench
 from musicscope.data.sources.build import prepare
 from musicscope.data.sources.jamendo import read_tags, scan_mtg_jamendo, scan_song_describer
-from musicscope.data.sources.recordings import Recording, assign_splits, last_two, limit, unsafe
-from musicscope.data.sources.tables import read_csv
+from musicscope.data.sources.recordings import (
+    Recording,
+    assign_splits,
+    last_two,
+    limit,
+    read_csv,
+    unsafe,
+)
 from musicscope.data.taxonomy import FAMILIES
 from tests.support.source_archives import (
     DESCRIBER_ROWS,

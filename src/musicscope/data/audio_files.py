@@ -230,8 +230,8 @@ def _unfilled(stated: int) -> bool:
 
 def _stated_bytes(head: bytes) -> int:
     """Size that the header of a WAV, AIFF or AU file states; 0 if none, or not filled in."""
-    form = {b"RIFF": "<", b"FORM": ">"}.get(head[:4])
-    if form and len(head) >= 12:
+    kinds = {b"RIFFWAVE": "<", b"FORMAIFF": ">", b"FORMAIFC": ">"}
+    if form := kinds.get(head[:4] + head[8:12]):
         stated = struct.unpack(f"{form}I", head[4:8])[0]
         return 0 if _unfilled(stated) else stated + 8
     if head[:4] == b".snd" and len(head) >= 12:
@@ -242,7 +242,7 @@ def _stated_bytes(head: bytes) -> int:
 
 def _repaired(head: bytes, size: int) -> bytes:
     """Start of a WAV file with the size of its samples, where it states none; else nothing."""
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+    if head[:4] + head[8:12] != b"RIFFWAVE":
         return b""
     at = 12
     while at + 8 <= len(head):

@@ -18,9 +18,10 @@ from musicscope.data.sources.recordings import (
     Recording,
     Scan,
     make_id,
+    name_key,
+    read_csv,
     unsafe,
 )
-from musicscope.data.sources.tables import name_key, read_csv
 from musicscope.data.taxonomy import FAMILIES
 
 TABLE = "labels.csv"

@@ -19,6 +19,7 @@ from musicscope.data.audio_files import Problem
 from musicscope.data.sources import labels
 from musicscope.data.sources.archives import archive_errors
 from musicscope.data.sources.recordings import (
+    BAD_ROW,
     SPLITS,
     Audio,
     Recording,
@@ -27,9 +28,9 @@ from musicscope.data.sources.recordings import (
     find_file,
     last_two,
     make_id,
+    read_csv,
     unsafe,
 )
-from musicscope.data.sources.tables import BAD_ROW, read_csv
 
 TAG_HEADER = ["TRACK_ID", "ARTIST_ID", "ALBUM_ID", "PATH", "DURATION", "TAGS"]
 TAG_CATEGORY = "instrument---"

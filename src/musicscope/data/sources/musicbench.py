@@ -12,6 +12,7 @@ from musicscope.config import PrepareData
 from musicscope.data.audio_files import Problem
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
+    BAD_ROW,
     Recording,
     Scan,
     find_audio,
@@ -19,9 +20,9 @@ from musicscope.data.sources.recordings import (
     last_two,
     make_id,
     number,
+    read_json_lines,
     unsafe,
 )
-from musicscope.data.sources.tables import BAD_ROW, read_json_lines
 
 LOCATION = re.compile(r'"location"\s*:\s*"([^"]+)"')
 SPLIT_FILE = re.compile(r"(?:MusicBench_)?(train|test_?a|test_?b)\.jsonl?", re.IGNORECASE)
