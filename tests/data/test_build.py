@@ -7,9 +7,11 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -330,6 +332,16 @@ def test_a_folder_of_stems_replaces_the_mixes(tmp_path):
     assert measure(store, 0)["skipped_by_reason"]["missing"]["names"] == [
         "data_aug2/01_ABCDE_01_1.wav"
     ]
+    # A stem that fits two recordings is used for neither.
+    scan = build.prepare(config, 0)
+    first, second = scan.recordings[0], scan.recordings[2]
+    twice = replace(second, name=f"other/{PurePosixPath(first.name).name}")
+    (tmp_path / "empty").mkdir()
+    found = stems.from_folder(replace(scan, recordings=(first, twice)), str(tmp_path / "empty"))
+    assert found.recordings == ()
+    assert [p.reason for p in found.problems[-2:]] == ["ambiguous stem"] * 2
+    with pytest.raises(ValueError, match="same audio file by name"):
+        list(archives.stream(scan.audio, (first, first), frozenset(), whole=True))
     with pytest.raises(FileNotFoundError, match="stems_folder"):
         stems.from_folder(build.prepare(replace(config, recordings=replace(
             config.recordings, stems="none")), 0), "")  # fmt: skip
@@ -360,8 +372,13 @@ def test_a_broken_parquet_names_itself(tmp_path):
     make_describer_parquet(tmp_path)
     path = tmp_path / "data/train-00000-of-00002-aa.parquet"
     items = archives.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
     with pytest.raises(ArchiveError, match="train-00000"):
+        list(items)
+    pq.write_table(pa.table({"track_id": [1], "path": ["x.mp3"]}), path)
+    items = archives.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
+    with pytest.raises(ArchiveError, match=r"train-00000.* no audio"):
         list(items)
 
 
@@ -410,32 +427,18 @@ def no_folder(root: Path) -> str:
     return r"prepare_data\.recordings\.folder: mine is no folder"
 
 
-def output_is_a_file(root: Path) -> str:
-    (root / "data").mkdir()
-    (root / "data/clips").write_text("my notes")
-    return "data/clips is a file; move it away"
+def table_is_a_folder(root: Path) -> str:
+    (root / "mine/labels.csv").unlink()
+    (root / "mine/labels.csv").mkdir()
+    return r"mine/labels\.csv is no file"
 
 
-def parent_is_a_file(root: Path) -> str:
-    (root / "data").write_text("my notes")
-    return "data: (File exists|Not a directory)"
-
-
-def metrics_is_a_file(root: Path) -> str:
-    (root / "metrics").write_text("my notes")
-    return "metrics: (File exists|Not a directory)"
-
-
-@pytest.mark.parametrize(
-    "spoil", [broken_table, no_folder, output_is_a_file, parent_is_a_file, metrics_is_a_file]
-)
-def test_the_stage_ends_with_one_line(stage, tmp_path, spoil):
+@pytest.mark.parametrize("spoil", [broken_table, no_folder, table_is_a_folder])
+def test_bad_inputs_of_the_stage_are_named(stage, tmp_path, spoil):
     message = spoil(tmp_path)
-    with pytest.raises(SystemExit, match=f"^prepare_data: {message}") as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         stage.main()
     assert "\n" not in str(caught.value)
-    for notes in tmp_path.glob("**/notes"):
-        assert notes.read_text() == "my notes"
 
 
 def test_cut_files_are_used_and_named_in_the_metrics(stage, tmp_path):

@@ -142,6 +142,15 @@ def test_musicbench_takes_a_label_from_either_caption_and_counts_agreement(tmp_p
     }  # fmt: skip
 
 
+def test_two_files_for_one_split_of_musicbench_are_an_error(tmp_path):
+    make_musicbench(tmp_path, clips=1)
+    (tmp_path / "train.json").write_text("")
+    with pytest.raises(
+        ValueError, match=r"MusicBench_train\.json and train\.json are of one split"
+    ):
+        musicbench.scan(configured("musicbench", tmp_path), seed=0)
+
+
 def test_musicbench_that_is_not_there_names_the_key(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prepare_data\.recordings\.folder"):
         musicbench.scan(configured("musicbench", tmp_path), seed=0)
@@ -197,6 +206,22 @@ def test_song_describer_bad_rows_and_columns(tmp_path):
     assert len(scan.recordings) == 5
     table.write_text(text.replace("artist_id", "artist", 1))
     with pytest.raises(ValueError, match=r"lacks the columns \['artist_id'\]"):
+        scan_song_describer(configured("song_describer", tmp_path), seed=0)
+
+
+def test_song_describer_tracks_have_one_artist_and_tags_that_agree(tmp_path):
+    make_describer_csv(tmp_path)
+    lines = [jamendo_line(11, 101, "piano"), jamendo_line(11, 101, "guitar"), "bad\r\n"]
+    table = tmp_path / "song_describer.mtg-jamendo.tsv"
+    table.write_bytes((JAMENDO_HEADER + "".join(lines)).encode())
+    scan = scan_song_describer(configured("song_describer", tmp_path), seed=0)
+    assert [(p.name, p.detail) for p in scan.problems] == [
+        ("song_describer.mtg-jamendo.tsv:4", "bad"),
+        ("11/11.mp3", "other tags earlier in song_describer.mtg-jamendo.tsv"),
+    ]
+    captions = tmp_path / "song_describer.csv"
+    captions.write_text(captions.read_text() + '9,11,"Piano.",True,1,999,201,11/11.mp3,120\n')
+    with pytest.raises(ValueError, match="track 11 has the artists 101 and 999"):
         scan_song_describer(configured("song_describer", tmp_path), seed=0)
 
 
@@ -266,6 +291,10 @@ def test_jamendo_overlap_with_song_describer_is_refused_or_removed(tmp_path):
     ]  # fmt: skip
     assert len(scan.recordings) == 6
     assert scan.facts["song_describer_removed"] == 2
+    table = tmp_path / "describer/song_describer.csv"
+    table.write_text(table.read_text() + "x,y,z\n")  # it could be any track
+    with pytest.raises(ValueError, match=r"song_describer\.csv:8 cannot be read \(3 fields"):
+        compared("remove")
 
 
 # a user's folder

@@ -177,6 +177,10 @@ def _parquet(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) 
     for path in paths:
         with archive_errors(path):
             file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+            if "path.bytes" not in {
+                c.path for c in map(file.schema.column, range(len(file.schema)))
+            }:
+                raise ArchiveError(f"{path}: its column path holds no audio (no field bytes)")
             for batch in file.iter_batches(BATCH_ROWS, columns=["track_id", "path"]):
                 keys, sounds = batch.column("track_id").to_pylist(), batch.column("path")
                 for i, key in enumerate(keys):

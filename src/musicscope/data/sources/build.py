@@ -198,49 +198,54 @@ def write_recordings(
     Raises:
         FileNotFoundError, ValueError: the data set is absent, or its layout is another.
     """
-    settings, spec = config.recordings, spec_of(config)
     scan = prepare(config, seed)
-    if settings.stems == "demucs" and separate is None:
+    if config.recordings.stems == "demucs" and separate is None:
         separate = stems.demucs_separator()
     print(describe(scan, config), file=sys.stderr)
-    folder = partial_dir(
-        {"recordings": VERSION, "config": asdict(config), "seed": seed,
-         "separate": separate is not None, "inputs": _fingerprint(scan)}
-    )  # fmt: skip
-    kept = next((f for f in (folder, folder / KEPT) if (f / REPORT).is_file()), None)
-    if kept is None:
-        progress = Progress(**(written(folder) or {}))
-        limited = any(asdict(settings.limits).values())
-        items = stream(scan.audio, scan.recordings, scan.listed, whole=not limited)
-        decode = functools.partial(decode_job, separate=separate) if separate else decode_job
-        processes = 1 if separate else max(processes, 1)
-        total, unit = extent(scan.audio, scan.recordings)
-        with (
-            workers(processes) as run,
-            tqdm(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
-        ):
-            clips = decoded_clips(
-                items, progress, spec, config.source, run, decode, 4 * processes,
-                lambda done: bar.update(done - bar.n),
-            )  # fmt: skip
-            # Skipped items are counted to the end of the stream before the table is written.
-            frame = write_clips(
-                folder, clips, spec.sample_rate, spec.samples, lambda: asdict(progress)
-            )
-        problems = [*(p.texts() for p in scan.problems), *progress.problems]
-        _check_splits(frame, problems)
-        kept, copies, left_out = keep_apart(folder, scan.recordings, settings.limits)
-        problems += [p.texts() for p in left_out]
-        _check_splits(ClipStore.open(kept).rows, problems)
-        counts = {
-            "source_rates": progress.rates, "padded": progress.padded,
-            "turned_down": progress.limited, "copies": copies,
-            "truncated_but_used": {"count": len(progress.cut), "names": progress.cut[:NAMED]},
-        }  # fmt: skip
-        forget_progress(folder)
-        write_report(kept, scan, problems, counts)
-    publish_dir(kept, out)
+    key = {"recordings": VERSION, "config": asdict(config), "seed": seed,
+           "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
+    folder = partial_dir(key)
+    publish_dir(_collect(folder, scan, config, processes, separate), out)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(
+    folder: Path, scan: Scan, config: PrepareData, processes: int, separate: Separator | None
+) -> Path:
+    """Make the clip store in the scratch folder, or go on with it, and give its own folder."""
+    settings, spec = config.recordings, spec_of(config)
+    for made in (folder, folder / KEPT):
+        if (made / REPORT).is_file():
+            return made
+    progress = Progress(**(written(folder) or {}))
+    limited = any(asdict(settings.limits).values())
+    items = stream(scan.audio, scan.recordings, scan.listed, whole=not limited)
+    decode = functools.partial(decode_job, separate=separate) if separate else decode_job
+    processes = 1 if separate else max(processes, 1)
+    total, unit = extent(scan.audio, scan.recordings)
+    with (
+        workers(processes) as run,
+        tqdm(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
+    ):
+        clips = decoded_clips(
+            items, progress, spec, config.source, run, decode, 4 * processes,
+            lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+        # Skipped items are counted to the end of the stream before the table is written.
+        frame = write_clips(folder, clips, spec.sample_rate, spec.samples, lambda: asdict(progress))
+    problems = [*(p.texts() for p in scan.problems), *progress.problems]
+    _check_splits(frame, problems)
+    kept, copies, left_out = keep_apart(folder, scan.recordings, settings.limits)
+    problems += [p.texts() for p in left_out]
+    _check_splits(ClipStore.open(kept).rows, problems)
+    counts = {
+        "source_rates": progress.rates, "padded": progress.padded,
+        "turned_down": progress.limited, "copies": copies,
+        "truncated_but_used": {"count": len(progress.cut), "names": progress.cut[:NAMED]},
+    }  # fmt: skip
+    forget_progress(folder)
+    write_report(kept, scan, problems, counts)
+    return kept
 
 
 def _check_splits(frame: pd.DataFrame, problems: list[list[str]]) -> None:

@@ -77,6 +77,8 @@ def read_labels(path: Path) -> Labels:
             name that looks misspelt.
     """
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file; rename it")
         return Labels(path)
     names, lines = read_csv(path, lambda name: name.lower().removeprefix("has_"))
     if "path" not in names:

@@ -50,11 +50,14 @@ def split_files(folder: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: no train file, naming the folder.
+        ValueError: two files for one split.
     """
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := SPLIT_FILE.fullmatch(path.name):
-            files[match[1].lower().replace("testa", "test_a").replace("testb", "test_b")] = path
+            name = match[1].lower().replace("testa", "test_a").replace("testb", "test_b")
+            if files.setdefault(name, path) != path:
+                raise ValueError(f"{files[name]} and {path.name} are of one split; remove one")
     if "train" not in files:
         raise FileNotFoundError(
             f"{folder} holds no MusicBench_train.json; set prepare_data.recordings.folder to a "
