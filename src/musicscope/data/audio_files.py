@@ -26,6 +26,13 @@ BLOCK = 512
 """Frames that are read at once where the length is counted: fewer are lost at an error."""
 HEAD = 1 << 16
 """Bytes at either end of a file that are searched for its size."""
+ENDLESS = b"\0\xff\xff\xff"
+MP3_HZ = (44100, 48000, 32000)
+MP3_KBPS = (
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
+"""Of layer III in MPEG 2 and 2.5, and in MPEG 1."""
 UNSTATED = 1 << 60
 """Frames that libsndfile gives for a file that states no length."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
@@ -166,9 +173,10 @@ class AudioFile:
             head = file.read(HEAD)
             file.seek(max(size - HEAD, 0))
             tail = file.read()
-        if repaired := _repaired(head, size):
-            with self._bytes() as file:
-                self.payload = repaired + file.read()[len(repaired) :]
+            uncounted = _uncounted_mp3(file, head)
+            if repaired := _repaired(head, size) or uncounted:
+                file.seek(0)
+                self.payload = repaired + file.read()[min(len(repaired), len(head)) :]
         stated = _stated_bytes(head)
         self.cut = f"{size} of {stated} bytes" if stated > size + 1 else ""
         """How much is there of how much the header states; empty if all is."""
@@ -187,7 +195,7 @@ class AudioFile:
                 self.seekable = False
         if not self.seekable and self.frames:
             stated, self.frames = self.frames, sum(len(block) for block in self._blocks())
-            if self.frames < stated < UNSTATED:
+            if self.frames < stated < UNSTATED and not uncounted:
                 self.cut = f"{self.frames / self.rate:.2f} of {stated / self.rate:.2f} s"
 
     def _bytes(self) -> BinaryIO:
@@ -252,6 +260,39 @@ def _repaired(head: bytes, size: int) -> bytes:
             return head[: at + 4] + struct.pack("<I", rest) if stated == 0 < rest else b""
         at += 8 + stated + stated % 2
     return b""
+
+
+def _uncounted_mp3(file: BinaryIO, head: bytes) -> bytes:
+    """Start of an MP3 file whose header claims endless frames, so that all are decoded; or nothing.
+
+    Without a Xing header libsndfile estimates the length, and reads no further than that. With one
+    it does not read what follows the stated bytes, as in files that were joined.
+    """
+    at = 0
+    if head[:3] == b"ID3" and len(head) >= 10:
+        at = 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
+    frame = head[at : at + 4]
+    if len(frame) < 4 or frame[0] != 255 or frame[1] & 0xE6 != 0xE2:  # MPEG audio, layer III
+        return b""
+    version, rate, kbps = frame[1] >> 3 & 3, frame[2] >> 2 & 3, frame[2] >> 4
+    if version == 1 or rate == 3 or kbps in (0, 15):
+        return b""
+    side = (32, 17)[frame[3] >> 6 == 3] if version == 3 else (17, 9)[frame[3] >> 6 == 3]
+    tag = at + 4 + side
+    if head[tag : tag + 4] in (b"Xing", b"Info"):
+        if head[tag + 7] & 3 != 3 or len(head) < tag + 16:
+            return b""
+        file.seek(at + struct.unpack(">I", head[tag + 12 : tag + 16])[0])
+        more = file.read(4)
+        joined = more[:3] == b"ID3" or more[:2] == frame[:2]
+        return head[: tag + 8] + ENDLESS + head[tag + 12 :] if joined else b""
+    if head[at + 36 : at + 40] == b"VBRI":
+        return b""
+    hz = MP3_HZ[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
+    length = (144 if version == 3 else 72) * 1000 * MP3_KBPS[version == 3][kbps - 1] // hz
+    length += frame[2] >> 1 & 1
+    made = frame[:1] + bytes([frame[1] | 1]) + frame[2:] + bytes(side) + b"Xing\0\0\0\1" + ENDLESS
+    return head[:at] + made.ljust(length, b"\0") + head[at:] if len(made) <= length else b""
 
 
 def _ends(tail: bytes) -> bool:
