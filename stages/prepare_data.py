@@ -5,6 +5,7 @@ import sys
 from musicscope.config import PrepareData, load_params
 from musicscope.core.io import atomic_dir, write_json
 from musicscope.data.clips import ClipStore
+from musicscope.data.copies import count_copies
 from musicscope.data.sources import build
 from musicscope.embedded.midi_set import embedded
 from stages import stage_args
@@ -29,7 +30,9 @@ def main() -> None:
     config, compute = params.prepare_data, params.compute
     if config.source == "embedded":
         render(config, params.seed, compute.processes)
-        metrics = embedded.measure(ClipStore.open(OUT))
+        store = ClipStore.open(OUT)
+        # Groups are compositions by construction: copies among them are counted, not joined.
+        metrics = embedded.measure(store) | {"copies": count_copies(store)}
     else:
         build.write_recordings(OUT, config, params.seed, compute.processes)
         metrics = build.measure(ClipStore.open(OUT), params.seed)

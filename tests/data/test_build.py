@@ -7,9 +7,11 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -142,6 +144,7 @@ def test_bad_entries_are_counted_and_named_and_write_nothing_outside(tmp_path):
         "unsafe path": ["../../data/good0000000.wav", "/data/good0000001.wav", "..\\..\\evil.wav"],
         "not a regular file": ["datashare/data/linked00001.wav", "datashare/data/fifo.wav"],
         "not in the metadata": ["datashare/._AppleDouble.wav"],
+        "twice in the archive": ["datashare/data/good0000000.wav"],
         "zero bytes": ["data/zerobytes01.wav"],
         "truncated": ["data/truncated01.wav"],
         "not audio": ["data/webpage0001.wav"],
@@ -149,10 +152,10 @@ def test_bad_entries_are_counted_and_named_and_write_nothing_outside(tmp_path):
         "too short": ["data/short000001.wav"],
         "missing": ["data/linked00001.wav", "data/missing0001.wav"],
     }
-    assert metrics["skipped"] == sum(map(len, named.values())) == 13
-    assert metrics["source_rates"] == {"8000": 9, "44100": 1}
+    assert metrics["skipped"] == sum(map(len, named.values())) == 14
+    assert metrics["source_rates"] == {"8000": 10, "44100": 1}
     lines = (tmp_path / "out/clips/skipped.csv").read_text().splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 15
     assert not list(tmp_path.rglob("evil*"))
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "dvc"}
     assert {p.name for p in (tmp_path / "in").rglob("*.wav")} == set()
@@ -173,7 +176,7 @@ class Killed(Exception):
 
 # 13 files, in this order: six good ones of 3 clips, four bad ones, one of 1 clip, two of 3; four
 # clips a shard. A run that dies at a file decodes again from the one its last shard ended in.
-@pytest.mark.parametrize(("after", "again"), [(1, 13), (3, 11), (9, 8), (12, 2)])
+@pytest.mark.parametrize(("after", "again"), [(1, 13), (3, 11), (9, 8), (12, 3)])
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, after, again):
     monkeypatch.setattr(clips, "SHARD_BYTES", 4 * 2 * 800)
     hostile_bench(tmp_path / "bench")
@@ -329,6 +332,16 @@ def test_a_folder_of_stems_replaces_the_mixes(tmp_path):
     assert measure(store, 0)["skipped_by_reason"]["missing"]["names"] == [
         "data_aug2/01_ABCDE_01_1.wav"
     ]
+    # A stem that fits two recordings is used for neither.
+    scan = build.prepare(config, 0)
+    first, second = scan.recordings[0], scan.recordings[2]
+    twice = replace(second, name=f"other/{PurePosixPath(first.name).name}")
+    (tmp_path / "empty").mkdir()
+    found = stems.from_folder(replace(scan, recordings=(first, twice)), str(tmp_path / "empty"))
+    assert found.recordings == ()
+    assert [p.reason for p in found.problems[-2:]] == ["ambiguous stem"] * 2
+    with pytest.raises(ValueError, match="same audio file by name"):
+        list(archives.stream(scan.audio, (first, first), frozenset(), whole=True))
     with pytest.raises(FileNotFoundError, match="stems_folder"):
         stems.from_folder(build.prepare(replace(config, recordings=replace(
             config.recordings, stems="none")), 0), "")  # fmt: skip
@@ -359,12 +372,19 @@ def test_a_broken_parquet_names_itself(tmp_path):
     make_describer_parquet(tmp_path)
     path = tmp_path / "data/train-00000-of-00002-aa.parquet"
     items = archives.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
     with pytest.raises(ArchiveError, match="train-00000"):
+        list(items)
+    pq.write_table(pa.table({"track_id": [1], "path": ["x.mp3"]}), path)
+    items = archives.stream(Audio("parquet", (path,)), (), frozenset(), whole=True)
+    with pytest.raises(ArchiveError, match=r"train-00000.* no audio"):
         list(items)
 
 
-def test_the_stage_makes_a_store_and_metrics_from_a_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """The stage in a folder of six recordings, mine/."""
     from stages import prepare_data
 
     (tmp_path / "mine").mkdir()
@@ -381,9 +401,51 @@ def test_the_stage_makes_a_store_and_metrics_from_a_folder(tmp_path, monkeypatch
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.prepare_data"])
-    prepare_data.main()
+    return prepare_data
+
+
+def test_the_stage_makes_a_store_and_metrics_from_a_folder(stage):
+    stage.main()
     store = ClipStore.open("data/clips")
     assert store.rows["has_guitar"].tolist() == [False, True] * 3
     metrics = yaml.safe_load(Path("metrics/prepare_data.json").read_text())
     assert metrics["labels"]["guitar"]["with"] == 3
     assert metrics["labels"]["piano"]["unknown"] == 6
+    assert metrics["copies"] == {
+        "identical": 0, "near_identical": 0, "groups_joined": 0, "clips_moved": 0,
+        "clips_left_out": 0, "leaks": 0,
+    }  # fmt: skip
+
+
+def broken_table(root: Path) -> str:
+    (root / "mine/labels.csv").write_bytes("path,caption\n0.wav,Z\xfcrich\n".encode("cp1252"))
+    return r"mine/labels\.csv, line 2: byte 0xfc is not UTF-8 .*save the file as UTF-8"
+
+
+def no_folder(root: Path) -> str:
+    (root / "mine").rename(root / "moved")
+    return r"prepare_data\.recordings\.folder: mine is no folder"
+
+
+def table_is_a_folder(root: Path) -> str:
+    (root / "mine/labels.csv").unlink()
+    (root / "mine/labels.csv").mkdir()
+    return r"mine/labels\.csv is no file"
+
+
+@pytest.mark.parametrize("spoil", [broken_table, no_folder, table_is_a_folder])
+def test_bad_inputs_of_the_stage_are_named(stage, tmp_path, spoil):
+    message = spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        stage.main()
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_files_are_used_and_named_in_the_metrics(stage, tmp_path):
+    (tmp_path / "mine/0.wav").write_bytes(encoded(tone(300, 2.0))[:20_000])
+    stage.main()
+    metrics = yaml.safe_load(Path("metrics/prepare_data.json").read_text())
+    assert metrics["truncated_but_used"] == {
+        "count": 1, "names": [["0.wav", "20000 of 32044 bytes"]],
+    }  # fmt: skip
+    assert metrics["skipped"] == 0

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
+import unicodedata
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from musicscope.config import RecordingLimits
+from musicscope.core.io import read_text
 from musicscope.data.sources import folder, musicbench
 from musicscope.data.sources.build import prepare
 from musicscope.data.sources.jamendo import read_tags, scan_mtg_jamendo, scan_song_describer
-from musicscope.data.sources.recordings import Recording, assign_splits, last_two, limit, unsafe
+from musicscope.data.sources.recordings import (
+    Recording,
+    assign_splits,
+    last_two,
+    limit,
+    read_csv,
+    unsafe,
+)
 from musicscope.data.taxonomy import FAMILIES
 from tests.support.source_archives import (
     DESCRIBER_ROWS,
@@ -77,6 +90,21 @@ def test_musicbench_train_copies_of_test_clips_are_left_out(tmp_path):
     ]
 
 
+def test_musicbench_rows_that_fail_in_test_still_keep_their_copies_out_of_train(tmp_path):
+    make_musicbench(tmp_path, clips=1)
+    copies = [bench_row(f"data_aug2/{base}_3.wav") for base in ("YYYYYYYYYYY", "XXXXXXXXXXX")]
+    write_lines(tmp_path / "MusicBench_train.json", [*copies, bench_row("data/abcdefghijk.wav")])
+    with (tmp_path / "MusicBench_test_B.json").open("a") as file:
+        file.write('{"location": "data/YYYYYYYYYYY.wav", "main_caption": 3}\n')
+        file.write('{"location": "data/XXXXXXXXXXX.wav", "main_caption": "cut sho\n')
+        file.write('{"location": "data/a.wav", "location": "data/b.wav", "main_caption": "x"}\n')
+    scan = musicbench.scan(configured("musicbench", tmp_path), seed=0)
+    assert [r.name for r in scan.recordings] == ["data/ZZZZZZZZZZZ.wav", "data/abcdefghijk.wav"]
+    assert [p.reason for p in scan.problems] == ["bad metadata row"] * 3 + [
+        "train copy of a test clip"] * 2  # fmt: skip
+    assert "twice" in scan.problems[2].detail
+
+
 def test_musicbench_bad_rows_are_named_with_their_line(tmp_path):
     make_musicbench(tmp_path, clips=1)
     good = json.dumps(bench_row("data/abcdefghijk.wav", bpm=None, key=None, alt_caption=None))
@@ -112,6 +140,15 @@ def test_musicbench_takes_a_label_from_either_caption_and_counts_agreement(tmp_p
     assert scan.facts["guitar_alternative_against_main_caption"] == {
         "agree": 1, "only_first": 2, "only_second": 0, "unknown_in_either": 1,
     }  # fmt: skip
+
+
+def test_two_files_for_one_split_of_musicbench_are_an_error(tmp_path):
+    make_musicbench(tmp_path, clips=1)
+    (tmp_path / "train.json").write_text("")
+    with pytest.raises(
+        ValueError, match=r"MusicBench_train\.json and train\.json are of one split"
+    ):
+        musicbench.scan(configured("musicbench", tmp_path), seed=0)
 
 
 def test_musicbench_that_is_not_there_names_the_key(tmp_path):
@@ -169,6 +206,22 @@ def test_song_describer_bad_rows_and_columns(tmp_path):
     assert len(scan.recordings) == 5
     table.write_text(text.replace("artist_id", "artist", 1))
     with pytest.raises(ValueError, match=r"lacks the columns \['artist_id'\]"):
+        scan_song_describer(configured("song_describer", tmp_path), seed=0)
+
+
+def test_song_describer_tracks_have_one_artist_and_tags_that_agree(tmp_path):
+    make_describer_csv(tmp_path)
+    lines = [jamendo_line(11, 101, "piano"), jamendo_line(11, 101, "guitar"), "bad\r\n"]
+    table = tmp_path / "song_describer.mtg-jamendo.tsv"
+    table.write_bytes((JAMENDO_HEADER + "".join(lines)).encode())
+    scan = scan_song_describer(configured("song_describer", tmp_path), seed=0)
+    assert [(p.name, p.detail) for p in scan.problems] == [
+        ("song_describer.mtg-jamendo.tsv:4", "bad"),
+        ("11/11.mp3", "other tags earlier in song_describer.mtg-jamendo.tsv"),
+    ]
+    captions = tmp_path / "song_describer.csv"
+    captions.write_text(captions.read_text() + '9,11,"Piano.",True,1,999,201,11/11.mp3,120\n')
+    with pytest.raises(ValueError, match="track 11 has the artists 101 and 999"):
         scan_song_describer(configured("song_describer", tmp_path), seed=0)
 
 
@@ -238,6 +291,10 @@ def test_jamendo_overlap_with_song_describer_is_refused_or_removed(tmp_path):
     ]  # fmt: skip
     assert len(scan.recordings) == 6
     assert scan.facts["song_describer_removed"] == 2
+    table = tmp_path / "describer/song_describer.csv"
+    table.write_text(table.read_text() + "x,y,z\n")  # it could be any track
+    with pytest.raises(ValueError, match=r"song_describer\.csv:8 cannot be read \(3 fields"):
+        compared("remove")
 
 
 # a user's folder
@@ -307,6 +364,147 @@ def test_folder_table_with_a_mistake_names_it(tmp_path, table, message):
     make_folder(tmp_path, table)
     with pytest.raises(ValueError, match=message):
         folder.scan(configured("folder", tmp_path), seed=0)
+
+
+AMBIGUOUS = {
+    'path,caption,guitar\na.wav,"5"" tape,1\nc.mp3,"x",0\n': "lines? 2.*close every quote",
+    'path,caption,guitar\na.wav,"5,1\nc.mp3,x",0\n': "line 2: a quoted field goes on to line 3",
+    'path,caption\na.wav,"never closed\n': "close every quote",
+    "path,guitar\na.wav,1,0\n": "line 2: 3 fields, but the header has 2",
+    "path,caption,guitar\n\na.wav,1\n": "line 3: 2 fields, but the header has 3",
+    "path,guitar,has_guitar\na.wav,1,0\n": "line 1: two columns are 'guitar'",
+    "path;guitar\na.wav;1\n": "no column path.*separated by commas",
+    "path\nsongs/a.wav\n": "no row fits a file, first 'songs/a.wav'",
+    "path\na.wav\n./a.wav \n": "line 3 names 'a.wav' again",
+}
+
+
+@pytest.mark.parametrize("table", AMBIGUOUS)
+def test_an_ambiguous_table_is_an_error_with_its_line(tmp_path, table):
+    make_folder(tmp_path, table)
+    with pytest.raises(ValueError, match=rf"labels\.csv.*{AMBIGUOUS[table]}"):
+        folder.scan(configured("folder", tmp_path), seed=0)
+
+
+TABLE = 'path,caption,has_guitar,artist\na.wav,"A piano, 5"" tape",1,Zoé\nb/one.flac,,no,ZOÉ\n'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_and_byte_order_marks_change_nothing(tmp_path, end, mark):
+    make_folder(tmp_path)
+    text = (mark + TABLE).replace("\n", end) + ",,,\n"  # and blank rows, as Excel leaves them
+    (tmp_path / "labels.csv").write_bytes(text.encode())
+    rows = by_name(folder.scan(configured("folder", tmp_path), seed=0))
+    assert rows["a.wav"].captions == ('A piano, 5" tape',)
+    assert [rows[n].labels["guitar"] for n in ("a.wav", "b/one.flac", "c.mp3")] == [
+        True, False, None,
+    ]  # fmt: skip
+    assert rows["a.wav"].group == rows["b/one.flac"].group == "folder-Zoé"  # one artist
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_text_of_another_encoding_is_an_error_with_its_line(tmp_path, encoding):
+    make_folder(tmp_path)
+    (tmp_path / "labels.csv").write_bytes(TABLE.encode(encoding))
+    line = 2 if encoding == "cp1252" else 1
+    with pytest.raises(ValueError, match=rf"labels\.csv, line {line}: .*save the file as UTF-8"):
+        folder.scan(configured("folder", tmp_path), seed=0)
+
+
+def test_marks_and_line_ends_lose_no_row_of_any_source(tmp_path):
+    make_musicbench(tmp_path / "bench", clips=2)
+    make_describer_csv(tmp_path / "describer")
+    make_jamendo(tmp_path / "jamendo")
+    scans = {"bench": musicbench.scan, "jamendo": scan_mtg_jamendo,
+             "describer": scan_song_describer}  # fmt: skip
+    for name, scan in scans.items():
+        config = configured("", tmp_path / name)
+        before = scan(config, 0)
+        tables = [p for p in (tmp_path / name).rglob("*") if p.suffix in (".json", ".csv", ".tsv")]
+        for path in tables:
+            data = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+            path.write_bytes("\ufeff".encode() + data)
+        after = scan(config, 0)
+        assert (after.recordings, after.problems) == (before.recordings, before.problems)
+        tables[0].write_bytes(tables[0].read_bytes().replace(b"a", b"\xe9", 1))
+        with pytest.raises(
+            ValueError, match=r", line \d: byte 0xe9 is not UTF-8.*save the file as"
+        ):
+            scan(config, 0)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"])), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_text_is_read_as_it_was_written(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("text") / "x.txt"
+    lines = [line.strip("\ufeff") for line in lines]
+    for end in ("\n", "\r\n"):
+        path.write_bytes(("\ufeff" + end.join(lines)).encode())
+        assert read_text(path) == "\n".join(lines)
+
+
+FIELDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+
+
+@given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_csv_is_read_as_it_was_written(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("csv") / "x.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("one", "two"), *rows])
+    expected = [tuple(f.strip() for f in row) for row in rows if any(f.strip() for f in row)]
+    assert [tuple(row.values()) for _, row in read_csv(path)[1]] == expected
+
+
+@given(st.text(st.sampled_from('ab,"\n\r; \t'), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_no_table_raises_anything_but_value_error(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("csv") / "labels.csv"
+    path.write_text("path,caption\n" + text, encoding="utf-8", newline="")
+    try:
+        folder.read_labels(path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = str(path)
+    assert str(path) in message
+
+
+def test_names_are_compared_as_a_reader_would(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "Café/naïve.wav")
+    for name in (decomposed, "plain.wav", "Upper.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(tone(300)))
+    table = "path,guitar\nCafé/naïve.wav ,1\n.\\plain.wav,0\nupper.wav,1\n"
+    (tmp_path / "labels.csv").write_text(table, encoding="utf-8")
+    scan = folder.scan(configured("folder", tmp_path), seed=0)
+    rows = by_name(scan)
+    assert (rows[decomposed].labels["guitar"], rows["plain.wav"].labels["guitar"]) == (True, False)
+    ((name, reason, detail),) = [p.texts() for p in scan.problems]
+    assert (name, reason) == ("upper.wav", "missing")
+    assert detail == "labels.csv:4; Upper.wav has other letter case"
+    (tmp_path / "Café").mkdir()
+    (tmp_path / "Café/naïve.wav").write_bytes(b"x")
+    assert by_name(folder.scan(configured("folder", tmp_path), seed=0))[
+        "Café/naïve.wav"].labels["guitar"] is True  # fmt: skip
+    (tmp_path / "labels.csv").write_text(table.replace("Café/naïve", "Café / naïve"))
+    with pytest.raises(ValueError, match=r"line 2: .* could be .*rename"):
+        folder.scan(configured("folder", tmp_path), seed=0)
+
+
+def test_hidden_names_are_no_recordings_and_move_no_split(tmp_path):
+    make_folder(tmp_path)
+    before = prepare(configured("folder", tmp_path), 0)
+    for name in ("._a.wav", ".DS_Store", "b/._one.flac", ".Trash/x.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / os.fsdecode(b"caf\xe9.wav")).write_bytes(b"x")
+    after = prepare(configured("folder", tmp_path), 0)
+    assert after.recordings == before.recordings
+    assert [(p.name, p.reason) for p in after.problems if p not in before.problems] == [
+        ("caf\\udce9.wav", "unsafe path")
+    ]
 
 
 # names, splits, limits

@@ -108,6 +108,47 @@ def test_tags_are_matched_whole():
     assert (bass["guitar"], bass["bass"]) == (UNLISTED, PRESENT)
 
 
+INSTRUMENT_TAGS = (
+    "accordion", "acousticbassguitar", "acousticguitar", "bass", "beat", "bell", "bongo",
+    "brass", "cello", "clarinet", "classicalguitar", "computer", "doublebass", "drummachine",
+    "drums", "electricguitar", "electricpiano", "flute", "guitar", "harmonica", "harp",
+    "horn", "keyboard", "oboe", "orchestra", "organ", "pad", "percussion", "piano",
+    "pipeorgan", "rhodes", "sampler", "saxophone", "strings", "synthesizer", "trombone",
+    "trumpet", "ukulele", "viola", "violin", "voice",
+)  # fmt: skip
+"""The 41 instrument tags of MTG-Jamendo."""
+TAGS = {
+    "guitar": {"guitar", "acousticguitar", "classicalguitar", "electricguitar"},
+    "piano": {"piano"}, "electric_piano": {"electricpiano", "rhodes"},
+    "organ": {"organ", "pipeorgan"}, "strings": {"strings", "violin", "viola", "cello"},
+    "brass": {"brass", "trumpet", "trombone", "horn"}, "reed": {"saxophone", "clarinet", "oboe"},
+    "flute": {"flute"}, "synth": {"synthesizer"}, "plucked": {"harp", "ukulele"},
+    "bass": {"bass", "acousticbassguitar", "doublebass"}, "drums": {"drums", "drummachine"},
+}  # fmt: skip
+UNCLEAR_TAGS = {
+    "piano": {"keyboard"}, "electric_piano": {"keyboard", "piano"}, "organ": {"keyboard"},
+    "strings": {"orchestra"}, "brass": {"orchestra"}, "reed": {"orchestra"},
+    "flute": {"orchestra"}, "synth": {"keyboard", "computer", "pad", "sampler"},
+    "plucked": {"orchestra"}, "drums": {"percussion", "beat", "bongo", "computer", "sampler"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tag", INSTRUMENT_TAGS)
+def test_each_tag_means_what_its_words_mean_in_captions(tag):
+    answers = labels.from_tags({tag, "other"}, 2)
+    caption = labels.from_caption(labels.SPELLED.get(tag, tag))
+    for family in FAMILIES:
+        expected = (
+            PRESENT if tag in TAGS.get(family, ())
+            else UNKNOWN if family in ("mallets", "choir") or tag in UNCLEAR_TAGS.get(family, ())
+            else UNLISTED
+        )  # fmt: skip
+        assert answers[family] == expected, family
+        assert (caption[family] == PRESENT) == (expected == PRESENT), family
+    assert labels.is_known_tag(tag)
+    assert not labels.is_known_tag("vuvuzela")
+
+
 def test_a_missing_tag_is_absence_only_beside_enough_others():
     assert labels.from_tags({"piano"}, 2)["guitar"] == UNKNOWN
     assert labels.from_tags({"piano", "flute"}, 2)["guitar"] == UNLISTED

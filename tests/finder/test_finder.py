@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -179,6 +182,45 @@ def test_windows_are_equal_in_number_and_spread(tmp_path):
     assert audio.shape == (3, 2 * RATE)
     np.testing.assert_allclose(starts, [0.5, 3.5, 6.5], atol=0.1)
     np.testing.assert_allclose([np.sqrt((w**2).mean()) for w in audio], 0.1, rtol=0.1)
+
+
+def test_copies_count_once_and_not_at_all_in_both_folders(tmp_path):
+    a = folder(tmp_path / "a", 9, False, n=4, formats=[("wav", 8000)])
+    b = folder(tmp_path / "b", 10, False, n=4, formats=[("wav", 8000)])
+    soundfile.write(a / "again.flac", *soundfile.read(a / "01.wav"))
+    shutil.copy(b / "02.wav", a / "shared.wav")
+    shutil.copy(b / "02.wav", b / "zz.wav")
+    plan, problems = plan_recordings((a, b), 2.0, 8)
+    names = [f"{r.path.parent.name}/{r.path.name}" for r in plan.recordings]
+    assert names == ["a/00.wav", "a/01.wav", "a/02.wav", "a/03.wav", "b/00.wav", "b/01.wav",
+                     "b/03.wav"]  # fmt: skip
+    assert [p.reason for p in problems] == ["copy"] * 4
+    assert problems[0].detail == f"of {a / '01.wav'}"
+    assert {p.detail for p in problems[1:]} == {"in both folders"}
+
+
+def test_odd_files_and_links_are_used_or_named(tmp_path):
+    """What macOS, pipes and interrupted downloads leave behind."""
+    a = folder(tmp_path / "a", 9, False, n=4, formats=[("wav", 8000)], seconds=(4.0, 4.1))
+    b = folder(tmp_path / "b", 10, False, n=4, formats=[("wav", 8000)], seconds=(4.0, 4.1))
+    (a / "._00.wav").write_bytes(b"x")
+    (a / os.fsdecode(b"caf\xe9.wav")).write_bytes(b"x")
+    piped = bytearray((a / "00.wav").read_bytes())
+    piped[4:8], piped[40:44] = b"\x24\xf0\xff\x7f", b"\x00\xf0\xff\x7f"  # sox, to a pipe
+    (a / "00.wav").write_bytes(piped)
+    (a / "01.wav").write_bytes((a / "01.wav").read_bytes()[:50_000])
+    (b / "linked").symlink_to(folder(tmp_path / "c", 11, False, n=1, formats=[("wav", 8000)]))
+    plan, problems = plan_recordings((a, b), 2.0, 8)
+    lengths = {f"{r.path.relative_to(tmp_path)}": r.seconds for r in plan.recordings}
+    assert len(lengths) == 9
+    assert lengths["a/00.wav"] == pytest.approx(4.05, abs=0.06)
+    assert lengths["a/01.wav"] == pytest.approx(49_956 / 16_000, abs=0.01)
+    assert "b/linked/00.wav" in lengths
+    assert [(p.name, p.reason) for p in problems] == [(f"{a}/caf\\udce9.wav", "unsafe path")]
+    cut = next(r for r in plan.recordings if r.path.name == "01.wav" and r.path.parent == a)
+    audio, _, problems = read_windows(cut, plan, RATE)
+    assert len(audio) == 1
+    assert [(p.reason, p.detail[-11:]) for p in problems] == [("truncated", "used so far")]
 
 
 def test_cues_that_differ_between_folders_are_reported(tmp_path):

@@ -18,7 +18,7 @@ from musicscope.commands.options import device, number, whole
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
-from musicscope.finder.recordings import list_files
+from musicscope.finder.recordings import list_recordings
 from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
 
 DEFAULT_OUT = "data/found"
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Find, print and save; ValueError or FileNotFoundError if an input cannot be used."""
     for folder in (args.with_dir, args.without_dir):
-        list_files(folder)
+        list_recordings(folder)
     name = Path(args.model).name
     default = Path(DEFAULT_OUT) / (Path(args.with_dir).resolve().name or "recordings")
     inputs = {

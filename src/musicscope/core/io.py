@@ -63,10 +63,33 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_text(path: str | Path) -> str:
+    r"""Read UTF-8 text with line ends as "\n"; byte order marks at the start of lines are dropped.
+
+    Raises:
+        ValueError: other encodings; the message names the file and the line.
+    """
+    data = Path(path).read_bytes()
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UnicodeDecodeError("utf-8", data, 0, 2, "this is UTF-16")
+        if (at := data.find(b"\0")) >= 0:
+            raise UnicodeDecodeError("utf-8", data, at, at + 1, "text holds no zero byte")
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text "
+            f"({error.reason}); save the file as UTF-8"
+        ) from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # joined files hold several
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON; ValueError names a broken file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); rerun the stage that wrote it"

@@ -3,11 +3,12 @@
 All recordings of both folders give windows of one length, and at most as many as three quarters of
 the recordings of either folder can fill. Otherwise the means of longer recordings would be
 steadier, and their frames later in the model's sequence. Every window is brought to one level.
-Files that cannot be read are reported with the reason; the others are used.
+Files that cannot be read, and copies, are reported with the reason; the others are used.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ import soundfile
 
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.stats import auroc_columns, rank_z, standard_ranks
-from musicscope.data.decoding import Problem, Spec, decode
+from musicscope.data.audio_files import AudioFile, Problem, Spec, decode, list_files, plain
 from musicscope.judges.musicnn import level, repeat_to
 
 SIDES = ("with", "without")
 LEAST_SECONDS = 0.5
 """A shorter recording is left out and reported."""
+MOST_COMPARED = 30.0
+"""Seconds in the middle of recordings of one length that are compared."""
 SHORTEST = 25
 """Percentile of a folder's lengths that windows are fitted to; shorter recordings are repeated."""
 CUE_Z = 3.0
@@ -37,7 +40,7 @@ class Recording:
     side: str
     """"with" or "without" """
     seconds: float
-    """Of the whole file, by its header."""
+    """Of the whole file, as far as it can be decoded."""
 
 
 @dataclass(frozen=True)
@@ -51,54 +54,84 @@ class Plan:
     """Most windows per recording."""
 
 
-def list_files(folder: str | Path) -> list[Path]:
-    """List all files below a folder, except hidden ones, sorted by name.
+def _length(path: Path) -> float | Problem:
+    """Seconds that can be decoded, or why the file cannot be used."""
+    cut = ""
+    try:
+        sound = AudioFile(path)
+        seconds, cut = sound.frames / sound.rate, sound.cut
+    except (soundfile.LibsndfileError, ZeroDivisionError, RuntimeError, OSError, EOFError,
+            TypeError, ValueError):  # fmt: skip
+        seconds = float("nan")
+    if seconds >= LEAST_SECONDS:
+        return seconds
+    # `decode` names the problem in the same words as everywhere.
+    problems = decode(path, Spec(LEAST_SECONDS, 16_000, 1, 0.0)).problems
+    short = ("truncated", cut) if cut else ("too short", f"{seconds:.2f} s")
+    reason, detail = problems[0] if problems else short
+    return Problem(str(path), reason, detail)
+
+
+def list_recordings(folder: str | Path) -> tuple[list[Path], list[Problem]]:
+    """List the files below a folder, and names that are left out.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder of recordings")
-    files = sorted(
-        path for path in root.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )  # fmt: skip
-    if not files:
-        raise FileNotFoundError(f"{root} holds no files")
-    return files
+        raise FileNotFoundError(f"{plain(str(root))} is no folder of recordings")
+    if plain(str(root)) != str(root):
+        raise ValueError(f"{plain(str(root))}: its name is not UTF-8; rename the folder")
+    names, problems = list_files(root)
+    if not names:
+        raise FileNotFoundError(f"{root} holds no files" + "".join(
+            f"; {p.name}: {p.reason} {p.detail}" for p in problems[:1]))  # fmt: skip
+    listed = [Problem(f"{root}/{p.name}", p.reason, p.detail) for p in problems]
+    return [root / name for name in names], listed
 
 
-def _length(path: Path) -> float | Problem:
-    """Seconds by the header, or why the file cannot be used."""
-    try:
-        info = soundfile.info(str(path))
-        seconds = info.frames / info.samplerate
-    except (soundfile.LibsndfileError, ZeroDivisionError, RuntimeError, OSError, TypeError):
-        seconds = float("nan")
-    if seconds >= LEAST_SECONDS:
-        return seconds
-    # `decode` names the problem in the same words as everywhere.
-    problems = decode(path, Spec(LEAST_SECONDS, 16_000, 1, 0.0)).problems
-    reason, detail = problems[0] if problems else ("too short", f"{seconds:.2f} s")
-    return Problem(str(path), reason, detail)
+def _without_copies(recordings: Sequence[Recording]) -> tuple[list[Recording], list[Problem]]:
+    """Keep each sound once, whatever its name or lossless format; none that is in both folders."""
+    first: dict[object, Recording] = {}
+    copies: dict[Recording, Recording] = {}
+    for recording in recordings:
+        decoded = decode(recording.path, Spec(min(recording.seconds, MOST_COMPARED), 16_000, 1, 0))
+        for _, audio in decoded.clips:
+            key = (round(recording.seconds, 3), hashlib.sha256(audio.tobytes()).digest())
+            if (of := first.setdefault(key, recording)) is not recording:
+                copies[recording] = of
+    both = {r for pair in copies.items() if pair[0].side != pair[1].side for r in pair}
+    kept = [r for r in recordings if r not in copies and r not in both]
+    problems = [
+        Problem(str(r.path), "copy", "in both folders" if r in both else f"of {copies[r].path}")
+        for r in recordings if r in copies or r in both
+    ]  # fmt: skip
+    return kept, problems
 
 
 def plan_recordings(
     folders: Sequence[str | Path], seconds: float, windows: int
 ) -> tuple[Plan, list[Problem]]:
-    """Read the headers of both folders (with, without the concept) and fix the windows.
+    """Measure the files of both folders (with, without the concept) and fix the windows.
 
     `seconds` and `windows` are upper limits.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
     """
     usable, problems = [], []
     for side, folder in zip(SIDES, folders, strict=True):
-        for path in list_files(folder):
+        files, listed = list_recordings(folder)
+        problems += listed
+        for path in files:
             length = _length(path)
             if isinstance(length, Problem):
                 problems.append(length)
             else:
                 usable.append(Recording(path, side, length))
+    usable, copies = _without_copies(usable)
+    problems += copies
     lengths = [np.array([r.seconds for r in usable if r.side == side]) for side in SIDES]
     if all(len(of) for of in lengths):
         shortest = min(np.percentile(of, SHORTEST, method="lower") for of in lengths)
@@ -118,6 +151,8 @@ def read_windows(
     seconds = min(plan.seconds, recording.seconds)
     decoded = decode(recording.path, Spec(seconds, rate, plan.windows, 0.0))
     problems = [Problem(str(recording.path), reason, detail) for reason, detail in decoded.problems]
+    if decoded.clips and decoded.cut:
+        problems.append(Problem(str(recording.path), "truncated", f"{decoded.cut}; used so far"))
     if not decoded.clips:
         reason = problems or [Problem(str(recording.path), "no audio", "")]
         return np.zeros((0, 1), np.float32), [], reason

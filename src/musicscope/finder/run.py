@@ -21,8 +21,8 @@ import soundfile
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Concept, FindConcept
 from musicscope.core.seeding import seed_for
+from musicscope.data.audio_files import Problem
 from musicscope.data.clips import ClipStore
-from musicscope.data.decoding import Problem
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p
 from musicscope.finder.evaluation import examine

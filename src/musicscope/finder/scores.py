@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from musicscope.activations.store import ActivationStore
-from musicscope.data.decoding import Problem
+from musicscope.data.audio_files import Problem
 from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.recordings import SIDES, Plan, Recording, read_windows, window_cues

@@ -7,6 +7,7 @@ noise, which is the same for both sounds, so they differ by the edit alone.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from musicscope.core.audio import resample
 from musicscope.core.io import read_json
+from musicscope.data.audio_files import AudioFile
 from musicscope.judges.pair import Judges
 from musicscope.models.interface import Hook, chain, is_audio_model
 from musicscope.models.registry import load_model
@@ -93,16 +95,17 @@ def read_audio(path: str | Path, rate: int, seconds: float | None = None) -> np.
     if seconds is not None and not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"{seconds:g} seconds: above 0 and up to {MAX_SECONDS:g}")
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            own, length = file.samplerate, file.frames / file.samplerate
-            if seconds is None and length > MAX_SECONDS:
-                raise ValueError(
-                    f"{path} lasts {length:.0f} s: give --seconds, up to {MAX_SECONDS:g}"
-                )
-            count = file.frames if seconds is None else math.ceil(seconds * own)
-            sound = file.read(count, dtype="float32", always_2d=True)
+        file = AudioFile(path)
+        own, length = file.rate, file.frames / file.rate
+        if seconds is None and length > MAX_SECONDS:
+            raise ValueError(f"{path} lasts {length:.0f} s: give --seconds, up to {MAX_SECONDS:g}")
+        sound = file.read(0, file.frames if seconds is None else math.ceil(seconds * own)).T
+    except EOFError as error:
+        raise ValueError(f"{path} is cut short: {error}; copy it again") from error
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is no audio that libsndfile reads: {error}") from error
+    if file.cut:
+        print(f"{path} is cut short: {file.cut}; edited as far as it goes", file=sys.stderr)
     if not len(sound):
         raise ValueError(f"{path} holds no samples")
     if not np.isfinite(sound).all():

@@ -22,11 +22,11 @@ from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import StepRate
 from musicscope.config import Params, load_params
+from musicscope.data.audio_files import SUFFIXES, list_files
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
 STORED_BYTES = 2  # per number in float16 or bfloat16, per sample in int16
 SHUFFLE_BYTES = 256 * 2**20  # shuffle window of a store (ActivationStore.train_batches)
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aif", ".aiff"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _data_set(params: Params, given: int | None) -> tuple[DataSet, str]:
     if given is not None:
         return DataSet(given, 0, 0, longest), "--clips"
     folder = Path(section.recordings.audio or section.recordings.folder)
-    count = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in folder.rglob("*"))
+    names = list_files(folder)[0] if folder.is_dir() else []
+    count = sum(Path(name).suffix.lower() in SUFFIXES for name in names)
     if not count:
         raise ValueError(
             f"prepare_data.recordings.folder: {folder} holds no audio files to count; say how many "

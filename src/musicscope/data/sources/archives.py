@@ -19,12 +19,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from musicscope.data.decoding import Problem
+from musicscope.data.audio_files import Problem
 from musicscope.data.sources.recordings import Audio, Recording, last_two, unsafe
 
 MAX_BYTES = 1 << 30
 """Larger files in archives are skipped: one file at a time is held in memory."""
 BATCH_ROWS = 8
+Listed = dict[str, bool]
+"""Keys in the metadata, and whether the archive has had them."""
 
 
 class ArchiveError(ValueError):
@@ -65,9 +67,11 @@ def stream(
         ArchiveError: a file that is cut short, or no archive.
     """
     left = {r.key: r for r in recordings}
+    if len(left) < len(recordings):
+        raise ValueError(f"two of {len(recordings)} recordings have the same audio file by name")
     reader = {"tar": _tar, "zip": _zip, "folder": _folder, "parquet": _parquet}[audio.kind]
     done = 0
-    for item in reader(audio.paths, left, listed | set(left)):
+    for item in reader(audio.paths, left, {key: False for key in listed | set(left)}):
         done = item.done
         yield item
         if not left and not whole:
@@ -78,7 +82,7 @@ def stream(
 
 
 def _entry(
-    name: str, size: int, done: int, left: dict[str, Recording], listed: set[str],
+    name: str, size: int, done: int, left: dict[str, Recording], listed: Listed,
     read: Callable[[], bytes],
 ) -> Item | None:  # fmt: skip
     """Make the item of one archive entry and take it out of `left`; None if not requested."""
@@ -87,17 +91,20 @@ def _entry(
         return Item(done, problem=Problem(name, "unsafe path"))
     if key not in listed:
         return Item(done, problem=Problem(name, "not in the metadata"))
+    if listed[key]:
+        return Item(done, problem=Problem(name, "twice in the archive", "the first is used"))
+    listed[key] = True
     if key not in left:
-        return None  # not requested, or a second copy
+        return None  # not requested
     if size > MAX_BYTES:
         return Item(done, problem=Problem(left.pop(key).name, "too large", f"{size} bytes"))
     return Item(done, left.pop(key), read)
 
 
-def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> Iterator[Item]:
     before = 0
     for path in paths:
-        with path.open("rb") as raw, _archive_errors(path):
+        with path.open("rb") as raw, archive_errors(path):
             tar = tarfile.open(fileobj=raw, mode="r|*")  # noqa: SIM115  closed with `raw`
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it would remember every member
@@ -116,7 +123,7 @@ def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) ->
 
 
 @contextlib.contextmanager
-def _archive_errors(path: Path) -> Iterator[None]:
+def archive_errors(path: Path) -> Iterator[None]:
     """Turn errors of tarfile, its decompressors and pyarrow into ArchiveError."""
     try:
         yield
@@ -135,16 +142,16 @@ def _archive_errors(path: Path) -> Iterator[None]:
 
 
 def _read_member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    with _archive_errors(path):
+    with archive_errors(path):
         return tar.extractfile(member).read()
 
 
-def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> Iterator[Item]:
     done = 0
     for path in paths:
         try:
             archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
             raise ArchiveError(f"{path} is no whole zip ({error}); download it again") from error
         with archive:
             for info in archive.infolist():
@@ -156,7 +163,7 @@ def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) ->
                     yield item
 
 
-def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> Iterator[Item]:
     for done, (key, recording) in enumerate(list(left.items()), start=1):
         # The metadata's own names lead no further than the folder; links in it are the user's.
         found = next((p / key for p in paths if (p / key).is_file()), None)
@@ -165,15 +172,19 @@ def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: set[str])
             yield Item(done, recording, lambda found=found: found)
 
 
-def _parquet(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _parquet(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> Iterator[Item]:
     done = 0
     for path in paths:
-        with _archive_errors(path):
+        with archive_errors(path):
             file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+            if "path.bytes" not in {
+                c.path for c in map(file.schema.column, range(len(file.schema)))
+            }:
+                raise ArchiveError(f"{path}: its column path holds no audio (no field bytes)")
             for batch in file.iter_batches(BATCH_ROWS, columns=["track_id", "path"]):
                 keys, sounds = batch.column("track_id").to_pylist(), batch.column("path")
                 for i, key in enumerate(keys):
                     done += 1
-                    if str(key) in left:
+                    if str(key) in left:  # a track has a row per caption
                         embedded = sounds.field("bytes")[i]
                         yield Item(done, left.pop(str(key)), embedded.as_py)

@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import itertools
+import shutil
 import sys
 import zipfile
 import zlib
@@ -15,16 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
-from musicscope.config import PrepareData
+from musicscope.config import PrepareData, RecordingLimits
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import partial_dir, publish_dir, read_json, write_json, write_text
 from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
+from musicscope.data.audio_files import Decoded, Problem, Separator, Spec, decode_job, plain
 from musicscope.data.clips import ClipStore, forget_progress, known_labels, write_clips, written
-from musicscope.data.decoding import Decoded, Problem, Separator, Spec, decode_job, plain
+from musicscope.data.copies import find_copies, joined_groups
 from musicscope.data.sources import jamendo, musicbench, stems
 from musicscope.data.sources.archives import Item, extent, stream
 from musicscope.data.sources.folder import scan as scan_folder
@@ -38,11 +41,14 @@ from musicscope.data.sources.recordings import (
 )
 from musicscope.data.taxonomy import FAMILIES
 
-VERSION = 1
+VERSION = 2
 """Part of the scratch folder's name: raise it when the same input gives other clips."""
 FONT = "recording"
 """In the column `font`, which names the soundfont of rendered clips."""
 REPORT = "recordings.json"
+KEPT = "kept"
+"""Folder in the scratch folder, for the store without copies."""
+COPY = "copy of a clip in another split"
 NAMED = 20
 """Names per reason in the metrics; skipped.csv has all."""
 CUE_CLIPS = 1000
@@ -67,10 +73,14 @@ class Progress:
     rates: dict[str, int] = field(default_factory=dict)
     padded: int = 0
     limited: int = 0
+    cut: list[list[str]] = field(default_factory=list)
+    """Name of each file whose end is absent but that gave clips, and how much is there."""
 
-    def count(self, decoded: Decoded, problems: Iterable[Problem]) -> None:
+    def count(self, name: str, decoded: Decoded, problems: Iterable[Problem]) -> None:
         """Add the counts of one item."""
         self.problems += [p.texts() for p in problems]
+        if decoded.clips and decoded.cut:
+            self.cut.append([name, decoded.cut])
         if decoded.rate:
             self.rates[str(decoded.rate)] = self.rates.get(str(decoded.rate), 0) + 1
         self.padded += decoded.padded
@@ -165,7 +175,8 @@ def decoded_clips(
                 problems = [Problem(item.recording.name, *p) for p in decoded.problems]
             done = ahead if i == first else 0
             if not done:  # else counted before its first clip was written
-                progress.count(decoded, problems)
+                name = item.recording.name if item.recording else ""
+                progress.count(name, decoded, problems)
             for number, (start, audio) in enumerate(decoded.clips):
                 if number >= done:
                     progress.items, progress.clips = i, number + 1
@@ -187,43 +198,107 @@ def write_recordings(
     Raises:
         FileNotFoundError, ValueError: the data set is absent, or its layout is another.
     """
-    settings, spec = config.recordings, spec_of(config)
     scan = prepare(config, seed)
-    if settings.stems == "demucs" and separate is None:
+    if config.recordings.stems == "demucs" and separate is None:
         separate = stems.demucs_separator()
     print(describe(scan, config), file=sys.stderr)
-    folder = partial_dir(
-        {"recordings": VERSION, "config": asdict(config), "seed": seed,
-         "separate": separate is not None, "inputs": _fingerprint(scan)}
-    )  # fmt: skip
-    if not (folder / REPORT).is_file():
-        progress = Progress(**(written(folder) or {}))
-        limited = any(asdict(settings.limits).values())
-        items = stream(scan.audio, scan.recordings, scan.listed, whole=not limited)
-        decode = functools.partial(decode_job, separate=separate) if separate else decode_job
-        processes = 1 if separate else max(processes, 1)
-        total, unit = extent(scan.audio, scan.recordings)
-        with (
-            workers(processes) as run,
-            tqdm(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
-        ):
-            clips = decoded_clips(
-                items, progress, spec, config.source, run, decode, 4 * processes,
-                lambda done: bar.update(done - bar.n),
-            )  # fmt: skip
-            # Skipped items are counted to the end of the stream before the table is written.
-            frame = write_clips(
-                folder, clips, spec.sample_rate, spec.samples, lambda: asdict(progress)
-            )
-        problems = [*(p.texts() for p in scan.problems), *progress.problems]
-        for split in SPLITS:
-            if not len(frame) or split not in set(frame["split"]):
-                raise ValueError(f"no clip came out for split {split}" + _first_problems(problems))
-        counts = {"source_rates": progress.rates, "padded": progress.padded,
-                  "turned_down": progress.limited}  # fmt: skip
-        write_report(folder, scan, problems, counts)
-        forget_progress(folder)
-    publish_dir(folder, out)
+    key = {"recordings": VERSION, "config": asdict(config), "seed": seed,
+           "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
+    folder = partial_dir(key)
+    publish_dir(_collect(folder, scan, config, processes, separate), out)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(
+    folder: Path, scan: Scan, config: PrepareData, processes: int, separate: Separator | None
+) -> Path:
+    """Make the clip store in the scratch folder, or go on with it, and give its own folder."""
+    settings, spec = config.recordings, spec_of(config)
+    for made in (folder, folder / KEPT):
+        if (made / REPORT).is_file():
+            return made
+    progress = Progress(**(written(folder) or {}))
+    limited = any(asdict(settings.limits).values())
+    items = stream(scan.audio, scan.recordings, scan.listed, whole=not limited)
+    decode = functools.partial(decode_job, separate=separate) if separate else decode_job
+    processes = 1 if separate else max(processes, 1)
+    total, unit = extent(scan.audio, scan.recordings)
+    with (
+        workers(processes) as run,
+        tqdm(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
+    ):
+        clips = decoded_clips(
+            items, progress, spec, config.source, run, decode, 4 * processes,
+            lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+        # Skipped items are counted to the end of the stream before the table is written.
+        frame = write_clips(folder, clips, spec.sample_rate, spec.samples, lambda: asdict(progress))
+    problems = [*(p.texts() for p in scan.problems), *progress.problems]
+    _check_splits(frame, problems)
+    kept, copies, left_out = keep_apart(folder, scan.recordings, settings.limits)
+    problems += [p.texts() for p in left_out]
+    _check_splits(ClipStore.open(kept).rows, problems)
+    counts = {
+        "source_rates": progress.rates, "padded": progress.padded,
+        "turned_down": progress.limited, "copies": copies,
+        "truncated_but_used": {"count": len(progress.cut), "names": progress.cut[:NAMED]},
+    }  # fmt: skip
+    forget_progress(folder)
+    write_report(kept, scan, problems, counts)
+    return kept
+
+
+def _check_splits(frame: pd.DataFrame, problems: list[list[str]]) -> None:
+    for split in SPLITS:
+        if not len(frame) or split not in set(frame["split"]):
+            raise ValueError(f"no clip came out for split {split}" + _first_problems(problems))
+
+
+def keep_apart(
+    folder: Path, recordings: Sequence[Recording], limits: RecordingLimits
+) -> tuple[Path, dict[str, int], list[Problem]]:
+    """Join the groups of clips with the same sound, and give each joined group one split.
+
+    It is the first of test, validation and train that one of its clips has. Clips of other splits
+    move there, or are left out if their data set fixes another split or that split has a limit.
+
+    Returns:
+        The folder of the store, which is another if it changed; counts for the stage's metrics;
+        recordings left out.
+    """
+    store = ClipStore.open(folder)
+    rows, groups = store.rows, store.rows["group"].tolist()
+    copies = find_copies(store, groups)
+    joined = joined_groups(copies, groups)
+    strictest = {split: i for i, split in enumerate(reversed(SPLITS))}
+    of_group: dict[str, str] = {}
+    for group, split in zip(joined, rows["split"], strict=True):
+        of_group[group] = min(of_group.get(group, split), split, key=strictest.__getitem__)
+    fixed = {r.name: r.fixed for r in recordings}
+    table, keep, left_out, moved = [], [], {}, 0
+    for i, row in enumerate(rows.to_dict("records")):
+        split = of_group[joined[i]]
+        if row["split"] != split:
+            if fixed[row["recording"]] or getattr(limits, split):
+                left_out[row["recording"]] = Problem(row["recording"], COPY, f"in {split}")
+                continue
+            moved += 1
+        table.append(row | {"group": joined[i], "split": split})
+        keep.append(i)
+    counts = {
+        "identical": sum(c.identical for c in copies),
+        "near_identical": sum(not c.identical for c in copies),
+        "groups_joined": len(set(groups)) - len(of_group),
+        "clips_moved": moved, "clips_left_out": len(rows) - len(keep),
+        "leaks": len({(r["group"], r["split"]) for r in table} - set(of_group.items())),
+    }  # fmt: skip
+    if copies:
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
+        (folder / KEPT).mkdir()
+        clips = ((store.audio([i])[0], row) for i, row in zip(keep, table, strict=True))
+        write_clips(folder / KEPT, clips, store.sample_rate, store.samples)
+        folder = folder / KEPT
+    return folder, counts, list(left_out.values())
 
 
 def _first_problems(problems: list[list[str]]) -> str:

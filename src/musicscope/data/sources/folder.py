@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import sys
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
-from musicscope.data.decoding import SUFFIXES, Problem
+from musicscope.data.audio_files import SUFFIXES, Problem, list_files
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
     SPLITS,
@@ -17,6 +18,8 @@ from musicscope.data.sources.recordings import (
     Recording,
     Scan,
     make_id,
+    name_key,
+    read_csv,
     unsafe,
 )
 from musicscope.data.taxonomy import FAMILIES
@@ -26,8 +29,46 @@ COLUMNS = ("path", "caption", "group", "split", "artist")
 WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": None}
 
 
-def read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem], list[str]]:
-    """Read labels.csv: rows by path, skipped rows, and unused columns.
+@dataclass(frozen=True)
+class Labels:
+    """The rows of labels.csv by `name_key` of their path, with their lines."""
+
+    path: Path
+    rows: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    unused: tuple[str, ...] = ()
+    """Columns of no meaning here."""
+
+    def of_files(self, root: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Map each file to its row. Letter case counts as it does for the file system.
+
+        Raises:
+            ValueError: a row that fits two files, or a table of which no row fits one.
+        """
+        by_key, folded = defaultdict(list), defaultdict(list)
+        for name in names:
+            by_key[name_key(name)].append(name)
+            folded[name_key(name).casefold()].append(name)
+        rows: dict[str, dict[str, str]] = {}
+        for key, (line, row) in self.rows.items():
+            fit = by_key.get(key) or (folded[key.casefold()] if (root / key).is_file() else [])
+            fit = [row["path"]] if row["path"] in fit else fit
+            if len(fit) > 1:
+                raise ValueError(
+                    f"{self.path}, line {line}: {key!r} could be {fit[0]!r} or {fit[1]!r}; rename "
+                    "one file"
+                )
+            rows |= {name: row for name in fit}
+        if self.rows and names and not rows:
+            raise ValueError(
+                f"{self.path}: no row fits a file, first {next(iter(self.rows))!r}; write paths "
+                f"relative to {root}"
+            )
+        return rows
+
+
+def read_labels(path: Path) -> Labels:
+    """Read labels.csv if it is there.
 
     Columns: path, and optionally caption, group, split, artist and one per family.
 
@@ -35,59 +76,39 @@ def read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem], li
         ValueError: no path column, a value that is no label or split, a path twice, or a column
             name that looks misspelt.
     """
-    rows: dict[str, dict[str, str]] = {}
-    problems: list[Problem] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        names = [(n or "").strip().lower().removeprefix("has_") for n in reader.fieldnames or []]
-        reader.fieldnames = names
-        if "path" not in names:
-            raise ValueError(f"{path} has no column path; its columns are {names}")
-        unused = [n for n in names if n and n not in (*COLUMNS, *FAMILIES)]
-        for name in unused:
-            if near := difflib.get_close_matches(name, (*COLUMNS, *FAMILIES), 1, cutoff=0.8):
-                raise ValueError(f"{path}: unknown column {name!r}; did you mean {near[0]}?")
-        for row in reader:
-            where = f"{path.name}:{reader.line_num}"
-            row = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and k}
-            name = row["path"].replace("\\", "/")
-            if unsafe(row["path"]):
-                problems.append(Problem(row["path"] or where, "unsafe path", where))
-                continue
-            name = str(PurePosixPath(name))
-            if name in rows:
-                raise ValueError(f"{path}: line {reader.line_num} names {name!r} again")
-            if row.get("split", "") not in ("", *SPLITS):
-                raise ValueError(
-                    f"{path}: line {reader.line_num}, split = {row['split']!r}: allowed is one of "
-                    f"{', '.join(SPLITS)}, or nothing"
-                )
-            for family in FAMILIES:
-                if row.get(family, "").lower() not in WORDS:
-                    raise ValueError(
-                        f"{path}: line {reader.line_num}, {family} = {row[family]!r}: allowed is "
-                        "1, 0, yes, no, true, false, or nothing for unknown"
-                    )
-            rows[name] = row
-    return rows, problems, unused
-
-
-def list_audio(root: Path) -> tuple[list[str], list[Problem]]:
-    """List relative paths of the audio files, sorted, and other files as problems."""
-    names, others = [], []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_dir() or name == TABLE:
+    if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file; rename it")
+        return Labels(path)
+    names, lines = read_csv(path, lambda name: name.lower().removeprefix("has_"))
+    if "path" not in names:
+        raise ValueError(
+            f"{path} has no column path; its columns, separated by commas, are {names}"
+        )
+    unused = tuple(n for n in names if n and n not in (*COLUMNS, *FAMILIES))
+    for name in unused:
+        if near := difflib.get_close_matches(name, (*COLUMNS, *FAMILIES), 1, cutoff=0.8):
+            raise ValueError(f"{path}: unknown column {name!r}; did you mean {near[0]}?")
+    rows, problems = {}, []
+    for line, row in lines:
+        row["path"] = str(PurePosixPath(row["path"].replace("\\", "/"))) if row["path"] else ""
+        row |= {name: row[name].lower() for name in ("split", *FAMILIES) if name in row}
+        if unsafe(row["path"]):
+            where = f"{path.name}:{line}"
+            problems.append(Problem(row["path"] or where, "unsafe path", where))
             continue
-        if unsafe(name):
-            others.append(Problem(name, "unsafe path", "its name is no UTF-8"))
-        elif path.suffix.lower() in SUFFIXES:
-            names.append(name)
-        else:
-            others.append(
-                Problem(name, "not audio", "by its name: wav, flac, ogg, mp3 and aiff are read")
-            )
-    return names, others
+        if (key := name_key(row["path"])) in rows:
+            raise ValueError(f"{path}, line {line} names {row['path']!r} again")
+        for column, allowed, text in (
+            ("split", ("", *SPLITS), f"one of {', '.join(SPLITS)}, or nothing"),
+            *((f, WORDS, "1, 0, yes, no, true, false, or nothing for unknown") for f in FAMILIES),
+        ):
+            if row.get(column, "") not in allowed:
+                raise ValueError(
+                    f"{path}, line {line}, {column} = {row[column]!r}: allowed is {text}"
+                )
+        rows[key] = (line, row)
+    return Labels(path, rows, tuple(problems), unused)
 
 
 def scan(config: PrepareData, seed: int) -> Scan:
@@ -97,30 +118,45 @@ def scan(config: PrepareData, seed: int) -> Scan:
     """
     settings = config.recordings
     root = Path(settings.audio or settings.folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"prepare_data.recordings.folder: {root} is no folder")
-    names, problems = list_audio(root)
-    table = Path(settings.folder) / TABLE
-    rows: dict[str, dict[str, str]] = {}
-    unused: list[str] = []
-    if table.is_file():
-        rows, bad, unused = read_table(table)
-        problems += bad
-        if unused:
-            print(f"{table}: not used: {', '.join(unused)}", file=sys.stderr)
+    for key, folder in (("audio", settings.audio), ("folder", settings.folder)):
+        if folder and not Path(folder).is_dir():
+            raise FileNotFoundError(f"prepare_data.recordings.{key}: {folder} is no folder")
+    files, listed = list_files(root)
+    table = read_labels(Path(settings.folder) / TABLE)
+    if table.unused:
+        print(f"{table.path}: not used: {', '.join(table.unused)}", file=sys.stderr)
+    names, problems = [], listed
+    for name in files:
+        if unsafe(name):
+            problems.append(Problem(name, "unsafe path"))
+        elif PurePosixPath(name).suffix.lower() in SUFFIXES:
+            names.append(name)
+        elif name != TABLE:
+            detail = "by its name: wav, flac, ogg, mp3 and aiff are read"
+            problems.append(Problem(name, "not audio", detail))
+    problems += table.problems
+    rows = table.of_files(root, names)
+    used = {id(row) for row in rows.values()}
+    folded = {name_key(name).casefold(): name for name in names}
+    for key, (line, row) in sorted(table.rows.items()):
+        if id(row) not in used:
+            near = folded.get(key.casefold(), "")
+            detail = f"{TABLE}:{line}" + (f"; {near} has other letter case" if near else "")
+            problems.append(Problem(row["path"], "missing", detail))
+    counts = {"files": len(names), "rows": len(table.rows), "files_in_table": len(rows)}
     recordings, taken = [], set()
-    counts: Counter[str] = Counter(files=len(names), rows=len(rows))
-    problems += [Problem(name, "missing", TABLE) for name in sorted(set(rows) - set(names))]
+    spelled: dict[str, str] = {}
     for name in names:
         row = rows.get(name, {})
         caption = row.get("caption", "")
         known = labels.merge([labels.from_caption(caption)] if caption else [])
         for family in FAMILIES:
-            if (label := WORDS[row.get(family, "").lower()]) is not None:
+            if (label := WORDS[row.get(family, "")]) is not None:
                 known[family] = label
-        counts["files_in_table"] += name in rows
         parent = str(PurePosixPath(name).parent)
         group = row.get("group") or row.get("artist") or (parent if parent != "." else name)
+        if group != name:  # one artist, however it is spelled
+            group = spelled.setdefault(" ".join(name_key(group).casefold().split()), group)
         recordings.append(
             Recording(
                 name=name, key=name, id=make_id("folder", name, taken), group=f"folder-{group}",
@@ -129,9 +165,9 @@ def scan(config: PrepareData, seed: int) -> Scan:
             )
         )  # fmt: skip
     facts = {
-        "rows": dict(counts),
-        "columns_not_used": ", ".join(unused),
+        "rows": counts,
+        "columns_not_used": ", ".join(table.unused),
         "label_rule": f"{TABLE}; families it leaves empty by its caption: " + labels.CAPTION_RULE,
     }
-    inputs = (table,) if table.is_file() else ()
+    inputs = (table.path,) if table.path.is_file() else ()
     return Scan(tuple(recordings), Audio("folder", (root,)), tuple(problems), facts, inputs)

@@ -7,7 +7,6 @@ Zenodo's CSV, mp3s and tag table.
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from musicscope.config import PrepareData
-from musicscope.data.decoding import Problem
+from musicscope.core.io import read_text
+from musicscope.data.audio_files import Problem
 from musicscope.data.sources import labels
+from musicscope.data.sources.archives import archive_errors
 from musicscope.data.sources.recordings import (
+    BAD_ROW,
     SPLITS,
     Audio,
     Recording,
@@ -26,6 +28,7 @@ from musicscope.data.sources.recordings import (
     find_file,
     last_two,
     make_id,
+    read_csv,
     unsafe,
 )
 
@@ -64,6 +67,13 @@ def _trailing_number(text: str) -> int:
     return int(text.rsplit("_", 1)[-1])
 
 
+def _whole(value: object) -> int:
+    """Convert an id, also from the float columns of tables with gaps."""
+    if not (result := float(str(value))).is_integer():
+        raise ValueError(f"{value!r} is no whole number")
+    return int(result)
+
+
 def read_tags(path: Path) -> tuple[list[Track], list[Problem]]:
     """Read a tag table with one tab column per tag and CRLF line ends; bad rows are problems.
 
@@ -72,11 +82,11 @@ def read_tags(path: Path) -> tuple[list[Track], list[Problem]]:
     """
     tracks, problems = [], []
     # Split by hand: the header names six columns, rows have one more for each further tag.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[0].rstrip("\r").split("\t") != TAG_HEADER:
+    lines = read_text(path).split("\n")
+    if lines[0].split("\t") != TAG_HEADER:
         raise ValueError(f"{path}: the first line is {lines[0][:80]!r}, expected {TAG_HEADER}")
     for number, line in enumerate(lines[1:], start=2):
-        columns = line.rstrip("\r").split("\t")
+        columns = [column.strip() for column in line.split("\t")]
         if columns == [""]:
             continue
         where = f"{path.name}:{number}"
@@ -84,13 +94,13 @@ def read_tags(path: Path) -> tuple[list[Track], list[Problem]]:
             track, artist = (_trailing_number(c) for c in columns[:2])
             file = columns[3]
         except (IndexError, ValueError):
-            problems.append(Problem(where, "bad metadata row", line[:80]))
+            problems.append(Problem(where, BAD_ROW, line[:80]))
             continue
         if unsafe(file):
             problems.append(Problem(file, "unsafe path", where))
             continue
         tags = frozenset(
-            t.removeprefix(TAG_CATEGORY) for t in columns[5:] if t.startswith(TAG_CATEGORY)
+            t.removeprefix(TAG_CATEGORY).lower() for t in columns[5:] if t.startswith(TAG_CATEGORY)
         )
         tracks.append(Track(track, artist, file, tags))
     return tracks, problems
@@ -113,34 +123,33 @@ def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Pat
     """
     shards = parquet_files(folder)
     table = find_file(folder, "song_describer.csv")
-    rows: list[tuple[str, dict]] = []
+    rows: list[tuple[str, dict[str, object]]] = []
+    good, problems = [], []
     if shards:
         for path in shards:
-            names = pq.read_schema(path).names
-            _check_columns(path, names)
-            # The column called path holds the audio itself: gigabytes.
-            few = [c for c in CAPTION_COLUMNS if c != "path"]
-            for i, row in enumerate(pq.read_table(path, columns=few).to_pylist()):
-                rows.append((f"{path.name}:{i}", {**row, "path": ""}))
+            with archive_errors(path):
+                _check_columns(path, pq.read_schema(path).names)
+                # The column called path holds the audio itself: gigabytes.
+                few = [c for c in CAPTION_COLUMNS if c != "path"]
+                for i, row in enumerate(pq.read_table(path, columns=few).to_pylist()):
+                    rows.append((f"{path.name}:{i}", {**row, "path": ""}))
     elif table:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _check_columns(table, reader.fieldnames or [])
-            rows = [(f"{table.name}:{reader.line_num}", row) for row in reader]
+        names, lines = read_csv(table, problems=problems)
+        _check_columns(table, names)
+        rows = [(f"{table.name}:{line}", row) for line, row in lines]
     else:
         raise FileNotFoundError(
             f"{folder} holds no data/train-*.parquet (renumics/song-describer-dataset) and no "
             "song_describer.csv (Zenodo 10072001)"
         )
-    good, problems = [], []
     for where, row in rows:
         try:
-            track, artist = int(row["track_id"]), int(row["artist_id"])
-        except (TypeError, ValueError):
-            problems.append(Problem(where, "bad metadata row", "track_id or artist_id"))
+            track, artist = _whole(row["track_id"]), _whole(row["artist_id"])
+        except ValueError:
+            problems.append(Problem(where, BAD_ROW, "track_id or artist_id"))
             continue
         if not isinstance(row["caption"], str) or not isinstance(row["path"], str):
-            problems.append(Problem(where, "bad metadata row", "caption or path"))
+            problems.append(Problem(where, BAD_ROW, "caption or path"))
         elif table and not shards and unsafe(row["path"]):
             problems.append(Problem(row["path"], "unsafe path", where))
         else:
@@ -154,7 +163,9 @@ def _check_columns(path: Path, names: list[str]) -> None:
         raise ValueError(f"{path} lacks the columns {missing}; it has {list(names)}")
 
 
-def read_track_tags(config: PrepareData) -> tuple[dict[int, frozenset[str]], tuple[Path, ...]]:
+def read_track_tags(
+    config: PrepareData, problems: list[Problem]
+) -> tuple[dict[int, frozenset[str]], tuple[Path, ...]]:
     """Map track id to MTG-Jamendo's instrument tags, and name the table, if there is one."""
     settings = config.recordings
     path = Path(settings.tags) if settings.tags else None
@@ -163,8 +174,13 @@ def read_track_tags(config: PrepareData) -> tuple[dict[int, frozenset[str]], tup
     path = path or find_file(Path(settings.folder), "song_describer.mtg-jamendo.tsv")
     if path is None:
         return {}, ()
-    tracks, _ = read_tags(path)
-    return {t.track: t.tags for t in tracks}, (path,)
+    tracks, bad = read_tags(path)
+    problems += bad
+    tags: dict[int, frozenset[str]] = {}
+    for track in tracks:
+        if tags.setdefault(track.track, track.tags) != track.tags:
+            problems.append(Problem(track.path, BAD_ROW, f"other tags earlier in {path.name}"))
+    return tags, (path,)
 
 
 def scan_song_describer(config: PrepareData, seed: int) -> Scan:
@@ -172,10 +188,16 @@ def scan_song_describer(config: PrepareData, seed: int) -> Scan:
     settings = config.recordings
     folder = Path(settings.folder)
     rows, problems, files = read_captions(folder)
-    tags, tag_files = read_track_tags(config)
+    tags, tag_files = read_track_tags(config, problems)
     by_track: dict[int, list[Caption]] = {}
     for row in rows:
-        by_track.setdefault(row.track, []).append(row)
+        of_track = by_track.setdefault(row.track, [])
+        if of_track and of_track[0].artist != row.artist:
+            raise ValueError(
+                f"{folder}: track {row.track} has the artists {of_track[0].artist} and "
+                f"{row.artist}; correct artist_id: tracks of one artist must not cross splits"
+            )
+        of_track.append(row)
     embedded = bool(parquet_files(folder))
     recordings, pairs = [], []
     for track, captions in by_track.items():
@@ -244,7 +266,12 @@ def remove_overlap(
                 "they can be kept out of train, or use split 0"
             )
         return recordings, [], {"song_describer": "not compared: its tracks are test in split 0"}
-    rows, _, _ = read_captions(Path(settings.song_describer))
+    rows, problems, _ = read_captions(Path(settings.song_describer))
+    if bad := [p for p in problems if p.reason == BAD_ROW]:
+        raise ValueError(
+            f"{settings.song_describer}: {bad[0].name} cannot be read ({bad[0].detail}), so its "
+            "track cannot be kept out of train; correct the row"
+        )
     theirs = {r.track for r in rows}
     artists = {r.artist for r in rows}
     shared = [r for r in recordings if tracks[r.key].track in theirs]
@@ -273,7 +300,7 @@ def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
     tracks: dict[str, Track] = {}
     taken: set[str] = set()
     files = []
-    counts: Counter[str] = Counter()
+    counts, unknown = Counter[str](), Counter[str]()
     for split in SPLITS:
         path = split_file(Path(settings.folder), settings.jamendo_split, split)
         files.append(path)
@@ -283,11 +310,12 @@ def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
             file = row.path.removesuffix(SUFFIX) + (settings.audio_suffix or SUFFIX)
             key = last_two(file)
             if key in tracks:
-                problems.append(Problem(row.path, "bad metadata row", f"twice in {path.name}"))
+                problems.append(Problem(row.path, BAD_ROW, f"twice in {path.name}"))
                 continue
             tracks[key] = row
             counts[f"rows_{split}"] += 1
             counts["rows_with_few_tags"] += len(row.tags) < settings.min_tags
+            unknown.update(tag for tag in row.tags if not labels.is_known_tag(tag))
             recordings.append(
                 Recording(
                     name=file, key=key, id=make_id("jamendo", row.path, taken),
@@ -300,6 +328,7 @@ def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
     facts = {
         "rows": dict(sorted(counts.items())),
         "split": settings.jamendo_split,
+        "tags_of_no_known_instrument": dict(sorted(unknown.items())),
         "label_rule": labels.TAG_RULE,
         **compared,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 from musicscope.data.taxonomy import FAMILIES
 
@@ -21,9 +22,9 @@ CAPTION_RULE = (
     "unknown. Bass guitar is bass, not guitar; air guitar and guitar-like sounds are neither."
 )
 TAG_RULE = (
-    "present: an exact tag of the family (guitar: guitar, acousticguitar, classicalguitar, "
-    "electricguitar; acousticbassguitar is bass); unlisted, taken as absent: none, at least "
-    "min_tags instrument tags and no tag that could mean the family; else unknown."
+    "present: a tag whose words mean the family in captions (guitar: guitar, acousticguitar, "
+    "classicalguitar, electricguitar; acousticbassguitar is bass); unlisted, taken as absent: "
+    "none, at least min_tags instrument tags and no tag that could mean the family; else unknown."
 )
 
 # Phrases whose words mean something else one by one; applied in this order to lower-case text.
@@ -125,11 +126,17 @@ _UNCLEAR = {family: _words(UNCLEAR[family]) for family in FAMILIES}
 _OTHER, _COLLECTIVE = _words(OTHER), _words(COLLECTIVE)
 
 
-def from_caption(caption: str) -> dict[str, str]:
-    """Answer per family by CAPTION_RULE, from one caption in English."""
-    text = caption.lower().replace("\u2019", "'")
+def _simplified(text: str) -> str:
+    """Lower case, with the words of PHRASES replaced."""
+    text = text.lower().replace("\u2019", "'")
     for pattern, replacement in PHRASES:
         text = pattern.sub(replacement, text)
+    return text
+
+
+def from_caption(caption: str) -> dict[str, str]:
+    """Answer per family by CAPTION_RULE, from one caption in English."""
+    text = _simplified(caption)
     negated = [m.span() for m in _NEGATION.finditer(text)]
 
     def affirmed(match: re.Match[str]) -> bool:
@@ -150,48 +157,48 @@ def from_caption(caption: str) -> dict[str, str]:
     return answers
 
 
-TAGS: Mapping[str, frozenset[str]] = {
-    "guitar": frozenset({"guitar", "acousticguitar", "classicalguitar", "electricguitar"}),
-    "piano": frozenset({"piano"}),
-    "electric_piano": frozenset({"electricpiano", "rhodes"}),
-    "organ": frozenset({"organ", "pipeorgan"}),
-    "strings": frozenset({"strings", "violin", "viola", "cello"}),
-    "brass": frozenset({"brass", "trumpet", "trombone", "horn"}),
-    "reed": frozenset({"saxophone", "clarinet", "oboe"}),
-    "flute": frozenset({"flute"}),
-    "synth": frozenset({"synthesizer"}),
-    "plucked": frozenset({"harp"}),
-    "bass": frozenset({"bass", "acousticbassguitar", "doublebass"}),
-    "drums": frozenset({"drums", "drummachine"}),
-}
-UNCLEAR_TAGS: Mapping[str, frozenset[str]] = {
-    "piano": frozenset({"keyboard"}),
-    "electric_piano": frozenset({"keyboard", "piano"}),
-    "organ": frozenset({"keyboard"}),
-    "strings": frozenset({"orchestra"}),
-    "brass": frozenset({"orchestra"}),
-    "reed": frozenset({"orchestra"}),
-    "flute": frozenset({"orchestra"}),
-    "synth": frozenset({"keyboard", "computer", "pad", "sampler"}),
-    "plucked": frozenset({"orchestra"}),
-    "drums": frozenset({"percussion", "beat", "bongo", "computer", "sampler"}),
-}
+SPELLED = {
+    "acousticbassguitar": "acoustic bass guitar", "acousticguitar": "acoustic guitar",
+    "classicalguitar": "classical guitar", "doublebass": "double bass",
+    "drummachine": "drum machine", "electricguitar": "electric guitar",
+    "electricpiano": "electric piano", "pipeorgan": "pipe organ",
+}  # fmt: skip
+"""Tags of MTG-Jamendo that run words together; by these words, captions' rules hold for tags."""
+ORCHESTRAL = frozenset({"strings", "brass", "reed", "flute", "plucked"})
+TAGS_COULD_MEAN = {
+    "piano": frozenset({"electric_piano"}), "orchestra": ORCHESTRAL,
+    "computer": frozenset({"synth", "drums"}), "sampler": frozenset({"synth", "drums"}),
+}  # fmt: skip
+"""Families that a tag leaves unknown, beside those that UNCLEAR has words for."""
+NO_TAG = frozenset({"mallets", "choir"})
+"""Families that no tag means (`voice` may be one singer): without one they stay unknown."""
+
+
+@lru_cache
+def tag_families(tag: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Families that a tag means, and could mean, by the words of captions."""
+    text = _simplified(SPELLED.get(tag, tag))
+    means = frozenset(f for f in FAMILIES if _MENTION[f].search(text))
+    could = frozenset(f for f in FAMILIES if _UNCLEAR[f].search(text))
+    return means, (could | TAGS_COULD_MEAN.get(tag, frozenset())) - means
+
+
+def is_known_tag(tag: str) -> bool:
+    """Say whether a tag is of a family, could be, or is another instrument in captions."""
+    return any(tag_families(tag)) or bool(_OTHER.fullmatch(tag))
 
 
 def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
-    """Answer per family by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix.
-
-    No tag means mallets or choir (`voice` may be one singer): they stay unknown.
-    """
-    answers = {}
-    for family in FAMILIES:
-        if TAGS.get(family, frozenset()).intersection(tags):
-            answers[family] = PRESENT
-            continue
-        clear = family in TAGS and len(tags) >= min_tags
-        clear = clear and not UNCLEAR_TAGS.get(family, frozenset()).intersection(tags)
-        answers[family] = UNLISTED if clear else UNKNOWN
-    return answers
+    """Answer per family by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix."""
+    means = frozenset[str]().union(*(tag_families(tag)[0] for tag in tags))
+    could = frozenset[str]().union(*(tag_families(tag)[1] for tag in tags))
+    silent = UNLISTED if len(tags) >= min_tags else UNKNOWN
+    return {
+        family: PRESENT if family in means
+        else UNKNOWN if family in could | NO_TAG
+        else silent
+        for family in FAMILIES
+    }  # fmt: skip
 
 
 def combine(answers: Iterable[str]) -> bool | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from musicscope.core.audio import resample
-from musicscope.data.decoding import SUFFIXES, Separator
+from musicscope.data.audio_files import SUFFIXES, Problem, Separator
 from musicscope.data.sources.recordings import Audio, Recording, Scan, unsafe
 
 DEMUCS_MODEL = "htdemucs"
@@ -19,7 +20,8 @@ def from_folder(scan: Scan, folder: str) -> Scan:
 
     File names: <name>.<suffix>, <stem>.<suffix> and <stem>/no_vocals.<suffix> (the output of
     ``demucs --two-stems=vocals``), where stem is the last part of the recording's name without
-    suffix. A recording without a stem counts as missing; its mix is never used.
+    suffix. A recording without a stem counts as missing; its mix is never used. A file that could
+    be the stem of several recordings is used for none.
     """
     root = Path(folder)
     if not folder or not root.is_dir():
@@ -35,8 +37,15 @@ def from_folder(scan: Scan, folder: str) -> Scan:
         found = (n for n in names if not unsafe(n) and (root / n).is_file())
         return next(found, f"{path.stem}/no_vocals.wav")
 
-    recordings = tuple(replace(r, key=stem_of(r)) for r in scan.recordings)
-    return replace(scan, recordings=recordings, audio=Audio("folder", (root,)))
+    recordings = [replace(r, key=stem_of(r)) for r in scan.recordings]
+    uses = Counter(r.key for r in recordings)
+    shared = tuple(
+        Problem(r.name, "ambiguous stem", f"{r.key} could be of {uses[r.key]} recordings")
+        for r in recordings if uses[r.key] > 1
+    )  # fmt: skip
+    kept = tuple(r for r in recordings if uses[r.key] == 1)
+    audio, problems = Audio("folder", (root,)), (*scan.problems, *shared)
+    return replace(scan, recordings=kept, audio=audio, problems=problems)
 
 
 def demucs_separator() -> Separator:

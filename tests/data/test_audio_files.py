@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import sys
 import types
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from musicscope.core.audio import resample
-from musicscope.data.decoding import Decoded, Spec, decode, window_starts
+from musicscope.data.audio_files import AudioFile, Decoded, Spec, decode, list_files, window_starts
 from musicscope.data.sources import stems
 from tests.support.source_archives import RATE, encoded, tone
 
@@ -119,16 +122,123 @@ def test_everything_that_can_be_wrong_has_a_name(tmp_path):
     assert reason(decode(whole[:30], SPEC)) == "truncated"
 
 
-def test_a_truncated_mp3_is_noticed_where_the_window_is_gone():
-    data = encoded(tone(440, 8.0), form="MP3")
-    assert decode(data, SPEC).clips
-    assert reason(decode(data[: len(data) // 3], SPEC)) in ("truncated", "corrupt")
+def cut_after(seconds: float, form: str) -> bytes:
+    """The first part of an 8-second file of noise with a beep at 1 s."""
+    sound = np.random.default_rng(0).standard_normal(8 * RATE).astype(np.float32) * 0.05
+    sound[RATE : 2 * RATE] += tone(1000, 1.0)
+    data = encoded(sound, form=form)
+    return data[: round(len(data) * seconds / 8)]
 
 
-def test_a_wav_from_a_pipe_states_no_length_and_is_read():
-    whole = bytearray(encoded(tone(440)))
-    whole[4:8] = b"\xff\xff\xff\xff"
-    assert len(decode(bytes(whole), SPEC).clips) == 1
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU"])
+def test_a_cut_file_gives_what_it_holds_and_is_said_to_be_cut(form, tmp_path):
+    data = cut_after(4.0, form)
+    path = tmp_path / "x.any"
+    path.write_bytes(data)
+    for payload in (data, path):
+        sound = AudioFile(payload)
+        assert sound.frames / RATE == pytest.approx(4.0, abs=1.5)
+        decoded = decode(payload, SPEC)
+        assert decoded.cut == sound.cut != ""
+        ((start, audio),) = decoded.clips
+        assert start == pytest.approx((sound.frames / RATE - 0.5) / 2, abs=1e-3)
+        expected = sound.read(round(start * RATE), 4000)[0]
+        np.testing.assert_allclose(audio, expected, atol=1e-6)
+    beep = AudioFile(data).read(RATE + 2000, 4000)[0]
+    assert np.abs(np.fft.rfft(beep)).argmax() * 2 == pytest.approx(1000, abs=2)
+    whole = AudioFile(cut_after(8.0, form))
+    assert (whole.cut, whole.seekable) == ("", True)
+    assert whole.frames == pytest.approx(8 * RATE, abs=2500)
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "AIFF"])
+def test_a_file_cut_before_the_clip_is_truncated(form):
+    assert reason(decode(cut_after(0.2, form), SPEC)) == "truncated"
+
+
+@pytest.mark.parametrize("riff", [0, 0x7FFFF024, 0x7FFFFFFF, 0x80000024, 0xFFFFFFFF, None])
+@pytest.mark.parametrize("data", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, None])
+def test_a_wav_from_a_pipe_has_the_length_of_its_samples(riff, data):
+    whole = encoded(tone(440))
+    header = bytearray(whole)
+    header[4:8] = struct.pack("<I", len(whole) - 8 if riff is None else riff)
+    header[40:44] = struct.pack("<I", 8000 if data is None else data)
+    decoded = decode(bytes(header), SPEC)
+    np.testing.assert_array_equal(decoded.clips[0][1], decode(whole, SPEC).clips[0][1])
+    assert (decoded.cut, decoded.problems) == ("", ())
+
+
+def test_a_flac_that_states_no_length_is_read_to_its_end():
+    data = bytearray(encoded(tone(440, 2.0), form="FLAC"))
+    data[21] &= 0xF0  # the lower 36 bits of byte 21 on are the number of samples
+    data[22:26] = bytes(4)
+    sound = AudioFile(bytes(data))
+    assert sound.cut == ""
+    assert sound.frames == pytest.approx(2 * RATE, abs=600)
+
+
+@pytest.mark.parametrize("id3", [b"", b"ID3\x04\0\0\0\0\x02\0" + bytes(256)])
+def test_an_mp3_is_read_to_its_end_whatever_its_header_states(id3):
+    """The quiet half takes fewer bytes: an estimate from the first bit rate is wrong."""
+    noise = np.random.default_rng(0).standard_normal(3 * RATE).astype(np.float32) * 0.1
+    sound = np.concatenate([tone(1000, 3.0), noise])
+    whole = encoded(sound, form="MP3")
+    at = whole.index(b"Xing")
+    first = whole.index(whole[:2], 2)
+    for data, seconds in ((whole, 6.0), (whole[first:], 6.0), (whole + whole, 12.0)):
+        file = AudioFile(id3 + data)
+        assert file.frames / RATE == pytest.approx(seconds, abs=0.4)
+        assert file.cut == ""
+        beep = file.read(RATE, RATE)[0]
+        assert np.abs(np.fft.rfft(beep)).argmax() == 1000
+    cut = AudioFile(id3 + whole[: len(whole) // 2])
+    assert cut.frames < 4 * RATE
+    assert cut.cut
+    assert at < first
+
+
+def test_an_unreadable_window_does_not_cost_the_others():
+    noise = np.random.default_rng(0).standard_normal(8 * RATE).astype(np.float32) * 0.1
+    data = bytearray(encoded(noise, form="FLAC"))
+    data[len(data) // 2 - 2000 : len(data) // 2 + 2000] = bytes(4000)
+    decoded = decode(bytes(data), Spec(0.5, RATE, 5, 0.9))
+    assert 3 <= len(decoded.clips) <= 4
+    assert {why for why, _ in decoded.problems} <= {"corrupt", "truncated"}
+
+
+@given(st.binary(max_size=400), st.sampled_from(["WAV", "FLAC", "OGG", "MP3", "AIFF"]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_no_bytes_raise_an_error(junk, form, data):
+    whole = encoded(tone(440), form=form)
+    at = data.draw(st.integers(0, min(len(whole), 600)))
+    for payload in (junk, whole[:at] + junk, whole[:at] + junk + whole[at + len(junk) :]):
+        decoded = decode(payload, SPEC)
+        assert decoded.clips or decoded.problems
+
+
+def test_listing_leaves_out_hidden_names_and_follows_links(tmp_path):
+    root, other = tmp_path / "mine", tmp_path / "other"
+    for name in ("b/x.wav", "b.wav", "._a.wav", ".DS_Store", ".git/y.wav", "a/.hidden/z.wav"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (other / "deep").mkdir(parents=True)
+    (other / "deep/o.wav").write_bytes(b"x")
+    (other / "back").symlink_to(root)
+    (root / "linked").symlink_to(other)
+    (root / "again").symlink_to(root / "b")
+    (root / "gone.wav").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.wav")
+    (root / os.fsdecode(b"caf\xe9.wav")).write_bytes(b"x")
+    names, problems = list_files(root)
+    assert names == ["b/x.wav", "b.wav", "linked/deep/o.wav"]
+    assert [(p.name, p.reason) for p in problems] == [
+        ("again", "link"), ("caf\\udce9.wav", "unsafe path"), ("gone.wav", "link"),
+        ("linked/back", "link"), ("pipe.wav", "not a regular file"),
+    ]  # fmt: skip
+    for problem in problems:
+        "".join(problem.texts()).encode()
+    with pytest.raises(FileNotFoundError):
+        list_files(tmp_path / "nowhere")
 
 
 def test_one_silent_window_does_not_cost_the_others():
