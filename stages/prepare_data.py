@@ -7,7 +7,7 @@ from musicscope.core.io import atomic_dir, write_json
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources import build
 from musicscope.embedded.midi_set import embedded
-from stages import stage_args
+from stages import run_stage, stage_args
 
 OUT = "data/clips"
 
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

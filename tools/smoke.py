@@ -145,13 +145,15 @@ def check(folder: Path, env: dict[str, str]) -> None:
     print(f"smoke: {len(ran)} stages ran, {len(keys)} numbers in metrics/summary.json")
 
 
-def repro_killed(folder: Path, env: dict[str, str], kills: int, seconds: float) -> None:
+def repro_killed(
+    folder: Path, env: dict[str, str], kills: int, seconds: float, seed: int = 0
+) -> None:
     """Run `dvc repro` in `folder`, killed `kills` times at random moments of about `seconds`.
 
     Every other time only dvc dies, as `kill -9` would have it: its stage then runs on, beside the
     one that the next dvc starts.
     """
-    draw = random.Random(0)
+    draw = random.Random(seed)
     for kill in range(kills):
         process = subprocess.Popen(
             ["dvc", "repro", "-q"], cwd=folder, env=env, start_new_session=True,
@@ -198,7 +200,8 @@ def flat_keys(value: Any, prefix: str = "") -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the copies there to look at")
-    parser.add_argument("--kills", type=int, default=0, help="also kill a second run so often")
+    parser.add_argument("--kills", type=whole(0), default=0, help="also kill a second run so often")
+    parser.add_argument("--seed", type=whole(0), help="of the moments (default: another each time)")
     args = parser.parse_args()
     env = environment()
     root = Path(tempfile.mkdtemp(prefix="musicscope-smoke-"))

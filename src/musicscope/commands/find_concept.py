@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from musicscope.commands.options import device, number, whole
+from musicscope.core.command_line import device, number, whole
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE

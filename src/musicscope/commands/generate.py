@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from musicscope.commands.options import device, number, whole
 from musicscope.config import load_params
+from musicscope.core.command_line import device, number, whole
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicscope.commands.options import number, whole
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import StepRate
 from musicscope.config import Params, load_params
+from musicscope.core.command_line import number, whole
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
 STORED_BYTES = 2  # per number in float16 or bfloat16, per sample in int16

@@ -15,8 +15,8 @@ import tempfile
 from typing import Any
 
 from musicscope.commands.generate import usual_guidance
-from musicscope.commands.options import device, whole
 from musicscope.commands.studio import logic
+from musicscope.core.command_line import device, whole
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "100mb"

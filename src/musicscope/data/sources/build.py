@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from musicscope.config import PrepareData
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
-from musicscope.core.io import partial_dir, publish_dir, read_json, write_json, write_text
+from musicscope.core.io import publish_dir, read_json, scratch_dir, write_json, write_text
 from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
@@ -187,15 +187,22 @@ def write_recordings(
     Raises:
         FileNotFoundError, ValueError: the data set is absent, or its layout is another.
     """
-    settings, spec = config.recordings, spec_of(config)
     scan = prepare(config, seed)
-    if settings.stems == "demucs" and separate is None:
+    if config.recordings.stems == "demucs" and separate is None:
         separate = stems.demucs_separator()
     print(describe(scan, config), file=sys.stderr)
-    folder = partial_dir(
-        {"recordings": VERSION, "config": asdict(config), "seed": seed,
-         "separate": separate is not None, "inputs": _fingerprint(scan)}
-    )  # fmt: skip
+    key = {"recordings": VERSION, "config": asdict(config), "seed": seed,
+           "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
+    with scratch_dir(key) as folder:
+        _collect(folder, scan, config, processes, separate)
+        publish_dir(folder, out)
+
+
+def _collect(
+    folder: Path, scan: Scan, config: PrepareData, processes: int, separate: Separator | None
+) -> None:
+    """Make the clip store in the scratch folder, or go on with it."""
+    settings, spec = config.recordings, spec_of(config)
     if not (folder / REPORT).is_file():
         progress = Progress(**(written(folder) or {}))
         limited = any(asdict(settings.limits).values())
@@ -223,7 +230,6 @@ def write_recordings(
                   "turned_down": progress.limited}  # fmt: skip
         write_report(folder, scan, problems, counts)
         forget_progress(folder)
-    publish_dir(folder, out)
 
 
 def _first_problems(problems: list[list[str]]) -> str:
