@@ -45,4 +45,4 @@ def run_stage(main: Callable[[], None]) -> None:
         with io.sole_user(Path(".dvc/tmp/stages") / name, f"runs {' '.join(words)}"):
             main()
 
-    command_line.run(main if asks or follows else alone)
+    command_line.run_program(main if asks or follows else alone)

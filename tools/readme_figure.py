@@ -7,18 +7,16 @@ Left: how much each layer matters (mean ablation). Right: how often each method 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import yaml
 
+from musicscope.config import load_params
+from musicscope.core import plots
+from musicscope.core.command_line import run_program
+from musicscope.core.io import read_json
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from musicscope.config import load_params  # noqa: E402
-from musicscope.core import plots  # noqa: E402
-from musicscope.core.io import read_json  # noqa: E402
-
 OUT = ROOT / "docs/images/overview.png"
 METHODS = {
     "sae": "SAE\nlatents",
@@ -63,4 +61,4 @@ def draw(path: Path = OUT) -> None:
 
 
 if __name__ == "__main__":
-    draw()
+    run_program(draw)

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from musicscope.core.command_line import Parser, run
+from musicscope.core.command_line import Parser, run_program
 
 COMMANDS = {
     "find-concept": (
@@ -31,9 +31,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; `core.command_line.run` says how errors end."""
+    """Run one command; `core.command_line.run_program` says how errors end."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    run(lambda: _command(argv), " ".join(["musicscope", *argv[:1]]), argv)
+    run_program(lambda: _command(argv), " ".join(["musicscope", *argv[:1]]), argv)
 
 
 def _command(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Entry points of programs: options with limits, and errors that end in one line.
 
-Every program parses with `Parser` and starts its main through `run`.
+Every program parses with `Parser` and starts its main through `run_program`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class Parser(argparse.ArgumentParser):
             raise TypeError(f"{args}: give the type number(...) or whole(...), with limits")
         return super().add_argument(*args, **kwargs)
 
+    def add_device(self) -> None:
+        """Add --device, by default a GPU if there is one."""
+        help = "auto, cpu, cuda or cuda:<index>; default auto: a GPU if there is one"
+        self.add_argument("--device", type=device, default="auto", help=help)
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         text = " ".join(message.split())
@@ -95,8 +100,11 @@ def _end(error: BaseException, name: str) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    if isinstance(error, BrokenPipeError):  # python would complain again when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, OSError) and sys.stdout:
+        try:
+            sys.stdout.flush()
+        except OSError:  # python would complain again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(f"{name}: {one_line(error)}")
 
 
@@ -112,7 +120,9 @@ def report_in_one_line() -> None:
     sys.excepthook = hook
 
 
-def run(main: Callable[[], object], name: str = "", argv: Sequence[str] | None = None) -> None:
+def run_program(
+    main: Callable[[], object], name: str = "", argv: Sequence[str] | None = None
+) -> None:
     """Run a program. An error ends in one line and status 1, Ctrl-C in status 130.
 
     With --debug an error keeps its traceback.

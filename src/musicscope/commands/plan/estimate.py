@@ -21,7 +21,7 @@ from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import StepRate
 from musicscope.config import Params, load_params
-from musicscope.core.command_line import number, whole
+from musicscope.core.command_line import Parser, number, whole
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
 STORED_BYTES = 2  # per number in float16 or bfloat16, per sample in int16
@@ -232,7 +232,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of `musicscope plan`."""
     parser.add_argument("--params", default="params.yaml", help="the configuration to plan")
     parser.add_argument(
