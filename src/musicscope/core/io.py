@@ -84,7 +84,7 @@ def read_json(path: str | Path) -> Any:
     """Read JSON; ValueError names a broken file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); rerun the stage that wrote it"
         ) from error
