@@ -2,6 +2,8 @@
 experiment in a temporary directory runs the code that was committed with it, not an editable
 install elsewhere."""
 
+import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -25,9 +27,28 @@ def stage_args(description: str | None, *names: str) -> list[str]:
     """
     parser = command_line.Parser(description=description)
     for name in names:
-        parser.add_argument(name, help=f"a name in params.yaml: {name}s")
+        kind = functools.partial(listed, f"{name}s")
+        parser.add_argument(name, type=kind, help=f"a name in params.yaml: {name}s")
     given = vars(parser.parse_args())
     return [given[name] for name in names]
+
+
+def listed(key: str, name: str) -> str:
+    """Return a name that params.yaml lists under `key`; it is an option's type."""
+    from musicscope.config import ParamsError, load_params
+
+    try:
+        names = getattr(load_params(), key)
+    except ParamsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if name not in names:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not among {key} of params.yaml ({', '.join(names)})"
+        )
+    return name
+
+
+model_name = functools.partial(listed, "models")
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -30,13 +30,13 @@ from musicscope.features.selection import Latent, choose, mismatched, read_featu
 from musicscope.maximisation.moments import open_models
 from musicscope.maximisation.report import write
 from musicscope.maximisation.run import Plan, run, unsearchable
-from stages import run_stage
+from stages import model_name, run_stage
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("model", nargs="?", help="a name in params.yaml: models")
+    which.add_argument("model", nargs="?", type=model_name, help="a name in params.yaml: models")
     which.add_argument("--shared", action="store_true", help="all models at once")
     args = parser.parse_args()
     params = load_params()
