@@ -16,7 +16,6 @@ One thread, process CPU time (robust to other processes), everything interleaved
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
@@ -34,6 +33,7 @@ import torch  # noqa: E402
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from musicscope.activations import extraction
 from musicscope.activations import token_cache as codes
+from musicscope.core.command_line import Parser, number, run_program, whole
 from musicscope.models.registry import load_model  # noqa: E402
 
 RESULT = "benchmarks/results/extraction.json"
@@ -134,12 +134,16 @@ def measure(folder: str, slots: list[int], clips: int, seconds: float, budget: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="data/models/nano-small", help="a model folder")
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="one for each slot")
-    parser.add_argument("--clips", type=int, default=8, help="clips a batch")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds to measure for")
+    parser.add_argument(
+        "--layers", type=whole(0), nargs="+", default=[2, 4], help="one for each slot"
+    )
+    parser.add_argument("--clips", type=whole(1), default=8, help="clips a batch")
+    parser.add_argument("--seconds", type=number(above=0), default=10.0, help="length of a clip")
+    parser.add_argument(
+        "--budget", type=number(above=0), default=40.0, help="seconds to measure for"
+    )
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
     record = open_record(options.out, RESULT)
@@ -156,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

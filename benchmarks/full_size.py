@@ -34,6 +34,7 @@ import torch  # noqa: E402
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from musicscope.commands.plan.measure import Rate, measure  # noqa: E402
 from musicscope.commands.plan.published_sizes import DATA_SETS, MUSICGEN, musicgen_config, shape_of  # noqa: E402
+from musicscope.core.command_line import Parser, number, run_program, whole
 
 RESULT = "benchmarks/results/full_size.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,17 +100,15 @@ def report(name: str, rate: Rate) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["musicgen-small"],
                         choices=[*MUSICGEN, TINY])  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
-    parser.add_argument("--clips", type=int, default=2, help="clips a batch")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--seconds", type=number(above=0), default=10.0, help="length of a clip")
+    parser.add_argument("--clips", type=whole(1), default=2, help="clips a batch")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="of which the median counts")
+    parser.add_argument("--threads", type=whole(1), default=1, help="of torch on a CPU")
     parser.add_argument("--ablations", nargs="*", default=["mean"], help="kinds; none: leave out")
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
@@ -142,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,7 +12,6 @@ One thread, process CPU time (robust to other processes), everything interleaved
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -24,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.core.command_line import Parser, number, run_program, whole
 from musicscope.models.registry import load_model  # noqa: E402
 
 RESULT = "benchmarks/results/generation.json"
@@ -101,11 +101,13 @@ def measure(name: str, prompts: int, frames: int, budget: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano-small", help="a name under data/models")
-    parser.add_argument("--prompts", type=int, default=32, help="pieces generated together")
-    parser.add_argument("--frames", type=int, default=100, help="length of each")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure for")
+    parser.add_argument("--prompts", type=whole(1), default=32, help="pieces generated together")
+    parser.add_argument("--frames", type=whole(1), default=100, help="length of each")
+    parser.add_argument(
+        "--budget", type=number(above=0), default=60.0, help="seconds to measure for"
+    )
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
     record = open_record(options.out, RESULT)
@@ -117,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from musicscope.core.command_line import Parser, number, run_program
 from musicscope.core.io import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def merge(files: dict[str, Path], status: dict[str, dict[str, Any]]) -> dict[str
     return {"device": devices[0] if devices else "unknown", "status": status, "parts": found}
 
 
-def number(value: Any, digits: int = 4) -> str:
+def shown(value: Any, digits: int = 4) -> str:
     """A number of a table, or a dash."""
     return "-" if value is None else f"{value:.{digits}g}"
 
@@ -182,31 +183,31 @@ def table(merged: dict[str, Any]) -> list[str]:
             lines.append(f"    {said.splitlines()[-1][:140]}")
     a = parts.get("a", {})
     if "gb_per_s" in a.get("copy", {}):
-        lines.append(f"a  copy {number(a['copy']['gb_per_s'])} GB/s")
+        lines.append(f"a  copy {shown(a['copy']['gb_per_s'])} GB/s")
     for name, entry in a.get("product", {}).items():
         why = trouble(entry)
-        what = why or f"{number(entry['tflops'])} TFLOP/s, error {number(entry['error'], 2)}"
+        what = why or f"{shown(entry['tflops'])} TFLOP/s, error {shown(entry['error'], 2)}"
         lines.append(f"a  product {name:9} {what}")
     for codec, found in parts.get("b", {}).get("codec", {}).items():
         for name, entry in sorted(found.items()):
             what = trouble(entry) or (
-                f"equal codes {number(entry['equal_codes'], 6)}, whole frames "
-                f"{number(entry['equal_frames'], 6)}"
+                f"equal codes {shown(entry['equal_codes'], 6)}, whole frames "
+                f"{shown(entry['equal_frames'], 6)}"
             )
             lines.append(f"b  {codec}, {name}: {what}")
     d = parts.get("d", {})
     for name, entry in d.get("check", {}).items():
         what = trouble(entry) or (
-            f"z {number(entry['z_error'], 2)}, worst gradient {_worst(entry['gradient_errors'])}, "
-            f"equal codes {number(entry['equal_codes'], 6)}"
+            f"z {shown(entry['z_error'], 2)}, worst gradient {_worst(entry['gradient_errors'])}, "
+            f"equal codes {shown(entry['equal_codes'], 6)}"
         )
         lines.append(f"d  check {name}: {what}")
     for race, methods in d.get("steps", {}).items():
         for name, entry in methods.items():
             what = trouble(entry) or (
-                f"{entry['ms']:8.2f} ms {number(entry['per_s'])}/s, x product "
-                f"{number(entry.get('x_product'), 3)}, of ceiling "
-                f"{number(entry.get('share_of_ceiling'), 3)}"
+                f"{entry['ms']:8.2f} ms {shown(entry['per_s'])}/s, x product "
+                f"{shown(entry.get('x_product'), 3)}, of ceiling "
+                f"{shown(entry.get('share_of_ceiling'), 3)}"
             )
             lines.append(f"d  {race} | {name:26} {what}")
     for name, entry in d.get("pieces", {}).items():
@@ -222,28 +223,28 @@ def table(merged: dict[str, Any]) -> list[str]:
 
 def _worst(errors: dict[str, float | None]) -> str:
     """The largest; NaN, which JSON holds as null, before all."""
-    return "NaN" if None in errors.values() else number(max(errors.values()), 2)
+    return "NaN" if None in errors.values() else shown(max(errors.values()), 2)
 
 
 def _of_model(entry: dict[str, Any]) -> str:
     if "clips_per_s" in entry:
         return (
-            f"{number(entry['clips_per_s'])} clips/s (codec {number(entry['codec_ms'])} ms, pass "
-            f"{number(entry['pass_ms'])} ms a clip), peak {number(entry['peak_gb'])} GB"
+            f"{shown(entry['clips_per_s'])} clips/s (codec {shown(entry['codec_ms'])} ms, pass "
+            f"{shown(entry['pass_ms'])} ms a clip), peak {shown(entry['peak_gb'])} GB"
         )
     return (
-        f"{number(entry['ms_per_step'])} ms a step, decode {number(entry['decode_ms'])} ms, "
-        f"real-time factor {number(entry['real_time_factor'])}"
+        f"{shown(entry['ms_per_step'])} ms a step, decode {shown(entry['decode_ms'])} ms, "
+        f"real-time factor {shown(entry['real_time_factor'])}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for the results")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for all parts together")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--seconds", type=number(above=0), default=90.0, help="for all parts together"
+    )
+    parser.add_device()
     parser.add_argument("--parts", default=",".join(WEIGHTS), help="such as a,b,d; run in order")
     parser.add_argument("--tiny", action="store_true", help="almost nothing, to try the program")
     options = parser.parse_args()
@@ -259,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,7 +9,6 @@ are in FILE after each measurement; a second run with the same FILE measures onl
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -33,6 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.gpu_check import LOST  # noqa: E402
+from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import read_json, write_json  # noqa: E402
 
 T = TypeVar("T")
@@ -258,10 +258,10 @@ def product_rate(device: torch.device, shape: tuple[int, int, int], name: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("file", type=Path, help="results; what it holds is not measured again")
-    parser.add_argument("--device", default="cuda")
+    parser.add_device()
     parser.add_argument("--tiny", action="store_true", help="almost nothing, to try the program")
     options = parser.parse_args()
     said, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not fill the pipe
@@ -281,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -17,7 +17,6 @@ optimiser and decoder norm.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.functional import embedding_bag  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.core.command_line import Parser, number, run_program
 from musicscope.dictionaries.step import Aux, gradients, initial_state, step  # noqa: E402
 
 RESULT = "benchmarks/results/sae_step.json"
@@ -213,9 +213,11 @@ def measure(width: int, latents: int, seconds: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
-    parser.add_argument("--seconds", type=float, default=60.0, help="in all, over three shapes")
+    parser.add_argument(
+        "--seconds", type=number(above=0), default=60.0, help="in all, over three shapes"
+    )
     arguments = parser.parse_args()
     record = open_record(arguments.out, RESULT)
     torch.set_num_threads(1)
@@ -242,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

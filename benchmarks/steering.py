@@ -16,7 +16,6 @@ the caption to the waveform. Edits raise latents, so that they act on every fram
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from musicscope.core.command_line import Parser, number, run_program, whole
 from musicscope.core.io import read_json  # noqa: E402
 from musicscope.dictionaries.core import TopKSAE  # noqa: E402
 from musicscope.models.registry import load_model  # noqa: E402
@@ -117,12 +117,14 @@ def measure(name: str, slot: str, prompts: int, seconds: float, budget: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano-small", help="a name under data/models")
     parser.add_argument("--slot", default="top1", help="the SAE's slot")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts generated together")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of each piece")
-    parser.add_argument("--budget", type=float, default=50.0, help="seconds to measure for")
+    parser.add_argument("--prompts", type=whole(1), default=32, help="prompts generated together")
+    parser.add_argument("--seconds", type=number(above=0), default=0.5, help="length of each piece")
+    parser.add_argument(
+        "--budget", type=number(above=0), default=50.0, help="seconds to measure for"
+    )
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
     options = parser.parse_args()
     record = open_record(options.out, RESULT)
@@ -138,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,7 +18,6 @@ loading is left out; every step includes forward, backward, optimiser and decode
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
 from benchmarks.sae_step import activations  # noqa: E402
+from musicscope.core.command_line import Parser, number, run_program
 from musicscope.dictionaries.step import initial_state, join, step  # noqa: E402
 
 RESULT = "benchmarks/results/usae_step.json"
@@ -156,9 +156,11 @@ def measure(widths: tuple[int, ...], latents: int, seconds: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help=OUT_HELP.format(RESULT))
-    parser.add_argument("--seconds", type=float, default=60.0, help="in all, over the shapes")
+    parser.add_argument(
+        "--seconds", type=number(above=0), default=60.0, help="in all, over the shapes"
+    )
     parser.add_argument("--small", action="store_true", help="the small shape only, to try it")
     arguments = parser.parse_args()
     record = open_record(arguments.out, RESULT)
@@ -186,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,12 +9,11 @@ Needs nothing but the model in data/models. Takes about ten seconds on one core.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from musicscope.core.command_line import Parser, run_program
 from musicscope.models.registry import load_model
 
 CAPTIONS = ["A calm piece with guitar and strings.", "A fast piece with drums and bass."]
@@ -28,7 +27,7 @@ def mean_over_frames(activations: Tensor, positions: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="nano-small", help="a folder or a name in data/models")
     model = load_model(parser.parse_args().model)
     print(f"{model.name}: {len(model.hook_points)} layers, {model.frame_rate:g} frames per second")
@@ -53,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

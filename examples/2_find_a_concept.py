@@ -12,12 +12,12 @@ This is a demonstration. `musicscope find-concept` does it on recordings, with c
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from musicscope.core.command_line import Parser, number, run_program
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.registry import load_model
 
@@ -47,11 +47,11 @@ def best_on_test(scores: np.ndarray, labels: np.ndarray, half: np.ndarray, n: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="nano-small", help="a folder or a name in data/models")
     parser.add_argument("--concept", default="guitar", help="a word to put into the captions")
     parser.add_argument("--layer", default="layers.1", help="hook point that is read")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of each clip")
+    parser.add_argument("--seconds", type=number(above=0), default=2.0, help="length of each clip")
     args = parser.parse_args()
 
     model = load_model(args.model)
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,7 +12,6 @@ the pipeline: run `dvc repro train_sae train_judge` first.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,18 +19,19 @@ import soundfile
 import torch
 from torch import Tensor
 
+from musicscope.core.command_line import Parser, number, run_program
 from musicscope.models.registry import load_model
 from musicscope.steering.recipes import load_recipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="nano-small", help="nano-small or nano-medium")
     parser.add_argument("--concept", default="guitar", help="guitar, drums, bass or brass")
     parser.add_argument("--on", action="store_true", help="switch on instead of off")
     parser.add_argument("--prompt", default=None, help="what to generate")
-    parser.add_argument("--strength", type=float, default=0.25, help="times the difference")
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--strength", type=number(), default=0.25, help="times the difference")
+    parser.add_argument("--seconds", type=number(above=0), default=3.0)
     parser.add_argument(
         "--out", type=Path, default=Path("data/examples"), help="folder of the WAVs"
     )
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -24,6 +24,7 @@ import pandas as pd
 
 from benchmarks.records import held_by_git
 from musicscope.config import load_params
+from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import write_text
 
 RESULT = "experiments/steering_search.csv"
@@ -98,9 +99,7 @@ def table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queue", action="store_true", help="queue the experiments")
     parser.add_argument("--write", metavar="REV", nargs="*",
                         help=f"write {RESULT} from experiments on these commits; HEAD")  # fmt: skip
@@ -118,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -6,7 +6,6 @@ python -m experiments.table --write    put it into the README
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 from musicscope.commands.plan import estimate as plan
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.published_sizes import shape_of
+from musicscope.core.command_line import Parser, run_program
 
 README = Path("experiments/README.md")
 PLANNED_CLIPS = {"folder": 2000}
@@ -66,7 +66,7 @@ def table(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put it into the README")
     write = parser.parse_args().write
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

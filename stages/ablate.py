@@ -5,18 +5,15 @@ Reads data/clips and data/models/<model>.
 
 from __future__ import annotations
 
-import argparse
-
 from musicscope.ablation.run import run
 from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json, write_text
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    (name,) = stage_args(__doc__, "model")
     params = load_params()
     section, device = params.ablate, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
@@ -27,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,15 +6,16 @@ files. A folder of that name which this stage did not make is refused, never rep
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import yaml
 
 from musicscope.config import load_params
-from musicscope.core.io import partial_dir, write_json
+from musicscope.core.command_line import Parser
+from musicscope.core.io import cache_dir, write_json
 from musicscope.models.registry import download
+from stages import run_stage
 
 
 def filled(folder: Path) -> bool:
@@ -30,7 +31,7 @@ def made_here(name: str, note: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="a name in params.yaml: download_model")
     name = parser.parse_args().model
     params = load_params()
@@ -38,7 +39,7 @@ def main() -> None:
         sys.exit(f"params.yaml has no download_model.{name}; it has {list(params.download_model)}")
     target = Path(f"data/models/{name}")
     # A run that is killed before DVC writes dvc.lock leaves the note.
-    note = partial_dir({"stage": "download_model", "name": name}) / "made"
+    note = cache_dir({"stage": "download_model", "name": name}) / "made"
     if filled(target) and not made_here(name, note):
         sys.exit(
             f"{target} is there and no run of download_model made it: move it away, or name the "
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -5,7 +5,6 @@ Reads metrics/layers/<model>.yaml (slot: layer), data/clips and data/models/<mod
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 
@@ -16,14 +15,13 @@ from musicscope.config import Params, load_params
 from musicscope.core import distributed
 from musicscope.core.io import folder_sha256, write_json
 from musicscope.models.registry import open_sources
+from stages import run_stage, stage_args
 
 CLIPS = "data/clips"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    (name,) = stage_args(__doc__, "model")
     params = load_params()
     with distributed.start(params.compute) as engine:
         extract(name, params, engine)
@@ -61,4 +59,4 @@ def extract(name: str, params: Params, engine: distributed.Engine) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

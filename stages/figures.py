@@ -5,19 +5,19 @@ Reads plots/<stage>/*.csv and metrics/. A figure whose table has no rows is left
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from musicscope.config import load_params
 from musicscope.core.io import atomic_dir
 from musicscope.report.figures import draw_all
 from musicscope.report.metrics import Sources
+from stages import run_stage, stage_args
 
 OUT = "plots/figures"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     sources = Sources(Path("."), params.models, params.slots)
     with atomic_dir(OUT) as folder:
@@ -27,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -7,7 +7,6 @@ SAE of a slot (data/sae) and the universal SAE (data/usae).
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
@@ -21,12 +20,11 @@ from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.run import Subject, find_all
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    (name,) = stage_args(__doc__, "model")
     params = load_params()
     section, device = params.find_concept, resolve_device(params.compute.device)
     torch.set_num_threads(1)  # the work is parallel over batches instead
@@ -49,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

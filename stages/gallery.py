@@ -18,7 +18,7 @@ from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, at_rate, main_clips
 from musicscope.models.interface import LanguageModel
 from musicscope.models.registry import load_model
-from stages import stage_args
+from stages import run_stage, stage_args
 
 
 def main() -> None:
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -9,8 +9,6 @@ data/activations/<model>/<slot> and data/sae/<model>/<slot>.
 
 from __future__ import annotations
 
-import argparse
-
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
@@ -20,10 +18,11 @@ from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import moments, report, table
 from musicscope.features.run import REPORT, Inputs, ModelSAEs, compare, describe_features
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     section, device = params.match_features, resolve_device(params.compute.device)
 
@@ -56,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -14,7 +14,6 @@ data/sae.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 
@@ -23,6 +22,7 @@ import torch
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
+from musicscope.core.command_line import Parser
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import folder_sha256
 from musicscope.data.clips import ClipStore, at_rate
@@ -30,12 +30,13 @@ from musicscope.features.selection import Latent, choose, mismatched, read_featu
 from musicscope.maximisation.moments import open_models
 from musicscope.maximisation.report import write
 from musicscope.maximisation.run import Plan, run, unsearchable
+from stages import model_name, run_stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("model", nargs="?", help="a name in params.yaml: models")
+    which.add_argument("model", nargs="?", type=model_name, help="a name in params.yaml: models")
     which.add_argument("--shared", action="store_true", help="all models at once")
     args = parser.parse_args()
     params = load_params()
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,24 +6,22 @@ family reruns nothing of another. Reads data/models/<model> to tell the family.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from musicscope.core.io import write_json
 from musicscope.models.registry import detect_system
+from stages import run_stage, stage_args
 from tools.import_closure import digest, loader_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    (name,) = stage_args(__doc__, "model")
     system = detect_system(Path("data/models") / name)
     files = {file: digest([file], ROOT) for file in loader_files(ROOT, system)}
     write_json(f"data/model_code/{name}.json", {"system": system, "files": files})
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -8,7 +8,7 @@ from musicscope.data.clips import ClipStore
 from musicscope.data.copies import count_copies
 from musicscope.data.sources import build
 from musicscope.embedded.midi_set import embedded
-from stages import stage_args
+from stages import run_stage, stage_args
 
 OUT = "data/clips"
 
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,13 +1,14 @@
 """Train one nano model on rendered music and measure it (hours; frozen in dvc.yaml)."""
 
-import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from musicscope.config import load_params
-from musicscope.core.io import atomic_dir, partial_dir, read_json, write_json
+from musicscope.config import Params, load_params
+from musicscope.core.command_line import Parser
+from musicscope.core.io import atomic_dir, read_json, scratch_dir, write_json
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import estimate, mean_of
 from musicscope.data import wheel_assets as assets
@@ -32,33 +33,43 @@ from musicscope.embedded.nano.pretraining import (
 from musicscope.judges.musicnn import load_musicnn
 from musicscope.judges.report import family_report
 from musicscope.models.registry import load_model
+from stages import run_stage
 
 
 def main() -> None:
     """Train (or go on training), save data/models/<model>, write metrics/pretrain/<model>.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", choices=("nano-small", "nano-medium"))
     parser.add_argument("--evaluate-only", action="store_true", help="keep the saved weights")
     args = parser.parse_args()
     params = load_params()
     config, seed = params.pretrain, params.seed
     torch.set_num_threads(1)  # small tensors: a second thread gains nothing, another model does
-    folder = partial_dir(
-        {"pretrain": config.clips, "codec": [config.codec_clips, config.codec_steps], "seed": seed}
-    )
+    key = {
+        "pretrain": config.clips,
+        "codec": [config.codec_clips, config.codec_steps],
+        "seed": seed,
+    }
+    with scratch_dir(key) as folder:  # of both models, which share a codec
+        train(args.model, params, folder, args.evaluate_only)
+
+
+def train(name: str, params: Params, folder: Path, evaluate_only: bool) -> None:
+    """Train and measure one model, with unfinished work in `folder`."""
+    config, seed = params.pretrain, params.seed
     print(f"work in progress is kept in {folder}", file=sys.stderr)
-    out = f"data/models/{args.model}"
+    out = f"data/models/{name}"
 
     corpus = render_corpus(folder, config.clips, seed, params.compute.processes)
     codec = get_codec(folder, corpus, config, seed)
-    if not args.evaluate_only:
+    if not evaluate_only:
         text, tokenizer = get_text_encoder(folder, config, seed)
         model = get_decoder(
-            folder, args.model, config, codec, text, tokenizer, corpus, seed,
+            folder, name, config, codec, text, tokenizer, corpus, seed,
             params.compute.processes,
         )  # fmt: skip
         with atomic_dir(out) as saved:
-            save_model(saved, model, tokenizer, model_card(args.model, config))
+            save_model(saved, model, tokenizer, model_card(name, config))
 
     model, store = load_model(out), ClipStore.open()
     bootstrap = config.bootstrap
@@ -93,18 +104,18 @@ def main() -> None:
         bootstrap,
         seed,
     )
-    np.save(folder / f"ce-{args.model}.npy", ce)
+    np.save(folder / f"ce-{name}.npy", ce)
     small = folder / "ce-nano-small.npy"
-    if args.model == "nano-medium" and small.exists():
+    if name == "nano-medium" and small.exists():
         saved = mean_of(np.load(small) - ce)
         below = estimate(saved, groups, bootstrap, seed, "nats per code")
         metrics["decoder"]["below_small"] = below.as_dict()
     metrics["generation"], _ = evaluate_generation(
         model, judge, musicnn, config.generations, bootstrap, seed_for(seed, "generation")
     )
-    write_json(f"metrics/pretrain/{args.model}.json", metrics)
-    print(read_json(f"metrics/pretrain/{args.model}.json"), file=sys.stderr)
+    write_json(f"metrics/pretrain/{name}.json", metrics)
+    print(read_json(f"metrics/pretrain/{name}.json"), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,7 +6,6 @@ data/models/<model>.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
@@ -25,14 +24,11 @@ from musicscope.features import report
 from musicscope.features.baselines import baseline_pools
 from musicscope.features.probes import run_probes
 from musicscope.models.registry import load_model
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    parser.add_argument("slot", help="a name in params.yaml: slots")
-    arguments = parser.parse_args()
-    model, slot = arguments.model, arguments.slot
+    model, slot = stage_args(__doc__, "model", "slot")
     params = load_params()
     section, workers = params.probe, params.compute.processes
     device = resolve_device(params.compute.device)
@@ -57,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

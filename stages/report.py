@@ -7,19 +7,19 @@ missing part is left out, with a note where a reader would miss it.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from musicscope.config import load_params
 from musicscope.core.io import write_text
 from musicscope.report.build import build
 from musicscope.report.metrics import Sources
+from stages import run_stage, stage_args
 
 OUT = "data/report/report.html"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     section = params.report
     rendered = params.prepare_data.source == "embedded"
@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
 from musicscope.ablation.scores import select_layers
 from musicscope.config import load_params
 from musicscope.core.io import read_json, write_text
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    name = parser.parse_args().model
+    (name,) = stage_args(__doc__, "model")
     params = load_params()
     rule = params.select_layers
     chosen = select_layers(
@@ -28,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

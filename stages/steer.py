@@ -10,19 +10,19 @@ hours: data/steering_full/<model>, metrics and plots/steer_full. It is frozen, w
 
 from __future__ import annotations
 
-import argparse
-
 from musicscope.config import load_params
+from musicscope.core.command_line import Parser
 from musicscope.core.distributed import resolve_device
 from musicscope.steering.report import Outs
 from musicscope.steering.run import evaluate
+from stages import model_name, run_stage
 
 FOLDERS = {"steer": "data/steering", "steer_full": "data/steering_full"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", type=model_name, help="a name in params.yaml: models")
     parser.add_argument("--section", choices=FOLDERS, default="steer", help="of params.yaml")
     args = parser.parse_args()
     params = load_params()
@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

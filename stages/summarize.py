@@ -5,15 +5,15 @@ With --show: print them as a table, with intervals, and write nothing.
 
 from __future__ import annotations
 
-import argparse
-
 from musicscope.config import load_params
+from musicscope.core.command_line import Parser
 from musicscope.core.io import write_json
 from musicscope.report.summary import summarize, summary_table
+from stages import run_stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--show", action="store_true", help="print the table and write nothing")
     show = parser.parse_args().show
     params = load_params()
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

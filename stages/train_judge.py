@@ -7,15 +7,15 @@ compositions. Reads data/clips and the codec in data/models/<params.train_judge.
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
 
-from musicscope.config import load_params
+from musicscope.config import TrainJudge, load_params
 from musicscope.core.distributed import resolve_device
-from musicscope.core.io import folder_sha256, partial_dir, write_json, write_text
+from musicscope.core.io import folder_sha256, scratch_dir, write_json, write_text
 from musicscope.core.parallel import workers
 from musicscope.data import wheel_assets
 from musicscope.data.clips import ClipStore
@@ -24,6 +24,8 @@ from musicscope.embedded.midi_set.corpus import make_clip
 from musicscope.embedded.midi_set.embedded import load_splits, load_synths
 from musicscope.judges import report, training
 from musicscope.judges.dataset import Chunk, Clips, Inputs
+from musicscope.judges.pair import Judges
+from stages import run_stage, stage_args
 
 CLIPS = "data/clips"
 
@@ -44,7 +46,7 @@ def render(chunk: Chunk) -> Clips:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    stage_args(__doc__)
     params = load_params()
     section, seed = params.train_judge, params.seed
     device = resolve_device(params.compute.device)
@@ -52,21 +54,30 @@ def main() -> None:
     codec = f"data/models/{section.codec}"
     work = training.plan_work(ClipStore.open(CLIPS), section, seed)
     key = {"stage": "train_judge", "seed": seed, **asdict(section)}
-    scratch = partial_dir({**key, "inputs": [folder_sha256(CLIPS), folder_sha256(codec)]})
+    key |= {"inputs": [folder_sha256(CLIPS), folder_sha256(codec)]}
     musicnn = wheel_assets.fetch(wheel_assets.MUSICNN)
-    inputs = Inputs(scratch, CLIPS, codec, musicnn, render, device)
-    with workers(processes) as each:
-        predictions = training.run(each, work, inputs)
+    with scratch_dir(key) as scratch:
+        inputs = Inputs(scratch, CLIPS, codec, musicnn, render, device)
+        with workers(processes) as each:
+            predictions = training.run(each, work, inputs)
+        write(predictions, training.open_judges(scratch, musicnn)[1], work, section, seed)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write(
+    predictions: Mapping[str, training.Predictions], judges: Judges, work: training.Work,
+    section: TrainJudge, seed: int,
+) -> None:  # fmt: skip
+    """Write the judges, metrics and plots."""
     metrics = report.measure(predictions, section.bootstrap, seed)
     metrics["training"] = {font: sum(c.count for c in of) for font, of in work.train.items()}
     metrics["training"]["codec"] = sum(len(c.coded) for of in work.train.values() for c in of)
 
-    training.open_judges(scratch, musicnn)[1].save("data/judge")
+    judges.save("data/judge")
     table = report.plot_table(metrics)
     write_text("plots/train_judge/auroc.csv", table.to_csv(index=False, float_format="%.6g"))
     write_json("metrics/train_judge.json", metrics)
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,8 +6,6 @@ compositions were never trained on.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 
@@ -17,13 +15,11 @@ from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, main_clips
 from musicscope.dictionaries import runs, tables
 from musicscope.dictionaries.data import TEST
+from stages import run_stage, stage_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name in params.yaml: models")
-    parser.add_argument("slot", help="a name in params.yaml: slots")
-    model, slot = vars(parser.parse_args()).values()
+    model, slot = stage_args(__doc__, "model", "slot")
     params, clips = load_params(), ClipStore.open("data/clips").rows
     rng = np.random.default_rng(seed_for(params.seed, "train_sae", "ce clips"))
     test, section = main_clips(clips, TEST), params.train_sae
@@ -41,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,19 +6,20 @@ clips: soundfont timgm6mb), paired by (clip id, frame); evaluates on split test.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
 
 from musicscope.config import load_params
 from musicscope.core import distributed
+from musicscope.core.command_line import Parser
 from musicscope.dictionaries import runs, tables
 from musicscope.dictionaries.core import CROSSCODER, KINDS
+from stages import run_stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("kind", choices=KINDS, help="what to train")
     kind = parser.parse_args().kind
     params, stage = load_params(), f"train_{kind}"
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

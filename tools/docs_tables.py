@@ -18,13 +18,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from musicscope.config import load_params
+from musicscope.core.command_line import run_program
+from musicscope.core.io import read_json
+from musicscope.core.stats import Estimate
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from musicscope.config import load_params  # noqa: E402
-from musicscope.core.io import read_json  # noqa: E402
-from musicscope.core.stats import Estimate  # noqa: E402
-
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PARAMS = load_params(ROOT / "params.yaml")
@@ -530,4 +529,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

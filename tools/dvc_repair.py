@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from musicscope.core.command_line import run_program
+
 RWLOCK = Path(".dvc/tmp/rwlock")
 PATIENCE = 1.0
 """Seconds: a dvc that is alive finishes writing in far less."""
@@ -34,4 +36,4 @@ def repair(path: Path = RWLOCK, patience: float = PATIENCE) -> bool:
 
 
 if __name__ == "__main__":
-    repair()
+    run_program(repair)

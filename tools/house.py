@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from musicscope.core.command_line import Parser, run_program
 from tools.import_closure import ROOT, imported_modules, module_file, module_name
 
 SOURCE = "src/musicscope"
@@ -157,9 +158,7 @@ def seconds_of_repro(root: Path = ROOT) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the measures; exit with 1 if an import rule is broken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imports", action="store_true", help="only the import rules")
     parser.add_argument("--repro", action="store_true", help="also time a dvc repro")
     args = parser.parse_args(argv)
@@ -195,4 +194,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import yaml
 
+from musicscope.core.command_line import run_program
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = "code.lock.yaml"
 HEADER = "# Written by `just deps`: a digest of all code that each stage's script imports.\n"
@@ -207,4 +209,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(lambda: main(sys.argv[1:]))

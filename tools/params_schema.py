@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from musicscope.config import BASES, Params
+from musicscope.core.command_line import run_program
 from tools.import_closure import ROOT
 
 PATH = ROOT / "docs/params.schema.json"
@@ -66,4 +67,4 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(schema(), encoding="utf-8")
+    run_program(lambda: PATH.write_text(schema(), encoding="utf-8"))

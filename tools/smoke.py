@@ -2,33 +2,37 @@
 
 The copy holds what Git tracks or would track here, so uncommitted work is tried too, and this
 checkout stays as it is. Checked: every stage runs, a second `dvc repro` has nothing to do, and
-metrics/summary.json has the keys of the committed one. With --kills N the line then runs again in a
-fresh copy, is killed N times on its way, and must end in the same bytes.
+metrics/summary.json has the keys of the committed one. With --kills N the line then runs again in
+a fresh copy, is killed N times on its way, meets a full and a read-only disk, and must end in the
+same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import ctypes
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from musicscope.config import Params, load_params
+from musicscope.core.command_line import Parser, run_program, whole
+from musicscope.core.io import read_json
+from tools.dvc_repair import RWLOCK, repair
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from musicscope.config import Params, load_params  # noqa: E402
-from musicscope.core.io import read_json  # noqa: E402
-from tools.dvc_repair import RWLOCK, repair  # noqa: E402
-
 FROZEN = ("pretrain", "steer_full")
 """Stages whose committed results, and entries in dvc.lock, are inputs here."""
 GIT = ["git", "-c", "user.name=smoke", "-c", "user.email=smoke@localhost"]
@@ -145,19 +149,72 @@ def check(folder: Path, env: dict[str, str]) -> None:
     print(f"smoke: {len(ran)} stages ran, {len(keys)} numbers in metrics/summary.json")
 
 
-def repro_killed(folder: Path, env: dict[str, str], kills: int, seconds: float) -> None:
+@contextlib.contextmanager
+def disk_full(folder: Path, draw: random.Random) -> Iterator[Callable[[], None]]:
+    """No file may grow beyond a random size, about that of the outputs of some stage."""
+    most = round(math.exp(draw.uniform(math.log(2e4), math.log(4e6))))
+    print(f"-- no file above {most} bytes", flush=True)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@contextlib.contextmanager
+def read_only(folder: Path, draw: random.Random) -> Iterator[Callable[[], None]]:
+    """Nothing may be added to one of the folders that stages write, nor to those below it."""
+    top = draw.choice(["metrics", "plots", "data", ".dvc/tmp/partial"])
+    print(f"-- {top} is read-only", flush=True)
+    folders = [p for p in (folder / top, *(folder / top).rglob("*")) if p.is_dir()]
+    for path in folders:
+        path.chmod(0o555)
+    try:
+        yield obey_permissions
+    finally:
+        for path in folders:
+            if path.exists():
+                path.chmod(0o755)
+
+
+def obey_permissions() -> None:
+    """Take from root, and programs that this process starts, the right to write anywhere."""
+    libc, drop_from_bounding_set, override = ctypes.CDLL(None), 24, 1
+    if os.geteuid() == 0 and libc.prctl(drop_from_bounding_set, override, 0, 0, 0):
+        raise OSError("root may write anywhere here: run this as another user")
+
+
+def repro_failing(
+    folder: Path, env: dict[str, str], before: Callable[[], None], seconds: float
+) -> None:
+    """Run `dvc repro` on a disk that refuses; exit if a stage ends in a traceback."""
+    process = subprocess.Popen(
+        ["dvc", "repro"], cwd=folder, env=env, start_new_session=True, preexec_fn=before,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:  # the refusal concerns none of the stages that ran
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+    lines = [line for line in said.splitlines() if line.strip()]
+    print("\n".join(["-- it ended:", *lines[-4:]]), flush=True)
+    if "Traceback" in said or process.returncode == 0:
+        sys.exit(f"smoke: a refusing disk gave status {process.returncode} and:\n{said}")
+
+
+def repro_killed(
+    folder: Path, env: dict[str, str], kills: int, seconds: float, seed: int = 0
+) -> None:
     """Run `dvc repro` in `folder`, killed `kills` times at random moments of about `seconds`.
 
     Every other time only dvc dies, as `kill -9` would have it: its stage then runs on, beside the
-    one that the next dvc starts.
+    one that the next dvc starts. In between the disk is full once, and read-only once.
     """
-    draw = random.Random(0)
+    draw = random.Random(seed)
+    refusals = {kills // 3: disk_full, 2 * kills // 3: read_only}
     for kill in range(kills):
         process = subprocess.Popen(
             ["dvc", "repro", "-q"], cwd=folder, env=env, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait = draw.uniform(0.5, 1.5) * seconds / kills
+        wait = draw.uniform(0.2, 1.8) * seconds / kills
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -166,6 +223,10 @@ def repro_killed(folder: Path, env: dict[str, str], kills: int, seconds: float) 
             (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
             process.wait()
         repair(folder / RWLOCK)  # as `make repro` does
+        if refusal := refusals.get(kill):
+            with refusal(folder, draw) as before:
+                repro_failing(folder, env, before, seconds / 2)
+            repair(folder / RWLOCK)
     repro(folder, env)
 
 
@@ -174,18 +235,26 @@ def results(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
 
 
-def check_killed(folder: Path, again: Path, env: dict[str, str]) -> None:
-    """Exit with the stages whose results in `again` differ from those in `folder`."""
+def check_equal(folder: Path, again: Path, when: str) -> None:
+    """Exit with the stages whose hashes in dvc.lock differ."""
     first, second = results(folder), results(again)
     if differ := [name for name in first if first[name] != second.get(name)]:
-        sys.exit(f"smoke: after kills these stages ended in other bytes: {differ}")
+        sys.exit(f"smoke: {when} these stages ended in other bytes: {differ}")
+    print(f"smoke: {when} all {len(first)} stages ended in the same bytes")
+
+
+def check_killed(folder: Path, again: Path, env: dict[str, str]) -> None:
+    """Exit with the stages whose results in `again` differ from those in `folder`."""
+    check_equal(folder, again, "after kills")
     # The lock could name hashes that the files no longer have.
     status = subprocess.run(
         ["dvc", "status", "-q"], cwd=again, env=env, capture_output=True, text=True
     )
     if status.returncode:
         sys.exit(f"smoke: after kills dvc status is not clean:\n{status.stdout}{status.stderr}")
-    print("smoke: killed and run again, the line ended in the same bytes")
+    left = [p for top in ("data", "metrics", "plots") for p in (again / top).rglob(".*.tmp*")]
+    if left:
+        sys.exit(f"smoke: killed writers left {[str(p.relative_to(again)) for p in left]}")
 
 
 def flat_keys(value: Any, prefix: str = "") -> set[str]:
@@ -196,23 +265,32 @@ def flat_keys(value: Any, prefix: str = "") -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the copies there to look at")
-    parser.add_argument("--kills", type=int, default=0, help="also kill a second run so often")
+    parser.add_argument("--kills", type=whole(0), default=0, help="also kill a second run so often")
+    parser.add_argument("--seed", type=whole(0), help="of the kills (default: another each time)")
+    parser.add_argument("--twice", action="store_true", help="also compare two whole runs")
     args = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     env = environment()
     root = Path(tempfile.mkdtemp(prefix="musicscope-smoke-"))
-    folder, again = root / "whole", root / "killed"
+    folder, again, killed = root / "whole", root / "again", root / "killed"
     begin = time.monotonic()
     try:
-        make_copy(folder, env)
+        # All copies at once: the work tree may change meanwhile.
+        for copy in (folder, *([again] if args.twice else []), *([killed] if args.kills else [])):
+            make_copy(copy, env)
+        start = time.monotonic()
         repro(folder, env)
+        seconds = time.monotonic() - start
         check(folder, env)
+        if args.twice:
+            repro(again, env)
+            check_equal(folder, again, "in a second run")
         if args.kills:
-            seconds = time.monotonic() - begin
-            make_copy(again, env)
-            repro_killed(again, env, args.kills, seconds)
-            check_killed(folder, again, env)
+            print(f"smoke: {args.kills} kills over {seconds:.0f} s, --seed {seed}", flush=True)
+            repro_killed(killed, env, args.kills, seconds, seed)
+            check_killed(folder, killed, env)
     finally:
         if args.keep:
             print(f"smoke: kept {root}")
@@ -222,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

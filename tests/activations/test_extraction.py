@@ -20,9 +20,10 @@ import torch
 from musicscope.activations import token_cache as codes
 from musicscope.activations.extraction import Plan, extract, plan, summary
 from musicscope.activations.store import ActivationStore, StoreError
-from musicscope.core.io import folder_sha256, partial_dir, sole_user
+from musicscope.core.io import folder_sha256, scratch_path
 from musicscope.models.interface import HookPoint
 from musicscope.models.registry import load_model
+from tests.support.locks import holder
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE, SAMPLES, FRAMES, CLIPS = 3200, 1280, 20, 11
@@ -261,16 +262,16 @@ def test_the_hash_of_the_codec_sees_weights_and_settings_but_not_where_it_lies(m
 
 def test_a_second_run_waits_for_the_first(model, tmp_path, capsys):
     todo, folders = make_plan(model), out(tmp_path / "a")
-    scratch = partial_dir(todo[0].identity())
-    with sole_user(scratch):
+    with holder(todo[0].identity()) as first:
         run = threading.Thread(target=extract, args=(todo, lambda: (model, FakeClips()), folders))
         run.start()
         run.join(0.3)
         assert run.is_alive()
         assert not folders["top1"].exists()
-    run.join(30)
+        first.communicate("finish\n")  # it removes the folder, as a run does at its end
+        run.join(30)
     assert ActivationStore.open(folders["top1"]).ids
-    assert "waiting for another run" in capsys.readouterr().err
+    assert f"waiting for process {first.pid}: it works in" in capsys.readouterr().err
 
 
 def test_a_bad_clip_is_named_and_leaves_no_store(model, tmp_path):
@@ -310,7 +311,7 @@ def test_the_plan_knows_the_size_before_anything_runs(model, tmp_path):
     stores = extract(todo, lambda: (model, FakeClips()), out(tmp_path / "a"))
     assert stores["top2"].nbytes == size
     assert todo[0].identity() == make_plan(model)[0].identity()
-    assert partial_dir(todo[0].identity()) != partial_dir(
+    assert scratch_path(todo[0].identity()) != scratch_path(
         make_plan(model, captions=True)[0].identity()
     )
 

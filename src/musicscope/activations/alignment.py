@@ -28,7 +28,7 @@ from musicscope.activations.store import (
     shard_spans,
     storage,
 )
-from musicscope.core.io import atomic_dir, partial_dir, sha256, sole_user
+from musicscope.core.io import atomic_dir, scratch_dir, sha256
 
 
 def align(
@@ -167,7 +167,7 @@ def common_frames(folders: Sequence[str | Path]) -> tuple[str, ...]:
     """Give folders of the same activations in the same frames: the given ones if all agree.
 
     Else every store is aligned to the `slowest` one (`aligned_store`), kept in scratch under the
-    hash of both (`core.io.partial_dir`), where the next stage finds it; deleting it costs time
+    hash of both (`core.io.scratch_dir`), where the next stage finds it; deleting it costs time
     only. Several processes may ask at once: one writes, the others wait.
     """
     stores = [ActivationStore.open(folder) for folder in folders]
@@ -182,8 +182,7 @@ def common_frames(folders: Sequence[str | Path]) -> tuple[str, ...]:
             continue
         hashes = {"fast": store.manifest["sha256"], "slow": slow.manifest["sha256"]}
         code = sha256(__file__)
-        scratch = partial_dir({"stage": "align", **hashes, "code": code})
-        with sole_user(scratch):
+        with scratch_dir({"stage": "align", **hashes, "code": code}) as scratch:
             if not (scratch / "store" / "manifest.json").is_file():
                 aligned_store(store, slow, scratch / "store")
         found.append(str(scratch / "store"))

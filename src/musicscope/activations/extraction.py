@@ -8,7 +8,6 @@ Hook points of an audio model differ in rate: one plan, and one pass over the cl
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import shutil
@@ -31,8 +30,8 @@ from musicscope.activations.store import (
     shard_spans,
     storage,
 )
-from musicscope.core.distributed import ALONE, Ranks, Workers
-from musicscope.core.io import partial_dir, publish_dir, sole_user
+from musicscope.core.distributed import ALONE, Ranks, Workers, scratch_of
+from musicscope.core.io import publish_dir
 from musicscope.core.parallel import workers
 from musicscope.data.clips import ClipStore, ResampledClips
 from musicscope.models.interface import AudioModel, MusicModel
@@ -173,7 +172,7 @@ def extract(
 
     First the codec tokens of all clips (`token_cache`: a second model with the same codec finds
     them there), then the shards, are collected in scratch folders named by the inputs
-    (`core.io.partial_dir`), so that a run killed at any point goes on from its finished parts.
+    (`core.io.scratch_dir`), so that a run killed at any point goes on from its finished parts.
     Whole stores are moved to their place at the end. A shard with a wrong hash is computed again.
 
     Several `ranks` call this with the same plans: shard i falls to rank i modulo their number.
@@ -198,11 +197,7 @@ def _run(
 ) -> None:
     model, clips = sources()
     tokens = token_cache.codes_dir(model, plan.config["clips_sha256"])
-    scratch = partial_dir(plan.identity())
-    # The first rank holds the lock; the others wait until it has it.
-    with sole_user(scratch) if ranks.leads else contextlib.nullcontext():
-        ranks.wait()
-        scratch = partial_dir(plan.identity())  # an earlier holder of the lock removed it
+    with scratch_of(plan.identity(), ranks) as scratch:
         mine = ranks.mine(range(len(plan.spans)))
         pending = [i for i in mine if _pending(plan, scratch, i)]
         wanted = tokens and ranks.any(bool(pending))  # another rank's shards may need my chunks
@@ -223,7 +218,6 @@ def _run(
             for slot in plan.layers:
                 publish_dir(scratch / slot, folders[slot])
             shutil.rmtree(scratch, ignore_errors=True)
-        ranks.wait()
 
 
 def _pending(plan: Plan, scratch: Path, shard: int) -> dict[str, StoreWriter]:

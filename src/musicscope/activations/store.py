@@ -182,12 +182,17 @@ class ActivationStore:
             manifest = read_json(path)
         except ValueError as error:
             raise StoreError(str(error)) from error
+        manifest = manifest if isinstance(manifest, dict) else {}
         found = (manifest.get("format"), manifest.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise StoreError(
                 f"{path}: format {found}, expected {(FORMAT, FORMAT_VERSION)}; {remedy}"
             )
-        if digest({k: v for k, v in manifest.items() if k != "sha256"}) != manifest.get("sha256"):
+        try:
+            found = digest({k: v for k, v in manifest.items() if k != "sha256"})
+        except ValueError as error:  # NaN
+            raise StoreError(f"{path}: {error}; {remedy}") from error
+        if found != manifest.get("sha256"):
             raise StoreError(f"{path}: its sha256 does not fit its content; {remedy}")
         store = cls(folder, manifest)
         for shard in store.shards:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from musicscope.core.io import atomic_file, partial_dir
+from musicscope.core.io import atomic_file, cache_dir
 from musicscope.models.interface import MusicModel
 from musicscope.models.registry import Sources
 
@@ -48,7 +48,7 @@ def codes_dir(model: MusicModel, clips_sha256: str) -> Path | None:
     codec = codec_sha256(model)
     device = str(getattr(model, "device", "cpu")).split(":")[0]  # floats differ between kinds
     key = {"codes": 1, "codec": codec, "clips": clips_sha256, "chunk": CHUNK, "device": device}
-    return partial_dir(key) if codec else None
+    return cache_dir(key) if codec else None
 
 
 def _file(folder: Path, chunk: int) -> Path:

@@ -6,7 +6,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+
+from musicscope.core.command_line import Parser, run_program
 
 COMMANDS = {
     "find-concept": (
@@ -29,34 +30,13 @@ COMMANDS = {
 """Command -> module with `add_arguments(parser)` and `run(args)`, and its help text."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (options: {self.prog} --help)\n")
-
-
-def one_line(error: BaseException) -> str:
-    """Say in one line what went wrong; errors that no code of ours raises are named."""
-    if isinstance(error, OSError) and error.strerror:
-        file = f"{error.filename}: " if error.filename else ""
-        return f"{file}{error.strerror}"
-    text = " ".join(str(error).split())
-    if isinstance(error, UnicodeError):
-        return f"text is not UTF-8 ({text}): save the file as UTF-8"
-    if isinstance(error, (ValueError, FileNotFoundError, ImportError)):
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command.
-
-    An error ends in one line and status 1, a wrong option in one line and status 2, Ctrl-C in
-    status 130. With --debug an error keeps its traceback.
-    """
+    """Run one command; `core.command_line.run_program` says how errors end."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    run_program(lambda: _command(argv), " ".join(["musicscope", *argv[:1]]), argv)
+
+
+def _command(argv: Sequence[str]) -> None:
     parser = Parser(prog="musicscope", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (module, text) in COMMANDS.items():
@@ -66,18 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             own.description = (chosen.__doc__ or text).strip()
             own.formatter_class = argparse.RawDescriptionHelpFormatter
             chosen.add_arguments(own)
-            own.add_argument("--debug", action="store_true", help="show the traceback of an error")
             own.set_defaults(run=chosen.run)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print(f"\nmusicscope {args.command}: stopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if args.debug:
-            raise
-        sys.exit(f"musicscope {args.command}: {one_line(error)}")
+    args.run(args)
 
 
 if __name__ == "__main__":

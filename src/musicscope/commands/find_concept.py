@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from musicscope.commands.options import device, number, whole
+from musicscope.core.command_line import Parser, number, whole
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
@@ -26,7 +26,7 @@ DEFAULT_OUT = "data/found"
 USAE = "data/usae/seed-0"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of ``musicscope find-concept``."""
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--permutations", type=whole(1), default=2000, help="permutations of the labels, for p")
     add("--seed", type=whole(0), default=0, help="seed of permutations and resamples")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_device()
 
 
 def run(args: argparse.Namespace) -> None:

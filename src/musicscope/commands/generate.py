@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from musicscope.commands.options import device, number, whole
 from musicscope.config import load_params
+from musicscope.core.command_line import Parser, number, whole
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
@@ -141,7 +141,7 @@ def table(scores: Scores, requests: Mapping[str, str]) -> str:
 # --- the command ------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of ``musicscope generate``."""
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a name under data/models")
@@ -168,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", type=whole(1), metavar="N",
         help="number of features per concept; default as chosen by steer")  # fmt: skip
     add("--words", action="store_true", help="ask in the steered prompt too (... no guitar)")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_device()
 
 
 def run(args: argparse.Namespace) -> None:

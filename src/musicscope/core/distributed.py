@@ -15,6 +15,7 @@ shard i depends on the configuration and on i only.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import os
@@ -22,13 +23,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from musicscope.core import parallel
+from musicscope.core import command_line, io, parallel
 
 RANK_TIMEOUT = timedelta(days=14)
 """Longest wait of a rank for the others, which may have more work or wait for a lock."""
@@ -110,6 +112,18 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
+def scratch_of(key: Any, ranks: Ranks) -> Iterator[Path]:
+    """Give all ranks the scratch folder of `io.scratch_dir`; the first holds the lock for all."""
+    folder = (
+        contextlib.nullcontext(io.scratch_path(key)) if not ranks.leads else io.scratch_dir(key)
+    )
+    with folder as scratch:
+        ranks.wait()
+        yield scratch
+        ranks.wait()
+
+
+@contextlib.contextmanager
 def join() -> Iterator[Ranks]:
     """Connect to the other ranks until the block ends; ALONE if no launcher started several.
 
@@ -177,12 +191,18 @@ def start(compute: ComputeSettings) -> Iterator[Engine]:
 
 
 def resolve_device(wanted: str, ranks: Ranks = ALONE) -> str:
-    """Resolve "auto" to cuda if available, else cpu; each of several ranks takes its own GPU."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and ranks.size > 1:
-        wanted = f"cuda:{ranks.local % torch.cuda.device_count()}"
-    return wanted
+    """Resolve "auto" to cuda if available, else cpu; each of several ranks takes its own GPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    try:
+        found = command_line.device(wanted)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"params.yaml: compute.device = {error}") from None
+    if found == "cuda" and ranks.size > 1:
+        found = f"cuda:{ranks.local % torch.cuda.device_count()}"
+    return found
 
 
 def _become_torchrun(processes: int) -> None:

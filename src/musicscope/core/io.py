@@ -1,19 +1,21 @@
-"""Write files and folders atomically, hash contents, keep scratch of killed runs."""
+"""Write files and folders atomically, hash contents, keep and lock scratch of killed runs."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
-import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -39,6 +41,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
 
 
+def _alive(process: str) -> bool:
+    """Tell whether a number may be that of a running process."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (ValueError, PermissionError):
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder, which replaces `path` when the block ends.
@@ -49,7 +62,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as numpy choose the format by it, or append it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    prefix, end = f".{path.stem}.{platform.node()}-", f".tmp{path.suffix}"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(end)}"):
+        if not _alive(left.name.removeprefix(prefix).removesuffix(end)):
+            left.unlink(missing_ok=True)  # in folders that DVC hashes it would be a change
+    temporary = path.with_name(f"{prefix}{os.getpid()}{end}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -90,7 +107,7 @@ def read_json(path: str | Path) -> Any:
     """Read JSON; ValueError names a broken file."""
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); rerun the stage that wrote it"
         ) from error
@@ -113,13 +130,29 @@ def folder_sha256(folder: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse to replace a link or a file by a folder; ValueError names it."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        kind = "a link" if path.is_symlink() else "a file"
+        raise ValueError(f"{path} is {kind}, but the stage writes a folder: move it away")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Give a new sibling folder that replaces `path` when the block ends without an error."""
+    """Give a new sibling folder that replaces `path` when the block ends without an error.
+
+    For outputs of stages only, of which one runs at a time: what a killed run left is removed.
+
+    Raises:
+        ValueError: `path` is a file or a link.
+    """
     path = Path(path)
+    _check_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
+    # One name for all runs: leftovers under other names would stay in folders that DVC hashes.
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
@@ -128,37 +161,92 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def partial_dir(key: Any) -> Path:
-    """Make a scratch folder named by a hash of the inputs `key` (JSON-able), kept after a kill.
-
-    It is below ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in temporary
-    experiment directories). A rerun with the same inputs resumes; other inputs start anew.
-    """
-    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "partial" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def publish_dir(partial: Path, path: str | Path) -> None:
-    """Move a finished scratch folder to `path`, replacing a folder that is there."""
+    """Move a finished scratch folder to `path`, replacing a folder; ValueError for a file or link.
+
+    For outputs of stages only.
+    """
     path = Path(path)
+    _check_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     shutil.move(str(partial), str(path))
 
 
-@contextlib.contextmanager
-def sole_user(scratch: Path) -> Iterator[None]:
-    """Wait until no other process works in `scratch`, and make others wait until the block ends.
+# --- scratch ----------------------------------------------------------------------------------
 
-    A killed `dvc` leaves its stage running, which would move the folder away under the next run.
-    The lock file lies beside the folder; the system releases the lock when the process ends.
+
+def scratch_path(key: Any) -> Path:
+    """Name the folder for unfinished work of the inputs `key` (JSON-able), by their hash.
+
+    It is below ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in temporary
+    experiment directories). Work in it through `scratch_dir` or `cache_dir`.
     """
-    with open(scratch.with_name(f"{scratch.name}.lock"), "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run ({stream.name})", file=sys.stderr)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "partial" / digest
+
+
+@contextlib.contextmanager
+def scratch_dir(key: Any) -> Iterator[Path]:
+    """Give a scratch folder of the inputs `key`, kept after a kill, to one process at a time.
+
+    A rerun with the same inputs resumes; other inputs start anew. A killed `dvc` leaves its stage
+    running: the next run waits here until it ends. The folder may be moved away in the block.
+    """
+    folder = scratch_path(key)
+    with sole_user(folder, f"works in {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def cache_dir(key: Any) -> Path:
+    """Make a scratch folder for results that several processes add and read at once.
+
+    Files are added whole (`atomic_file`), and no code removes them: deleting them costs time only.
+    """
+    folder = scratch_path(key)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+_thread_locks: dict[Path, Any] = {}
+_held: set[Path] = set()
+"""Locks of this process: the system's are per process, and closing a second handle frees them."""
+
+
+@contextlib.contextmanager
+def sole_user(path: Path, what: str) -> Iterator[None]:
+    """Hold `path`.lock until the block ends; wait, saying so, while another process holds it.
+
+    The system releases the lock when its holder ends, also by a kill. Processes that the holder
+    forks do not inherit it. A process may take it again inside the block.
+
+    Args:
+        what: what the holder does, for the message of a process that waits.
+    """
+    lock = path.with_name(f"{path.name}.lock").absolute()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _thread_locks.setdefault(lock, threading.RLock()):
+        if lock in _held:
+            yield
+            return
+        with open(lock, "a+", encoding="utf-8") as stream:
+            _take(stream, what)
+            _held.add(lock)
+            try:
+                yield
+            finally:
+                _held.discard(lock)
+
+
+def _take(stream: TextIO, what: str) -> None:
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stream.seek(0)
+        holder = stream.read() or "another process"
+        print(f"waiting for {holder}: it {what} ({stream.name})", file=sys.stderr, flush=True)
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()}")
+    stream.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -40,17 +41,29 @@ def workers(processes: int) -> Iterator[Run]:
     pool = ProcessPoolExecutor(processes, context, _start)
     try:
         yield pool.map
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):  # else it waits for jobs of minutes
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start() -> None:
-    """Compute with one thread, and exit when the parent is killed: workers would wait for ever."""
+    follow_parent()
+    torch.set_num_threads(1)
+
+
+def follow_parent() -> None:
+    """Make this worker exit when its parent is killed, else it waits for ever; ignore Ctrl-C.
+
+    The terminal sends Ctrl-C to workers too, each of which would print a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow_parent() -> None:
+    def follow() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    threading.Thread(target=follow, daemon=True).start()

@@ -6,7 +6,6 @@ on the number of processes. A `Plan` says what is trained; its subclasses evalua
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
 from musicscope.config.dictionaries import TrainCrosscoder, Training, TrainSae
 from musicscope.core import io
-from musicscope.core.distributed import ALONE, Engine, Ranks
+from musicscope.core.distributed import ALONE, Engine, Ranks, scratch_of
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import evaluation
@@ -223,15 +222,6 @@ def scratch_key(plan: Plan) -> Metrics:
     return {**asdict(plan), "device": device, "manifests": manifests, "code": code}
 
 
-@contextlib.contextmanager
-def sole_user(scratch: Path, ranks: Ranks) -> Iterator[None]:
-    """Wait while another run works in `scratch`: the first rank holds the lock for all."""
-    with io.sole_user(scratch) if ranks.leads else contextlib.nullcontext():
-        ranks.wait()
-        yield
-        ranks.wait()
-
-
 def execute(
     plan: Plan,
     engine: Engine,
@@ -243,8 +233,8 @@ def execute(
 
     Every rank comes here; the first one writes.
     """
-    ranks, scratch = engine.ranks, io.partial_dir(scratch_key(plan))
-    with sole_user(scratch, ranks):
+    ranks = engine.ranks
+    with scratch_of(scratch_key(plan), ranks) as scratch:
         outcomes = run_all(plan, scratch, engine.processes, ranks, engine.workers)
         if not ranks.leads:
             return

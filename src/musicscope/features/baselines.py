@@ -16,7 +16,7 @@ import torch
 
 from musicscope.activations import token_cache
 from musicscope.core import audio
-from musicscope.core.io import atomic_file, partial_dir, sha256
+from musicscope.core.io import atomic_file, cache_dir, sha256
 from musicscope.data.clips import ClipStore, at_rate
 from musicscope.dictionaries.codes import Pools, by_batch
 from musicscope.models.interface import AudioModel, MusicModel, is_audio_model
@@ -48,12 +48,12 @@ def codec_statistics(latents: torch.Tensor) -> np.ndarray:
 
 
 def cached(key: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Compute an array, or read it from an earlier run with the same `key` (`io.partial_dir`).
+    """Compute an array, or read it from an earlier run with the same `key` (`io.cache_dir`).
 
     For features of the clips alone, which every model and slot shares. `key` must name everything
     that decides the values.
     """
-    path = partial_dir(key) / "features.npy"
+    path = cache_dir(key) / "features.npy"
     if path.is_file():
         try:
             return np.load(path, allow_pickle=False)

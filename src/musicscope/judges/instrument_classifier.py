@@ -218,7 +218,7 @@ def train_family_judge(
 
     Keeps only the float16 log-mel of the batches (64 kB for 10 s). 24 epochs of 3,000 clips take
     one thread about four minutes. Randomness comes from (`seed`, epoch). With `scratch` (see
-    ``io.partial_dir``) the state is saved after each epoch, so that a killed run resumes and ends
+    ``io.scratch_dir``) the state is saved after each epoch, so that a killed run resumes and ends
     in the same weights.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
-from musicscope.core.io import folder_sha256, partial_dir
+from musicscope.core.io import folder_sha256, scratch_dir
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import frechet_distance
@@ -50,13 +50,13 @@ def evaluate(
 
     inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
-    scratch = partial_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]})
-    for recipe, _ in recipes.values():
-        save_recipe(recipe, scratch)
     torch.set_num_threads(1)  # conditions run in parallel instead
-    context = functools.partial(
-        open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
-    )
-    result = search.run(section, context, scratch, frechet_distance, processes, seed)
-    report.write(result, recipes, context(), outs)
-    shutil.rmtree(scratch)
+    with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:
+        for recipe, _ in recipes.values():
+            save_recipe(recipe, scratch)
+        context = functools.partial(
+            open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
+        )
+        result = search.run(section, context, scratch, frechet_distance, processes, seed)
+        report.write(result, recipes, context(), outs)
+        shutil.rmtree(scratch)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicscope.commands.options import number, whole
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import StepRate
 from musicscope.config import Params, load_params
+from musicscope.core.command_line import Parser, number, whole
 from musicscope.data.audio_files import SUFFIXES, list_files
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
@@ -233,7 +233,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of `musicscope plan`."""
     parser.add_argument("--params", default="params.yaml", help="the configuration to plan")
     parser.add_argument(

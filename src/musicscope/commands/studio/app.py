@@ -15,15 +15,15 @@ import tempfile
 from typing import Any
 
 from musicscope.commands.generate import usual_guidance
-from musicscope.commands.options import device, whole
 from musicscope.commands.studio import logic
+from musicscope.core.command_line import Parser, whole
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "100mb"
 """Largest uploaded file."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of ``musicscope studio``."""
     add = parser.add_argument
     add(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 65535),
         help="port of the page; default the first free one from 7860",
     )
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_device()
     add("--open", action="store_true", help="open the page in the browser")
 
 

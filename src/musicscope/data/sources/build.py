@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from musicscope.config import PrepareData, RecordingLimits
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
-from musicscope.core.io import partial_dir, publish_dir, read_json, write_json, write_text
+from musicscope.core.io import publish_dir, read_json, scratch_dir, write_json, write_text
 from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
@@ -204,9 +204,8 @@ def write_recordings(
     print(describe(scan, config), file=sys.stderr)
     key = {"recordings": VERSION, "config": asdict(config), "seed": seed,
            "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
-    folder = partial_dir(key)
-    publish_dir(_collect(folder, scan, config, processes, separate), out)
-    shutil.rmtree(folder, ignore_errors=True)
+    with scratch_dir(key) as folder:
+        publish_dir(_collect(folder, scan, config, processes, separate), out)
 
 
 def _collect(

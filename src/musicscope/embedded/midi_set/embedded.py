@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from musicscope.config import PrepareData
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
+from musicscope.core.parallel import follow_parent
 from musicscope.core.stats import auroc
 from musicscope.data import wheel_assets as assets
 from musicscope.data.clips import ClipStore, write_clips
@@ -122,7 +123,7 @@ def render_all(
     total = sum(job.count * (2 if job.kind == "pair" else 1) for job in jobs)
     args = [(job, seed, config.seconds) for job in jobs]
     bar = tqdm(total=total, desc="rendering", unit="clip")
-    with ProcessPoolExecutor(max(processes, 1)) as pool:
+    with ProcessPoolExecutor(max(processes, 1), initializer=follow_parent) as pool:
         # The slow jobs (pairs) come last in the store and start first.
         started = sorted(range(len(jobs)), key=lambda i: jobs[i].kind != "pair")
         futures = {i: pool.submit(run_job, args[i]) for i in started}

@@ -21,6 +21,7 @@ from transformers import (
 
 from musicscope.config import Pretrain
 from musicscope.core.io import atomic_dir, read_json, write_json, write_text
+from musicscope.core.parallel import follow_parent
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.embedded.midi_set.corpus import make_clip
 from musicscope.embedded.midi_set.embedded import FONTS, load_splits, load_synths
@@ -59,7 +60,7 @@ def render_corpus(folder: Path, clips: int, seed: int, processes: int) -> np.nda
         )
         rows: list[dict[str, object]] = []
         chunks = [(i, min(i + CHUNK, clips), seed) for i in range(0, clips, CHUNK)]
-        with ProcessPoolExecutor(processes) as pool:
+        with ProcessPoolExecutor(processes, initializer=follow_parent) as pool:
             for first, part, labels in tqdm(
                 pool.map(_render_chunk, chunks),
                 total=len(chunks),
@@ -136,7 +137,9 @@ def get_codes(folder: Path, clips: int, processes: int) -> np.ndarray:
     if not path.exists():
         chunks = [(folder, i, min(i + CHUNK, clips)) for i in range(0, clips, CHUNK)]
         # Spawned, because a forked process would inherit torch's threads in a broken state.
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), follow_parent
+        ) as pool:
             parts = list(tqdm(pool.map(_encode_chunk, chunks), total=len(chunks), desc="encoding"))
         np.save(path.with_suffix(".tmp.npy"), np.concatenate(parts))
         path.with_suffix(".tmp.npy").replace(path)

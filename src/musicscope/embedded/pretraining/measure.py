@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from musicscope.core.command_line import Parser, run_program, whole
 from musicscope.core.seeding import seed_for
-from musicscope.core.user_outputs import OutputError, new_folder
+from musicscope.core.user_outputs import new_folder
 from musicscope.data import wheel_assets as assets
 from musicscope.data.taxonomy import PITCHED_FAMILIES
 from musicscope.embedded.pretraining.corpus import (
@@ -77,13 +78,11 @@ def held_out_clips(
 
 def main(argv: list[str] | None = None) -> None:
     """Write one table per model of the folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder that holds one folder per model")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the tables")
-    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
-    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--clips", type=whole(2), default=64, help="held-out clips")
+    parser.add_argument("--seed", type=whole(0), default=20)
     add_material_options(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -111,7 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OutputError as error:
-        sys.exit(str(error))
+    run_program(main)

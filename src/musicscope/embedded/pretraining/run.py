@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from musicscope.core.command_line import Parser, json_object, number, run_program, whole
 from musicscope.core.io import write_json
 from musicscope.core.seeding import seed_for
-from musicscope.core.user_outputs import OutputError, new_folder
+from musicscope.core.user_outputs import new_folder
 from musicscope.embedded.nano.evaluation import code_use, log_mel_distance, si_sdr
 from musicscope.embedded.nano.text_training import TextConfig, train_text_encoder
 from musicscope.embedded.pretraining.codec import (
@@ -331,22 +332,27 @@ def train_decoder(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for the models")
     add_material_options(parser)
-    parser.add_argument("--minutes", type=float, default=600.0, help="for everything")
-    parser.add_argument("--shares", type=json.loads, default={}, metavar="JSON",
+    parser.add_argument("--minutes", type=number(above=0), default=600.0, help="for everything")
+    parser.add_argument("--shares", type=json_object(SHARES), default={}, metavar="JSON",
                         help=f"per phase; default {json.dumps(SHARES)}")  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2) - 1, 1))
-    parser.add_argument("--scenes", type=int, default=1000, help="scenes to render")
-    parser.add_argument("--first-scenes", type=int, default=100, help="wait for so many at first")
-    parser.add_argument("--clips", type=int, default=4000, help="clips to encode for the decoders")
-    parser.add_argument("--codec-batch", type=int, default=8, help="crops of a second per step")
-    parser.add_argument("--decoder-batch", type=int, default=4, help="clips per step")
-    parser.add_argument("--codec", type=json.loads, default={}, metavar="JSON",
+    parser.add_device()
+    parser.add_argument("--processes", type=whole(1), default=max((os.cpu_count() or 2) - 1, 1))
+    parser.add_argument("--scenes", type=whole(1), default=1000, help="scenes to render")
+    parser.add_argument(
+        "--first-scenes", type=whole(1), default=100, help="wait for so many at first"
+    )
+    parser.add_argument(
+        "--clips", type=whole(1), default=4000, help="clips to encode for the decoders"
+    )
+    parser.add_argument(
+        "--codec-batch", type=whole(1), default=8, help="crops of a second per step"
+    )
+    parser.add_argument("--decoder-batch", type=whole(1), default=4, help="clips per step")
+    keys = [field.name for field in fields(CodecConfig)]
+    parser.add_argument("--codec", type=json_object(keys), default={}, metavar="JSON",
                         help="fields of CodecConfig to change")  # fmt: skip
     parser.add_argument("--no-graphs", action="store_true", help="run each GPU kernel by itself")
     parser.add_argument("--start", type=Path, metavar="FOLDER",
@@ -359,7 +365,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="train the codec's decoder alone, of the models in this folder, "
                         "and write them to --out; their codes do not change")  # fmt: skip
     parser.add_argument("--until", choices=("codec", "tokens", "all"), default="all")
-    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--seed", type=whole(0), default=20)
     return parser.parse_args(argv)
 
 
@@ -466,7 +472,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OutputError as error:
-        sys.exit(str(error))
+    run_program(main)

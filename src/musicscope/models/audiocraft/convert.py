@@ -11,9 +11,7 @@ OUT must be a new or an empty folder.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +20,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from musicscope.core.user_outputs import NewFolder, OutputError, new_folder
+from musicscope.core.command_line import Parser, run_program
+from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.models.audiocraft.loading import (
     CODEC_FILE,
     MODEL_FILE,
@@ -358,20 +357,17 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("direction", choices=["to-audiocraft", "to-transformers"])
     parser.add_argument("source", type=Path, help="folder to read")
     parser.add_argument("out", type=Path, help="folder to write: new, or empty")
     parser.add_argument("--text-revision", help="commit of the T5's hub page (to-transformers)")
     given = parser.parse_args()
-    try:
-        if given.direction == "to-audiocraft":
-            to_audiocraft(given.source, given.out)
-        else:
-            to_transformers(given.source, given.out, given.text_revision)
-    except OutputError as error:
-        sys.exit(f"audiocraft.convert: {error}")
+    if given.direction == "to-audiocraft":
+        to_audiocraft(given.source, given.out)
+    else:
+        to_transformers(given.source, given.out, given.text_revision)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
