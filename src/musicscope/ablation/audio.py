@@ -16,7 +16,6 @@ is the same with and without ablation, so the distance shows the ablation alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ def ablate(
     return Scores(SCALE, tuple(kinds), points, distance[:, None], values)
 
 
-def summary(scores: Scores) -> dict[str, Any]:
+def summary(scores: Scores) -> dict[str, object]:
     """Numbers beside the hook points': distance, names, and each score's counterpart."""
     return {
         "distance": scores.loss.mean(),

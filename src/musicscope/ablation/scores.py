@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from musicscope.core import plots
+from musicscope.core.io import Metrics
 from musicscope.core.stats import bootstrap_groups
 
 
@@ -96,7 +96,7 @@ def ablation_table(
     """
     if len(groups) != len(scores.loss):
         raise ValueError(f"{len(groups)} groups for {len(scores.loss)} clips")
-    rows: dict[tuple[int, str], dict[str, Any]] = {
+    rows: dict[tuple[int, str], dict[str, object]] = {
         (i, kind): {"layer": i, **({} if scores.scale.numbered else {"hook_point": point})}
         | {"kind": kind}
         for kind in scores.kinds
@@ -119,7 +119,9 @@ def ablation_table(
     return pd.DataFrame(rows.values())
 
 
-def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str]) -> dict[str, Any]:
+def ablation_metrics(
+    scores: Scores, table: pd.DataFrame, groups: Sequence[str]
+) -> dict[str, object]:
     """Nest numbers for `dvc metrics`: clips, groups, layers.<i>.<kind>.{kl,kl_low,kl_high,...}."""
     shown = [f"{name}{end}" for name in scores.values for end in ("", "_low", "_high")]
     layers: dict[str, dict[str, dict[str, float]]] = {}
@@ -147,7 +149,7 @@ def ablation_figure(scores: Scores, table: pd.DataFrame, name: str) -> Figure:
 
 
 def select_layers(
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     slots: Sequence[str],
     kind: str,
     score: str,

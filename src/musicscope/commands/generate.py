@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -85,7 +84,7 @@ def slug(prompt: str) -> str:
 
 
 def write_files(
-    folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, Any]
+    folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, object]
 ) -> dict[str, Path]:
     """Add <stem>-<kind>.wav of every kind to a folder, and `about` beside them.
 
@@ -108,7 +107,7 @@ def write_files(
     return dict(zip(sounds, paths, strict=True))
 
 
-def describe(steering: Steering) -> dict[str, Any]:
+def describe(steering: Steering) -> dict[str, object]:
     """List the edits, JSON-able."""
     end = steering.schedule[1]
     return {
@@ -198,7 +197,7 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
     }
 
 
-Job = tuple[dict[str, Any], str, tuple[Sound, Sound]]
+Job = tuple[dict[str, object], str, tuple[Sound, Sound]]
 """Settings, title, and both sounds."""
 
 
@@ -265,7 +264,7 @@ def _judges() -> Judges | None:
 
 
 def _hand_over(
-    out: Path, requests: Mapping[str, str], settings: dict[str, Any], title: str,
+    out: Path, requests: Mapping[str, str], settings: dict[str, object], title: str,
     pair: tuple[Sound, Sound], judges: Judges | None,
 ) -> None:  # fmt: skip
     """Write both sounds with their settings, and print files and scores."""

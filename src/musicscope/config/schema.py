@@ -12,7 +12,7 @@ import json
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -142,7 +142,7 @@ def _explain(error: ErrorDetails, known: Known) -> str:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def _references(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+def _references(value: object, location: Location = ()) -> Iterator[tuple[Location, str]]:
     """Places and texts of all strings that refer to another key."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
@@ -151,7 +151,7 @@ def _references(value: Any, location: Location = ()) -> Iterator[tuple[Location,
         yield location, value
 
 
-def _completed(raw: dict[str, Any], cls: type, bases: Mapping[str, str]) -> dict[str, Any]:
+def _completed(raw: dict, cls: type, bases: Mapping[str, str]) -> dict:
     """Fill each section of `bases` up with the values of the section that it is based on."""
     types, complete = typing.get_type_hints(cls), dict(raw)
     for name, base in bases.items():

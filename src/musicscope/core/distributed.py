@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,9 @@ RAY_RETRIES = 5
 """How often a job runs again after its worker or node died. An error in the job is raised."""
 RAY_ENVIRONMENT = ("DVC_ROOT", "HF_HUB_OFFLINE")
 """Variables that workers of Ray get from this process."""
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 Workers = Callable[[int], contextlib.AbstractContextManager[parallel.Run]]
 """Opens a `map` over a number of processes, as `parallel.workers` does."""
@@ -227,7 +230,7 @@ def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
     gpus = 1 if device.startswith("cuda") else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_ray_job)
 
-    def run(function: Callable, jobs: Iterable) -> Iterator[Any]:
+    def run(function: Callable, jobs: Iterable) -> Iterator:
         shared, folder = ray.put(function), os.getcwd()
         yield from map(ray.get, [task.remote(folder, shared, job) for job in jobs])
 
@@ -238,7 +241,7 @@ def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
             ray.shutdown()
 
 
-def _ray_job(folder: str, function: Callable, job: Any) -> Any:
+def _ray_job(folder: str, function: Callable[[J], R], job: J) -> R:
     """Run one job in a worker."""
     os.chdir(folder)
     torch.set_num_threads(1)

@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+Metrics = dict[str, Any]
+"""Numbers and text nested by name, JSON-able: a metrics file, or a part of one."""
 
-def _plain(value: Any) -> Any:
+
+def _plain(value: object) -> object:
     """Turn numpy scalars, arrays and floats into JSON values with six significant digits."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -34,7 +37,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` with sorted keys and six significant digits, atomically."""
     write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
 
@@ -105,7 +108,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def partial_dir(key: Any) -> Path:
+def partial_dir(key: object) -> Path:
     """Make a scratch folder named by a hash of the inputs `key` (JSON-able), kept after a kill.
 
     It is below ``$DVC_ROOT/.dvc/tmp/partial`` (DVC sets DVC_ROOT for its stages, also in temporary

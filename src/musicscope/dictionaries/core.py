@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ class TopKSAE(SparseDictionary):
             "threshold": torch.tensor(self.threshold, dtype=torch.float32),
         }
 
-    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, trainer: Mapping[str, object] | None = None) -> None:
         """Write ae.pt + config.json (dictionary_learning loads them) and sae.safetensors.
 
         `trainer` is added to config.json's "trainer" section (lr, steps, seed, lm_name ...).
@@ -428,7 +428,7 @@ class UniversalSAE(SparseDictionary):
         """Return the rows of a model, [F, d], in normalised units (unit norm for a usae)."""
         return self.weights[model].W_dec
 
-    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, trainer: Mapping[str, object] | None = None) -> None:
         """Write usae.safetensors and config.json; `trainer` goes under its "trainer" key."""
         folder = Path(folder)
         tensors = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from musicscope.models.interface import (
     AudioModel,
     Batch,
     Hook,
+    Hooks,
     MusicModel,
     is_audio_model,
 )
@@ -55,7 +55,7 @@ def cross_entropies(
     losses: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
     for batch in batches:
         kinds = {"ablated": lambda x: mean.expand_as(x), "sae": sae.reconstruct}
-        hooks: dict[str, Any] = {
+        hooks: dict[str, Hooks] = {
             name: {layer: replace_frames(kind, batch.frames)} for name, kind in kinds.items()
         }
         for name, values in losses.items():
@@ -70,7 +70,7 @@ def spectral_distances(
 ) -> Losses:
     """Measure the `spectral_distance` of each clip to its reconstruction by an audio model."""
     distances: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    hooks: dict[str, Any] = {
+    hooks: dict[str, Hooks] = {
         "ablated": {layer: lambda x, _: mean.to(x).expand_as(x)},
         "sae": {layer: lambda x, _: sae.reconstruct(x)},
     }

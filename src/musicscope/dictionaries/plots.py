@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from musicscope.core import plots
-from musicscope.core.io import write_text
+from musicscope.core.io import Metrics, write_text
 from musicscope.dictionaries.evaluation import (
     DENSITY_EDGES,
     density_histogram,
     firing_entropy,
     relative_norms,
 )
-from musicscope.dictionaries.runs import MISPAIRED, Metrics, SaeOutcome, SharedOutcome
+from musicscope.dictionaries.runs import MISPAIRED, SaeOutcome, SharedOutcome
 from musicscope.dictionaries.training import LOG_COLUMNS, six_digits
 
 SHARES = np.linspace(0, 1, 21)
@@ -79,7 +78,7 @@ def histogram(named: dict[str, np.ndarray]) -> pd.DataFrame:
 
     NaN (a latent that never fires) is in no bin.
     """
-    table: dict[str, Any] = {"low": SHARES[:-1].round(6), "high": SHARES[1:].round(6)}
+    table: dict[str, object] = {"low": SHARES[:-1].round(6), "high": SHARES[1:].round(6)}
     for name, values in named.items():
         table[name] = np.histogram(values[np.isfinite(values)], SHARES)[0]
     return pd.DataFrame(table)
@@ -108,7 +107,7 @@ def write_r2(folder: str | Path, metrics: Metrics) -> None:
     names = list(metrics["models"].values())
     M = len(names)
 
-    def matrix(values: dict[str, Any]) -> np.ndarray:
+    def matrix(values: dict[str, float]) -> np.ndarray:
         return np.array([[values[f"r2_{i}_{j}"] for j in range(M)] for i in range(M)])
 
     head = {key: entry["value"] for key, entry in metrics["headline"].items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from musicscope.config.analysis import MatchFeatures
 from musicscope.core import plots, stats
-from musicscope.core.io import write_text
+from musicscope.core.io import Metrics, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.splits import (
@@ -48,7 +47,7 @@ EDGES = np.linspace(-0.2, 1.0, 49)
 """Histogram of correlations; lower ones count in the first bin."""
 
 
-def probe_table(result: dict[str, Any]) -> pd.DataFrame:
+def probe_table(result: Metrics) -> pd.DataFrame:
     """Make one row per (concept, representation, set) of `probes.run_probes`.
 
     ``sae_k016`` is a k-sparse probe; ``sae_minus_dense`` has paired differences of AUROC; pair sets
@@ -75,7 +74,7 @@ def probe_table(result: dict[str, Any]) -> pd.DataFrame:
 def latent_table(
     rows: pd.DataFrame,
     pools: Pools,
-    result: dict[str, Any],
+    result: Metrics,
     n_bootstrap: int,
     seed: int,
     concept: str = MAIN,
@@ -94,7 +93,7 @@ def latent_table(
     order, difference = rank_by_difference(codes[train], has[train])
     records = []
     for rank, latent in enumerate(order[:top], start=1):
-        record: dict[str, Any] = {"rank": rank, "latent": int(latent), "pooling": pooling}
+        record: dict[str, object] = {"rank": rank, "latent": int(latent), "pooling": pooling}
         record["difference"] = difference[latent]
         record["clips_active"] = (codes[train, latent] > 0).mean()
         scores = codes[:, latent].astype(np.float64) * np.sign(difference[latent])
@@ -161,7 +160,7 @@ def _quality(match: Match, threshold: float) -> dict[str, float]:
     return entry
 
 
-def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> dict[str, Any]:
+def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> dict[str, object]:
     """Compare SAE with SAE: matched pairs as a share of the latents of `a` and of `b`.
 
     heldout_font_matched_*: the same pairs scored on the test compositions in the held-out
@@ -169,7 +168,7 @@ def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> 
     """
     match = comparison.matches[a, b]
     first, second = (comparison.codes[m, "sae"] for m in (a, b))
-    entry: dict[str, Any] = {"pairs": (match.partner >= 0).sum()}
+    entry: dict[str, object] = {"pairs": (match.partner >= 0).sum()}
     entry["matched_pairs"] = (match.score > threshold).sum()
     entry["musical_pairs"] = match.musical(threshold).sum()
     entry |= {k: v for k, v in _quality(match, threshold).items() if k in ("mean", "null_mean")}
@@ -184,7 +183,7 @@ def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> 
     return entry
 
 
-def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
+def set_sizes(comparison: Comparison, threshold: float) -> dict[str, float]:
     """Count the latents in each set by model, the common tuples with their interval, and a null.
 
     The null of `common`, for two models, is the number of pairs that fit the same definition when
@@ -196,7 +195,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
     counts = scores[1:, ~scores[0]].sum(1)
     match = matches[models[0], models[1]]
     common = Estimate.from_resamples(counts[0], counts[1:], match.compositions, "features")
-    sizes: dict[str, Any] = common.named("common", "common_low", "common_high")
+    sizes: dict[str, float] = common.named("common", "common_low", "common_high")
     sizes["positional"] = (scores[0] & scores[1]).sum()
     if len(models) == 2:
         sizes["null_common"] = match.share(threshold, 1)["null_musical"]
@@ -209,7 +208,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
 
 def metrics(
     comparison: Comparison, features: pd.DataFrame, skipped: dict[str, int], section: MatchFeatures
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Make metrics/match_features.json; shares are of all latents of a dictionary, dead ones too.
 
     sae_sae.<a>_<b> and its null; seeds.<model>: seed 1 instead of another model's SAE, the ceiling;
@@ -222,7 +221,7 @@ def metrics(
         shares = [match.share(t)["matched"] for match in matches]
         spread = {"matched_seeds_lowest": min(shares), "matched_seeds_highest": max(shares)}
         usae[model] = _quality(matches[0], t) | spread
-    aligned: dict[str, Any] = {"skipped": skipped}
+    aligned: dict[str, object] = {"skipped": skipped}
     for (kind, model), part in features.groupby(["kind", "model"], sort=False):
         significant = part["concept_p"] <= LEVEL
         aligned[f"{kind}_{model}"] = {

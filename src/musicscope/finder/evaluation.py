@@ -7,15 +7,13 @@ clips that all lack the concept show how often the finder reports a feature wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from musicscope.config.concepts import FindConcept
 from musicscope.core import plots, stats
+from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.features.association import rank_by_auroc
@@ -26,7 +24,7 @@ TOP = 10
 
 def examine(
     means: np.ndarray, groups: np.ndarray, sets: Sets, section: FindConcept, seed: int, *name: str
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, Metrics]:
     """Rank a concept's features and evaluate them: the table, and the numbers for the metrics.
 
     `means` [clips, F] and `groups` [clips] are of all clips, in the order of the clip table; clips
@@ -38,7 +36,7 @@ def examine(
         x, labels, section.permutations, section.stability_draws, seed, train_groups
     )
     significant = (table["q"] <= section.q).to_numpy()
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "with": int(labels.sum()), "without": int((~labels).sum()), "tested": len(table),
         "discoveries": int(significant.sum()),
     }  # fmt: skip
@@ -74,7 +72,7 @@ def few_recordings(
     test_auroc: np.ndarray | None,
     section: FindConcept,
     seed: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compare draws of `section.few` clips per side with the table made from all clips.
 
     any_discovery: share of draws with any discovery; discoveries: their mean number; agree: share
@@ -106,7 +104,7 @@ def few_recordings(
 
 def without_concept(
     x: np.ndarray, groups: np.ndarray, section: FindConcept, seed: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Run the finder on two sets of clips that both lack the concept: the null.
 
     any_discovery: share of draws of `section.few` clips per side with any discovery, at most q if
@@ -139,7 +137,7 @@ def without_concept(
     }  # fmt: skip
 
 
-def plot_concepts(model: str, metrics: Mapping[str, Any]) -> Figure:
+def plot_concepts(model: str, metrics: Metrics) -> Figure:
     """Plot test AUROC of each concept's best feature, and how often few recordings find any."""
     figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.0))
     width = 0.8 / max(1, len(metrics))

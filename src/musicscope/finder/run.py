@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -207,7 +206,7 @@ def _find_in_folders(
 
 def find_all(
     subject: Subject, section: FindConcept, seed: int, out: Path
-) -> tuple[list[pd.DataFrame], dict[str, dict[str, Any]]]:
+) -> tuple[list[pd.DataFrame], dict[str, dict[str, object]]]:
     """Find every concept of params.find_concept and write the folder `out`.
 
     Returns tables and {dictionary: {concept: numbers}}. ValueError if one side of a concept is a

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -145,7 +144,9 @@ def _control_table(result: Result) -> pd.DataFrame:
     )
 
 
-def _mean_interval(values: pd.Series, key: str, bootstrap: int, seed: int) -> dict[str, Any]:
+def _mean_interval(
+    values: pd.Series, key: str, bootstrap: int, seed: int
+) -> dict[str, float | None]:
     """Mean over features and its interval (features resampled); None where it is undefined."""
     values = values.dropna()
     low = high = None
@@ -162,7 +163,7 @@ def headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
     tokens or (heard, alone) of the sound.
     """
     count = sum(not latent.is_null for latent in result.plan.latents)
-    head: dict[str, Any] = {"features": count, "skipped": len(result.skipped)}
+    head: dict[str, float | None] = {"features": count, "skipped": len(result.skipped)}
     ratios = _control_table(result)
     null, ratios = ratios[ratios["null"]], ratios[~ratios["null"]]
     if result.plan.not_searched:
@@ -178,12 +179,12 @@ def headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
     return {key: None if value is None else float(value) for key, value in head.items()}
 
 
-def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
+def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
     seed = seed_for(result.plan.seed, "maximize", "bootstrap")
     bootstrap = result.plan.section.bootstrap
     is_null = table["role"].isin(NULL_ROLES)
     nulls, real = table[is_null], table[~is_null]
-    head: dict[str, Any] = {}
+    head: dict[str, float | None] = {}
 
     def by_feature(rows: pd.DataFrame, key: str) -> pd.Series:
         return rows.groupby("feature", sort=False)[key].mean()
@@ -214,12 +215,12 @@ def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
     return head
 
 
-def metrics(result: Result) -> dict[str, Any]:
+def metrics(result: Result) -> dict[str, object]:
     """Compute the numbers of metrics/maximize_*: headline, log_prob quantiles, every feature."""
     table, plan = search_table(result), result.plan
-    features: dict[str, Any] = {}
+    features: dict[str, object] = {}
     for column, latent in enumerate(plan.latents):
-        entry: dict[str, Any] = {"role": latent.role, "concept": latent.concept or "none"}
+        entry: dict[str, object] = {"role": latent.role, "concept": latent.concept or "none"}
         for place, model in enumerate(plan.names):
             searches = {}
             if len(table):
@@ -381,11 +382,13 @@ def write_audio(result: Result, folder: Path, clips: ClipStore) -> None:
     write_json(folder / "index.json", index)
 
 
-def _by_model(plan: Plan, values: Sequence[Any]) -> dict[str, Any]:
+def _by_model(plan: Plan, values: Sequence | np.ndarray) -> dict[str, object]:
     return dict(zip(plan.names, values, strict=True))
 
 
-def _write_search(result: Result, column: int, i: int, folder: Path, rate: int) -> dict[str, Any]:
+def _write_search(
+    result: Result, column: int, i: int, folder: Path, rate: int
+) -> dict[str, object]:
     """Write the audio of search number i; return its entry of the index."""
     search, scale, plan = result.searches[i], result.scale[:, column], result.plan
     file = f"{search.latent.name}-{search.variant}.wav"
@@ -408,7 +411,7 @@ def _write_search(result: Result, column: int, i: int, folder: Path, rate: int) 
 
 def _write_moment(
     result: Result, column: int, i: int, folder: Path, clips: ClipStore
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the audio of moment number i of a latent; return its entry of the index."""
     plan, moments = result.plan, result.moments[column]
     moment, hop = moments[i], clips.sample_rate / plan.frame_rate

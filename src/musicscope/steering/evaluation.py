@@ -11,10 +11,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from musicscope.core.io import Metrics
 from musicscope.core.stats import Statistic, mean_of, percentile_interval, resample_weights
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import Request
@@ -186,7 +186,7 @@ def quality(
 
 def outcome(
     scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
-) -> dict[str, Any]:
+) -> Metrics:
     """Compute all numbers of one condition for one request.
 
     success: see `success_of`; wanted (wanted_plain): share of all samples with the wanted verdict
@@ -197,7 +197,7 @@ def outcome(
     weights = scorer.weights(plain)
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
     judges = [j for j in plain.probabilities if _known(scorer, j, concept)]
-    found: dict[str, Any] = entry(
+    found: Metrics = entry(
         "success", success_of(scorer, plain, steered, concept, direction), weights
     )
     found |= entry("change", nanmean_of(change_of(plain, steered, at, judges, sign)), weights)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,7 +182,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error
 
 
-def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
+def summary_of(recipe: Recipe, most: int = 4) -> dict[str, object]:
     """Return the best latents of a recipe by every score, for metrics."""
     return {
         score: {

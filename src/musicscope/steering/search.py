@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
+from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.steering.conditions import Measurement, Open, run_conditions
 from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
@@ -212,7 +212,7 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
     return chosen
 
 
-def _settings(row: Mapping[str, Any] | pd.Series) -> Settings:
+def _settings(row: Mapping | pd.Series) -> Settings:
     """Read the settings in a row of the search table."""
     values = {field.name: row[field.name] for field in fields(Settings)}
     values |= {"strength": float(row["strength"]), "n_features": int(row["n_features"])}
@@ -285,7 +285,7 @@ class Result:
     measured: Mapping[Condition, Measurement]
 
     @cached_property
-    def outcomes(self) -> dict[tuple[str, str, Request], dict[str, Any]]:
+    def outcomes(self) -> dict[tuple[str, str, Request], Metrics]:
         """`evaluation.outcome` on test data by edit ("guitar off" or the pair), method, request."""
         table = {}
         for edit, conditions in self.edits.items():

@@ -99,7 +99,7 @@ def _leave(request: gr.Request) -> None:
 # --- parts of the page ------------------------------------------------------------------------
 
 
-def _input_fields(name: str, guidance: float | None) -> dict[str, Any]:
+def _input_fields(name: str, guidance: float | None) -> dict[str, object]:
     """Make fields for prompt, seed, seconds, guidance and branch."""
     prompt = gr.Textbox(
         "A slow, sparse piece with guitar and strings.", label="Prompt", elem_id=f"{name}-prompt",
@@ -148,7 +148,7 @@ def _shown(outcome: logic.Outcome) -> list[Any]:
     return [*map(logic.int16, both), *map(logic.picture, both), logic.scores_html(outcome)]
 
 
-def _input(fields: dict[str, Any], values: dict[Any, Any]) -> Any:
+def _input(fields: dict[str, object], values: dict[Any, Any]) -> Any:
     return logic.input_of(*(values[fields[k]] for k in ("prompt", "seconds", "seed", "guidance")))
 
 
