@@ -19,7 +19,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeVar
@@ -113,7 +113,7 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Ranks]:
+def join() -> Generator[Ranks]:
     """Connect to the other ranks until the block ends; ALONE if no launcher started several.
 
     CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
@@ -159,7 +159,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start(compute: ComputeSettings) -> Iterator[Engine]:
+def start(compute: ComputeSettings) -> Generator[Engine]:
     """Start the engine of `compute`, at the beginning of a stage's main.
 
     For torchrun this process becomes the launcher of `compute.processes` ranks, each of which runs
@@ -204,7 +204,7 @@ def _become_torchrun(processes: int) -> None:
 
 
 @contextlib.contextmanager
-def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
+def ray_workers(processes: int, device: str = "cpu") -> Generator[parallel.Run]:
     """Give a `map` over a Ray cluster; ``run(function, jobs)`` yields in the order of the jobs.
 
     `processes` is the size of a cluster that is started here; a running cluster decides itself. As

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Generator[Path]:
     """Give a temporary path in the same folder, which replaces `path` when the block ends.
 
     A reader of `path` sees the whole old file or the whole new one. After an error the temporary
@@ -94,7 +94,7 @@ def folder_sha256(folder: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
+def atomic_dir(path: str | Path) -> Generator[Path]:
     """Give a new sibling folder that replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def publish_dir(partial: Path, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def sole_user(scratch: Path) -> Iterator[None]:
+def sole_user(scratch: Path) -> Generator[None]:
     """Wait until no other process works in `scratch`, and make others wait until the block ends.
 
     A killed `dvc` leaves its stage running, which would move the folder away under the next run.

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 
@@ -21,7 +21,7 @@ Run = Callable[[Callable, Iterable], Iterator]
 
 
 @contextlib.contextmanager
-def workers(processes: int) -> Iterator[Run]:
+def workers(processes: int) -> Generator[Run]:
     """Give a `map` over that many processes, which stay (with what they have loaded) to the end.
 
     ``run(function, jobs)`` yields function(job) in the order of the jobs. With more than one

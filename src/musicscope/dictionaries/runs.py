@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -226,7 +226,7 @@ def scratch_key(plan: Plan) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def sole_user(scratch: Path, ranks: Ranks) -> Iterator[None]:
+def sole_user(scratch: Path, ranks: Ranks) -> Generator[None]:
     """Wait while another run works in `scratch`: the first rank holds the lock for all."""
     with io.sole_user(scratch) if ranks.leads else contextlib.nullcontext():
         ranks.wait()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -330,7 +330,7 @@ class LayerwiseModel:
         return frames
 
     @contextlib.contextmanager
-    def _conditional(self, rows: slice) -> Iterator[None]:
+    def _conditional(self, rows: slice) -> Generator[None]:
         """Set `conditional_rows` for the time of a generation."""
         self.conditional_rows = rows
         try:

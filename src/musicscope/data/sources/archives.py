@@ -12,7 +12,7 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) ->
 
 
 @contextlib.contextmanager
-def _archive_errors(path: Path) -> Iterator[None]:
+def _archive_errors(path: Path) -> Generator[None]:
     """Turn errors of tarfile, its decompressors and pyarrow into ArchiveError."""
     try:
         yield

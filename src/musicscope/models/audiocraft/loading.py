@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def check_supported(config: DictConfig, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _local_t5(conditioners: Any, folder: Path, width: int) -> Iterator[None]:
+def _local_t5(conditioners: Any, folder: Path, width: int) -> Generator[None]:
     """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
     from transformers import AutoTokenizer
 

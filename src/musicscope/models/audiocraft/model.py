@@ -12,7 +12,7 @@ own modules run. Two things differ from `MusicgenModel`:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ class AudiocraftDecoder:
         return Context(positions, text, None if bool(words.all()) else words, None)
 
     @contextlib.contextmanager
-    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
+    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Generator[Step]:
         """Give the step function of a generation; audiocraft's layers keep keys and values."""
         past = 0
         first: list[Context] = []

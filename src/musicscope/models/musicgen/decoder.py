@@ -8,7 +8,7 @@ forward and generate(). The sequence layout is in `musicscope.models.musicgen.de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +96,7 @@ class LayerwiseDecoder:
         )
 
     @contextlib.contextmanager
-    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
+    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Generator[Step]:
         """Give the step function of a generation of `positions` positions.
 
         `text` [rows, L, d_text], `text_mask` [rows, L]. Keys and values are kept until the block

@@ -8,7 +8,7 @@ module's own program runs, whatever else is in it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def edited(name: str, hook: Hook, values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Generator[None]:
     """Seed torch's global generators, from which exports draw, and restore them afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
