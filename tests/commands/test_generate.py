@@ -197,7 +197,7 @@ def test_missing_models_and_recipes_are_named(folder, monkeypatch):
     assert "data/steering/other has no recipes: run dvc repro steer" in message
     assert "dvc pull data/steering/other" in message
     monkeypatch.setattr(session, "load_model", lambda name, device: SimpleNamespace())
-    monkeypatch.setattr(session, "is_audio_model", lambda model: True)
+    monkeypatch.setattr(session, "AudioModel", SimpleNamespace)
     assert "generates nothing from a prompt" in refused(*BASE, "--on", "guitar")
     monkeypatch.undo()
     monkeypatch.chdir(folder)

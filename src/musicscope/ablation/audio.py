@@ -49,7 +49,7 @@ def replacing(kind: str, mean: Tensor | None = None) -> Hook:
         raise ValueError('the kind "mean" needs the means of training clips, see audio.sums')
 
     def replace(activations: Tensor, positions: Tensor) -> Tensor:
-        if kind == "zero":
+        if mean is None or kind == "zero":
             return torch.zeros_like(activations)
         return mean[0].to(activations).expand_as(activations)
 

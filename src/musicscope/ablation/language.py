@@ -54,6 +54,8 @@ def ablated(
         return before
     if kind == "zero":
         return torch.zeros_like(after)
+    if mean is None:
+        raise ValueError('the kind "mean" needs the means of training clips')
     return before + mean.to(before)[groups.where(groups >= 0, 1)]
 
 

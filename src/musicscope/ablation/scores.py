@@ -137,7 +137,7 @@ def ablation_figure(scores: Scores, table: pd.DataFrame, name: str) -> Figure:
     for axis, (score, title) in zip(axes[0], scale.titles.items(), strict=True):
         for series, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
             low, high = rows[f"{score}_low"], rows[f"{score}_high"]
-            plots.interval_curve(axis, rows["layer"], rows[score], low, high, kind, series)
+            plots.interval_curve(axis, rows["layer"], rows[score], low, high, str(kind), series)
         axis.set(title=f"{name}: {title}", ylabel=scale.unit)
         if scale.numbered:
             axis.set(xlabel="layer")

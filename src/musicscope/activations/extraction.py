@@ -29,8 +29,8 @@ from musicscope.activations.writer import StoreWriter, shard_spans
 from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import partial_dir, publish_dir, sole_user
 from musicscope.core.parallel import workers
-from musicscope.data.clips import ClipStore, ResampledClips
-from musicscope.models.interface import AudioModel, MusicModel
+from musicscope.data.clips import Clips
+from musicscope.models.interface import AudioModel, MusicModel, language_model
 from musicscope.models.registry import Sources
 
 
@@ -101,7 +101,7 @@ def hook_names(model: MusicModel[Any], chosen: Mapping[str, int]) -> dict[str, s
 
 def plan(
     model: MusicModel[Any],
-    clips: ClipStore | ResampledClips,
+    clips: Clips,
     layers: Mapping[str, str],
     *,
     dtype: str,
@@ -258,7 +258,8 @@ def _write_shard(
                 if tokens is None:
                     batch = model.encode(clips.audio(rows), captions)
                 else:
-                    batch = model.with_captions(token_cache.read_codes(tokens, rows), captions)
+                    codes = token_cache.read_codes(tokens, rows)
+                    batch = language_model(model).with_captions(codes, captions)
                 found = model.capture(batch, names)
         except Exception as error:
             error.add_note(f"while extracting the clips {plan.clips['id'].iloc[rows].tolist()}")

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from musicscope.core.io import atomic_file, partial_dir
-from musicscope.models.interface import MusicModel
+from musicscope.data.clips import Rows
+from musicscope.models.interface import MusicModel, language_model
 from musicscope.models.registry import Sources
 
 CHUNK = 8  # clips encoded together: fixed, so that tokens never depend on who asks for them
@@ -77,6 +77,7 @@ def missing(folder: Path, clips: int) -> list[int]:
 def write_chunk(sources: Sources, folder: Path, chunk: int) -> int:
     """Encode one chunk of clips and keep its tokens; return its number of clips."""
     model, clips = sources()
+    model = language_model(model)
     rows = list(range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(clips.rows))))
     try:
         codes = model.encode(clips.audio(rows), [None] * len(rows)).codes.cpu().numpy()
@@ -89,7 +90,7 @@ def write_chunk(sources: Sources, folder: Path, chunk: int) -> int:
     return len(rows)
 
 
-def read_codes(folder: Path, rows: Sequence[int]) -> torch.Tensor:
+def read_codes(folder: Path, rows: Rows) -> torch.Tensor:
     """Read tokens of the given clips, int64 [n, K, T]. ValueError names a damaged file."""
     found = []
     for row in rows:

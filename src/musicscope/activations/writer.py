@@ -172,8 +172,9 @@ class StoreWriter:
 
     def finish(self) -> ActivationStore:
         """Merge the statistics, write the manifest last, and open the store."""
-        records = [self._finished(i) for i in range(len(self.spans))]
-        if absent := [i for i, record in enumerate(records) if record is None]:
+        found = [self._finished(i) for i in range(len(self.spans))]
+        records = [record for record in found if record is not None]
+        if absent := [i for i, record in enumerate(found) if record is None]:
             raise StoreError(f"{self.folder}: shards {absent} are not written or damaged")
         total = Moments.of(np.empty((0, self.width)))
         shards = []

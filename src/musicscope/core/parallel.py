@@ -48,9 +48,10 @@ def _start() -> None:
     """Compute with one thread, and exit when the parent is killed: workers would wait for ever."""
     parent = multiprocessing.parent_process()
 
-    def follow_parent() -> None:
-        connection.wait([parent.sentinel])
+    def follow(sentinel: int) -> None:
+        connection.wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(1)

@@ -240,14 +240,14 @@ def new_folder(
     Raises:
         OutputError: the folder has contents, is a file, is an input, or cannot be made.
     """
-    if given is None and default is None:
-        raise ValueError("a folder, or a default, is needed")
     if given is not None:
         target = real_path(given, option)
         name = spelled(given, target)
-    else:
-        name = Path(os.fspath(default))  # type: ignore[arg-type]
+    elif default is not None:
+        name = Path(os.fspath(default))
         target = real_path(name.parent, option) / name.name
+    else:
+        raise ValueError("a folder, or a default, is needed")
     free = target if given is not None else _first_free(target)
     check_apart(name if given is not None else free, inputs or {}, option)
     if stages:

@@ -18,8 +18,7 @@ from musicscope.models.interface import (
     Batch,
     Hook,
     Hooks,
-    MusicModel,
-    is_audio_model,
+    LanguageModel,
 )
 from musicscope.models.registry import open_sources
 
@@ -49,7 +48,7 @@ def replace_frames(replacement: Callable[[Tensor], Tensor], frames: int) -> Hook
 
 @torch.no_grad()
 def cross_entropies(
-    model: MusicModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
+    model: LanguageModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
 ) -> Losses:
     """Measure cross-entropy in nats per token: VARIANTS of `layer`, whose mean is [d]."""
     losses: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
@@ -110,7 +109,7 @@ def measure_losses(
             yield model.encode(clips.audio(part), captions)
 
     layer = store.config["layer"]
-    if is_audio_model(model):
+    if isinstance(model, AudioModel):
         return spectral_distances(model, layer, sae, mean, batches()), SPECTRAL
     with torch.no_grad():
         return cross_entropies(model, layer, sae, mean, batches()), CE

@@ -222,7 +222,8 @@ def metrics(
         spread = {"matched_seeds_lowest": min(shares), "matched_seeds_highest": max(shares)}
         usae[model] = _quality(matches[0], t) | spread
     aligned: dict[str, object] = {"skipped": skipped}
-    for (kind, model), part in features.groupby(["kind", "model"], sort=False):
+    for kind, model in features[["kind", "model"]].drop_duplicates().itertuples(index=False):
+        part = features[(features["kind"] == kind) & (features["model"] == model)]
         significant = part["concept_p"] <= LEVEL
         aligned[f"{kind}_{model}"] = {
             "latents": len(part),

@@ -25,7 +25,7 @@ def family_report(
     probabilities: np.ndarray,
     labels: np.ndarray,
     families: Sequence[str],
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     bootstrap: int,
     seed: int,
 ) -> Metrics:

@@ -117,7 +117,7 @@ def log_probs(objective: Objective, codes: Tensor, streams: Sequence[Tensor]) ->
     """Compute log p per code [M, B] in nats, continuing from the streams of `activations`."""
     values = []
     for target, stream in zip(objective.targets, streams, strict=True):
-        (layer,) = target.model.by_layer({target.layer: lambda stream, _: stream})
+        layer = [point.name for point in target.model.hook_points].index(target.layer)
         parts = []
         for part, hidden in zip(codes.split(BATCH), stream.split(BATCH), strict=True):
             batch = _unconditional(target.model, part)
@@ -166,7 +166,7 @@ def gains(objective: Objective, codes: Tensor) -> Gains:
             total = None if logits is None else _log_prob(logits, batch.codes).sum()
         (gradient,) = torch.autograd.grad(value, inputs, retain_graph=natural)
         activation.append(target.model.substitution_gains(codes, gradient[0]))
-        if total is not None:
+        if total is not None and logits is not None:
             (gradient,) = torch.autograd.grad(total, inputs)
             own = logits[0].detach().log_softmax(-1)
             own = own - own.gather(-1, codes[..., None])

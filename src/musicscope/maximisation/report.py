@@ -32,7 +32,7 @@ from musicscope.core import plots
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import bootstrap_groups
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import Clips
 from musicscope.features.selection import Latent
 from musicscope.maximisation.moments import excerpt_start
 from musicscope.maximisation.run import NULL_VARIANTS, SOUND, Plan, Result
@@ -49,7 +49,7 @@ WHOLE_CLIP_CONTROLS = (
 )  # fmt: skip
 
 
-def write(result: Result, name: str, clips: ClipStore) -> None:
+def write(result: Result, name: str, clips: Clips) -> None:
     """Write data/<name>, metrics/<name>.json and plots/<name>.{csv,png} of a run.
 
     `clips` are at the sample rate of the audio.
@@ -346,7 +346,7 @@ def _label(latent: Latent, model: str, several: bool) -> str:
 # --- audio ------------------------------------------------------------------------------------
 
 
-def write_audio(result: Result, folder: Path, clips: ClipStore) -> None:
+def write_audio(result: Result, folder: Path, clips: Clips) -> None:
     """Write WAV files (16 bit) and index.json to an existing folder; nulls have no audio."""
     plan = result.plan
     features = [
@@ -410,7 +410,7 @@ def _write_search(
 
 
 def _write_moment(
-    result: Result, column: int, i: int, folder: Path, clips: ClipStore
+    result: Result, column: int, i: int, folder: Path, clips: Clips
 ) -> dict[str, object]:
     """Write the audio of moment number i of a latent; return its entry of the index."""
     plan, moments = result.plan, result.moments[column]

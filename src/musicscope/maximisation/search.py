@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from musicscope.maximisation.objective import Objective, activations, exact, gains, log_probs
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import LanguageModel
 
 ALTERNATIVES = 4  # best codes per position that proposals draw from
 LEAST_AUDIBLE = 8  # fewest changed codes where sound is judged: most single changes are inaudible
@@ -63,7 +63,7 @@ def propose(
 class Codec:
     """The codec of searches that are judged by sound: tokens after decoding and encoding."""
 
-    model: MusicModel
+    model: LanguageModel
     survival: Tensor
     """[K] fraction of each codebook's codes that decoding and encoding leave unchanged."""
     first: int = 0

@@ -90,6 +90,14 @@ class LayerwiseModel:
     num_position_groups: int
     plain_sampling: Mapping[str, float]
 
+    def at_frames(self, stream: Tensor, frames: int) -> Tensor:
+        """Select the positions of frames: [B, S, d] to [B, T, d]."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Turn codes [B, K, T] into audio [B, n]."""
+        raise NotImplementedError
+
     def __init__(
         self,
         name: str,
@@ -272,7 +280,7 @@ class LayerwiseModel:
     @torch.no_grad()
     def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
         """-log p(codes) [B, K, T] in nats, float32."""
-        logits = self.forward(batch, hooks).float()
+        logits = self._logits(self._run(batch, self.by_layer(hooks)), batch).float()
         return F.cross_entropy(logits.flatten(0, 2), batch.codes.flatten(), reduction="none").view(
             batch.codes.shape
         )

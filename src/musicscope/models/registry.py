@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from musicscope.core.io import read_json
-from musicscope.data.clips import ClipStore, ResampledClips, at_rate
+from musicscope.data.clips import Clips, ClipStore, at_rate
 from musicscope.models import hub
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import Model
 
-Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
+Sources = Callable[[], tuple[Model, Clips]]
 """Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
 
 
@@ -35,7 +35,7 @@ class System:
     detect: Callable[[Path, dict[str, Any]], bool]
     """(folder or file, its config.json or {}) -> whether it holds a model of this family."""
 
-    def load(self, path: Path, **options: Any) -> MusicModel:
+    def load(self, path: Path, **options: Any) -> Model:
         """Load the model in a folder or file."""
         module, name = self.loader.split(":")
         return getattr(importlib.import_module(module), name).load(path, **options)
@@ -68,7 +68,7 @@ def load_model(
     revision: str | None = None,
     system: str | None = None,
     **options: Any,
-) -> MusicModel:
+) -> Model:
     """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
     The folder's files decide the family (`SYSTEMS`); `system` names one where there are two (the
@@ -98,9 +98,7 @@ def load_model(
 
 
 @functools.cache
-def open_sources(
-    model: str, clips: str, device: str = "cpu"
-) -> tuple[MusicModel, ClipStore | ResampledClips]:
+def open_sources(model: str, clips: str, device: str = "cpu") -> tuple[Model, Clips]:
     """Load a model and open the clips at its sample rate, once per process.
 
     Give it to workers through functools.partial.

@@ -149,6 +149,8 @@ def _lookup(tree: Json, dotted: str, absent: Sequence[str] = ()) -> float | None
                 return None
             raise KeyError(dotted)
         tree = tree[part]
+    if isinstance(tree, dict | list | str):
+        raise KeyError(dotted)
     return tree
 
 

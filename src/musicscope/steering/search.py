@@ -198,7 +198,7 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
     """
     if "spectral_cost" in table:  # an audio model: there is no cross-entropy to keep within budget
         table = table.assign(ce_cost=0.0)
-    chosen = {}
+    chosen: Choices = {}
     for method, rows in table.groupby("method", sort=False):
         best = {}
         for branch, part in rows.groupby("branch", sort=False):
@@ -208,7 +208,7 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
             branch: pd.DataFrame(p)["change"].fillna(-1.0).mean() for branch, p in best.items()
         }
         for row in best[max(means, key=means.__getitem__)]:
-            chosen[method, (row["concept"], row["direction"])] = _settings(row)
+            chosen[str(method), (row["concept"], row["direction"])] = _settings(row)
     return chosen
 
 
@@ -305,7 +305,7 @@ class Result:
 
     def requests_of(self, edit: str) -> tuple[Request, ...]:
         """Requests that an edit fulfils."""
-        return parse_pair(edit) if edit in self.joints else (tuple(edit.rsplit(" ", 1)),)
+        return parse_pair(edit if edit in self.joints else "-".join(edit.rsplit(" ", 1)))
 
     def of(self, edit: str, method: str) -> Measurement:
         """Measurement of a method on the samples of an edit."""

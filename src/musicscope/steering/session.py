@@ -20,12 +20,12 @@ from musicscope.core.audio import resample
 from musicscope.core.io import read_json
 from musicscope.judges.pair import Judges
 from musicscope.models.hooks import chain
-from musicscope.models.interface import Hook, is_audio_model
+from musicscope.models.interface import AudioModel, Hook, Model, audio_model, language_model
 from musicscope.models.registry import load_model
 from musicscope.steering.conditions import JUDGE_RATE
 from musicscope.steering.edit import Steering, steering_hook
 from musicscope.steering.recipes import DIRECTIONS, recipe_folder
-from musicscope.steering.subjects import Model, finite_audio, frame_rate_at, other_noise
+from musicscope.steering.subjects import finite_audio, other_noise
 
 MODELS = "data/models"
 MAX_SECONDS = 120.0
@@ -203,11 +203,11 @@ class Session:
         ValueError: it is of the other kind.
         """
         model = load_model(name, device)
-        if audio and not is_audio_model(model):
+        if audio and not isinstance(model, AudioModel):
             raise ValueError(
                 f"{name} makes music from words: give --prompt TEXT in place of --audio FILE"
             )
-        if not audio and is_audio_model(model):
+        if not audio and isinstance(model, AudioModel):
             raise ValueError(
                 f"{name} turns audio into audio and generates nothing from a prompt: musicscope "
                 "generate --audio FILE edits a recording with it"
@@ -229,7 +229,7 @@ class Session:
                     f"the SAE has width {steering.sae.width}, {layer} of {model.name} {width}: "
                     "they are not of one model; run dvc repro steer"
                 )
-            hooks.append(steering_hook(model, steering, frame_rate_at(model, layer)))
+            hooks.append(steering_hook(model, steering, model.frame_rates[layer]))
         return {layer: chain(*hooks)} if hooks else {}
 
     def draw(
@@ -242,14 +242,14 @@ class Session:
         """
         model, hooks = self.model, self._hooks(source, layer, steering, tick)
         if isinstance(source, AudioInput):
-            batch = model.encode(torch.from_numpy(source.audio)[None])
+            own = audio_model(model)
+            batch = own.encode(torch.from_numpy(source.audio)[None])
             if source.seed:
                 batch = other_noise(batch, "seed", source.seed)
-            audio = finite_audio(model.reconstruct(batch, hooks))
+            audio = finite_audio(own.reconstruct(batch, hooks))
             return Sound(audio[0], model.sample_rate, None)
-        scale = {} if source.guidance is None else {"guidance_scale": source.guidance}
-        audio, codes = model.generate(
-            [source.prompt or None], source.seconds, source.seed, hooks or None, **scale
+        audio, codes = language_model(model).generate(
+            [source.prompt or None], source.seconds, source.seed, hooks or None, source.guidance
         )
         return Sound(audio[0].float().cpu().numpy(), model.sample_rate, codes[0].cpu())
 

@@ -15,7 +15,7 @@ noise of a sample depends on the sample alone, so only the edit differs from pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -27,11 +27,17 @@ from musicscope.config.concepts import Steer
 from musicscope.core.audio import resample, spectra, spectral_distance
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, known_labels, main_clips
-from musicscope.models.interface import AudioBatch, AudioModel, Hook, MusicModel, is_audio_model
+from musicscope.models.interface import (
+    AudioBatch,
+    AudioModel,
+    Hook,
+    Model,
+    audio_model,
+    language_model,
+)
 from musicscope.steering.methods import METHODS, Condition, Request, Selection
 from musicscope.steering.prompts import edit_prompt, make_prompts
 
-Model = MusicModel | AudioModel
 LEAST_GROUPS = 2
 """Groups of clips that an interval needs."""
 
@@ -42,18 +48,14 @@ class Rendering:
 
     audio: np.ndarray
     """float32 [n, samples] at the model's rate"""
-    codes: Tensor | None = None
-    """[n, K, T] of generated samples"""
-
-
-def frame_rate_at(model: Model, layer: str) -> float:
-    """Frames per second at a hook point; each point of an audio model has its own rate."""
-    return model.frame_rates[layer] if is_audio_model(model) else model.frame_rate
+    codes: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[n, K, T] of generated samples, else empty"""
 
 
 def _sides(requests: Sequence[Request]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Concepts to switch off, and concepts to switch on."""
-    return tuple(tuple(c for c, d in requests if d == side) for side in ("off", "on"))
+    off, on = (tuple(c for c, d in requests if d == side) for side in ("off", "on"))
+    return off, on
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,9 @@ class Prompts:
             key = (name, condition.selection.split, first // self.batch, *again)
             yield texts[first : first + self.batch], seed_for(self.seed, "steer", *key)
 
-    def render(
-        self, model: MusicModel, condition: Condition, hooks: Mapping[str, Hook]
-    ) -> Rendering:
+    def render(self, model: Model, condition: Condition, hooks: Mapping[str, Hook]) -> Rendering:
         """Generate audio and codes of all prompts."""
-        audio, codes = [], []
+        model, audio, codes = language_model(model), [], []
         for texts, seed in self.batches(model.name, condition):
             sound, tokens = model.generate(
                 texts, self.seconds, seed, dict(hooks), guidance_scale=self.guidance
@@ -127,12 +127,13 @@ class Prompts:
         return Rendering(np.concatenate(audio), torch.cat(codes))
 
     def costs(
-        self, model: MusicModel, condition: Condition, rendering: Rendering
+        self, model: Model, condition: Condition, rendering: Rendering
     ) -> dict[str, np.ndarray]:
         """ce [n]: cross-entropy under the unsteered model, nats per code.
 
         There is no caption: music with a concept that the prompt does not name is no worse for it.
         """
+        model = language_model(model)
         parts = [
             model.cross_entropy(model.with_captions(part, [None] * len(part))).mean((1, 2))
             for part in rendering.codes.split(self.batch)
@@ -225,18 +226,16 @@ class Clips:
             return model.reconstruct(other_noise(batch, "again"))
         return model.reconstruct(batch, dict(hooks))
 
-    def render(
-        self, model: AudioModel, condition: Condition, hooks: Mapping[str, Hook]
-    ) -> Rendering:
+    def render(self, model: Model, condition: Condition, hooks: Mapping[str, Hook]) -> Rendering:
         """Pass all clips through the model."""
-        at, parts = self.chosen(condition.selection), []
+        model, at, parts = audio_model(model), self.chosen(condition.selection), []
         for first in range(0, len(at), self.batch):
             batch = model.encode(self.audio(at[first : first + self.batch], model.sample_rate))
             parts.append(finite_audio(self.play(model, condition.method, batch, hooks)))
         return Rendering(np.concatenate(parts))
 
     def costs(
-        self, model: AudioModel, condition: Condition, rendering: Rendering
+        self, model: Model, condition: Condition, rendering: Rendering
     ) -> dict[str, np.ndarray]:
         """spectral [n]: distance from the plain reconstruction; ce [n] is NaN."""
         plain = rendering
@@ -254,7 +253,9 @@ def make_subject(
     model: Model, section: Steer, seed: int, clips: ClipStore | None = None
 ) -> Subject:
     """Make the subject for a model; an audio model needs `clips`."""
-    if is_audio_model(model):
+    if isinstance(model, AudioModel):
+        if clips is None:
+            raise ValueError(f"{model.name} is steered on clips: open data/clips for it")
         return Clips(seed, section.seconds, section.batch, clips)
     return Prompts(
         seed, section.seconds, section.batch, section.guidance, section.concepts, section.words

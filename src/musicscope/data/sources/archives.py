@@ -12,7 +12,7 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def stream(
 
 
 def _entry(
-    name: str, size: int, done: int, left: dict[str, Recording], listed: set[str],
+    name: str, size: int, done: int, left: dict[str, Recording], listed: Set[str],
     read: Callable[[], bytes],
 ) -> Item | None:  # fmt: skip
     """Make the item of one archive entry and take it out of `left`; None if not requested."""
@@ -94,13 +94,13 @@ def _entry(
     return Item(done, left.pop(key), read)
 
 
-def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: Set[str]) -> Iterator[Item]:
     before = 0
     for path in paths:
         with path.open("rb") as raw, _archive_errors(path):
             tar = tarfile.open(fileobj=raw, mode="r|*")  # noqa: SIM115  closed with `raw`
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember every member
+                tar.members.clear()  # ty: ignore[missing-attribute]  it would remember every member
                 done = before + raw.tell()
                 if member.isdir():
                     continue
@@ -136,10 +136,12 @@ def _archive_errors(path: Path) -> Generator[None]:
 
 def _read_member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     with _archive_errors(path):
-        return tar.extractfile(member).read()
+        if (stream := tar.extractfile(member)) is None:
+            raise tarfile.TarError(f"{member.name} is no file")
+        return stream.read()
 
 
-def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: Set[str]) -> Iterator[Item]:
     done = 0
     for path in paths:
         try:
@@ -156,7 +158,7 @@ def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) ->
                     yield item
 
 
-def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: Set[str]) -> Iterator[Item]:
     for done, (key, recording) in enumerate(list(left.items()), start=1):
         # The metadata's own names lead no further than the folder; links in it are the user's.
         found = next((p / key for p in paths if (p / key).is_file()), None)
@@ -165,7 +167,7 @@ def _folder(paths: Sequence[Path], left: dict[str, Recording], listed: set[str])
             yield Item(done, recording, lambda found=found: found)
 
 
-def _parquet(paths: Sequence[Path], left: dict[str, Recording], listed: set[str]) -> Iterator[Item]:
+def _parquet(paths: Sequence[Path], left: dict[str, Recording], listed: Set[str]) -> Iterator[Item]:
     done = 0
     for path in paths:
         with _archive_errors(path):

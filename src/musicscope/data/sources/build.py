@@ -141,9 +141,10 @@ def _read(item: Item) -> bytes | Path | Problem | None:
     if item.problem is not None:
         return item.problem
     try:
-        return item.read()
+        return item.read()  # ty: ignore[not-callable]  set where there is no problem
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
-        return Problem(item.recording.name, "corrupt", str(error))
+        name = item.recording.name  # ty: ignore[missing-union-attribute]  as above
+        return Problem(name, "corrupt", str(error))
 
 
 def decoded_clips(
@@ -162,7 +163,8 @@ def decoded_clips(
                 decoded, problems = Decoded(), [payload]
             else:
                 decoded = next(results)
-                problems = [Problem(item.recording.name, *p) for p in decoded.problems]
+                name = item.recording.name  # ty: ignore[missing-union-attribute]  as above
+                problems = [Problem(name, *p) for p in decoded.problems]
             done = ahead if i == first else 0
             if not done:  # else counted before its first clip was written
                 progress.count(decoded, problems)
@@ -276,7 +278,9 @@ def measure(store: ClipStore, seed: int) -> dict[str, object]:
     rng = np.random.default_rng(seed_for(seed, "recordings", "cues"))
     picked = np.sort(rng.permutation(len(at))[:CUE_CLIPS])
     return {
-        "clips": {"-".join(key): int(n) for key, n in counts.items()},
+        "clips": {
+            "-".join(map(str, key)): int(n) for key, n in zip(counts.index, counts, strict=True)
+        },
         "groups": {s: int(n) for s, n in rows.groupby("split")["group"].nunique().items()},
         "labels": labels,
         "share_with": shares,

@@ -146,7 +146,7 @@ def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Pat
         else:
             valid = str(row["is_valid_subset"]).strip().lower() == "true"
             good.append(Caption(row["caption"], track, artist, valid, row["path"]))
-    return good, problems, shards or (table,)
+    return good, problems, shards or ((table,) if table else ())
 
 
 def _check_columns(path: Path, names: list[str]) -> None:

@@ -58,8 +58,8 @@ def _stand_in(package: str) -> list[str]:
 
         # The one function that audiocraft calls with torch's attention backend, and a mask of which
         # it needs no more than the name.
-        sys.modules["xformers.ops"].unbind = torch.unbind
-        sys.modules["xformers.ops"].LowerTriangularMask = type("LowerTriangularMask", (), {})
+        mask = type("LowerTriangularMask", (), {})
+        vars(sys.modules["xformers.ops"]).update(unbind=torch.unbind, LowerTriangularMask=mask)
     return names
 
 

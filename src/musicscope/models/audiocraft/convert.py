@@ -31,6 +31,7 @@ from musicscope.models.audiocraft.loading import (
     read_checkpoint,
     text_encoder_folder,
 )
+from musicscope.models.musicgen.decoder import part_configs
 from musicscope.models.musicgen.loading import load_parts
 
 State = dict[str, Tensor]
@@ -167,16 +168,16 @@ def _new(source: str | Path, out: str | Path) -> AbstractContextManager[NewFolde
 
 def _to_audiocraft(source: str | Path, folder: Path) -> None:
     hf, tokenizer = load_parts(Path(source), torch.device("cpu"), torch.float32)
+    decoder_config, codec = part_configs(hf.config)
     language, compression = audiocraft_configs(hf, "t5-base")
     weights = decoder_to_audiocraft(hf.state_dict())
     projection = WHOLE[-1][1]
     if f"{projection}weight" not in weights:  # equal widths: transformers leaves it out
-        width = hf.config.decoder.hidden_size
+        width = decoder_config.hidden_size
         weights[f"{projection}weight"], weights[f"{projection}bias"] = (
             torch.eye(width),
             torch.zeros(width),
         )
-    codec = hf.config.audio_encoder
     codec_weights = codec_to_audiocraft(
         hf.audio_encoder.state_dict(), list(codec.upsampling_ratios), codec.num_residual_layers
     )
@@ -238,7 +239,8 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
     generation.do_sample = True
     generation.guidance_scale = float(language.classifier_free_guidance.inference_coef)
     hf.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer.save_pretrained(folder)  # ty: ignore[missing-union-attribute]  of T5, which has one
 
 
 def main() -> None:

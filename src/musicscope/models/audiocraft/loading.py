@@ -222,8 +222,9 @@ def build_language_model(
         model = builders.get_lm_model(config)
     _fill(model, weights, path)
     model = model.eval().to(dtype).requires_grad_(False)
-    model.condition_provider.conditioners["description"].t5.eval().float().requires_grad_(False)
-    model.cfg = config
+    text_encoder = model.condition_provider.conditioners["description"].t5
+    text_encoder.eval().float().requires_grad_(False)  # ty: ignore[missing-union-attribute]  module
+    model.cfg = config  # ty: ignore[invalid-assignment]  audiocraft's own code sets it like this
     return model, config
 
 

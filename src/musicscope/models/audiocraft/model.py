@@ -182,7 +182,9 @@ class AudiocraftDecoder:
             return block(hidden, cross_attention_src=context.text)
         # The same three steps, with the mask that audiocraft's cross-attention does not take.
         hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))
-        mixed = _attend(block.cross_attention, block.norm_cross(hidden), context)
+        mixed = _attend(
+            block.cross_attention, block.norm_cross(hidden), context.text, context.text_mask
+        )
         hidden = hidden + block.layer_scale_cross(mixed)
         return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
 
@@ -195,15 +197,15 @@ class AudiocraftDecoder:
         return torch.stack([head(s) for head, s in zip(self.lm.linears, read, strict=True)], 1)
 
 
-def _attend(attention: Any, query: Tensor, context: Context) -> Tensor:
+def _attend(attention: Any, query: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """Run audiocraft's cross-attention of query [rows, S, d], masked to the captions' tokens."""
     inner = attention if attention.custom else attention.mha
     weights = inner.in_proj_weight.chunk(3)
     biases = (None,) * 3 if inner.in_proj_bias is None else inner.in_proj_bias.chunk(3)
-    sources = (query, context.text, context.text)
+    sources = (query, text, text)
     q, k, v = (
         F.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for source, weight, bias in zip(sources, weights, biases, strict=True)
     )
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=context.text_mask[:, None, None])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     return inner.out_proj(mixed.transpose(1, 2).flatten(-2))

@@ -8,20 +8,32 @@ forward and generate(). The sequence layout is in `musicscope.models.musicgen.de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import MusicgenForConditionalGeneration
+from transformers import (
+    EncodecConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+)
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
 from musicscope.models import hooks as hooked
 from musicscope.models.interface import Hook
 from musicscope.models.language_model import run_layers
 from musicscope.models.musicgen.loading import main_device
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
 """(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
@@ -37,8 +49,24 @@ class Context:
     text: Tensor
     """[rows, L, d] as cross-attention reads it."""
     text_mask: Tensor | None
-    causal_mask: Tensor | None
+    causal_mask: Tensor | BlockMask | None
     cache: Cache | None = None
+
+
+def part_configs(config: MusicgenConfig) -> tuple[MusicgenDecoderConfig, EncodecConfig]:
+    """Give the configurations of decoder and codec; TypeError for other classes."""
+    decoder, codec = config.decoder, config.audio_encoder
+    if not isinstance(decoder, MusicgenDecoderConfig) or not isinstance(codec, EncodecConfig):
+        raise TypeError(f"{type(decoder).__name__} with {type(codec).__name__} is no MusicGen")
+    return decoder, codec
+
+
+def modules_of(kind: type[M], modules: Iterable[torch.nn.Module]) -> list[M]:
+    """Narrow modules to their class; TypeError for another, as of another transformers."""
+    found = [module for module in modules if isinstance(module, kind)]
+    if others := {type(m).__name__ for m in modules if not isinstance(m, kind)}:
+        raise TypeError(f"{kind.__name__} expected, found {sorted(others)}")
+    return found
 
 
 class LayerwiseDecoder:
@@ -46,8 +74,9 @@ class LayerwiseDecoder:
 
     def __init__(self, hf: MusicgenForConditionalGeneration) -> None:
         self.hf = hf
-        self.num_codebooks: int = hf.config.decoder.num_codebooks
-        self.num_layers: int = hf.config.decoder.num_hidden_layers
+        config, _ = part_configs(hf.config)
+        self.num_codebooks: int = config.num_codebooks
+        self.num_layers: int = config.num_hidden_layers
         self.calls = 0
         self._core = hf.decoder.model.decoder
         self.device = main_device(hf)
@@ -56,7 +85,7 @@ class LayerwiseDecoder:
     @property
     def tables(self) -> list[torch.nn.Embedding]:
         """Token embeddings, one for each codebook; row `card` is the special id."""
-        return list(self._core.embed_tokens)
+        return modules_of(torch.nn.Embedding, self._core.embed_tokens)
 
     @property
     def layers(self) -> torch.nn.ModuleList:
@@ -87,7 +116,7 @@ class LayerwiseDecoder:
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         return Context(positions, text, attend, self._causal(hidden, cache), cache)
 
-    def _causal(self, hidden: Tensor, cache: Cache | None) -> Tensor | None:
+    def _causal(self, hidden: Tensor, cache: Cache | None) -> Tensor | BlockMask | None:
         return create_causal_mask(
             config=self._core.config,
             inputs_embeds=hidden,
@@ -171,7 +200,7 @@ class Steps:
     ) -> None:
         """Text states [rows, L, d_text], mask [rows, L], and the number of positions to come."""
         self.decoder, self.position = decoder, 0
-        self.layers = decoder.layers
+        self.layers = modules_of(MusicgenDecoderLayer, decoder.layers)
         rows = len(text)
         self.captioned = text_mask.any(1).nonzero().squeeze(1)
         attention = self.layers[0].self_attn

@@ -109,7 +109,7 @@ def load_parts(
     if options and device_map is None:
         raise ValueError(f"{sorted(options)} need a device_map")
     # A folder must not be looked up on the hub when one of its files is missing.
-    hf, report = _Musicgen.from_pretrained(
+    hf, report = _Musicgen.from_pretrained(  # ty: ignore[not-iterable]  a pair with loading info
         folder,
         dtype=dtype,
         local_files_only=True,

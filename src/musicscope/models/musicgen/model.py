@@ -13,7 +13,7 @@ from transformers import MusicgenForConditionalGeneration
 
 from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
-from musicscope.models.musicgen.decoder import LayerwiseDecoder
+from musicscope.models.musicgen.decoder import LayerwiseDecoder, part_configs
 from musicscope.models.musicgen.delay_pattern import DelayPatternModel, text_states
 from musicscope.models.musicgen.loading import load_parts, main_device
 
@@ -26,7 +26,7 @@ class MusicgenModel(DelayPatternModel):
 
     def __init__(self, hf: MusicgenForConditionalGeneration, tokenizer: Any, name: str) -> None:
         self.hf, self.codec, self.tokenizer = hf.eval(), hf.audio_encoder, tokenizer
-        decoder, codec = hf.config.decoder, hf.config.audio_encoder
+        decoder, codec = part_configs(hf.config)
         if decoder.audio_channels != 1 or codec.audio_channels != 1:
             raise ValueError(f"{name} is a stereo MusicGen; only mono models are supported")
         start = hf.generation_config.decoder_start_token_id
