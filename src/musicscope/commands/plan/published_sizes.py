@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from musicscope.core.io import read_json
 
@@ -23,16 +23,11 @@ MUSICGEN = {
     "musicgen-large": {"hidden_size": 2048, "heads": 32, "layers": 48},
 }
 YUE_S1 = "YuE-s1-7B"
-YUE_CONFIG = {
-    "vocab_size": 83_968, "hidden_size": 4096, "intermediate_size": 11_008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 16_384,
-}  # fmt: skip
 RAVE_WIDTH, RAVE_RATE = 128, 44_100 / 2048
 """Dimensions and frame rate of the posterior mean of a v2 export."""
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """Recordings of a published data set, before filtering."""
 
     train: int
@@ -126,7 +121,11 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
     if plain in MUSICGEN:
         return _of_musicgen(name, musicgen_config(plain), "published sizes")
     if plain.startswith(YUE_S1):
-        return _of_llama(name, LlamaConfig(**YUE_CONFIG), "published sizes")
+        config = LlamaConfig(
+            vocab_size=83_968, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+            num_attention_heads=32, max_position_embeddings=16_384,
+        )  # fmt: skip
+        return _of_llama(name, config, "published sizes")
     exports = sorted(folder.glob("*.ts"))
     if exports or "rave" in plain.lower():
         origin = str(exports[0]) if exports else "published sizes"
@@ -141,22 +140,20 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
 def _audiocraft_config(folder: Path) -> MusicgenConfig:
     from transformers import T5Config
 
+    from musicscope.models.audiocraft import loading
     from musicscope.models.audiocraft.config import transformers_config
-    from musicscope.models.audiocraft.loading import (
-        CODEC_FILE,
-        MODEL_FILE,
-        TEXT_FOLDER,
-        read_checkpoint,
-    )
 
-    configs = (read_checkpoint(folder / file)[1] for file in (MODEL_FILE, CODEC_FILE))
-    text = folder / TEXT_FOLDER
+    files = (loading.MODEL_FILE, loading.CODEC_FILE)
+    configs = (loading.read_checkpoint(folder / file)[1] for file in files)
+    text = folder / loading.TEXT_FOLDER
     t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
     return transformers_config(*configs, t5)
 
 
 def _of_musicgen(name: str, config: MusicgenConfig, origin: str) -> Shape:
-    decoder, codec = config.decoder, config.audio_encoder
+    from musicscope.models.musicgen.decoder import part_configs
+
+    decoder, codec = part_configs(config)
     rate = codec.sampling_rate / math.prod(codec.upsampling_ratios)
     whole, core = _parameters("MusicgenForConditionalGeneration", config, "decoder")
     return Shape(
