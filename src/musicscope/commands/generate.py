@@ -46,7 +46,7 @@ from musicscope.steering.session import (
     check_requests,
     judge,
     read_audio,
-    score_rows,
+    score_table,
 )
 
 JUDGES = "data/judge"
@@ -126,9 +126,9 @@ def describe(steering: Steering) -> dict[str, object]:
 
 def table(scores: Scores, requests: Mapping[str, str]) -> str:
     """Format the scores of requested and of the most probable other families as lines."""
-    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in KINDS]
+    heads, rows = score_table(scores, requests)
     lines = ["  ".join(["family".ljust(20), *(head.rjust(len(head)) for head in heads)])]
-    for label, values in score_rows(scores, requests):
+    for label, values in rows:
         cells = [
             ("-" if v is None else f"{v:.3f}").rjust(len(h))
             for v, h in zip(values, heads, strict=True)

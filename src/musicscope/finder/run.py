@@ -9,7 +9,7 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +121,7 @@ def find_concept(
     audible: int = 4,
     moments: int = 3,
     seed: int = 0,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> ConceptReport:
     """Find features of `layer` that are higher in one folder of recordings than in another.
 
@@ -130,6 +131,7 @@ def find_concept(
         permutations: of the labels, for p; draws: of recordings, for the stability.
         q: limit of the corrected p for a discovery.
         audible: best features with excerpts; moments: excerpts per feature.
+        tick: gets the share of recordings that are done; an error in it ends the search.
 
     Raises:
         FileNotFoundError: a folder does not exist or is empty.
@@ -139,7 +141,7 @@ def find_concept(
         features = {"usae" if isinstance(features, UniversalSAE) else "sae": features}
     dictionaries = {name: dictionary(of, model.name) for name, of in features.items()}
     plan, problems = plan_recordings((with_dir, without_dir), seconds, windows)
-    scored, more = score_recordings(model, layer, dictionaries, plan)
+    scored, more = score_recordings(model, layer, dictionaries, plan, tick)
     problems += more
     labels = scored.labels
     usable = {"with": int(labels.sum()), "without": int((~labels).sum())}

@@ -289,19 +289,21 @@ def judge(judges: Judges, sounds: tuple[Sound, ...]) -> Scores:
     }
 
 
-def score_rows(
+def score_table(
     scores: Scores, requests: Mapping[str, str], most: int = 3
-) -> list[tuple[str, list[float | None]]]:
-    """Make rows (family; plain and steered by each judge in turn).
+) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Make heads and rows (family; plain and steered by each judge in turn).
 
     Requested families come first, with their request, then the `most` others of the highest
     probability.
     """
+    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in KINDS]
     first = next(iter(scores.values()))
     others = [f for f in first if f not in requests]
     others.sort(key=lambda f: -max((v for v in first[f] if v is not None), default=0.0))
-    return [
+    rows = [
         (" ".join([family, *([requests[family]] if family in requests else [])]),
          [value for by_family in scores.values() for value in by_family[family]])
         for family in [*(f for f in requests if f in first), *others[:most]]
     ]  # fmt: skip
+    return heads, rows
