@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from musicscope.commands import cli, options
+from musicscope.commands import cli
 
 FIND = ("find-concept", "--model", "m", "--with", "a", "--without", "b")
 DRAW = ("generate", "--model", "m", "--prompt", "music")
@@ -59,12 +59,12 @@ def test_a_device_that_is_not_there_is_named_before_any_work(words, monkeypatch,
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert options.device("auto") == "cuda"
-    assert options.device("cuda:1") == "cuda:1"
+    assert cli.device("auto") == "cuda"
+    assert cli.device("cuda:1") == "cuda:1"
     with pytest.raises(argparse.ArgumentTypeError, match="GPUs: 2"):
-        options.device("cuda:2")
+        cli.device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert options.device("auto") == "cpu"
+    assert cli.device("auto") == "cpu"
 
 
 @pytest.fixture

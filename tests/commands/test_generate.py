@@ -14,9 +14,9 @@ from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
 from musicscope.steering import session
-from musicscope.steering.prompts import edit_prompt
 from musicscope.steering.recipes import load_steering
 from musicscope.steering.session import Session, Sound, TextInput
+from musicscope.steering.subjects import edit_prompt
 from tests.support.steered import SLOT, StubJudges, make_steerable, other_sae
 
 PROMPT = "A calm guitar/piano piece: no. 1!"

@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 
 from musicscope.activations.token_cache import codec_sha256
 from musicscope.maximisation.moments import StudiedModel
-from musicscope.maximisation.objective import Objective, Target, exact, gains
 from musicscope.maximisation.run import unsearchable
-from musicscope.maximisation.search import search
+from musicscope.maximisation.search import Objective, Target, exact, gains, search
 from musicscope.models.audiocraft import compat as audiocraft_compat
 from musicscope.models.audiocraft import convert
 from musicscope.models.audiocraft.loading import read_checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from musicscope.commands.options import device, number, whole
+from musicscope.commands.cli import device, number, whole
 from musicscope.core.io import write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE

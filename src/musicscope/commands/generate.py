@@ -26,13 +26,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from musicscope.commands.options import device, number, whole
+from musicscope.commands.cli import device, number, whole
 from musicscope.config import load_params
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
 from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
-from musicscope.steering.prompts import edit_prompt
 from musicscope.steering.recipes import load_steering, recipe_folder
 from musicscope.steering.session import (
     KINDS,
@@ -48,6 +47,7 @@ from musicscope.steering.session import (
     read_audio,
     score_table,
 )
+from musicscope.steering.subjects import edit_prompt
 
 JUDGES = "data/judge"
 TRUST = "scores of one sound are rough; metrics/train_judge.json shows how reliable they are"

@@ -26,9 +26,8 @@ from musicscope.data.splits import (
 )
 from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
-from musicscope.features.matching import Match, correlations_of
+from musicscope.features.matching import NAMES, Match, common_tuples, correlations_of, tuple_scores
 from musicscope.features.run import FONT, Comparison
-from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
 LABELS = {
     "sae": "SAE",

@@ -24,8 +24,7 @@ from musicscope.data.clips import ClipStore
 from musicscope.data.decoding import Problem
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p
-from musicscope.finder.evaluation import examine
-from musicscope.finder.queries import concept_sets, is_query
+from musicscope.finder.evaluation import concept_sets, examine, is_query
 from musicscope.finder.recordings import Plan, differing_cues, plan_recordings
 from musicscope.finder.scores import (
     MOMENTS,

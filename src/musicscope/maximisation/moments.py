@@ -23,7 +23,7 @@ from musicscope.data.clips import Clips, Rows
 from musicscope.dictionaries.codes import by_batch
 from musicscope.dictionaries.core import SparseDictionary, TopKSAE, UniversalSAE
 from musicscope.features.selection import Latent
-from musicscope.maximisation.objective import BATCH, Target, window_means
+from musicscope.maximisation.search import BATCH, Target, window_means
 from musicscope.models.interface import LanguageModel, Model, language_model
 from musicscope.models.registry import load_model
 

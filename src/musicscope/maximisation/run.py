@@ -29,8 +29,7 @@ from musicscope.data.clips import Clips, main_clips
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation.moments import Measured, Moment, StudiedModel
-from musicscope.maximisation.objective import Objective
-from musicscope.maximisation.search import Codec, best_start, measure_survival, search
+from musicscope.maximisation.search import Codec, Objective, best_start, measure_survival, search
 from musicscope.models.interface import LanguageModel
 
 NULL_VARIANTS = ("prior", "heard")

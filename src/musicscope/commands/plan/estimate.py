@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from musicscope.commands.options import number, whole
+from musicscope.commands.cli import number, whole
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import Rate, StepRate

@@ -14,8 +14,8 @@ import os
 import tempfile
 from typing import TYPE_CHECKING
 
+from musicscope.commands.cli import device, whole
 from musicscope.commands.generate import usual_guidance
-from musicscope.commands.options import device, whole
 from musicscope.commands.studio import logic
 
 if TYPE_CHECKING:
