@@ -31,6 +31,7 @@ from musicscope.embedded.nano.pretraining import (
 )
 from musicscope.judges.musicnn import load_musicnn
 from musicscope.judges.report import family_report
+from musicscope.models.musicgen.model import MusicgenModel
 from musicscope.models.registry import load_model
 
 
@@ -61,6 +62,8 @@ def main() -> None:
             save_model(saved, model, tokenizer, model_card(args.model, config))
 
     model, store = load_model(out), ClipStore.open()
+    if not isinstance(model, MusicgenModel):
+        raise TypeError(f"{out} holds a {type(model).__name__}")
     bootstrap = config.bootstrap
     musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
     train_codes = get_codes(folder, config.clips, params.compute.processes)

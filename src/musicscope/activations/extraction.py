@@ -203,7 +203,7 @@ def _run(
         wanted = tokens and ranks.any(bool(pending))  # another rank's shards may need my chunks
         chunks = ranks.mine(token_cache.missing(tokens, len(clips.rows))) if wanted else []
         with workers(min(processes, max(len(pending), len(chunks), 1))) as run:
-            if chunks:
+            if tokens and chunks:
                 encode = functools.partial(token_cache.write_chunk, sources, tokens)
                 left = len(chunks) * token_cache.CHUNK
                 _follow("codec", run(encode, chunks), plan, left, ranks)
@@ -260,7 +260,7 @@ def _write_shard(
                 else:
                     codes = token_cache.read_codes(tokens, rows)
                     batch = language_model(model).with_captions(codes, captions)
-                found = model.capture(batch, names)
+                found = model.capture(batch, names)  # ty: ignore[invalid-argument-type]  its own
         except Exception as error:
             error.add_note(f"while extracting the clips {plan.clips['id'].iloc[rows].tolist()}")
             raise

@@ -78,7 +78,8 @@ class Moments:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Moments:
-        return cls(**value | {"mean": np.array(value["mean"]), "m2": np.array(value["m2"])})
+        mean, m2 = np.array(value["mean"]), np.array(value["m2"])
+        return cls(value["count"], mean, m2, value["norm_sum"])
 
 
 class StoreWriter:

@@ -71,7 +71,9 @@ class Evaluation:
         """Share of latents active on none of the frames evaluated."""
         return float((self.fired == 0).mean())
 
-    def interval(self, groups: Sequence[str], n: int, seed: int) -> tuple[float, float]:
+    def interval(
+        self, groups: Sequence[str] | np.ndarray, n: int, seed: int
+    ) -> tuple[float, float]:
         """Compute the 95 % bootstrap interval of explained_variance over groups of clips."""
         unexplained = ratio_of(self.squared_error, self.squares)
         low, high = bootstrap_groups(lambda w: 1 - unexplained(w), groups, n, seed)
@@ -221,7 +223,7 @@ def firings(values: Tensor, indices: Tensor, n_latents: int, tau: float) -> np.n
 def evaluate_shared(
     usae: UniversalSAE,
     clips: Iterable[Sequence[np.ndarray]],
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     tau: float,
 ) -> SharedEvaluation:
     """Evaluate a shared code in one pass over paired clips, [T, d_j] per model.

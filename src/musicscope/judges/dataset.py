@@ -155,7 +155,7 @@ def make_chunk(inputs: Inputs, chunk: Chunk) -> int:
         if not chunk.rows:  # clips of the store need no second copy
             arrays["audio"] = audio.astype(np.float16)
         with atomic_file(path) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **arrays)  # ty: ignore[invalid-argument-type]  arrays by name
     return chunk.count
 
 

@@ -262,7 +262,7 @@ def control_tokens(
     samples = [
         s.tokens.generate(
             captions, plan.frames / first.frame_rate, seed("samples", s.name),
-            **s.tokens.plain_sampling,
+            **s.tokens.plain_sampling,  # ty: ignore[invalid-argument-type]  options by name
         )
         for s in models
     ]  # fmt: skip

@@ -171,7 +171,9 @@ def decoded_clips(
             for number, (start, audio) in enumerate(decoded.clips):
                 if number >= done:
                     progress.items, progress.clips = i, number + 1
-                    yield audio, _row(source, item.recording, start, number, spec.windows)
+                    recording = item.recording  # there is one: it has clips
+                    row = _row(source, recording, start, number, spec.windows)  # ty: ignore[invalid-argument-type]
+                    yield audio, row
             progress.items, progress.clips = i + 1, 0
             bar(item.done)
 
@@ -199,7 +201,7 @@ def write_recordings(
          "separate": separate is not None, "inputs": _fingerprint(scan)}
     )  # fmt: skip
     if not (folder / REPORT).is_file():
-        progress = Progress(**(written(folder) or {}))
+        progress = Progress(**(written(folder) or {}))  # ty: ignore[invalid-argument-type]  as it was written
         limited = any(asdict(settings.limits).values())
         items = stream(scan.audio, scan.recordings, scan.listed, whole=not limited)
         decode = functools.partial(decode_job, separate=separate) if separate else decode_job
@@ -281,7 +283,7 @@ def measure(store: ClipStore, seed: int) -> dict[str, object]:
         "clips": {
             "-".join(map(str, key)): int(n) for key, n in zip(counts.index, counts, strict=True)
         },
-        "groups": {s: int(n) for s, n in rows.groupby("split")["group"].nunique().items()},
+        "groups": dict(rows.groupby("split")["group"].nunique()),
         "labels": labels,
         "share_with": shares,
         "trivial_cue_auroc": {"clips": _cue_aurocs(store, at[picked], guitar[picked])},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Pat
     return good, problems, shards or ((table,) if table else ())
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
+def _check_columns(path: Path, names: Sequence[str]) -> None:
     if missing := [c for c in CAPTION_COLUMNS if c not in names]:
         raise ValueError(f"{path} lacks the columns {missing}; it has {list(names)}")
 

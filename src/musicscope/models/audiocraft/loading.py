@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
             f"{path} is missing; an audiocraft folder holds {MODEL_FILE} and {CODEC_FILE}"
         )
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED):  # ty: ignore[invalid-argument-type]
             package = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )

@@ -178,7 +178,7 @@ class AudiocraftDecoder:
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
         """Run layer `index` on hidden [rows, S, d]."""
         block = self.lm.transformer.layers[index]
-        if context.text_mask is None:
+        if not isinstance(context.text_mask, Tensor):
             return block(hidden, cross_attention_src=context.text)
         # The same three steps, with the mask that audiocraft's cross-attention does not take.
         hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))

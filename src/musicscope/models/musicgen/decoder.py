@@ -48,7 +48,7 @@ class Context:
     """[S] places in the sequence."""
     text: Tensor
     """[rows, L, d] as cross-attention reads it."""
-    text_mask: Tensor | None
+    text_mask: Tensor | BlockMask | None
     causal_mask: Tensor | BlockMask | None
     cache: Cache | None = None
 

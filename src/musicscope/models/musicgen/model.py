@@ -39,7 +39,7 @@ class MusicgenModel(DelayPatternModel):
             num_codebooks=decoder.num_codebooks,
             width=decoder.hidden_size,
             card=decoder.vocab_size,
-            special=decoder.bos_token_id if start is None else start,
+            special=decoder.bos_token_id if start is None else start,  # ty: ignore[invalid-argument-type]
             guidance_scale=float(hf.generation_config.guidance_scale or 3.0),
         )
 
