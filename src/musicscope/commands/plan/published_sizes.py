@@ -8,7 +8,8 @@ upper bound (grouped key heads weigh less). A folder's own config.json takes pre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -119,7 +120,7 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
     if (folder / "state_dict.bin").is_file():
         return _of_musicgen(name, _audiocraft_config(folder), str(folder))
     if plain in MUSICGEN:
-        return _of_musicgen(name, musicgen_config(plain), "published sizes")
+        return replace(_published_musicgen(plain), name=name)
     if plain.startswith(YUE_S1):
         config = LlamaConfig(
             vocab_size=83_968, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
@@ -148,6 +149,11 @@ def _audiocraft_config(folder: Path) -> MusicgenConfig:
     text = folder / loading.TEXT_FOLDER
     t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
     return transformers_config(*configs, t5)
+
+
+@cache
+def _published_musicgen(name: str) -> Shape:
+    return _of_musicgen(name, musicgen_config(name), "published sizes")
 
 
 def _of_musicgen(name: str, config: MusicgenConfig, origin: str) -> Shape:
