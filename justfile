@@ -46,9 +46,11 @@ report:
 compare rev="HEAD" *other:
     dvc metrics diff "$@" --targets metrics/summary.json --no-path --md
 
+# ++ also sets a key that a section inherits, such as train_crosscoder.k
+
 # one experiment for each value, e.g. just sweep train_sae.k=16,32,64 (give several for a grid)
 sweep *sets="train_sae.k=16,32,64":
-    dvc exp run --queue $(printf -- '-S %s ' "${@:-train_sae.k=16,32,64}")
+    dvc exp run --queue $(printf -- '-S ++%s ' "${@:-train_sae.k=16,32,64}")
     dvc exp run --run-all
     just experiments
 

@@ -32,8 +32,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 
 from benchmarks.records import OUT_HELP, open_record  # noqa: E402
-from musicscope.commands.plan.measure import Rate, measure  # noqa: E402
 from musicscope.commands.plan.published_sizes import DATA_SETS, MUSICGEN, musicgen_config, shape_of  # noqa: E402
+from musicscope.commands.plan.rates import Rate, measure
 from musicscope.core.command_line import Parser, number, run_program, whole
 
 RESULT = "benchmarks/results/full_size.json"

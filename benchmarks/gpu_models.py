@@ -25,9 +25,9 @@ from transformers import BatchEncoding, EncodecConfig, EncodecModel
 
 from benchmarks.full_size import random_musicgen, tiny_config
 from benchmarks.gpu_parts import Record, relative_error, tf32, wait
-from musicscope.commands.plan.measure import measure as measure_rate
-from musicscope.commands.plan.measure import peak_bytes
 from musicscope.commands.plan.published_sizes import MUSICGEN, musicgen_config
+from musicscope.commands.plan.rates import measure as measure_rate
+from musicscope.commands.plan.rates import peak_bytes
 from musicscope.core.io import read_json
 from musicscope.models.musicgen import model as musicgen  # noqa: F401 (slow to load: before the clock runs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from musicscope.activations import extraction
 from musicscope.config import Params, load_params
@@ -30,7 +30,7 @@ def main() -> None:
 def extract(name: str, params: Params, engine: distributed.Engine) -> None:
     """Plan, run and sum up the extraction of model `name`; every rank comes here."""
     section = params.extract_activations
-    chosen = OmegaConf.load(f"metrics/layers/{name}.yaml")
+    chosen = DictConfig(OmegaConf.load(f"metrics/layers/{name}.yaml"))
     if missing := [slot for slot in params.slots if slot not in chosen]:
         sys.exit(f"metrics/layers/{name}.yaml lacks {missing}: run dvc repro select_layers")
     folder = f"data/models/{name}"

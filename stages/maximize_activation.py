@@ -62,7 +62,9 @@ def main() -> None:
         open_models, tuple(names), device, params.seed, with_sae=not args.shared
     )
     models = opener()
-    folders = common_frames([f"data/activations/{m.name}/{m.usae.slot}" for m in models])
+    slots = [m.usae.slot for m in models if m.usae is not None]
+    pairs = zip(names, slots, strict=True)
+    folders = common_frames([f"data/activations/{name}/{slot}" for name, slot in pairs])
     stores = [ActivationStore.open(folder) for folder in folders]
     first = models[0].model
     clips = at_rate(ClipStore.open("data/clips"), first.sample_rate)

@@ -32,6 +32,7 @@ from musicscope.embedded.nano.pretraining import (
 )
 from musicscope.judges.musicnn import load_musicnn
 from musicscope.judges.report import family_report
+from musicscope.models.musicgen.model import MusicgenModel
 from musicscope.models.registry import load_model
 from stages import run_stage
 
@@ -72,6 +73,8 @@ def train(name: str, params: Params, folder: Path, evaluate_only: bool) -> None:
             save_model(saved, model, tokenizer, model_card(name, config))
 
     model, store = load_model(out), ClipStore.open()
+    if not isinstance(model, MusicgenModel):
+        raise TypeError(f"{out} holds a {type(model).__name__}")
     bootstrap = config.bootstrap
     musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
     train_codes = get_codes(folder, config.clips, params.compute.processes)

@@ -384,10 +384,10 @@ def search() -> str:
     columns = sorted(set(zip(data["direction"], data["concept"], strict=True)))
     rows = []
     for name, part in data.groupby("experiment", sort=False):
-        at = {(row.direction, row.concept): row for row in part.itertuples()}
+        columns_of = ["direction", "concept", "success", "within_budget"]
+        at = {(d, c): numbers for d, c, *numbers in part[columns_of].itertuples(index=False)}
         cells = [
-            f"{at[c].success:.2f}{'' if at[c].within_budget else ' (over)'}" if c in at else "-"
-            for c in columns
+            f"{at[c][0]:.2f}{'' if at[c][1] else ' (over)'}" if c in at else "-" for c in columns
         ]
         means = [part.loc[part["direction"] == d, "change"].mean() for d in ("off", "on")]
         rows.append([SEARCH[str(name)], *cells, *(f"{mean:.2f}" for mean in means)])

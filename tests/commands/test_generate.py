@@ -14,9 +14,9 @@ from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
 from musicscope.steering import session
-from musicscope.steering.prompts import edit_prompt
 from musicscope.steering.recipes import load_steering
 from musicscope.steering.session import Session, Sound, TextInput
+from musicscope.steering.subjects import edit_prompt
 from tests.support.steered import SLOT, StubJudges, make_steerable, other_sae
 
 PROMPT = "A calm guitar/piano piece: no. 1!"
@@ -197,7 +197,7 @@ def test_missing_models_and_recipes_are_named(folder, monkeypatch):
     assert "data/steering/other has no recipes: run dvc repro steer" in message
     assert "dvc pull data/steering/other" in message
     monkeypatch.setattr(session, "load_model", lambda name, device: SimpleNamespace())
-    monkeypatch.setattr(session, "is_audio_model", lambda model: True)
+    monkeypatch.setattr(session, "AudioModel", SimpleNamespace)
     assert "generates nothing from a prompt" in refused(*BASE, "--on", "guitar")
     monkeypatch.undo()
     monkeypatch.chdir(folder)

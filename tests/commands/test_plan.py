@@ -18,15 +18,8 @@ from musicscope.activations import extraction
 from musicscope.commands import cli
 from musicscope.commands.plan import estimate as plan
 from musicscope.commands.plan import rates as plan_rates
-from musicscope.commands.plan.measure import (
-    Footprint,
-    footprint,
-    largest_batch,
-    measure,
-    peak_bytes,
-    seconds,
-)
 from musicscope.commands.plan.published_sizes import MUSICGEN, Shape, shape_of
+from musicscope.commands.plan.rates import Footprint, measure, peak_bytes, seconds
 from musicscope.config import load_params
 from musicscope.dictionaries.training import count_latents
 from musicscope.models.registry import load_model
@@ -255,20 +248,19 @@ def test_the_largest_batch_fits_and_one_more_does_not(fixed, per_clip, most, lim
     usable = int(limit * 0.9)
     if fixed + per_clip > usable:
         with pytest.raises(ValueError, match="one clip needs"):
-            largest_batch(cost, limit, most)
+            cost.largest_batch(limit, most)
         return
-    clips = largest_batch(cost, limit, most)
+    clips = cost.largest_batch(limit, most)
     assert 1 <= clips <= most
     assert fixed + clips * per_clip <= usable
     assert clips == most or fixed + (clips + 1) * per_clip > usable
 
 
-@given(fixed=st.integers(0, 10**9), per_clip=st.integers(0, 10**9), step=st.integers(1, 9))
-def test_two_measurements_give_the_line(fixed, per_clip, step):
-    few, many = (1, fixed + per_clip), (1 + step, fixed + (1 + step) * per_clip)
-    assert footprint(many, few, 5) == Footprint(fixed + 5, per_clip)
-    with pytest.raises(ValueError, match="two different batch sizes"):
-        footprint(few, few, 0)
+@given(fixed=st.integers(0, 10**9), per_clip=st.integers(0, 10**9))
+def test_two_measurements_give_the_line(fixed, per_clip):
+    one, three = fixed + per_clip, fixed + 3 * per_clip
+    assert Footprint.through(one, three, 5) == Footprint(fixed + 5, per_clip)
+    assert Footprint.through(one, one - fixed, 0) == Footprint(one, 0)  # measured with noise
 
 
 def test_the_peak_is_that_of_the_tensors_alive_at_once():

@@ -9,9 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from musicscope.commands.studio import finder as finding
 from musicscope.commands.studio import logic
-from musicscope.steering.recipes import load_steering
+from musicscope.steering.recipes import load_sae, load_steering
 from musicscope.steering.session import Session, Sound, TextInput
 from tests.support.steered import StubJudges, make_steerable
 
@@ -42,10 +41,10 @@ def play(requests=REQUEST, features=(), source=SOURCE, tick=ignore) -> logic.Out
 def test_what_there_is(folder):
     assert logic.models_with_sae() == ["tiny"]
     assert logic.all_concepts(["tiny", "nothing"]) == ["guitar", "organ"]
-    layer, sae = logic.sae_of("tiny")
+    layer, sae = load_sae("tiny", logic.SLOT)
     assert (layer, sae.width) == ("layers.3", 48)
-    with pytest.raises(FileNotFoundError, match="dvc repro train_sae"):
-        logic.sae_of("other")
+    with pytest.raises(FileNotFoundError, match="run the stage train_sae"):
+        load_sae("other", logic.SLOT)
 
 
 def test_a_slider_is_in_units_of_what_was_chosen(folder):
@@ -91,14 +90,14 @@ def test_single_features_are_edited_in_units_of_their_usual_value(folder):
         ),
         (lambda: logic.feature_of(1.5, "set", 1), "whole number"),
         (lambda: logic.feature_of(-1, "set", 1), "whole number"),
-        (lambda: logic.feature_of(1, "set", None), "give a value"),
+        (lambda: logic.feature_of(1, "set", None), "value of feature 1: give a number"),
         (lambda: logic.input_of("x", 31, 1, None), "up to 30"),
         (lambda: logic.input_of("x", None, 1, None), "seconds: give a number"),
         (lambda: logic.input_of("x", 2, None, None), "seed: give a number"),
         (lambda: logic.input_of("x", 2, 1.5, None), "whole number"),
         (lambda: logic.input_of("x", 2, -1, None), "seed -1"),
         (lambda: logic.input_of("x" * 3000, 2, 1, None), "3000 letters"),
-        (lambda: finding.plan_found(None, "on", 4, 1.0), "find a concept first"),
+        (lambda: logic.plan_found(None, "on", 4, 1.0), "find a concept first"),
     ],
 )
 def test_bad_input_has_a_message(folder, call, message):
@@ -191,7 +190,7 @@ def test_scores_are_a_table_of_what_was_asked_and_hostile_names_stay_text():
     text = logic.scores_html(outcome)
     found = Rows(text)
     assert "img" not in found.tags
-    assert found.rows[0][:3] == ["family", "family judge, plain", "family judge, steered"]
+    assert found.rows[0][:3] == ["family", "plain, family judge", "steered, family judge"]
     assert found.rows[1] == ["guitar off", "0.75", "0.25", "0.50", "–"]
     assert [row[0] for row in found.rows[2:]] == [HOSTILE.replace("_", " "), "flute", "drums"]
 
@@ -255,22 +254,20 @@ def recordings(tmp_path):
 
 def test_what_is_found_in_recordings_can_be_steered(folder, recordings):
     shares = []
-    found = finding.find("tiny", recordings["with"], recordings["without"], shares.append, 1.0)
-    assert shares[0] == 0.0
-    assert shares[-1] == 12 / 13  # one file is no audio
-    assert len(set(shares)) == 1 + 12
+    found = logic.find("tiny", recordings["with"], recordings["without"], shares.append, 1.0)
+    assert shares == [i / 12 for i in range(12)]  # one file is no audio
     assert "6 recordings with and 6 without" in found.text
     assert "006-broken.wav: not audio" in found.text
     assert "/tmp" not in found.text
     assert list(found.table["auroc"])[0] > 0.9
     n = min(4, len(found.peaks))
-    layer, on = finding.plan_found(found, "on", n, 0.5)
+    layer, on = logic.plan_found(found, "on", n, 0.5)
     best = found.table["feature"].head(n).tolist()
     (concept,) = on.concepts
     assert (layer, concept.strength, concept.edits[0].op) == ("layers.3", 0.5, "clamp_min")
     assert list(concept.edits[0].features) == best
     assert concept.edits[0].values == tuple(found.peaks[f] for f in best)
-    off = finding.plan_found(found, "off", n, 1.0)[1].concepts[0].edits[0]
+    off = logic.plan_found(found, "off", n, 1.0)[1].concepts[0].edits[0]
     assert (off.op, list(off.features)) == ("ablate", best)
     outcome = logic.perform("tiny", SOURCE, layer, on, {}, ignore)
     assert not np.array_equal(outcome.plain.audio, outcome.steered.audio)
@@ -278,12 +275,12 @@ def test_what_is_found_in_recordings_can_be_steered(folder, recordings):
 
 def test_unusable_recordings_are_told_without_our_paths(folder, recordings):
     with pytest.raises(ValueError, match=r"1 recordings with the concept: 2 to 200"):
-        finding.find("tiny", recordings["with"][:1], recordings["without"], ignore)
+        logic.find("tiny", recordings["with"][:1], recordings["without"], ignore)
     with pytest.raises(ValueError, match=r"0 recordings without it"):
-        finding.find("tiny", recordings["with"], None, ignore)
+        logic.find("tiny", recordings["with"], None, ignore)
     bad = [recordings["with"][-1]] * 2
     with pytest.raises(ValueError, match=r"000-broken.wav: not audio") as caught:
-        finding.find("tiny", bad, recordings["without"], ignore)
+        logic.find("tiny", bad, recordings["without"], ignore)
     assert "/tmp" not in str(caught.value)
 
     def stop(share: float) -> None:
@@ -291,4 +288,4 @@ def test_unusable_recordings_are_told_without_our_paths(folder, recordings):
             raise logic.Cancelled
 
     with pytest.raises(logic.Cancelled):
-        finding.find("tiny", recordings["with"], recordings["without"], stop)
+        logic.find("tiny", recordings["with"], recordings["without"], stop)

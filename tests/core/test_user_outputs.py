@@ -488,8 +488,7 @@ def user_files() -> list[Path]:
     """Code of what a user runs by name."""
     modules = [module for module, _ in cli.COMMANDS.values()]
     files = [ROOT / "src" / f"{module.replace('.', '/')}.py" for module in modules]
-    files += [Path(audiocraft_convert.__file__), *(ROOT / "src/musicscope/studio").glob("*.py")]
-    files += [*(ROOT / "src/musicscope/planning").glob("*.py")]
+    files += [Path(audiocraft_convert.__file__), *(ROOT / "src/musicscope/commands").rglob("*.py")]
     files += [ROOT / f"benchmarks/{name}.py" for name in BENCHMARKS]
     return sorted({*files, ROOT / "src/musicscope/commands/cli.py"})
 

@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 
 from musicscope.core.stats import Estimate
 from musicscope.dictionaries.codes import Codes, encode_clips, to_csr
-from musicscope.features import matching, sharing
+from musicscope.features import matching
 from musicscope.features.matching import Match
 from tests.support.planted import BOTH, OWN, WIDTH, plant
 
@@ -249,11 +249,11 @@ def test_sets_of_two_models():
     }
     reproduced = {"a": np.array([1, 1, 1, 0, 1, 1], bool), "b": np.ones(3, bool)}
     active = {"a": np.array([1, 1, 1, 1, 0, 1], bool), "b": np.ones(3, bool)}
-    sets = sharing.name_sets(matches, highest, reproduced, active, 0.5)
+    sets = matching.name_sets(matches, highest, reproduced, active, 0.5)
     assert sets["a"].tolist() == ["common", "own", "unmatched", "unmatched", "silent", "own"]
     assert sets["b"].tolist() == ["own", "unmatched", "common"]
     clock = {("a", "b"): match([2, -1, -1, -1, -1, 0], [0.9, *[np.nan] * 4, 0.4], repaired=0.8)}
-    sets = sharing.name_sets(clock, highest, reproduced, active, 0.5)
+    sets = matching.name_sets(clock, highest, reproduced, active, 0.5)
     assert sets["a"].tolist() == ["positional", "own", "unmatched", "unmatched", "silent", "own"]
     assert sets["b"].tolist() == ["own", "unmatched", "positional"]
 
@@ -266,13 +266,13 @@ def test_common_of_three_models_needs_all_three_pairs():
         ("b", "c"): match([1, 2, -1], [0.1, 0.7, np.nan]),
     }
     models = ["a", "b", "c"]
-    tuples = sharing.common_tuples(matches, models)
+    tuples = matching.common_tuples(matches, models)
     assert tuples.tolist() == [[0, 1, 2]]
-    scores = sharing.tuple_scores(matches, models, tuples)
+    scores = matching.tuple_scores(matches, models, tuples)
     assert scores[:, 0] == pytest.approx([0.0, 0.7, 0.7, 0.5])  # re-paired, data, resamples
     low = {pair: np.full(3, 0.1) for x in models for pair in [(x, y) for y in models if y != x]}
     every = {m: np.ones(3, bool) for m in models}
-    sets = sharing.name_sets(matches, low, every, every, 0.5)
+    sets = matching.name_sets(matches, low, every, every, 0.5)
     assert sets["a"].tolist() == ["common", "partial", "own"]
     assert sets["b"].tolist() == ["partial", "common", "own"]
     assert sets["c"].tolist() == ["partial", "own", "common"]

@@ -16,8 +16,7 @@ from musicscope.commands import cli
 from musicscope.config import ParamsError, load_params
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
-from musicscope.finder.evaluation import examine
-from musicscope.finder.queries import concept_sets, select_query
+from musicscope.finder.evaluation import concept_sets, examine, select_query
 from musicscope.finder.recordings import plan_recordings, read_windows
 from musicscope.finder.run import find_concept
 from tests.support.planted import clip_rows, find_concept_section

@@ -9,7 +9,7 @@ import torch
 
 from musicscope.data import wheel_assets as assets
 from musicscope.judges import musicnn
-from musicscope.judges.tf_checkpoint import read_checkpoint
+from musicscope.judges.musicnn import read_checkpoint
 
 RATE = musicnn.SAMPLE_RATE
 

@@ -22,20 +22,18 @@ from musicscope.features.selection import Latent, choose, mismatched, read_featu
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation import report
 from musicscope.maximisation import run as mr
-from musicscope.maximisation.objective import (
+from musicscope.maximisation.search import (
+    Codec,
     Objective,
     Target,
     activations,
+    best_start,
     gains,
     log_probs,
-    window_means,
-)
-from musicscope.maximisation.search import (
-    Codec,
-    best_start,
     measure_survival,
     propose,
     search,
+    window_means,
 )
 from musicscope.models.interface import Batch
 from musicscope.models.registry import load_model

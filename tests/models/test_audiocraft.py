@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from musicscope.maximisation.objective import Objective, Target, exact, gains
 from omegaconf import OmegaConf
 
 from musicscope.activations.token_cache import codec_sha256
 from musicscope.maximisation.moments import StudiedModel
-from musicscope.maximisation.objective import Objective, Target, exact, gains
 from musicscope.maximisation.run import unsearchable
 from musicscope.maximisation.search import search
 from musicscope.models.audiocraft import convert

@@ -22,15 +22,17 @@ from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation import report
 from musicscope.maximisation import run as mr
-from musicscope.maximisation.objective import (
+from musicscope.maximisation.search import (
+    Codec,
     Objective,
     Target,
     activations,
     exact,
     gains,
     log_probs,
+    measure_survival,
+    search,
 )
-from musicscope.maximisation.search import Codec, measure_survival, search
 from musicscope.models.registry import load_model
 from musicscope.models.yue.tokens import CODE_IDS, FIRST_CODE, XCODEC
 from tests.conftest import build_tiny_musicgen

@@ -13,8 +13,7 @@ import soundfile
 
 from musicscope.core.io import read_json, write_json
 from musicscope.core.stats import Estimate
-from musicscope.finder.evaluation import examine
-from musicscope.finder.queries import concept_sets
+from musicscope.finder.evaluation import concept_sets, examine
 from musicscope.finder.scores import MOMENTS
 from musicscope.judges import report as judge_report
 from musicscope.report import build as report

@@ -27,7 +27,7 @@ from musicscope.steering.conditions import (
 from musicscope.steering.methods import Condition, Selection
 from musicscope.steering.recipes import Settings
 from musicscope.steering.report import plan_metrics
-from musicscope.steering.subjects import Clips, frame_rate_at
+from musicscope.steering.subjects import Clips
 from tests.support import tone_rave as tone
 
 COUNTS = {"train": 24, "validation": 16, "test": 16}
@@ -191,7 +191,7 @@ def test_a_random_latent_leaves_the_planted_tone(context):
 def test_a_gate_listens_at_the_hook_points_own_rate(context):
     """0.05 s are 5 frames of 100 Hz: where the tone stops, the gate closes soon after."""
     rates = {**context.model.frame_rates}
-    assert frame_rate_at(context.model, "latent") == rates["latent"] == tone.SR / tone.RATIO
+    assert rates["latent"] == tone.SR / tone.RATIO
     model = SimpleNamespace(frame_rate=1.0, frame_rates=rates, conditional_rows=slice(None),
                             device="cpu", reconstruct=None)  # fmt: skip
     hooks = condition_hooks(replace(context, model=model), edited(OFF, 1.0, loop="closed"))

@@ -18,9 +18,8 @@ from musicscope.steering import conditions, report, search
 from musicscope.steering import evaluation as ev
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import METHODS, Condition, Selection
-from musicscope.steering.prompts import FORMS, KEYS, make_prompts
 from musicscope.steering.recipes import Settings, load_recipe
-from musicscope.steering.subjects import Prompts
+from musicscope.steering.subjects import FORMS, KEYS, Prompts, make_prompts
 from tests.support.steered import LAYER, SECTION, tiny_context
 
 # --- prompts ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from musicscope.models.interface import chain
 from musicscope.models.registry import load_model
 from musicscope.steering import conditions
 from musicscope.steering import edit as st
-from musicscope.steering.prompts import edit_prompt
+from musicscope.steering.subjects import edit_prompt
 from tests.conftest import CAPTIONS
 from tests.support.steered import LATENTS, LAYER, PUSH, WIDTH, K, random_sae
 

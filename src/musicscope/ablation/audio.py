@@ -16,7 +16,6 @@ is the same with and without ablation, so the distance shows the ablation alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ def replacing(kind: str, mean: Tensor | None = None) -> Hook:
         raise ValueError('the kind "mean" needs the means of training clips, see audio.sums')
 
     def replace(activations: Tensor, positions: Tensor) -> Tensor:
-        if kind == "zero":
+        if mean is None or kind == "zero":
             return torch.zeros_like(activations)
         return mean[0].to(activations).expand_as(activations)
 
@@ -88,7 +87,7 @@ def ablate(
     )
 
 
-def summary(scores: Scores) -> dict[str, Any]:
+def summary(scores: Scores) -> dict[str, object]:
     """Numbers beside the hook points': distance, names, and each score's counterpart."""
     return {
         "distance": scores.loss.mean(),

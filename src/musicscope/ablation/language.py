@@ -19,7 +19,6 @@ the cached input of layer i: (L - 1) / 2 forward passes per kind rather than L.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +52,8 @@ def ablated(
         return before
     if kind == "zero":
         return torch.zeros_like(after)
+    if mean is None:
+        raise ValueError('the kind "mean" needs the means of training clips')
     return before + mean.to(before)[groups.where(groups >= 0, 1)]
 
 
@@ -99,7 +100,7 @@ def _cross_entropy(log_probability: Tensor, codes: Tensor) -> np.ndarray:
     return -picked.double().mean(-1).cpu().numpy()
 
 
-def summary(scores: Scores) -> dict[str, Any]:
+def summary(scores: Scores) -> dict[str, object]:
     """Numbers beside the layers': cross-entropy, and the cost in whole passes over the clips."""
     books = scores.loss.mean(0)
     forwards = scores.layer_forwards / (len(scores.points) * len(scores.loss))

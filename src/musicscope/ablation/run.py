@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from musicscope.ablation.scores import (
     join,
 )
 from musicscope.config.analysis import Ablate
-from musicscope.core.parallel import workers
+from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import main_clips
 from musicscope.models.interface import AudioModel, MusicModel
@@ -30,7 +29,7 @@ from musicscope.models.registry import Sources, open_sources
 BATCH = 4  # the logits of a batch, 4 x 4 x 500 x 1024 floats, are held three times
 
 
-def method(model: MusicModel[Any]) -> ModuleType:
+def method(model: MusicModel) -> ModuleType:
     """The module with KINDS, sums, ablate and summary for a kind of model."""
     return audio if isinstance(model, AudioModel) else language
 
@@ -45,7 +44,7 @@ def work(
     return how.sums(model, batch) if means is None else how.ablate(model, batch, kinds, means)
 
 
-def usable_kinds(model: MusicModel[Any], kinds: Sequence[str]) -> tuple[str, ...]:
+def usable_kinds(model: MusicModel, kinds: Sequence[str]) -> tuple[str, ...]:
     """Select the kinds that the model has. ValueError if none is left.
 
     An audio model's layers cannot be skipped, since they change width and rate.
@@ -80,7 +79,7 @@ def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.nd
 
 def run(
     name: str, section: Ablate, seed: int, device: str, processes: int
-) -> tuple[dict[str, Any], pd.DataFrame]:
+) -> tuple[dict[str, object], pd.DataFrame]:
     """Give metrics and table of the model data/models/`name` on data/clips.
 
     Kinds that an audio model does not have are left out, and counted in the metrics under
@@ -95,11 +94,11 @@ def run(
     )
 
     def each_batch(
-        run_each: Callable[[Callable[..., Any], Iterable[Any]], Iterator[Any]],
+        run_each: Run,
         rows: np.ndarray,
         means: Mapping[str, Tensor] | None,
         what: str,
-    ) -> list[Any]:
+    ) -> list:
         batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         results = run_each(functools.partial(work, sources, kinds, means), batches)
         return list(tqdm(results, f"{name}: {what}", len(batches), unit="batch", mininterval=1))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from musicscope.core.io import Metrics
 from musicscope.core.stats import Estimate, bootstrap_groups
 
 
@@ -84,7 +84,7 @@ def ablation_table(
     """
     if len(groups) != len(scores.loss):
         raise ValueError(f"{len(groups)} groups for {len(scores.loss)} clips")
-    rows: dict[tuple[int, str], dict[str, Any]] = {
+    rows: dict[tuple[int, str], dict[str, object]] = {
         (i, kind): {"layer": i, **({} if scores.numbered else {"hook_point": point})}
         | {"kind": kind}
         for kind in scores.kinds
@@ -107,7 +107,9 @@ def ablation_table(
     return pd.DataFrame(rows.values())
 
 
-def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str]) -> dict[str, Any]:
+def ablation_metrics(
+    scores: Scores, table: pd.DataFrame, groups: Sequence[str]
+) -> dict[str, object]:
     """Nest numbers for `dvc metrics`: clips, groups, layers.<i>.<kind>.<score>, as estimates."""
     n, layers = len(set(groups)), {}
     for row in table.to_dict("records"):
@@ -121,7 +123,7 @@ def ablation_metrics(scores: Scores, table: pd.DataFrame, groups: Sequence[str])
 
 
 def select_layers(
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     slots: Sequence[str],
     kind: str,
     score: str,

@@ -15,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 
 from musicscope.core.command_line import Parser, number, whole
-from musicscope.core.io import read_json, write_json
+from musicscope.core.io import write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.recordings import list_recordings
 from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
+from musicscope.steering.recipes import load_sae
 
 DEFAULT_OUT = "data/found"
 """Holds one folder per search without --out."""
@@ -84,17 +85,14 @@ def run(args: argparse.Namespace) -> None:
 def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
     from musicscope.models.registry import load_model
 
-    folder = Path("data/sae") / name / args.slot / "seed-0"
+    layer, sae = load_sae(name, args.slot, args.device)
     features: dict[str, TopKSAE | UniversalSAE] = {}
     if args.features in ("sae", "both"):
-        features["sae"] = TopKSAE.load(folder, args.device)
+        features["sae"] = sae
     if args.features in ("usae", "both"):
         usae = features["usae"] = UniversalSAE.load(USAE, args.device)
         if usae.slot != args.slot:
             raise ValueError(f"data/usae is of slot {usae.slot}: give --slot {usae.slot}")
-    layer = read_json(folder / "config.json")["trainer"].get("layer")
-    if not isinstance(layer, str):
-        raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
     model = load_model(args.model, args.device)
     report = find_concept(
         model, features, args.with_dir, args.without_dir, layer, seconds=args.seconds,

@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -33,7 +32,6 @@ from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
 from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
-from musicscope.steering.prompts import edit_prompt
 from musicscope.steering.recipes import load_steering, recipe_folder
 from musicscope.steering.session import (
     KINDS,
@@ -47,8 +45,9 @@ from musicscope.steering.session import (
     check_requests,
     judge,
     read_audio,
-    score_rows,
+    score_table,
 )
+from musicscope.steering.subjects import edit_prompt
 
 JUDGES = "data/judge"
 TRUST = "scores of one sound are rough; metrics/train_judge.json shows how reliable they are"
@@ -85,7 +84,7 @@ def slug(prompt: str) -> str:
 
 
 def write_files(
-    folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, Any]
+    folder: Path, stem: str, sounds: Mapping[str, bytes], about: Mapping[str, object]
 ) -> dict[str, Path]:
     """Add <stem>-<kind>.wav of every kind to a folder, and `about` beside them.
 
@@ -108,7 +107,7 @@ def write_files(
     return dict(zip(sounds, paths, strict=True))
 
 
-def describe(steering: Steering) -> dict[str, Any]:
+def describe(steering: Steering) -> dict[str, object]:
     """List the edits, JSON-able."""
     end = steering.schedule[1]
     return {
@@ -127,9 +126,9 @@ def describe(steering: Steering) -> dict[str, Any]:
 
 def table(scores: Scores, requests: Mapping[str, str]) -> str:
     """Format the scores of requested and of the most probable other families as lines."""
-    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in KINDS]
+    heads, rows = score_table(scores, requests)
     lines = ["  ".join(["family".ljust(20), *(head.rjust(len(head)) for head in heads)])]
-    for label, values in score_rows(scores, requests):
+    for label, values in rows:
         cells = [
             ("-" if v is None else f"{v:.3f}").rjust(len(h))
             for v, h in zip(values, heads, strict=True)
@@ -198,7 +197,7 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
     }
 
 
-Job = tuple[dict[str, Any], str, tuple[Sound, Sound]]
+Job = tuple[dict[str, object], str, tuple[Sound, Sound]]
 """Settings, title, and both sounds."""
 
 
@@ -265,7 +264,7 @@ def _judges() -> Judges | None:
 
 
 def _hand_over(
-    out: Path, requests: Mapping[str, str], settings: dict[str, Any], title: str,
+    out: Path, requests: Mapping[str, str], settings: dict[str, object], title: str,
     pair: tuple[Sound, Sound], judges: Judges | None,
 ) -> None:  # fmt: skip
     """Write both sounds with their settings, and print files and scores."""

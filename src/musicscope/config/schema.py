@@ -12,10 +12,10 @@ import json
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ ALLOWED = {
 
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Text = Annotated[str, Field(min_length=1)]
-_UNIQUE = {"uniqueItems": True}
+_UNIQUE: dict[str, JsonValue] = {"uniqueItems": True}
 Distinct = Annotated[
     tuple[T, ...], Field(min_length=1, json_schema_extra=_UNIQUE), AfterValidator(_distinct)
 ]
@@ -92,7 +92,8 @@ def _known(cls: type) -> Known:
     for name, hint in typing.get_type_hints(cls).items():
         below = (t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
         known[name] = next((_known(section) for section in below), {})
-    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)  # ty: ignore[invalid-argument-type]  sections are dataclasses
+    return {field.name: known[field.name] for field in fields}
 
 
 def _leaves(known: Known, prefix: str = "") -> Iterator[str]:
@@ -142,7 +143,7 @@ def _explain(error: ErrorDetails, known: Known) -> str:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def _references(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+def _references(value: object, location: Location = ()) -> Iterator[tuple[Location, str]]:
     """Places and texts of all strings that refer to another key."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
@@ -151,7 +152,7 @@ def _references(value: Any, location: Location = ()) -> Iterator[tuple[Location,
         yield location, value
 
 
-def _completed(raw: dict[str, Any], cls: type, bases: Mapping[str, str]) -> dict[str, Any]:
+def _completed(raw: dict, cls: type, bases: Mapping[str, str]) -> dict:
     """Fill each section of `bases` up with the values of the section that it is based on."""
     types, complete = typing.get_type_hints(cls), dict(raw)
     for name, base in bases.items():

@@ -20,11 +20,11 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,9 @@ RAY_RETRIES = 5
 """How often a job runs again after its worker or node died. An error in the job is raised."""
 RAY_ENVIRONMENT = ("DVC_ROOT", "HF_HUB_OFFLINE")
 """Variables that workers of Ray get from this process."""
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 Workers = Callable[[int], contextlib.AbstractContextManager[parallel.Run]]
 """Opens a `map` over a number of processes, as `parallel.workers` does."""
@@ -112,7 +115,7 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def scratch_of(key: Any, ranks: Ranks) -> Iterator[Path]:
+def scratch_of(key: object, ranks: Ranks) -> Generator[Path]:
     """Give all ranks the scratch folder of `io.scratch_dir`; the first holds the lock for all."""
     folder = (
         contextlib.nullcontext(io.scratch_path(key)) if not ranks.leads else io.scratch_dir(key)
@@ -124,7 +127,7 @@ def scratch_of(key: Any, ranks: Ranks) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Ranks]:
+def join() -> Generator[Ranks]:
     """Connect to the other ranks until the block ends; ALONE if no launcher started several.
 
     CPU tensors are exchanged through gloo, CUDA tensors through NCCL.
@@ -170,7 +173,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start(compute: ComputeSettings) -> Iterator[Engine]:
+def start(compute: ComputeSettings) -> Generator[Engine]:
     """Start the engine of `compute`, at the beginning of a stage's main.
 
     For torchrun this process becomes the launcher of `compute.processes` ranks, each of which runs
@@ -221,7 +224,7 @@ def _become_torchrun(processes: int) -> None:
 
 
 @contextlib.contextmanager
-def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
+def ray_workers(processes: int, device: str = "cpu") -> Generator[parallel.Run]:
     """Give a `map` over a Ray cluster; ``run(function, jobs)`` yields in the order of the jobs.
 
     `processes` is the size of a cluster that is started here; a running cluster decides itself. As
@@ -247,7 +250,7 @@ def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
     gpus = 1 if device.startswith("cuda") else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RAY_RETRIES)(_ray_job)
 
-    def run(function: Callable, jobs: Iterable) -> Iterator[Any]:
+    def run(function: Callable, jobs: Iterable) -> Iterator:
         shared, folder = ray.put(function), os.getcwd()
         yield from map(ray.get, [task.remote(folder, shared, job) for job in jobs])
 
@@ -258,7 +261,7 @@ def ray_workers(processes: int, device: str = "cpu") -> Iterator[parallel.Run]:
             ray.shutdown()
 
 
-def _ray_job(folder: str, function: Callable, job: Any) -> Any:
+def _ray_job(folder: str, function: Callable[[J], R], job: J) -> R:
     """Run one job in a worker."""
     os.chdir(folder)
     torch.set_num_threads(1)

@@ -13,14 +13,17 @@ import platform
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+Metrics = dict[str, Any]
+"""Numbers and text nested by name, JSON-able: a metrics file, or a part of one."""
 
-def _plain(value: Any) -> Any:
+
+def _plain(value: object) -> object:
     """Turn numpy scalars, arrays and floats into JSON values with six significant digits."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -36,7 +39,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` with sorted keys and six significant digits, atomically."""
     write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
 
@@ -53,7 +56,7 @@ def _alive(process: str) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Generator[Path]:
     """Give a temporary path in the same folder, which replaces `path` when the block ends.
 
     A reader of `path` sees the whole old file or the whole new one. After an error the temporary
@@ -138,7 +141,7 @@ def _check_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
+def atomic_dir(path: str | Path) -> Generator[Path]:
     """Give a new sibling folder that replaces `path` when the block ends without an error.
 
     For outputs of stages only, of which one runs at a time: what a killed run left is removed.
@@ -187,7 +190,7 @@ def scratch_path(key: Any) -> Path:
 
 
 @contextlib.contextmanager
-def scratch_dir(key: Any) -> Iterator[Path]:
+def scratch_dir(key: Any) -> Generator[Path]:
     """Give a scratch folder of the inputs `key`, kept after a kill, to one process at a time.
 
     A rerun with the same inputs resumes; other inputs start anew. A killed `dvc` leaves its stage
@@ -215,7 +218,7 @@ _held: set[Path] = set()
 
 
 @contextlib.contextmanager
-def sole_user(path: Path, what: str) -> Iterator[None]:
+def sole_user(path: Path, what: str) -> Generator[None]:
     """Hold `path`.lock until the block ends; wait, saying so, while another process holds it.
 
     The system releases the lock when its holder ends, also by a kill. Processes that the holder

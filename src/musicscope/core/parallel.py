@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 
@@ -22,7 +22,7 @@ Run = Callable[[Callable, Iterable], Iterator]
 
 
 @contextlib.contextmanager
-def workers(processes: int) -> Iterator[Run]:
+def workers(processes: int) -> Generator[Run]:
     """Give a `map` over that many processes, which stay (with what they have loaded) to the end.
 
     ``run(function, jobs)`` yields function(job) in the order of the jobs. With more than one
@@ -62,8 +62,9 @@ def follow_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
-        connection.wait([parent.sentinel])
+    def follow(sentinel: int) -> None:
+        connection.wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()

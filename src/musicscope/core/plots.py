@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -18,9 +19,12 @@ from matplotlib.figure import Figure
 
 from musicscope.core.io import atomic_file
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE = {
+STYLE: dict[RcKeyType, object] = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "axes.titlesize": 12,
@@ -56,7 +60,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
 def interval_bars(
     axis: Axes,
     labels: Sequence[str],
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     lows: Sequence[float] | None = None,
     highs: Sequence[float] | None = None,
     colour: str | Sequence[str] = COLOURS[0],
@@ -89,7 +93,7 @@ def interval_bars(
 def interval_curve(
     axis: Axes,
     x: Sequence[float],
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     lows: Sequence[float] | None = None,
     highs: Sequence[float] | None = None,
     name: str | None = None,

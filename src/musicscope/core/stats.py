@@ -129,7 +129,7 @@ def bootstrap_groups(
     differences are paired. Percentile intervals of few groups (< 20) are somewhat too narrow.
     """
     function = statistic if callable(statistic) else mean_of(np.asarray(statistic))
-    return percentile_interval(function(resample_weights(groups, n, seed)), level)
+    return percentile_interval(np.asarray(function(resample_weights(groups, n, seed))), level)
 
 
 def estimate(
@@ -243,7 +243,10 @@ def auroc_columns(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pair_wins(
-    scores: np.ndarray, labels: np.ndarray, pairs: Sequence[str], groups: Sequence[str]
+    scores: np.ndarray,
+    labels: np.ndarray,
+    pairs: Sequence[str] | np.ndarray,
+    groups: Sequence[str] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare the clips of matched pairs: 1 if the positive scores higher, 0.5 on a tie, else 0.
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def check_no_stage(out: Path, option: str = "--out") -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(option: str, path: Place) -> Iterator[None]:
+def one_line_errors(option: str, path: Place) -> Generator[None]:
     """Turn an OSError into an OutputError of one line that names the output."""
     try:
         yield
@@ -148,7 +148,7 @@ def one_line_errors(option: str, path: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def made_parents(path: Path) -> Iterator[None]:
+def made_parents(path: Path) -> Generator[None]:
     """Make the folders above `path`; after an error, remove new ones that are empty."""
     made = [p for p in path.parents if not os.path.lexists(p)]
     above = next((p for p in path.parents if os.path.lexists(p)), path)
@@ -229,7 +229,7 @@ class NewFolder:
 def new_folder(
     given: Place | None, default: Place | None = None, inputs: Mapping[str, Place] | None = None,
     option: str = "--out", stages: bool = True,
-) -> Iterator[NewFolder]:  # fmt: skip
+) -> Generator[NewFolder]:  # fmt: skip
     """Claim a new or empty folder before the work; after an error it is removed again.
 
     Args:
@@ -240,14 +240,14 @@ def new_folder(
     Raises:
         OutputError: the folder has contents, is a file, is an input, or cannot be made.
     """
-    if given is None and default is None:
-        raise ValueError("a folder, or a default, is needed")
     if given is not None:
         target = real_path(given, option)
         name = spelled(given, target)
-    else:
-        name = Path(os.fspath(default))  # type: ignore[arg-type]
+    elif default is not None:
+        name = Path(os.fspath(default))
         target = real_path(name.parent, option) / name.name
+    else:
+        raise ValueError("a folder, or a default, is needed")
     free = target if given is not None else _first_free(target)
     check_apart(name if given is not None else free, inputs or {}, option)
     if stages:
@@ -318,7 +318,7 @@ def _remove_if_empty(folder: Path) -> None:
 @contextlib.contextmanager
 def folder_to_add_to(
     given: Place, inputs: Mapping[str, Place] | None = None, option: str = "--out"
-) -> Iterator[Path]:
+) -> Generator[Path]:
     """Check, before the work, that files can be added to a folder, which may hold other files.
 
     The folder may hold an input but not be one or be inside one. After an error a folder that was

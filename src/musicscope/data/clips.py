@@ -24,6 +24,10 @@ PROGRESS = "progress.json"
 REMEDY = "run `dvc repro -f prepare_data`"
 
 
+Rows = Sequence[int] | np.ndarray
+"""Row numbers of a table."""
+
+
 class Clips(Protocol):
     """Clips of one length and sample rate. Row i of `rows` describes audio i."""
 
@@ -34,7 +38,7 @@ class Clips(Protocol):
     @property
     def samples(self) -> int: ...
     def __len__(self) -> int: ...
-    def audio(self, rows: Sequence[int]) -> np.ndarray: ...
+    def audio(self, rows: Rows) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class ClipStore:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def audio(self, rows: Sequence[int]) -> np.ndarray:
+    def audio(self, rows: Rows) -> np.ndarray:
         """Audio of the given row numbers, float32 [n, samples] in [-1, 1]."""
         out = np.empty((len(rows), self.samples), np.float32)
         for i, row in enumerate(rows):
@@ -139,7 +143,7 @@ class ResampledClips:
     def __len__(self) -> int:
         return len(self.clips.rows)
 
-    def audio(self, rows: Sequence[int]) -> np.ndarray:
+    def audio(self, rows: Rows) -> np.ndarray:
         """Audio of the given row numbers, float32 [n, samples]."""
         return resample(self.clips.audio(rows), self.clips.sample_rate, self.sample_rate)
 

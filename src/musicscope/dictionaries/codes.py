@@ -6,7 +6,7 @@ of 500 frames with 32 active latents each, whatever the size of the dictionary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch
 from scipy.sparse import csr_array, vstack
 
 from musicscope.activations.store import ActivationStore
+from musicscope.data.clips import Rows
 from musicscope.dictionaries.core import SparseCode, TopKSAE
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ def to_csr(values: torch.Tensor, indices: torch.Tensor, latents: int) -> csr_arr
 
 
 def by_batch(
-    function: Callable[[list[int]], T], rows: Sequence[int], workers: int, batch: int = 8
+    function: Callable[[list[int]], T], rows: Rows, workers: int, batch: int = 8
 ) -> list[T]:
     """Return `function(rows of a batch)` for all batches, in order, `workers` threads at once.
 
@@ -93,7 +94,7 @@ def by_batch(
 
 def encode_clips(
     store: ActivationStore,
-    clips: Sequence[int],
+    clips: Rows,
     encode: Encode,
     latents: int,
     workers: int,
@@ -151,7 +152,7 @@ def pool_clips(codes: Codes) -> ClipPools:
 
 def pool_store(
     store: ActivationStore,
-    clips: Sequence[int],
+    clips: Rows,
     sae: TopKSAE,
     workers: int = 1,
     device: str = "cpu",

@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -75,8 +75,12 @@ class SparseDictionary:
     Activations are in their own units on both sides.
     """
 
-    k: int
-    """Active latents per frame; for batchtopk their average."""
+    if TYPE_CHECKING:  # a field of the subclasses, which would take a property for its default
+
+        @property
+        def k(self) -> int:
+            """Active latents per frame; for batchtopk their average."""
+            raise NotImplementedError
 
     @property
     def n_latents(self) -> int:
@@ -197,7 +201,7 @@ class TopKSAE(SparseDictionary):
         """Latents F."""
         return self.W_enc.shape[0]
 
-    def to(self, device: str | torch.device) -> TopKSAE:
+    def to(self, device: str | torch.device) -> Self:
         """Copy the SAE with its weights on `device`."""
         names = ("W_enc", "b_enc", "W_dec", "b_dec")
         return replace(self, **{n: getattr(self, n).to(device) for n in names})
@@ -253,7 +257,7 @@ class TopKSAE(SparseDictionary):
             "threshold": torch.tensor(self.threshold, dtype=torch.float32),
         }
 
-    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, trainer: Mapping[str, object] | None = None) -> None:
         """Write ae.pt + config.json (dictionary_learning loads them) and sae.safetensors.
 
         `trainer` is added to config.json's "trainer" section (lr, steps, seed, lm_name ...).
@@ -370,7 +374,7 @@ class UniversalSAE(SparseDictionary):
         """Whether one code is computed from all models together (a crosscoder)."""
         return self.kind == CROSSCODER
 
-    def to(self, device: str | torch.device) -> UniversalSAE:
+    def to(self, device: str | torch.device) -> Self:
         """Copy the dictionary with its weights on `device`."""
         moved = (
             ModelWeights(**{name: weight.to(device) for name, weight in vars(side).items()})
@@ -428,7 +432,7 @@ class UniversalSAE(SparseDictionary):
         """Return the rows of a model, [F, d], in normalised units (unit norm for a usae)."""
         return self.weights[model].W_dec
 
-    def save(self, folder: str | Path, trainer: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, trainer: Mapping[str, object] | None = None) -> None:
         """Write usae.safetensors and config.json; `trainer` goes under its "trainer" key."""
         folder = Path(folder)
         tensors = {

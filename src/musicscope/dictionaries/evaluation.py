@@ -73,7 +73,7 @@ class Evaluation:
         """Share of latents active on none of the frames evaluated."""
         return float((self.fired == 0).mean())
 
-    def estimate(self, groups: Sequence[str], n: int, seed: int) -> Estimate:
+    def estimate(self, groups: Sequence[str] | np.ndarray, n: int, seed: int) -> Estimate:
         """Compute explained_variance with its interval over groups [clips]."""
         unexplained = ratio_of(self.squared_error, self.squares)
         return estimate(lambda w: 1 - unexplained(w), groups, n, seed, "share")
@@ -222,7 +222,7 @@ def firings(values: Tensor, indices: Tensor, n_latents: int, tau: float) -> np.n
 def evaluate_shared(
     usae: UniversalSAE,
     clips: Iterable[Sequence[np.ndarray]],
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     tau: float,
 ) -> SharedEvaluation:
     """Evaluate a shared code in one pass over paired clips, [T, d_j] per model.

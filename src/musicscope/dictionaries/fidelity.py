@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core.audio import spectra, spectral_distance
+from musicscope.core.io import Metrics
 from musicscope.core.stats import estimate, ratio_of
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.interface import (
@@ -18,8 +18,8 @@ from musicscope.models.interface import (
     AudioModel,
     Batch,
     Hook,
-    MusicModel,
-    is_audio_model,
+    Hooks,
+    LanguageModel,
 )
 from musicscope.models.registry import open_sources
 
@@ -49,13 +49,13 @@ def replace_frames(replacement: Callable[[Tensor], Tensor], frames: int) -> Hook
 
 @torch.no_grad()
 def cross_entropies(
-    model: MusicModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
+    model: LanguageModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
 ) -> Losses:
     """Measure cross-entropy in nats per token: VARIANTS of `layer`, whose mean is [d]."""
     losses: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
     for batch in batches:
         kinds = {"ablated": lambda x: mean.expand_as(x), "sae": sae.reconstruct}
-        hooks: dict[str, Any] = {
+        hooks: dict[str, Hooks] = {
             name: {layer: replace_frames(kind, batch.frames)} for name, kind in kinds.items()
         }
         for name, values in losses.items():
@@ -70,7 +70,7 @@ def spectral_distances(
 ) -> Losses:
     """Measure the `spectral_distance` of each clip to its reconstruction by an audio model."""
     distances: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    hooks: dict[str, Any] = {
+    hooks: dict[str, Hooks] = {
         "ablated": {layer: lambda x, _: mean.to(x).expand_as(x)},
         "sae": {layer: lambda x, _: sae.reconstruct(x)},
     }
@@ -110,7 +110,7 @@ def measure_losses(
             yield model.encode(clips.audio(part), captions)
 
     layer = store.config["layer"]
-    if is_audio_model(model):
+    if isinstance(model, AudioModel):
         return spectral_distances(model, layer, sae, mean, batches()), SPECTRAL
     with torch.no_grad():
         return cross_entropies(model, layer, sae, mean, batches()), CE
@@ -118,7 +118,7 @@ def measure_losses(
 
 def ce_recovered(
     losses: Losses, groups: Sequence[str], n: int, seed: int, measure: str = CE
-) -> dict[str, Any]:
+) -> Metrics:
     """Compute (CE ablated - CE with the SAE) / (CE ablated - CE clean): 1 is lossless.
 
     A ratio of sums over clips, as an estimate over groups. None where ablation does
@@ -126,7 +126,7 @@ def ce_recovered(
     in the keys, and ce_recovered is None: there is no cross-entropy.
     """
     clean, ablated, ours = (losses[name] for name in VARIANTS)
-    result: dict[str, Any] = {f"{name}_recovered": None for name in {CE, measure}}
+    result: Metrics = {f"{name}_recovered": None for name in {CE, measure}}
     result |= {f"{measure}_{name}": float(values.mean()) for name, values in losses.items()}
     if ablated.sum() > clean.sum():
         ratio = ratio_of(ablated - ours, ablated - clean)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,8 @@ from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
 from musicscope.config.dictionaries import TrainCrosscoder, Training, TrainSae
 from musicscope.core import io
-from musicscope.core.distributed import ALONE, Engine, Ranks, scratch_of
+from musicscope.core.distributed import ALONE, Engine, Ranks, Workers, scratch_of
+from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import evaluation
@@ -54,8 +55,6 @@ CONTROL_BATCH, CONTROL_FRAMES = 2048, 32 * 2048
 FIRST = "seed-0"
 """The run that has the controls and is used downstream."""
 MISPAIRED = "mispaired"
-Metrics = dict[str, Any]
-"""Content of a metrics file, JSON-able."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,9 @@ class Outcome:
     history: list[LogRow]
     dead_fraction: float
     """Share of latents that are dead at the end of training."""
+
+
+Out = TypeVar("Out", bound=Outcome)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class SharedOutcome(Outcome):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[Out]):
     """Dictionaries to train; everything is plain so that it can go to another process."""
 
     names: tuple[str, ...]
@@ -122,7 +124,7 @@ class Plan:
         """Return the number of latents of each dictionary."""
         return count_latents(self.config, [store.width for store in self.open_stores()])
 
-    def trainer(self, name: str) -> Metrics:
+    def trainer(self, name: str) -> dict[str, object]:
         """Return the settings that are kept in a dictionary's config.json."""
         keys = {f.name for f in fields(Training)} - {"expansion", "seeds"}
         settings = {key: getattr(self.config, key) for key in keys}
@@ -140,25 +142,25 @@ class Plan:
         """Return a further consumer of one run's history."""
         return None
 
-    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> Outcome:
+    def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> Out:
         """Evaluate the dictionary saved in `folder`, which was trained on `data`."""
         raise NotImplementedError
 
-    def report(self, outcomes: Sequence[Any]) -> Metrics:
+    def report(self, outcomes: Sequence[Out]) -> Metrics:
         """Return the stage's metrics."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[Out]):
     """One run of a plan."""
 
-    plan: Plan
+    plan: Plan[Out]
     name: str
     scratch: str
 
 
-def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
+def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
     """Train, save and evaluate one dictionary.
 
     Several ranks train together; only the first evaluates, the others return None.
@@ -189,12 +191,12 @@ def run(job: Job, ranks: Ranks = ALONE) -> Outcome | None:
 
 
 def run_all(
-    plan: Plan,
+    plan: Plan[Out],
     scratch: Path,
     processes: int,
     ranks: Ranks = ALONE,
-    open_workers: Callable[[int], Any] = workers,
-) -> list[Outcome]:
+    open_workers: Workers = workers,
+) -> list[Out]:
     """Run every job, in processes of one thread each (on a GPU: one after the other).
 
     Several ranks take each job together, one after the other; only the first has the outcomes.
@@ -214,7 +216,7 @@ def run_all(
         return list(tqdm(outcomes, total=len(jobs), unit="dictionary", mininterval=1))
 
 
-def scratch_key(plan: Plan) -> Metrics:
+def scratch_key(plan: Plan) -> dict[str, object]:
     """Return what a killed run must share with the next to go on: data, settings, code."""
     manifests = [store.manifest["sha256"] for store in plan.open_stores()]
     code = {path.name: io.sha256(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
@@ -223,11 +225,11 @@ def scratch_key(plan: Plan) -> Metrics:
 
 
 def execute(
-    plan: Plan,
+    plan: Plan[Out],
     engine: Engine,
     out: str,
     metrics: str,
-    write_tables: Callable[[Sequence[Any], Metrics], None],
+    write_tables: Callable[[Sequence[Out], Metrics], None],
 ) -> None:
     """Run a stage: train, report, `write_tables(outcomes, metrics)`, publish the folder `out`.
 
@@ -252,7 +254,7 @@ def control_sample(data: Paired, seed: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class SaePlan(Plan):
+class SaePlan(Plan[SaeOutcome]):
     """SAEs of one model and slot."""
 
     live: str
@@ -268,7 +270,7 @@ class SaePlan(Plan):
     def on_log(self, name: str) -> Callable[[LogRow], None]:
         return live_logger(f"{self.live}/{name}")
 
-    def trainer(self, name: str) -> Metrics:
+    def trainer(self, name: str) -> dict[str, object]:
         own = {"lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"]}
         own |= {"lr": self.config.learning_rate, "steps": count_steps(self.config)}
         return super().trainer(name) | own | {"seed": _index(name)}
@@ -346,7 +348,7 @@ def _single(data: Paired) -> Iterator[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class SharedPlan(Plan):
+class SharedPlan(Plan[SharedOutcome]):
     """Universal SAEs or crosscoders, and the same trained on mispaired clips."""
 
     config: TrainCrosscoder
@@ -365,7 +367,7 @@ class SharedPlan(Plan):
             return mispair(paired, seed_for(self.seed, self.method, name, "pairs"))
         return paired
 
-    def trainer(self, name: str) -> Metrics:
+    def trainer(self, name: str) -> dict[str, object]:
         layers = [store.config["layer"] for store in self.open_stores()]
         return super().trainer(name) | {"method": self.method, "name": name, "layers": layers}
 

@@ -182,14 +182,15 @@ def gradients(
     ones = centred.new_ones(B, 1)
     W_enc, b_enc = by_latent(centred, dz), by_latent(ones, dz).squeeze(1)
     found = [Gradients() for _ in weights]
+    b_dec = {j: grads[j].sum(0) for j in learning}
     for j in learning:
-        found[j] = Gradients(W_dec=by_latent(grads[j], codes.values), b_dec=grads[j].sum(0))
+        found[j] = Gradients(W_dec=by_latent(grads[j], codes.values), b_dec=b_dec[j])
     found[drawn] = found[drawn]._replace(W_enc=W_enc, b_enc=b_enc)
     aux_loss = z.new_zeros(())
     if aux is not None and len(aux.dead):
-        aux_loss = _aux(weights, z, centred, errors, aux, drawn, found)
+        aux_loss = _aux(weights, z, centred, errors, aux, (W_enc, b_enc), found)
     # b_dec is also subtracted before the drawn encoder.
-    found[drawn].b_dec.sub_(b_enc @ own.W_enc)
+    b_dec[drawn].sub_(b_enc @ own.W_enc)
     if len(xs) == 1:  # the same number up to rounding
         losses = errors[0].square().mean().reshape(1)
     else:
@@ -203,10 +204,12 @@ def _aux(
     centred: Tensor,
     errors: Sequence[Tensor],
     aux: Aux,
-    drawn: int,
+    encoder: tuple[Tensor, Tensor],
     out: Sequence[Gradients],
 ) -> Tensor:
-    """Add AuxK's gradients to `out` in place (all but b_dec's) and return its loss.
+    """Add AuxK's gradients in place and return its loss.
+
+    They go to the drawn `encoder` (gradients of W_enc and b_enc) and to the W_dec of `out`.
 
     Dead latents of the drawn encoder reconstruct every model's residual e = x - x': a latent that
     came back for one model only would never be shared. e is a constant without the decoder bias.
@@ -229,8 +232,8 @@ def _aux(
         if target.W_dec is not None:
             target.W_dec[aux.dead] += codes.T @ grad
     dz *= codes > 0
-    out[drawn].W_enc[aux.dead] += dz.T @ centred
-    out[drawn].b_enc[aux.dead] += dz.sum(0)
+    for gradient, more in zip(encoder, (dz.T @ centred, dz.sum(0)), strict=True):
+        gradient[aux.dead] += more
     return loss
 
 
@@ -299,9 +302,10 @@ def step(
     result = gradients(weights, xs, k, activation, drawn, learning, aux, state.scratch)
     present = [g for model in result.gradients for g in model if g is not None]
     ranks.average_(*present, result.losses, result.aux_loss)
-    for j in learning:
-        W_grad, W_dec = result.gradients[j].W_dec, weights[j].W_dec
-        W_grad.addcmul_(torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1), W_dec, value=-1)
+    for gradient, (_, _, W_dec, _) in zip(result.gradients, weights, strict=True):
+        if (W_grad := gradient.W_dec) is not None:
+            along = torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1)
+            W_grad.addcmul_(along, W_dec, value=-1)
     for model, own in zip(weights, result.gradients, strict=True):
         for weight, gradient in zip(model, own, strict=True):
             weight.grad = gradient  # Adam leaves alone what has no gradient

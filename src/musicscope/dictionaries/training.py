@@ -156,8 +156,9 @@ def train(
     ranks.wait()  # none may write a newer one while another still reads
     if not ranks.leads:
         checkpoint = None
-    for row in history if on_log else []:
-        on_log(row)
+    if on_log:
+        for row in history:
+            on_log(row)
     log_every = max(1, steps // LOG_ROWS.get(method, SHARED_LOG_ROWS))
     stream = data.batches(
         config.batch_size, seed_for(seed, "order"), config.samples, start_step=start,

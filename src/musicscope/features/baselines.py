@@ -8,7 +8,7 @@ within a few points of MusicGen's activations on music theory (SynTheory, arXiv 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 from musicscope.activations import token_cache
 from musicscope.core import audio
 from musicscope.core.io import atomic_file, cache_dir, sha256
-from musicscope.data.clips import ClipStore, at_rate
+from musicscope.data.clips import Clips, Rows, at_rate
 from musicscope.dictionaries.codes import Pools, by_batch
-from musicscope.models.interface import AudioModel, MusicModel, is_audio_model
+from musicscope.models.interface import AudioModel, Model
 from musicscope.models.rave.hook_points import POSTERIOR
 
 
@@ -66,7 +66,7 @@ def cached(key: Mapping[str, object], compute: Callable[[], np.ndarray]) -> np.n
 
 
 def codec_pools(
-    clips: ClipStore, clips_sha256: str, model: MusicModel, rows: Sequence[int], workers: int = 1
+    clips: Clips, clips_sha256: str, model: Model, rows: Rows, workers: int = 1
 ) -> Pools:
     """Pool the codec's quantised latents (mean, max) of clips, resampled for the codec.
 
@@ -75,7 +75,7 @@ def codec_pools(
     are taken.
     """
     clips = at_rate(clips, model.sample_rate)
-    if is_audio_model(model):
+    if isinstance(model, AudioModel):
         return _halves(latent_statistics(model, clips, rows))
     folder = token_cache.codes_dir(model, clips_sha256)
     if folder is None:
@@ -91,7 +91,7 @@ def codec_pools(
     return _halves(np.concatenate(by_batch(statistics, rows, workers)))
 
 
-def latent_statistics(model: AudioModel, clips: ClipStore, rows: Sequence[int]) -> np.ndarray:
+def latent_statistics(model: AudioModel, clips: Clips, rows: Rows) -> np.ndarray:
     """Compute `codec_statistics` of an audio model's latents; `clips` at its rate.
 
     Takes the posterior mean, which has no noise, if the export has it, else sampled latents.
@@ -114,7 +114,7 @@ def _halves(statistics: np.ndarray) -> Pools:
 
 
 def baseline_pools(
-    clips: ClipStore, clips_sha256: str, model: MusicModel, rows: Sequence[int], workers: int = 1
+    clips: Clips, clips_sha256: str, model: Model, rows: Rows, workers: int = 1
 ) -> dict[str, Pools]:
     """Compute {"logmel", "codec", "trivial"} -> pools of the given rows of the clips.
 

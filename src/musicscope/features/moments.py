@@ -181,8 +181,9 @@ def read(path: str | Path) -> tuple[Curves, float]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: run dvc repro match_features")
     table, curves = pd.read_parquet(path), {}
-    for row in table.itertuples(index=False):
-        values = np.zeros(row.frames, np.float32)
-        values[row.at] = row.values
-        curves[(row.kind, row.model, row.feature), row.clip] = values
+    columns = ["kind", "model", "feature", "clip", "frames", "at", "values"]
+    for *latent, clip, frames, at, fired in table[columns].itertuples(index=False):
+        values = np.zeros(frames, np.float32)
+        values[at] = fired
+        curves[tuple(latent), clip] = values
     return curves, float(table["frame_rate"].iloc[0]) if len(table) else 1.0

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from musicscope.config.analysis import Probe
 from musicscope.core import stats
+from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.splits import (
@@ -35,8 +35,6 @@ from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
 
-Entry = dict[str, Any]
-"""Part of metrics/probe: numbers and text, nested by name."""
 UNITS = {
     "auroc": "AUROC",
     "difference": "AUROC",
@@ -124,12 +122,12 @@ class Evaluator:
         resamples = stats.resample_weights(groups, self.n, self.seed)
         return np.concatenate([np.ones((1, len(groups))), resamples])
 
-    def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Entry:
+    def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Metrics:
         """A statistic with its interval, from its values [1 + n] under `_weights`."""
         n = len(np.unique(self.groups[self.sets[clip_set]]))
         return {name: Estimate.from_resamples(values[0], values[1:], n, UNITS[name]).as_dict()}
 
-    def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+    def classes(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Metrics]:
         """Compute {set: AUROC and average precision with intervals}.
 
         Scores [clips], or [clips, seeds] for the mean of the statistics over seeds.
@@ -144,7 +142,7 @@ class Evaluator:
             result[name] |= self._entry(precision, "average_precision", name)
         return result
 
-    def difference(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+    def difference(self, a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> dict[str, Metrics]:
         """Compute {set: AUROC of scores a minus AUROC of scores b}, paired by resample."""
         result = {}
         for name, weights in self.weights.items():
@@ -153,7 +151,7 @@ class Evaluator:
             result[name] = self._entry(first - second, "difference", name)
         return result
 
-    def pair_accuracy(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Entry]:
+    def pair_accuracy(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Metrics]:
         """Compute {pair set: share of pairs whose clip with the concept scores higher}."""
         result = {}
         for name in PAIR_SETS:
@@ -172,7 +170,7 @@ def run_probes(
     section: Probe,
     seed: int,
     workers: int = 1,
-) -> Entry:
+) -> Metrics:
     """Probe every concept: {"clips", "skipped", "concepts": {concept: {representation: numbers}}}.
 
     A concept's entry also has "shuffled" (SAE probes on permuted labels, mean over null_seeds),
@@ -216,7 +214,7 @@ def _probe_labelled(
     section: Probe,
     seed: int,
     workers: int,
-) -> dict[str, Entry]:
+) -> dict[str, Metrics]:
     """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for."""
     sets = evaluate.sets
     train, validation = sets["train"], sets["validation"]
@@ -233,15 +231,15 @@ def _probe_labelled(
         targets = np.concatenate(targets, 1)
         fits[name] = choose(pools, targets, repeated, train, validation, section.c_grid)
 
-    def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Entry:
-        result: Entry = evaluate.classes(fit.scores[:, j], has)
+    def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Metrics:
+        result: Metrics = evaluate.classes(fit.scores[:, j], has)
         result |= {"pooling": fit.pooling[j], "c": fit.c[j]}
         result["validation_auroc"] = fit.validation[j]
         return result | (evaluate.pair_accuracy(fit.scores[:, j], has) if concept == MAIN else {})
 
-    def table(j: int) -> Entry:
+    def table(j: int) -> Metrics:
         has, concept = labels[:, j], concepts[j]
-        entry: Entry = {name: numbers(f, j, has, concept) for name, f in fits.items()}
+        entry: Metrics = {name: numbers(f, j, has, concept) for name, f in fits.items()}
         entry["shuffled"] = evaluate.classes(fits["sae"].scores[:, m + j :: m], has)
         sparse = choose_sparse(representations["sae"], has, sets, section)
         entry["k_sparse"] = {f"{n:03d}": numbers(f, 0, has, concept) for n, f in sparse.items()}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from musicscope.config.analysis import MatchFeatures
 from musicscope.core import stats
-from musicscope.core.io import write_text
+from musicscope.core.io import Metrics, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.splits import (
@@ -22,16 +20,15 @@ from musicscope.data.splits import (
 )
 from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
-from musicscope.features.matching import Match, correlations_of
+from musicscope.features.matching import NAMES, Match, common_tuples, correlations_of, tuple_scores
 from musicscope.features.run import FONT, Comparison
-from musicscope.features.sharing import NAMES, common_tuples, tuple_scores
 
 LEVEL = 0.05
 EDGES = np.linspace(-0.2, 1.0, 49)
 """Histogram of correlations; lower ones count in the first bin."""
 
 
-def probe_table(result: dict[str, Any]) -> pd.DataFrame:
+def probe_table(result: Metrics) -> pd.DataFrame:
     """Make one row per (concept, representation, set) of `probes.run_probes`.
 
     ``sae_k016`` is a k-sparse probe; ``sae_minus_dense`` has paired differences of AUROC; pair sets
@@ -59,7 +56,7 @@ def probe_table(result: dict[str, Any]) -> pd.DataFrame:
 def latent_table(
     rows: pd.DataFrame,
     pools: Pools,
-    result: dict[str, Any],
+    result: Metrics,
     n_bootstrap: int,
     seed: int,
     concept: str = MAIN,
@@ -78,7 +75,7 @@ def latent_table(
     order, difference = rank_by_difference(codes[train], has[train])
     records = []
     for rank, latent in enumerate(order[:top], start=1):
-        record: dict[str, Any] = {"rank": rank, "latent": int(latent), "pooling": pooling}
+        record: dict[str, object] = {"rank": rank, "latent": int(latent), "pooling": pooling}
         record["difference"] = difference[latent]
         record["clips_active"] = (codes[train, latent] > 0).mean()
         scores = codes[:, latent].astype(np.float64) * np.sign(difference[latent])
@@ -98,7 +95,7 @@ def write_probes(stem: str, table: pd.DataFrame, latents: pd.DataFrame) -> None:
         write_text(name, frame.to_csv(index=False, float_format="%.6g"))
 
 
-def _quality(match: Match, threshold: float) -> dict[str, Any]:
+def _quality(match: Match, threshold: float) -> Metrics:
     """Shares of the first dictionary's latents, mean score over the pairs, and their nulls."""
     entry = match.share(threshold) | {"mean": np.nanmean(match.score)}
     if match.null:
@@ -106,7 +103,7 @@ def _quality(match: Match, threshold: float) -> dict[str, Any]:
     return entry
 
 
-def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> dict[str, Any]:
+def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> dict[str, object]:
     """Compare SAE with SAE: matched pairs as a share of the latents of `a` and of `b`.
 
     heldout_font_matched_*: the same pairs scored on the test compositions in the held-out
@@ -114,7 +111,7 @@ def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> 
     """
     match = comparison.matches[a, b]
     first, second = (comparison.codes[m, "sae"] for m in (a, b))
-    entry: dict[str, Any] = {"pairs": (match.partner >= 0).sum()}
+    entry: dict[str, object] = {"pairs": (match.partner >= 0).sum()}
     entry["matched_pairs"] = (match.score > threshold).sum()
     entry["musical_pairs"] = match.musical(threshold).sum()
     entry |= {k: v for k, v in _quality(match, threshold).items() if k in ("mean", "null_mean")}
@@ -129,7 +126,7 @@ def between_models(comparison: Comparison, a: str, b: str, threshold: float) -> 
     return entry
 
 
-def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
+def set_sizes(comparison: Comparison, threshold: float) -> dict[str, float]:
     """Count the latents in each set by model, the common tuples with their interval, and a null.
 
     The null of `common`, for two models, is the number of pairs that fit the same definition when
@@ -141,7 +138,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
     counts = scores[1:, ~scores[0]].sum(1)
     match = matches[models[0], models[1]]
     common = Estimate.from_resamples(counts[0], counts[1:], match.compositions, "features")
-    sizes: dict[str, Any] = {"common": common.as_dict()}
+    sizes: Metrics = {"common": common.as_dict()}
     sizes["positional"] = (scores[0] & scores[1]).sum()
     if len(models) == 2:
         sizes["null_common"] = match.share(threshold, 1)["null_musical"]
@@ -154,7 +151,7 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, Any]:
 
 def metrics(
     comparison: Comparison, features: pd.DataFrame, skipped: dict[str, int], section: MatchFeatures
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Make metrics/match_features.json; shares are of all latents of a dictionary, dead ones too.
 
     sae_sae.<a>_<b> and its null; seeds.<model>: seed 1 instead of another model's SAE, the ceiling;
@@ -167,8 +164,9 @@ def metrics(
         shares = [match.share(t)["matched"] for match in matches]
         spread = {"matched_seeds_lowest": min(shares), "matched_seeds_highest": max(shares)}
         usae[model] = _quality(matches[0], t) | spread
-    aligned: dict[str, Any] = {"skipped": skipped}
-    for (kind, model), part in features.groupby(["kind", "model"], sort=False):
+    aligned: dict[str, object] = {"skipped": skipped}
+    for kind, model in features[["kind", "model"]].drop_duplicates().itertuples(index=False):
+        part = features[(features["kind"] == kind) & (features["model"] == model)]
         significant = part["concept_p"] <= LEVEL
         aligned[f"{kind}_{model}"] = {
             "latents": len(part),

@@ -21,8 +21,7 @@ from musicscope.dictionaries.codes import Codes, Encode, encode_clips, pool_clip
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import matching, table
 from musicscope.features.association import align, usable_concepts
-from musicscope.features.matching import Match
-from musicscope.features.sharing import name_sets
+from musicscope.features.matching import Match, name_sets
 
 CHOOSE, REPORT, FONT = "validation", "test", "heldout_font"
 

@@ -9,10 +9,9 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,7 @@ from musicscope.data.audio_files import Problem
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p
-from musicscope.finder.evaluation import examine
-from musicscope.finder.queries import concept_sets, is_query
+from musicscope.finder.evaluation import concept_sets, examine, is_query
 from musicscope.finder.recordings import Plan, differing_cues, plan_recordings
 from musicscope.finder.scores import (
     MOMENTS,
@@ -122,6 +120,7 @@ def find_concept(
     audible: int = 4,
     moments: int = 3,
     seed: int = 0,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> ConceptReport:
     """Find features of `layer` that are higher in one folder of recordings than in another.
 
@@ -131,6 +130,7 @@ def find_concept(
         permutations: of the labels, for p; draws: of recordings, for the stability.
         q: limit of the corrected p for a discovery.
         audible: best features with excerpts; moments: excerpts per feature.
+        tick: gets the share of recordings that are done; an error in it ends the search.
 
     Raises:
         FileNotFoundError: a folder does not exist or is empty.
@@ -140,7 +140,7 @@ def find_concept(
         features = {"usae" if isinstance(features, UniversalSAE) else "sae": features}
     dictionaries = {name: dictionary(of, model.name) for name, of in features.items()}
     plan, problems = plan_recordings((with_dir, without_dir), seconds, windows)
-    scored, more = score_recordings(model, layer, dictionaries, plan)
+    scored, more = score_recordings(model, layer, dictionaries, plan, tick)
     problems += more
     labels = scored.labels
     usable = {"with": int(labels.sum()), "without": int((~labels).sum())}
@@ -207,7 +207,7 @@ def _find_in_folders(
 
 def find_all(
     subject: Subject, section: FindConcept, seed: int, out: Path
-) -> tuple[list[pd.DataFrame], dict[str, dict[str, Any]]]:
+) -> tuple[list[pd.DataFrame], dict[str, dict[str, object]]]:
     """Find every concept of params.find_concept and write the folder `out`.
 
     Returns tables and {dictionary: {concept: numbers}}. ValueError if one side of a concept is a

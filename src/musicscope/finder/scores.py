@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -96,13 +96,18 @@ def score_windows(
 
 
 def score_recordings(
-    model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], plan: Plan
-) -> tuple[ScoredRecordings, list[Problem]]:
-    """Score all recordings of a plan, one at a time: memory does not grow with their length."""
+    model: MusicModel, layer: str, dictionaries: Mapping[str, Dictionary], plan: Plan,
+    tick: Callable[[float], None] = lambda share: None,
+) -> tuple[ScoredRecordings, list[Problem]]:  # fmt: skip
+    """Score all recordings of a plan, one at a time: memory does not grow with their length.
+
+    `tick` gets the share that is done before each; an error in it ends the work.
+    """
     usable, cues, problems = [], [], []
     scores: dict[str, list[Scores]] = {name: [] for name in dictionaries}
     bar = tqdm(plan.recordings, desc="listening", unit="recording", file=sys.stderr, mininterval=1)
-    for recording in bar:
+    for number, recording in enumerate(bar):
+        tick(number / len(plan.recordings))
         audio, _, wrong = read_windows(recording, plan, model.sample_rate)
         problems += wrong
         if not len(audio):

@@ -20,7 +20,7 @@ from musicscope.core.io import atomic_file
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.judges.musicnn import SAMPLE_RATE
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import LanguageModel, language_model
 from musicscope.models.registry import load_model
 
 CHUNK = 20
@@ -105,7 +105,7 @@ def plan_chunks(
     ]  # fmt: skip
 
 
-def reconstruct(model: MusicModel, audio: np.ndarray) -> np.ndarray:
+def reconstruct(model: LanguageModel, audio: np.ndarray) -> np.ndarray:
     """Encode and decode audio [n, samples] at 16 kHz by the model's codec; same shape and rate."""
     rebuilt = np.zeros_like(audio)
     for i, clip in enumerate(audio):  # one by one: fits the cache, and no neighbour matters
@@ -117,9 +117,9 @@ def reconstruct(model: MusicModel, audio: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def open_codec(model: str, device: str = "cpu") -> MusicModel:
+def open_codec(model: str, device: str = "cpu") -> LanguageModel:
     """Load the model whose codec is used, once per process."""
-    return load_model(model, device)
+    return language_model(load_model(model, device))
 
 
 @functools.lru_cache(maxsize=1)
@@ -155,7 +155,7 @@ def make_chunk(inputs: Inputs, chunk: Chunk) -> int:
         if not chunk.rows:  # clips of the store need no second copy
             arrays["audio"] = audio.astype(np.float16)
         with atomic_file(path) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **arrays)  # ty: ignore[invalid-argument-type]  arrays by name
     return chunk.count
 
 

@@ -229,7 +229,8 @@ def train_family_judge(
     features, labels = _load(batches, families, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "family_judge", "init"))
-        net = FamilyNet(config, len(families)).to(memory_format=torch.channels_last)
+        net = FamilyNet(config, len(families))
+        net.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  not in its types
         optimizer = torch.optim.AdamW(
             net.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -244,7 +245,7 @@ def train_family_judge(
                 f"family judge: epoch {epoch + 1}/{config.epochs} loss {loss:.4f}", file=sys.stderr
             )
             _keep(state_file, net, optimizer, epoch + 1)
-    net = net.to(memory_format=torch.contiguous_format)
+    net.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  as above
     return FamilyJudge(net.eval(), tuple(families), config)
 
 

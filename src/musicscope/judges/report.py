@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from musicscope.core import stats
+from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.taxonomy import FAMILIES
@@ -25,10 +25,10 @@ def family_report(
     probabilities: np.ndarray,
     labels: np.ndarray,
     families: Sequence[str],
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     bootstrap: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Metrics:
     """Compute AUROC per family with a 95 % bootstrap interval over `groups` (compositions).
 
     `probabilities` and `labels` are [n, families], `groups` [n]. Rows of silent clips (NaN) are
@@ -38,7 +38,7 @@ def family_report(
     probabilities, labels = np.asarray(probabilities), np.asarray(labels).astype(bool)
     kept = ~np.isnan(probabilities).any(axis=1)
     groups = np.asarray(groups)[kept]
-    report: dict[str, Any] = {"clips": int(kept.sum()), "silent": int((~kept).sum())}
+    report: Metrics = {"clips": int(kept.sum()), "silent": int((~kept).sum())}
     scores = []
     for family, score, truth in zip(families, probabilities.T, labels.T, strict=True):
         score, truth = score[kept], truth[kept]
@@ -54,7 +54,7 @@ def family_report(
     return report
 
 
-def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metrics:
     """Compute the numbers of metrics/train_judge.json.
 
     <judge>.<set>: AUROC per family with intervals over compositions; <judge>.shuffled: the same on
@@ -62,13 +62,13 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> dict[
     cross_font.<train>_to_<test>: classifiers trained on one soundfont, tested on each.
     """
 
-    def scored(of: Predictions, judge: str) -> dict[str, Any]:
+    def scored(of: Predictions, judge: str) -> Metrics:
         columns = [i for i, f in enumerate(FAMILIES) if judge != "musicnn" or f in TAGS]
         names = [FAMILIES[i] for i in columns]
         scores, labels = of.scores[judge][:, columns], of.labels[:, columns]
         return family_report(scores, labels, names, of.groups, bootstrap, seed)
 
-    numbers: dict[str, Any] = {"clips": {name: len(of.labels) for name, of in sets.items()}}
+    numbers: Metrics = {"clips": {name: len(of.labels) for name, of in sets.items()}}
     single = gather([replace(sets[font], name="") for font in FONTS])[""]
     permuted = stats.permute_labels(
         single.labels, single.groups, seed_for(seed, "train_judge", "null")
@@ -86,7 +86,9 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> dict[
     return numbers
 
 
-def pair_report(scores: np.ndarray, of: Predictions, bootstrap: int, seed: int) -> dict[str, Any]:
+def pair_report(
+    scores: np.ndarray, of: Predictions, bootstrap: int, seed: int
+) -> dict[str, object]:
     """Compute the share of matched pairs whose guitar side has the higher score [clips].
 
     A pair with a silent side is left out and counted.
@@ -101,7 +103,7 @@ def pair_report(scores: np.ndarray, of: Predictions, bootstrap: int, seed: int) 
     return {"pairs": len(wins), "silent": len(lost), "accuracy": accuracy.as_dict()}
 
 
-def plot_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
+def plot_table(metrics: Metrics) -> pd.DataFrame:
     """Tabulate AUROC with intervals: one row per judge, set and family."""
     reports = [(judge, name, r) for judge in JUDGES for name, r in metrics[judge].items()]
     reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -19,12 +19,12 @@ from torch import Tensor
 from musicscope.activations import token_cache
 from musicscope.activations.store import ActivationStore
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import Clips, Rows
 from musicscope.dictionaries.codes import by_batch
-from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.core import SparseDictionary, TopKSAE, UniversalSAE
 from musicscope.features.selection import Latent
-from musicscope.maximisation.objective import BATCH, Target, window_means
-from musicscope.models.interface import MusicModel
+from musicscope.maximisation.search import BATCH, Target, window_means
+from musicscope.models.interface import LanguageModel, Model, language_model
 from musicscope.models.registry import load_model
 
 SPLITS = ("train", "test")
@@ -36,7 +36,7 @@ class StudiedModel:
     """One model with the dictionaries that read one of its layers."""
 
     name: str
-    model: MusicModel
+    model: Model
     """Searches need a `LanguageModel`, moments need hooks only."""
     layer: str
     """Hook point."""
@@ -48,6 +48,18 @@ class StudiedModel:
     """[d] mean activation over train."""
     seed: int
     """Seed of the random directions."""
+
+    @property
+    def tokens(self) -> LanguageModel:
+        """The model of a search; `run.unsearchable` has refused others."""
+        return language_model(self.model)
+
+    def dictionary(self, kind: str) -> tuple[SparseDictionary, int]:
+        """The dictionary of a kind of latents, and the number of the model in it."""
+        own = self.usae if kind == "usae" else self.sae
+        if own is None:
+            raise ValueError(f"{self.name} was opened without its {kind}")
+        return own, self.index if kind == "usae" else 0
 
 
 @functools.cache
@@ -97,10 +109,8 @@ def pre_activation(studied: StudiedModel, latent: Latent, place: int) -> tuple[T
         return weight, -float(weight @ studied.mean)
     point = studied.mean[None].clone().requires_grad_()
     with torch.enable_grad():
-        if latent.kind == "usae":
-            value = studied.usae.pre_activations(point, studied.index)[0, number]
-        else:
-            value = studied.sae.pre_activations(point)[0, number]
+        own, index = studied.dictionary(latent.kind)
+        value = own.pre_activations(point, index)[0, number]
         (weight,) = torch.autograd.grad(value, point)
     # In double precision: the bias is the small difference of two numbers.
     bias = float(value.detach().double() - weight[0].double() @ studied.mean.double())
@@ -110,19 +120,17 @@ def pre_activation(studied: StudiedModel, latent: Latent, place: int) -> tuple[T
 def target(studied: StudiedModel, latent: Latent, place: int, scale: float, usual: float) -> Target:
     """Return the latent in one model as the target of a search."""
     weight, bias = pre_activation(studied, latent, place)
-    return Target(studied.model, studied.layer, weight, bias, scale, usual)
+    return Target(studied.tokens, studied.layer, weight, bias, scale, usual)
 
 
 @torch.no_grad()
 def frame_values(studied: StudiedModel, latents: Sequence[Latent], place: int, x: Tensor) -> Tensor:
     """Compute values [N, latents] >= 0 of activations x [N, d]; each dictionary encodes once."""
     out = x.new_zeros((len(x), len(latents)), dtype=torch.float32)
-    kinds = {latent.kind for latent in latents}
     codes = {}
-    if "usae" in kinds:
-        codes["usae"] = studied.usae.encode(x, studied.index)
-    if "sae" in kinds:
-        codes["sae"] = studied.sae.encode(x)
+    for kind in {latent.kind for latent in latents} - {"direction"}:
+        own, index = studied.dictionary(kind)
+        codes[kind] = own.encode(x, index)
     for column, latent in enumerate(latents):
         number = latent.features[place]
         if latent.kind == "direction":
@@ -140,7 +148,7 @@ def highest(curves: np.ndarray, window: int) -> np.ndarray:
 
 def clip_values(
     studied: StudiedModel, store: ActivationStore, latents: Sequence[Latent], place: int,
-    clips: Sequence[int], window: int | None = None, workers: int = 1,
+    clips: Rows, window: int | None = None, workers: int = 1,
 ) -> np.ndarray:  # fmt: skip
     """Compute values of stored clips of equal length, float32 [clips, frames, latents].
 
@@ -163,10 +171,10 @@ class Measured:
 
     values: np.ndarray
     """[B, latents] highest window mean"""
-    curves: np.ndarray | None = None
-    """[B, T, latents] values; of token sequences only."""
-    log_prob: np.ndarray | None = None
-    """[B] the model's log p per code in nats; of token sequences only."""
+    curves: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[B, T, latents] values; of token sequences only, else empty."""
+    log_prob: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[B] the model's log p per code in nats; of token sequences only, else empty."""
 
 
 @torch.no_grad()
@@ -174,7 +182,7 @@ def measure(
     studied: StudiedModel, latents: Sequence[Latent], place: int, codes: Tensor, window: int
 ) -> Measured:
     """Measure codes [B, K, T] by teacher forcing from the start column, without a caption."""
-    curves, log_prob = [], []
+    model, curves, log_prob = studied.tokens, [], []
     for part in codes.split(BATCH):
         streams: list[Tensor] = []
 
@@ -182,9 +190,9 @@ def measure(
             streams.append(stream)
             return stream
 
-        batch = studied.model.with_captions(part, [None] * len(part))
-        loss = studied.model.cross_entropy(batch, {studied.layer: read})
-        x = studied.model.at_frames(streams[0], batch.frames)
+        batch = model.with_captions(part, [None] * len(part))
+        loss = model.cross_entropy(batch, {studied.layer: read})
+        x = model.at_frames(streams[0], batch.frames)
         values = frame_values(studied, latents, place, x.flatten(0, 1))
         curves.append(values.view(*x.shape[:2], len(latents)).cpu().numpy())
         log_prob.append(-loss.mean((1, 2)).cpu().numpy())
@@ -256,9 +264,7 @@ def excerpt_start(frame: int, window: int, length: int, total: int) -> int:
     return int(np.clip(frame + window // 2 - length // 2, 0, max(0, total - length)))
 
 
-def clip_tokens(
-    model: MusicModel, clips: ClipStore, clips_sha256: str, rows: Sequence[int]
-) -> Tensor:
+def clip_tokens(model: Model, clips: Clips, clips_sha256: str, rows: Rows) -> Tensor:
     """Read codec tokens [n, K, T] of clips from the token cache, filling its gaps.
 
     `rows` may repeat. ValueError for a model without a codec.
@@ -274,7 +280,7 @@ def clip_tokens(
     return token_cache.read_codes(folder, [int(row) for row in rows])
 
 
-def excerpts(tokens: Tensor, starts: Sequence[int], frames: int) -> Tensor:
+def excerpts(tokens: Tensor, starts: Rows, frames: int) -> Tensor:
     """Cut tokens [n, K, frames] from tokens [n, K, T], beginning at frame starts[i]."""
     if tokens.shape[-1] < frames:
         raise ValueError(

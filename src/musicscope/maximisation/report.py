@@ -21,16 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import soundfile
 
-from musicscope.core.io import atomic_dir, write_json, write_text
+from musicscope.core.io import Metrics, atomic_dir, write_json, write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate, estimate, mean_of
-from musicscope.data.clips import ClipStore
+from musicscope.data.clips import Clips
 from musicscope.features.selection import Latent
 from musicscope.maximisation.moments import excerpt_start
 from musicscope.maximisation.run import NULL_VARIANTS, SOUND, Plan, Result
@@ -48,7 +47,7 @@ WHOLE_CLIP_CONTROLS = (
 )  # fmt: skip
 
 
-def write(result: Result, name: str, clips: ClipStore) -> None:
+def write(result: Result, name: str, clips: Clips) -> None:
     """Write data/<name>, metrics/<name>.json and plots/<name>.csv of a run.
 
     `clips` are at the sample rate of the audio.
@@ -141,7 +140,7 @@ def _control_table(result: Result) -> pd.DataFrame:
     )
 
 
-def _mean(values: pd.Series, bootstrap: int, seed: int) -> dict[str, Any]:
+def _mean(values: pd.Series, bootstrap: int, seed: int) -> dict[str, object]:
     """Mean over features as an estimate that resamples features; NaN where it is undefined."""
     values = values.dropna()
     if len(values) < 2:
@@ -150,14 +149,14 @@ def _mean(values: pd.Series, bootstrap: int, seed: int) -> dict[str, Any]:
     return estimate(mean, values.index.to_numpy(), bootstrap, seed, UNIT).as_dict()
 
 
-def headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
+def headline(result: Result, table: pd.DataFrame) -> Metrics:
     """Compute the summary's numbers: means over features, and over models where several.
 
     `table` is the `search_table`. <variant>_reached is the ratio that the search maximised: of the
     tokens or (heard, alone) of the sound.
     """
     count = sum(not latent.is_null for latent in result.plan.latents)
-    head: dict[str, Any] = {"features": count, "skipped": len(result.skipped)}
+    head: dict[str, float | None] = {"features": count, "skipped": len(result.skipped)}
     ratios = _control_table(result)
     null, ratios = ratios[ratios["null"]], ratios[~ratios["null"]]
     if result.plan.not_searched:
@@ -173,12 +172,12 @@ def headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
     return {key: one if isinstance(one, dict) else float(one) for key, one in head.items()}
 
 
-def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
+def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
     seed = seed_for(result.plan.seed, "maximize", "bootstrap")
     bootstrap = result.plan.section.bootstrap
     is_null = table["role"].isin(NULL_ROLES)
     nulls, real = table[is_null], table[~is_null]
-    head: dict[str, Any] = {}
+    head: dict[str, float | None] = {}
 
     def by_feature(rows: pd.DataFrame, key: str) -> pd.Series:
         return rows.groupby("feature", sort=False)[key].mean()
@@ -209,12 +208,12 @@ def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, Any]:
     return head
 
 
-def metrics(result: Result) -> dict[str, Any]:
+def metrics(result: Result) -> dict[str, object]:
     """Compute the numbers of metrics/maximize_*: headline, log_prob quantiles, every feature."""
     table, plan = search_table(result), result.plan
-    features: dict[str, Any] = {}
+    features: dict[str, object] = {}
     for column, latent in enumerate(plan.latents):
-        entry: dict[str, Any] = {"role": latent.role, "concept": latent.concept or "none"}
+        entry: dict[str, object] = {"role": latent.role, "concept": latent.concept or "none"}
         for place, model in enumerate(plan.names):
             searches = {}
             if len(table):
@@ -273,7 +272,7 @@ def plot_table(result: Result) -> pd.DataFrame:
 # --- audio ------------------------------------------------------------------------------------
 
 
-def write_audio(result: Result, folder: Path, clips: ClipStore) -> None:
+def write_audio(result: Result, folder: Path, clips: Clips) -> None:
     """Write WAV files (16 bit) and index.json to an existing folder; nulls have no audio."""
     plan = result.plan
     features = [
@@ -309,11 +308,13 @@ def write_audio(result: Result, folder: Path, clips: ClipStore) -> None:
     write_json(folder / "index.json", index)
 
 
-def _by_model(plan: Plan, values: Sequence[Any]) -> dict[str, Any]:
+def _by_model(plan: Plan, values: Sequence | np.ndarray) -> dict[str, object]:
     return dict(zip(plan.names, values, strict=True))
 
 
-def _write_search(result: Result, column: int, i: int, folder: Path, rate: int) -> dict[str, Any]:
+def _write_search(
+    result: Result, column: int, i: int, folder: Path, rate: int
+) -> dict[str, object]:
     """Write the audio of search number i; return its entry of the index."""
     search, scale, plan = result.searches[i], result.scale[:, column], result.plan
     file = f"{search.latent.name}-{search.variant}.wav"
@@ -335,8 +336,8 @@ def _write_search(result: Result, column: int, i: int, folder: Path, rate: int) 
 
 
 def _write_moment(
-    result: Result, column: int, i: int, folder: Path, clips: ClipStore
-) -> dict[str, Any]:
+    result: Result, column: int, i: int, folder: Path, clips: Clips
+) -> dict[str, object]:
     """Write the audio of moment number i of a latent; return its entry of the index."""
     plan, moments = result.plan, result.moments[column]
     moment, hop = moments[i], clips.sample_rate / plan.frame_rate

@@ -25,13 +25,12 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config import MaximizeActivation
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import ClipStore, main_clips
+from musicscope.data.clips import Clips, main_clips
 from musicscope.features.selection import Latent
 from musicscope.maximisation import moments as mx
 from musicscope.maximisation.moments import Measured, Moment, StudiedModel
-from musicscope.maximisation.objective import Objective
-from musicscope.maximisation.search import Codec, best_start, measure_survival, search
-from musicscope.models.interface import LanguageModel, MusicModel
+from musicscope.maximisation.search import Codec, Objective, best_start, measure_survival, search
+from musicscope.models.interface import LanguageModel
 
 NULL_VARIANTS = ("prior", "heard")
 SOUND = ("heard", "alone")
@@ -128,7 +127,7 @@ class Result:
     start: list[Measured] = field(default_factory=list)
     again: list[Measured] = field(default_factory=list)
     """After decoding to audio and encoding that."""
-    audio: np.ndarray | None = None
+    audio: np.ndarray = field(default_factory=lambda: np.empty(0))
     """[searches, samples]"""
 
     @property
@@ -146,20 +145,21 @@ OpenModels = Callable[[], tuple[StudiedModel, ...]]
 
 def unsearchable(models: Sequence[StudiedModel]) -> str:
     """Explain why these models share no tokens to search over; "" if they do."""
+    by_name: dict[str, LanguageModel] = {}
     for studied in models:
         if not isinstance(studied.model, LanguageModel):
             return (
                 f"{studied.name} is a {type(studied.model).__name__}: token search needs "
                 "gradients through the embeddings of tokens, which MusicGen and YuE have"
             )
-    by_name = {studied.name: studied.model for studied in models}
+        by_name[studied.name] = studied.model
     if not _one_codec(list(by_name.values())):
         names = ", ".join(by_name)
         return f"{names} have different codecs: tokens of one mean nothing to the other"
     return ""
 
 
-def _one_codec(models: Sequence[MusicModel]) -> bool:
+def _one_codec(models: Sequence[LanguageModel]) -> bool:
     """Test whether the same tokens are the same sound to all models.
 
     Compares weights, or, where two implementations name these differently, the audio of random
@@ -238,7 +238,7 @@ def run_job(open_models: OpenModels, job: Job) -> Search:
 
 
 def _codec(models: Sequence[StudiedModel], survival: Tensor) -> Codec:
-    model = models[0].model
+    model = models[0].tokens
     return Codec(model, survival, model.first_encoded)
 
 
@@ -246,10 +246,10 @@ def _codec(models: Sequence[StudiedModel], survival: Tensor) -> Codec:
 
 
 def control_tokens(
-    plan: Plan, models: Sequence[StudiedModel], clips: ClipStore, clips_sha256: str
+    plan: Plan, models: Sequence[StudiedModel], clips: Clips, clips_sha256: str
 ) -> dict[str, Tensor]:
     """Make tokens of random test excerpts, of all models' samples, and random ones, [n, K, T]."""
-    first, section = models[0].model, plan.section
+    first, section = models[0].tokens, plan.section
     seed = functools.partial(seed_for, plan.seed, "maximize")
     rng = np.random.default_rng(seed("clips"))
     test = main_clips(clips.rows, "test")
@@ -260,9 +260,9 @@ def control_tokens(
     # samples follow the probabilities that the search is scored by.
     captions = [None] * section.samples
     samples = [
-        s.model.generate(
+        s.tokens.generate(
             captions, plan.frames / first.frame_rate, seed("samples", s.name),
-            **s.model.plain_sampling,
+            **s.tokens.plain_sampling,  # ty: ignore[invalid-argument-type]  options by name
         )
         for s in models
     ]  # fmt: skip
@@ -315,7 +315,7 @@ def find_moments(
 
 
 def run(
-    plan: Plan, open_models: OpenModels, stores: Sequence[ActivationStore], clips: ClipStore,
+    plan: Plan, open_models: OpenModels, stores: Sequence[ActivationStore], clips: Clips,
     clips_sha256: str, processes: int = 1,
 ) -> Result:  # fmt: skip
     """Find moments, then search and measure controls. Numbers do not depend on `processes`."""
@@ -336,7 +336,7 @@ def run(
             for place, studied in enumerate(models)
         ]
 
-    model, device = models[0].model, models[0].mean.device
+    model, device = models[0].tokens, models[0].mean.device
     flat = [moment for of_latent in result.moments for moment in of_latent]
     whole = mx.clip_tokens(model, clips, clips_sha256, [m.clip for m in flat])
     length = whole.shape[-1]

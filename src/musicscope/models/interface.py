@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -196,8 +196,13 @@ class AudioModel(MusicModel[AudioBatch], Protocol):
     """An autoencoder: audio in, audio out, one clip per pass.
 
     There is no start column, but frame t has label t + 1 here too, so `hooks.on_frames` counts
-    frames alike in every model. `encode` ignores captions. Hook points differ in rate.
+    frames alike in every model. Hook points differ in rate.
     """
+
+    def encode(
+        self, audio: Tensor | np.ndarray, captions: Sequence[str | None] | None = None
+    ) -> AudioBatch:
+        """Turn audio [B, n] at `sample_rate` into a batch; captions are ignored."""
 
     def latents(self, batch: AudioBatch, hooks: Hooks = None) -> Tensor:
         """Draw the latents [B, T, D] of a batch."""
@@ -214,6 +219,24 @@ class AudioModel(MusicModel[AudioBatch], Protocol):
         """
 
 
+Model = LanguageModel | AudioModel
+"""What `registry.load_model` gives. `isinstance(model, AudioModel)` tells the kinds apart."""
+
+
+def language_model(model: Model) -> LanguageModel:
+    """Narrow to a language model; ValueError for an audio model."""
+    if isinstance(model, AudioModel):
+        raise ValueError(f"{model.name} turns audio into audio: it generates no tokens")
+    return model
+
+
+def audio_model(model: Model) -> AudioModel:
+    """Narrow to an audio model; ValueError for a language model."""
+    if not isinstance(model, AudioModel):
+        raise ValueError(f"{model.name} generates tokens: it does not turn audio into audio")
+    return model
+
+
 def check_audio(audio: Tensor | np.ndarray) -> Tensor:
     """Take audio as every `encode` does: float32 [clips, samples].
 
@@ -227,11 +250,6 @@ def check_audio(audio: Tensor | np.ndarray) -> Tensor:
     if bad := torch.nonzero(~torch.isfinite(audio).all(1)).flatten().tolist():
         raise ValueError(f"audio holds NaN or infinity in rows {bad}")
     return audio.float()
-
-
-def is_audio_model(model: MusicModel) -> TypeGuard[AudioModel]:
-    """Tell an `AudioModel` from a `LanguageModel`."""
-    return isinstance(model, AudioModel)
 
 
 # ---- hooks

@@ -115,4 +115,6 @@ class Section:
     @property
     def cards(self) -> list[Card]:
         """The section's feature cards."""
-        return [one for one in self.content.get("cards") or () if isinstance(one, Card)]
+        cards = self.content.get("cards")
+        cards = cards if isinstance(cards, Sequence) else ()
+        return [one for one in cards if isinstance(one, Card)]

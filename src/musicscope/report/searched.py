@@ -61,9 +61,9 @@ def searched(
             if (key := anchor.get((entry["kind"], owner, number))) is None:
                 continue
             card = found.setdefault(key, Searched([], [], []))
-            best, *others = _moments(folder, index, entry, sources.models, seconds) or [None]
-            card.best.extend([best] if best else [])
-            card.others.extend(others)
+            moments = _moments(folder, index, entry, sources.models, seconds)
+            card.best.extend(moments[:1])
+            card.others.extend(moments[1:])
             numbers = (metrics.get("features") or {}).get(entry["name"], {})
             texts = _remarks(index["models"], numbers, metrics.get("headline", {}))
             card.remarks.extend(text for text in texts if text not in card.remarks)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import Judges, load_judges
-from musicscope.models.interface import Hook
+from musicscope.models.interface import Hook, Model
 from musicscope.models.registry import load_model
 from musicscope.steering.edit import Change, change_hook, code_change
 from musicscope.steering.methods import METHODS, Condition
 from musicscope.steering.recipes import Recipe, Settings, load_recipe
-from musicscope.steering.subjects import Model, Subject, frame_rate_at, make_subject
+from musicscope.steering.subjects import Subject, make_subject
 
 JUDGE_RATE = 16_000
 AVOID = 4
@@ -136,7 +136,7 @@ def _latent_change(
             seed = seed_for(context.seed, "steer", "random", concept, direction)
             latents = control_latents(recipe, direction, settings, seed)
         edits.append(recipe.concept_edit(direction, settings, latents))
-    return code_change(context.sae, edits, frame_rate_at(context.model, context.layer))
+    return code_change(context.sae, edits, context.model.frame_rates[context.layer])
 
 
 def control_latents(
@@ -183,11 +183,11 @@ def random_features(
 
 def _direction(context: Context, condition: Condition, name: str) -> Tensor:
     """Sum of the requests' directions at their strengths, reversed for "off": [d]."""
-    total = sum(
+    parts = (
         (1 if direction == "on" else -1) * s.strength * context.recipes[concept].directions[name]
         for (concept, direction), s in zip(condition.requests, condition.settings, strict=True)
     )
-    return total.to(context.model.device)
+    return reduce(torch.add, parts).to(context.model.device)
 
 
 def direction_change(direction: Tensor) -> Change:

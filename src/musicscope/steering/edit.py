@@ -175,19 +175,18 @@ def running_means(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
     frames count in full. It keeps the last mean between calls. It starts anew when positions do not
     continue, or the number of rows changes (the next generation).
     """
-    state: dict[str, Tensor | int] = {"position": -1, "count": 0}
+    position, count, mean = -1, 0, torch.empty(0)
 
     def follow(values: Tensor, positions: Tensor) -> Tensor:
-        goes_on = int(positions[0]) > state["position"] and state["count"]
-        mean = state["mean"] if goes_on and len(state["mean"]) == len(values) else None
-        count = state["count"] if mean is not None else 0
-        mean = torch.zeros_like(values[:, 0]) if mean is None else mean
+        nonlocal position, count, mean
+        if int(positions[0]) <= position or len(mean) != len(values):
+            count, mean = 0, torch.zeros_like(values[:, 0])
         means = []
         for s in range(values.shape[1]):
             mean = decay * mean + (1 - decay) * values[:, s]
             count += 1
             means.append(mean / (1 - decay**count))
-        state.update(position=int(positions[-1]), count=count, mean=mean)
+        position = int(positions[-1])
         return torch.stack(means, 1)
 
     return follow
@@ -257,7 +256,7 @@ def _steps(concepts: Sequence[ConceptEdit]) -> list[Step]:
     If no latent is edited twice and there is no gate, their order does not matter, so all edits of
     one operation are merged.
     """
-    plain = [(c.strength, c.edits, c.gate) for c in concepts]
+    plain: list[Step] = [(c.strength, c.edits, c.gate) for c in concepts]
     edits = [(c.strength, edit) for c in concepts for edit in c.edits]
     latents = [f for _, edit in edits for f in edit.features]
     if any(c.gate for c in concepts) or len(set(latents)) < len(latents):
@@ -301,7 +300,7 @@ def code_change(sae: TopKSAE, concepts: Sequence[ConceptEdit], frame_rate: float
     steps = [
         (strength.to(device) if isinstance(strength, Tensor) else strength,
          [prepared(edit) for edit in edits],
-         gate and _opened_by(gate, columns(gate.features), frame_rate))
+         None if gate is None else _opened_by(gate, columns(gate.features), frame_rate))
         for strength, edits, gate in plan
     ]  # fmt: skip
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from musicscope.core.io import Metrics
 from musicscope.core.stats import Estimate, Statistic, mean_of, resample_weights
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import Request
@@ -44,7 +44,7 @@ class Scorer:
             )
         return self.families.index(concept)
 
-    def estimates(self, plain: Measurement) -> Callable[[Statistic, str], dict[str, Any]]:
+    def estimates(self, plain: Measurement) -> Callable[[Statistic, str], dict[str, object]]:
         """Make a function of statistic and unit that gives the estimate; NaN if undefined.
 
         All statistics get the same resamples of the samples of `plain` or of their groups.
@@ -54,7 +54,7 @@ class Scorer:
         weights = resample_weights(groups, self.bootstrap, self.seed)
         weights = np.concatenate([np.ones((1, n)), weights])
 
-        def estimate(statistic: Statistic, unit: str) -> dict[str, Any]:
+        def estimate(statistic: Statistic, unit: str) -> dict[str, object]:
             values = statistic(weights)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # no resample has a value
@@ -168,7 +168,7 @@ def family_changes(plain: Measurement, steered: Measurement) -> np.ndarray:
 
 def quality(
     scorer: Scorer, plain: Measurement, steered: Measurement, estimate: Callable
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compute the costs of an edit.
 
     ce_cost: rise of the unsteered model's cross-entropy, nats per code (NaN for an audio model);
@@ -187,7 +187,7 @@ def quality(
 
 def outcome(
     scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
-) -> dict[str, Any]:
+) -> Metrics:
     """Compute all numbers of one condition for one request.
 
     success: see `success_of`; wanted (wanted_plain): share of all samples with the wanted verdict
@@ -201,7 +201,7 @@ def outcome(
     success = success_of(scorer, plain, steered, concept, direction)
     change = nanmean_of(change_of(plain, steered, at, judges, sign))
     others = np.delete(family_changes(plain, steered), at)
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "success": estimate(success, "share"), "change": estimate(change, "probability"),
         "others_change": _mean(np.abs(others)), **quality(scorer, plain, steered, estimate),
     }  # fmt: skip
@@ -232,7 +232,7 @@ def advantage(
     second: Measurement,
     concept: str,
     direction: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Success of the first condition minus success of the second, paired over samples."""
     a, b = (success_of(scorer, plain, m, concept, direction) for m in (first, second))
     return scorer.estimates(plain)(lambda w: a(w) - b(w), "share")
@@ -240,7 +240,7 @@ def advantage(
 
 def all_fulfilled(
     scorer: Scorer, plain: Measurement, steered: Measurement, requests: Sequence[Request]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Share of samples with every request fulfilled by SPECIFIC_JUDGE, before and after."""
     estimate, fulfilled = scorer.estimates(plain), {}
     for name, measured in (("all_wanted_plain", plain), ("all_wanted", steered)):

@@ -65,7 +65,8 @@ def searched_methods(methods: Sequence[str]) -> list[str]:
 
 def parse_pair(text: str) -> tuple[Request, ...]:
     """Parse guitar-off+organ-on into (("guitar", "off"), ("organ", "on"))."""
-    return tuple(tuple(part.rsplit("-", 1)) for part in text.split("+"))  # type: ignore[misc]
+    parts = (part.rpartition("-") for part in text.split("+"))
+    return tuple((concept, direction) for concept, _, direction in parts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,7 +182,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error
 
 
-def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
+def summary_of(recipe: Recipe, most: int = 4) -> dict[str, object]:
     """Return the best latents of a recipe by every score, for metrics."""
     return {
         score: {
@@ -200,6 +199,16 @@ def summary_of(recipe: Recipe, most: int = 4) -> dict[str, Any]:
 def sae_folder(model: str, slot: str, saes: str | Path = "data/sae") -> Path:
     """Return the folder of the SAE whose latents are edited: the first seed."""
     return Path(saes) / model / slot / "seed-0"
+
+
+def load_sae(model: str, slot: str, device: str = "cpu") -> tuple[str, TopKSAE]:
+    """Load hook point and SAE of a slot; FileNotFoundError, ValueError name what is missing."""
+    folder = sae_folder(model, slot)
+    sae = TopKSAE.load(folder, device)
+    layer = read_json(folder / "config.json")["trainer"].get("layer")
+    if not isinstance(layer, str):
+        raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
+    return layer, sae
 
 
 def recipe_folder(model: str) -> Path:
@@ -243,15 +252,15 @@ def concept_edit(
 
 
 def load_steering(
-    model: str, requests: Mapping[str, str], strength: float = 1.0, *, branch: str | None = None,
-    schedule: Schedule = ALWAYS, n_features: int | None = None, loop: str | None = None,
-    words: bool = False, folder: str | Path | None = None, saes: str | Path = "data/sae",
-    device: str = "cpu",
+    model: str, requests: Mapping[str, str], strength: float | Mapping[str, float] = 1.0, *,
+    branch: str | None = None, schedule: Schedule = ALWAYS, n_features: int | None = None,
+    loop: str | None = None, words: bool = False, folder: str | Path | None = None,
+    saes: str | Path = "data/sae", device: str = "cpu",
 ) -> tuple[str, Steering]:  # fmt: skip
     """Load hook point and `Steering` for requests such as {"guitar": "off", "piano": "on"}.
 
     Recipes come from `recipe_folder` and the branch is as chosen, unless given. Other arguments
-    are as in `concept_edit`.
+    are as in `concept_edit`; `strength` may differ between concepts.
 
     Raises:
         FileNotFoundError: no recipe for a concept.
@@ -261,8 +270,9 @@ def load_steering(
         raise ValueError("name at least one concept to switch off or on")
     folder = recipe_folder(model) if folder is None else Path(folder)
     recipes = {concept: load_recipe(folder, concept) for concept in requests}
+    each = strength if isinstance(strength, Mapping) else dict.fromkeys(requests, strength)
     edits = tuple(
-        concept_edit(recipes[concept], direction, strength, n_features, loop, words)
+        concept_edit(recipes[concept], direction, each[concept], n_features, loop, words)
         for concept, direction in requests.items()
     )
     (layer, slot, sae), *others = {(r.layer, r.slot, r.sae) for r in recipes.values()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import soundfile
 
-from musicscope.core.io import atomic_dir, write_json, write_text
+from musicscope.core.io import Metrics, atomic_dir, write_json, write_text
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Context
 from musicscope.steering.evaluation import family_changes
@@ -44,11 +43,11 @@ class Outs:
 # --- metrics ----------------------------------------------------------------------------------
 
 
-def _pick(outcome: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _pick(outcome: Metrics, keys: Sequence[str]) -> Metrics:
     return {key: outcome[key] for key in keys if key in outcome}
 
 
-def _chosen(result: Result, method: str, request: Request) -> dict[str, Any]:
+def _chosen(result: Result, method: str, request: Request) -> dict[str, object]:
     """The settings chosen for a method, and their scores on validation data."""
     search = result.search
     own = (search["concept"] == request[0]) & (search["direction"] == request[1])
@@ -57,7 +56,7 @@ def _chosen(result: Result, method: str, request: Request) -> dict[str, Any]:
     return {**asdict(result.choices[method, request]), "validation": _pick(row, keys)}
 
 
-def concept_metrics(result: Result, request: Request) -> dict[str, Any]:
+def concept_metrics(result: Result, request: Request) -> dict[str, object]:
     """Chosen settings, the outcome of every method, and differences of success."""
     edit, methods = " ".join(request), result.tests[request]
     return {
@@ -69,15 +68,15 @@ def concept_metrics(result: Result, request: Request) -> dict[str, Any]:
     }
 
 
-def joint_metrics(result: Result, pair: str) -> dict[str, Any]:
+def joint_metrics(result: Result, pair: str) -> dict[str, object]:
     """Per method the share of samples with all requests fulfilled and the costs.
 
     Also success, change and costs per request, fulfilled together and alone, without intervals.
     """
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, object] = {}
     requests = result.requests_of(pair)
     for method in (m for m in JOINT_METHODS if m in result.joints[pair]):
-        entry: dict[str, Any] = result.all_fulfilled(pair, method)
+        entry: Metrics = result.all_fulfilled(pair, method)
         for request in requests:
             outcome = columns(result.outcomes[pair, method, request])
             entry |= {request[0]: _pick(outcome, ("success", "change")), **_pick(outcome, COSTS)}
@@ -88,9 +87,9 @@ def joint_metrics(result: Result, pair: str) -> dict[str, Any]:
     return metrics
 
 
-def plan_metrics(plan: Plan) -> dict[str, Any]:
+def plan_metrics(plan: Plan) -> dict[str, object]:
     """Clips used for each edit, and what was skipped and why; for audio models."""
-    clips: dict[str, Any] = {
+    clips: dict[str, object] = {
         " ".join(request): {"validation": plan.validation[request].n, "test": test.n}
         for request, test in plan.tests.items()
     }
@@ -103,7 +102,7 @@ def plan_metrics(plan: Plan) -> dict[str, Any]:
     }
 
 
-def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, Any]:
+def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, object]:
     """All numbers of metrics/steer/<model>.json.
 
     `prompts` is the number of samples of the smallest edit.

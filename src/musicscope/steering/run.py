@@ -20,7 +20,7 @@ from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
 from musicscope.steering.learning import learn_recipe, read_clips
 from musicscope.steering.recipes import sae_folder, save_recipe
-from musicscope.steering.subjects import frame_rate_at, make_subject
+from musicscope.steering.subjects import make_subject
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
     train = read_clips(store, TopKSAE.load(dictionary, device), clips.rows, processes, device)
     shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
     options = {key: getattr(section, key) for key in shared}
-    options |= {"model": name, "layer": layer, "frame_rate": frame_rate_at(model, layer),
+    options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
                 "sae": folder_sha256(dictionary)}  # fmt: skip
     recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
     del train, model

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
+from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Measurement, Open, run_conditions
@@ -199,7 +199,7 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
     """
     if "spectral_cost" in table:  # an audio model: there is no cross-entropy to keep within budget
         table = table.assign(ce_cost=0.0)
-    chosen = {}
+    chosen: Choices = {}
     for method, rows in table.groupby("method", sort=False):
         best = {}
         for branch, part in rows.groupby("branch", sort=False):
@@ -209,11 +209,11 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
             branch: pd.DataFrame(p)["change"].fillna(-1.0).mean() for branch, p in best.items()
         }
         for row in best[max(means, key=means.__getitem__)]:
-            chosen[method, (row["concept"], row["direction"])] = _settings(row)
+            chosen[str(method), (row["concept"], row["direction"])] = _settings(row)
     return chosen
 
 
-def _settings(row: Mapping[str, Any] | pd.Series) -> Settings:
+def _settings(row: Mapping | pd.Series) -> Settings:
     """Read the settings in a row of the search table."""
     values = {field.name: row[field.name] for field in fields(Settings)}
     values |= {"strength": float(row["strength"]), "n_features": int(row["n_features"])}
@@ -286,7 +286,7 @@ class Result:
     measured: Mapping[Condition, Measurement]
 
     @cached_property
-    def outcomes(self) -> dict[tuple[str, str, Request], dict[str, Any]]:
+    def outcomes(self) -> dict[tuple[str, str, Request], Metrics]:
         """`evaluation.outcome` on test data by edit ("guitar off" or the pair), method, request."""
         table = {}
         for edit, conditions in self.edits.items():
@@ -306,13 +306,13 @@ class Result:
 
     def requests_of(self, edit: str) -> tuple[Request, ...]:
         """Requests that an edit fulfils."""
-        return parse_pair(edit) if edit in self.joints else (tuple(edit.rsplit(" ", 1)),)
+        return parse_pair(edit if edit in self.joints else "-".join(edit.rsplit(" ", 1)))
 
     def of(self, edit: str, method: str) -> Measurement:
         """Measurement of a method on the samples of an edit."""
         return self.measured[self.edits[edit][method]]
 
-    def advantages(self, request: Request) -> dict[str, dict[str, dict[str, Any]]]:
+    def advantages(self, request: Request) -> dict[str, dict[str, dict[str, object]]]:
         """{"sae_minus": {method: success of sae minus success of the method}} as in COMPARED."""
         edit = " ".join(request)
         return {
@@ -326,7 +326,7 @@ class Result:
             for ours, others in COMPARED.items() if ours in self.tests[request]
         }  # fmt: skip
 
-    def all_fulfilled(self, pair: str, method: str) -> dict[str, Any]:
+    def all_fulfilled(self, pair: str, method: str) -> dict[str, object]:
         """Share of samples with all requests of a pair fulfilled, before and after."""
         plain, steered = self.of(pair, "plain"), self.of(pair, method)
         return all_fulfilled(self.scorer, plain, steered, self.requests_of(pair))

@@ -21,12 +21,12 @@ from musicscope.core.audio import resample
 from musicscope.core.io import read_json
 from musicscope.data.audio_files import AudioFile
 from musicscope.judges.pair import Judges
-from musicscope.models.interface import Hook, chain, is_audio_model
+from musicscope.models.interface import AudioModel, Hook, Model, audio_model, chain, language_model
 from musicscope.models.registry import load_model
 from musicscope.steering.conditions import JUDGE_RATE
 from musicscope.steering.edit import Steering, steering_hook
 from musicscope.steering.recipes import DIRECTIONS, recipe_folder
-from musicscope.steering.subjects import Model, finite_audio, frame_rate_at, other_noise
+from musicscope.steering.subjects import finite_audio, other_noise
 
 MODELS = "data/models"
 MAX_SECONDS = 120.0
@@ -205,11 +205,11 @@ class Session:
         ValueError: it is of the other kind.
         """
         model = load_model(name, device)
-        if audio and not is_audio_model(model):
+        if audio and not isinstance(model, AudioModel):
             raise ValueError(
                 f"{name} makes music from words: give --prompt TEXT in place of --audio FILE"
             )
-        if not audio and is_audio_model(model):
+        if not audio and isinstance(model, AudioModel):
             raise ValueError(
                 f"{name} turns audio into audio and generates nothing from a prompt: musicscope "
                 "generate --audio FILE edits a recording with it"
@@ -231,7 +231,7 @@ class Session:
                     f"the SAE has width {steering.sae.width}, {layer} of {model.name} {width}: "
                     "they are not of one model; run dvc repro steer"
                 )
-            hooks.append(steering_hook(model, steering, frame_rate_at(model, layer)))
+            hooks.append(steering_hook(model, steering, model.frame_rates[layer]))
         return {layer: chain(*hooks)} if hooks else {}
 
     def draw(
@@ -244,14 +244,14 @@ class Session:
         """
         model, hooks = self.model, self._hooks(source, layer, steering, tick)
         if isinstance(source, AudioInput):
-            batch = model.encode(torch.from_numpy(source.audio)[None])
+            own = audio_model(model)
+            batch = own.encode(torch.from_numpy(source.audio)[None])
             if source.seed:
                 batch = other_noise(batch, "seed", source.seed)
-            audio = finite_audio(model.reconstruct(batch, hooks))
+            audio = finite_audio(own.reconstruct(batch, hooks))
             return Sound(audio[0], model.sample_rate, None)
-        scale = {} if source.guidance is None else {"guidance_scale": source.guidance}
-        audio, codes = model.generate(
-            [source.prompt or None], source.seconds, source.seed, hooks or None, **scale
+        audio, codes = language_model(model).generate(
+            [source.prompt or None], source.seconds, source.seed, hooks or None, source.guidance
         )
         return Sound(audio[0].float().cpu().numpy(), model.sample_rate, codes[0].cpu())
 
@@ -291,19 +291,21 @@ def judge(judges: Judges, sounds: tuple[Sound, ...]) -> Scores:
     }
 
 
-def score_rows(
+def score_table(
     scores: Scores, requests: Mapping[str, str], most: int = 3
-) -> list[tuple[str, list[float | None]]]:
-    """Make rows (family; plain and steered by each judge in turn).
+) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Make heads and rows (family; plain and steered by each judge in turn).
 
     Requested families come first, with their request, then the `most` others of the highest
     probability.
     """
+    heads = [f"{kind}, {judge.replace('_', ' ')}" for judge in scores for kind in KINDS]
     first = next(iter(scores.values()))
     others = [f for f in first if f not in requests]
     others.sort(key=lambda f: -max((v for v in first[f] if v is not None), default=0.0))
-    return [
+    rows = [
         (" ".join([family, *([requests[family]] if family in requests else [])]),
          [value for by_family in scores.values() for value in by_family[family]])
         for family in [*(f for f in requests if f in first), *others[:most]]
     ]  # fmt: skip
+    return heads, rows

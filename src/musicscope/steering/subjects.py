@@ -15,7 +15,7 @@ noise of a sample depends on the sample alone, so only the edit differs from pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -27,11 +27,96 @@ from musicscope.config.concepts import Steer
 from musicscope.core.audio import resample, spectra, spectral_distance
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, known_labels, main_clips
-from musicscope.models.interface import AudioBatch, AudioModel, Hook, MusicModel, is_audio_model
+from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES
+from musicscope.models.interface import (
+    AudioBatch,
+    AudioModel,
+    Hook,
+    Model,
+    audio_model,
+    language_model,
+)
 from musicscope.steering.methods import METHODS, Condition, Request, Selection
-from musicscope.steering.prompts import edit_prompt, make_prompts
 
-Model = MusicModel | AudioModel
+FORMS = {
+    "validation": (
+        "{every}, {tempo}, {dense}",
+        "a {lead} melody{backed}",
+        "{dense} {tempo} music featuring {lead}{backed}",
+    ),
+    "test": (
+        "A {tempo}, {dense} instrumental in {key} with {every}.",
+        "{every} play a {dense} piece in {key} at about {bpm} BPM.",
+        "{lead} leads a {tempo} tune{joined}.",
+        "{every}",
+    ),
+}
+"""Phrasings of the clips' captions by split; validation and test share none."""
+TEMPOS = {"slow": (70, 75, 80, 85), "mid-tempo": (95, 110, 120, 130), "fast": (140, 150, 160)}
+DENSITIES = ("sparse", "steady", "busy")
+KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
+"""As in the captions of the embedded clips."""
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def make_prompts(selection: Selection, seed: int) -> list[str]:
+    """Make the prompts [n] of a selection.
+
+    A pitched family leads, as in the clips; up to two families accompany it.
+
+    ValueError for an unknown split or family, or one that is to be both named and absent.
+    """
+    if selection.split not in FORMS:
+        raise ValueError(f"no prompts for split {selection.split!r}: known {', '.join(FORMS)}")
+    for family in (*selection.named, *selection.without):
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}: known {', '.join(FAMILIES)}")
+    if both := set(selection.named) & set(selection.without):
+        raise ValueError(f"{sorted(both)} cannot be named and absent in one prompt")
+    allowed = [f for f in FAMILIES if f not in (*selection.named, *selection.without)]
+    leads = [f for f in selection.named if f in PITCHED_FAMILIES]
+    forms, texts = FORMS[selection.split], []
+    for i in range(selection.n):
+        name = (selection.split, "+".join(selection.named), "-".join(selection.without), i)
+        rng = np.random.default_rng(seed_for(seed, "steer", "prompts", *name))
+        others = list(rng.permutation(allowed))
+        if leads:
+            lead = leads[rng.integers(len(leads))]
+        else:
+            lead = next(f for f in others if f in PITCHED_FAMILIES)
+        rest = [f for f in selection.named if f != lead]
+        rest += [f for f in others if f != lead][: rng.integers(3)]
+        lead, *rest = (str(f).replace("_", " ") for f in (lead, *rest))
+        tempo = list(TEMPOS)[rng.integers(len(TEMPOS))]
+        texts.append(
+            forms[i % len(forms)].format(
+                lead=lead, every=_and([lead, *rest]), tempo=tempo,
+                joined=f" with {_and(rest)}" if rest else "",
+                backed=f", backed by {_and(rest)}" if rest else "",
+                dense=DENSITIES[rng.integers(len(DENSITIES))],
+                key=f"{KEYS[rng.integers(len(KEYS))]} {('major', 'minor')[rng.integers(2)]}",
+                bpm=TEMPOS[tempo][rng.integers(len(TEMPOS[tempo]))],
+            )
+        )  # fmt: skip
+    return texts
+
+
+def edit_prompt(prompt: str, requests: Mapping[str, str]) -> str:
+    """Add requests {concept: "off" or "on"} to a prompt: "... with organ, no guitar"."""
+    words = {concept: concept.replace("_", " ") for concept in requests}
+    wanted = [words[c] for c, direction in requests.items() if direction == "on"]
+    unwanted = [f"no {words[c]}" for c, direction in requests.items() if direction == "off"]
+    text = prompt.rstrip(". ")
+    if wanted:
+        text += f" with {' and '.join(wanted)}"
+    return ", ".join([text, *unwanted])
+
+
+# --- prompts, in the phrasings of the clips' captions -------------------------------------------
+
 LEAST_GROUPS = 2
 """Groups of clips that an interval needs."""
 
@@ -42,18 +127,14 @@ class Rendering:
 
     audio: np.ndarray
     """float32 [n, samples] at the model's rate"""
-    codes: Tensor | None = None
-    """[n, K, T] of generated samples"""
-
-
-def frame_rate_at(model: Model, layer: str) -> float:
-    """Frames per second at a hook point; each point of an audio model has its own rate."""
-    return model.frame_rates[layer] if is_audio_model(model) else model.frame_rate
+    codes: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[n, K, T] of generated samples, else empty"""
 
 
 def _sides(requests: Sequence[Request]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Concepts to switch off, and concepts to switch on."""
-    return tuple(tuple(c for c, d in requests if d == side) for side in ("off", "on"))
+    off, on = (tuple(c for c, d in requests if d == side) for side in ("off", "on"))
+    return off, on
 
 
 @dataclass(frozen=True)
@@ -113,11 +194,9 @@ class Prompts:
             key = (name, condition.selection.split, first // self.batch, *again)
             yield texts[first : first + self.batch], seed_for(self.seed, "steer", *key)
 
-    def render(
-        self, model: MusicModel, condition: Condition, hooks: Mapping[str, Hook]
-    ) -> Rendering:
+    def render(self, model: Model, condition: Condition, hooks: Mapping[str, Hook]) -> Rendering:
         """Generate audio and codes of all prompts."""
-        audio, codes = [], []
+        model, audio, codes = language_model(model), [], []
         for texts, seed in self.batches(model.name, condition):
             sound, tokens = model.generate(
                 texts, self.seconds, seed, dict(hooks), guidance_scale=self.guidance
@@ -127,12 +206,13 @@ class Prompts:
         return Rendering(np.concatenate(audio), torch.cat(codes))
 
     def costs(
-        self, model: MusicModel, condition: Condition, rendering: Rendering
+        self, model: Model, condition: Condition, rendering: Rendering
     ) -> dict[str, np.ndarray]:
         """ce [n]: cross-entropy under the unsteered model, nats per code.
 
         There is no caption: music with a concept that the prompt does not name is no worse for it.
         """
+        model = language_model(model)
         parts = [
             model.cross_entropy(model.with_captions(part, [None] * len(part))).mean((1, 2))
             for part in rendering.codes.split(self.batch)
@@ -225,18 +305,16 @@ class Clips:
             return model.reconstruct(other_noise(batch, "again"))
         return model.reconstruct(batch, dict(hooks))
 
-    def render(
-        self, model: AudioModel, condition: Condition, hooks: Mapping[str, Hook]
-    ) -> Rendering:
+    def render(self, model: Model, condition: Condition, hooks: Mapping[str, Hook]) -> Rendering:
         """Pass all clips through the model."""
-        at, parts = self.chosen(condition.selection), []
+        model, at, parts = audio_model(model), self.chosen(condition.selection), []
         for first in range(0, len(at), self.batch):
             batch = model.encode(self.audio(at[first : first + self.batch], model.sample_rate))
             parts.append(finite_audio(self.play(model, condition.method, batch, hooks)))
         return Rendering(np.concatenate(parts))
 
     def costs(
-        self, model: AudioModel, condition: Condition, rendering: Rendering
+        self, model: Model, condition: Condition, rendering: Rendering
     ) -> dict[str, np.ndarray]:
         """spectral [n]: distance from the plain reconstruction; ce [n] is NaN."""
         plain = rendering
@@ -254,7 +332,9 @@ def make_subject(
     model: Model, section: Steer, seed: int, clips: ClipStore | None = None
 ) -> Subject:
     """Make the subject for a model; an audio model needs `clips`."""
-    if is_audio_model(model):
+    if isinstance(model, AudioModel):
+        if clips is None:
+            raise ValueError(f"{model.name} is steered on clips: open data/clips for it")
         return Clips(seed, section.seconds, section.batch, clips)
     return Prompts(
         seed, section.seconds, section.batch, section.guidance, section.concepts, section.words

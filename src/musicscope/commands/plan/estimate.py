@@ -12,25 +12,26 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from musicscope.commands.plan import rates as plan_rates
-from musicscope.commands.plan.measure import Rate
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
-from musicscope.commands.plan.rates import StepRate
+from musicscope.commands.plan.rates import Rate, StepRate
 from musicscope.config import Params, load_params
 from musicscope.core.command_line import Parser, number, whole
+from musicscope.core.distributed import resolve_device
 from musicscope.data.audio_files import SUFFIXES, list_files
+from musicscope.models.interface import language_model
+from musicscope.models.registry import load_model
 
 EMBEDDED_RATE = 16_000  # Hz, as render.py makes clips; importing it would load the synthesiser
 STORED_BYTES = 2  # per number in float16 or bfloat16, per sample in int16
 SHUFFLE_BYTES = 256 * 2**20  # shuffle window of a store (ActivationStore.train_batches)
 
 
-@dataclass(frozen=True)
-class Clips:
+class Clips(NamedTuple):
     """Number and format of the clips."""
 
     number: int
@@ -40,8 +41,7 @@ class Clips:
     origin: str
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Cost of one stage of one model."""
 
     stage: str
@@ -132,7 +132,7 @@ def rows_of(
     params: Params,
     clips: Clips,
     shapes: Sequence[Shape],
-    rates: dict[str, Rate | None],
+    rates: Mapping[str, Rate | None],
     step: StepRate | None = None,
 ) -> list[Row]:
     """Estimate every stage whose size depends on data or models, in the order of the DAG."""
@@ -154,34 +154,42 @@ def rows_of(
     return rows
 
 
-def _hours(params: Params, rate: Rate, clip_seconds: float, spent: float) -> float:
-    """Convert seconds on clips of the measured length; processes share the work, not on a GPU."""
-    shared = rate.on_cpu or params.compute.engine != "processes"
+def _timed(
+    row: Row, params: Params, clips: Clips, rate: Rate | None, pass_of: str, batch: int,
+    spent: Callable[[Rate], float],
+) -> Row:  # fmt: skip
+    """Add memory and hours of passes over clips: `spent` seconds of clips as long as measured.
+
+    Processes share the work, but not on a GPU.
+    """
+    if rate is None:
+        return row
+    shared = rate.device.startswith("cpu") or params.compute.engine != "processes"
     processes = params.compute.processes if shared else 1
-    return spent * clip_seconds / rate.clip_seconds / 3600 / processes
+    hours = spent(rate) * clips.seconds / rate.clip_seconds / 3600 / processes
+    memory = rate.memory(pass_of, batch, clips.seconds)
+    return row._replace(memory=memory, hours=hours, note=rate.note)
 
 
 def _ablation(params: Params, shape: Shape, rate: Rate | None, clips: Clips) -> Row:
-    section = params.ablate
-    count, kinds = section.clips, len(section.kinds)
-    what = f"{shape.name}: {shape.layers} layers x {kinds} kinds, {count} clips"
-    if rate is None:
-        return Row("ablate", what)
-    passes = 2 * count  # train clips for the means, scored clips for their inputs
-    spent = passes * rate.extract_seconds + count * rate.seconds_to_ablate(kinds, shape.layers)
-    hours = _hours(params, rate, clips.seconds, spent)
-    return Row("ablate", what, 0.0, rate.memory("ablate", 4, clips.seconds), hours, rate.note)
+    count, kinds = params.ablate.clips, len(params.ablate.kinds)
+    row = Row("ablate", f"{shape.name}: {shape.layers} layers x {kinds} kinds, {count} clips")
+
+    def spent(rate: Rate) -> float:
+        passes = 2 * count  # train clips for the means, scored clips for their inputs
+        return passes * rate.extract_seconds + count * rate.seconds_to_ablate(kinds, shape.layers)
+
+    return _timed(row, params, clips, rate, "ablate", 4, spent)
 
 
 def _extraction(params: Params, shape: Shape, rate: Rate | None, clips: Clips) -> Row:
     rows, slots = clips.number * frames_of(clips, shape), len(params.slots)
-    disk = rows * shape.width * STORED_BYTES * slots
     what = f"{shape.name}: {rows:,} frames of {shape.width} x {slots} slots"
-    if rate is None:
-        return Row("extract_activations", what, disk)
-    memory = rate.memory("extract", params.extract_activations.batch_clips, clips.seconds)
-    hours = _hours(params, rate, clips.seconds, clips.number * rate.extract_seconds)
-    return Row("extract_activations", what, disk, memory, hours, rate.note)
+    row = Row("extract_activations", what, rows * shape.width * STORED_BYTES * slots)
+    batch = params.extract_activations.batch_clips
+    return _timed(
+        row, params, clips, rate, "extract", batch, lambda r: clips.number * r.extract_seconds
+    )
 
 
 def _dictionaries(
@@ -223,14 +231,8 @@ def table(rows: Sequence[Row]) -> str:
     disk = sum(row.disk for row in rows)
     lines.append(("in all", "", shown(disk, 1e9), "", shown(sum(hours)) if hours else "?", ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = "<<>>><"
-    padded = (
-        "  ".join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)
-        )
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in padded)
+    form = "  ".join(f"{{:{side}{w}}}" for side, w in zip("<<>>><", widths, strict=True))
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -275,9 +277,8 @@ def run(args: argparse.Namespace) -> None:
         if shape.sample_rate != clips.sample_rate:
             print(f"  works at {shape.sample_rate} Hz: clips are resampled as they are read")
         if args.measure:
-            rates[shape.name] = plan_rates.measure_local(
-                shape.name, clips.seconds, params.compute.device
-            )
+            model = load_model(shape.name, resolve_device(params.compute.device))
+            rates[shape.name] = plan_rates.measure(language_model(model), clips.seconds)
     step = plan_rates.step_rate(args.results)
     print("\n" + table(rows_of(params, clips, shapes, rates, step)))
     print(

@@ -8,9 +8,10 @@ upper bound (grouped key heads weigh less). A folder's own config.json takes pre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from musicscope.core.io import read_json
 
@@ -23,16 +24,11 @@ MUSICGEN = {
     "musicgen-large": {"hidden_size": 2048, "heads": 32, "layers": 48},
 }
 YUE_S1 = "YuE-s1-7B"
-YUE_CONFIG = {
-    "vocab_size": 83_968, "hidden_size": 4096, "intermediate_size": 11_008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 16_384,
-}  # fmt: skip
 RAVE_WIDTH, RAVE_RATE = 128, 44_100 / 2048
 """Dimensions and frame rate of the posterior mean of a v2 export."""
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """Recordings of a published data set, before filtering."""
 
     train: int
@@ -124,9 +120,13 @@ def shape_of(name: str, models: str | Path = "data/models") -> Shape:
     if (folder / "state_dict.bin").is_file():
         return _of_musicgen(name, _audiocraft_config(folder), str(folder))
     if plain in MUSICGEN:
-        return _of_musicgen(name, musicgen_config(plain), "published sizes")
+        return replace(_published_musicgen(plain), name=name)
     if plain.startswith(YUE_S1):
-        return _of_llama(name, LlamaConfig(**YUE_CONFIG), "published sizes")
+        config = LlamaConfig(
+            vocab_size=83_968, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+            num_attention_heads=32, max_position_embeddings=16_384,
+        )  # fmt: skip
+        return _of_llama(name, config, "published sizes")
     exports = sorted(folder.glob("*.ts"))
     if exports or "rave" in plain.lower():
         origin = str(exports[0]) if exports else "published sizes"
@@ -149,10 +149,16 @@ def _audiocraft_config(folder: Path) -> MusicgenConfig:
         read_checkpoint,
     )
 
-    configs = (read_checkpoint(folder / file)[1] for file in (MODEL_FILE, CODEC_FILE))
+    files = (MODEL_FILE, CODEC_FILE)
+    configs = (read_checkpoint(folder / file)[1] for file in files)
     text = folder / TEXT_FOLDER
     t5 = T5Config.from_pretrained(text) if text.is_dir() else text_config()
     return transformers_config(*configs, t5)
+
+
+@cache
+def _published_musicgen(name: str) -> Shape:
+    return _of_musicgen(name, musicgen_config(name), "published sizes")
 
 
 def _of_musicgen(name: str, config: MusicgenConfig, origin: str) -> Shape:

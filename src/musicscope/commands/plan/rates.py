@@ -1,27 +1,136 @@
-"""Measured rates for `musicscope plan`: read from benchmarks/results and scaled, or taken now."""
+"""Seconds and bytes per clip of a model: measured on noise, or read from benchmarks/results.
+
+The content of a clip has no effect on either. Memory is linear in the number of clips, so batches
+of one and three clips give its peak for any batch. The batch decides the last bits of
+floating-point results: a run that must give the same bytes everywhere fixes it in params.yaml.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
-from musicscope.commands.plan.measure import Rate, largest_batch, measure
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from musicscope.ablation import language
+from musicscope.activations.token_cache import CHUNK
 from musicscope.commands.plan.published_sizes import Shape
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import read_json
-from musicscope.models.registry import load_model
+from musicscope.models.interface import Batch, LanguageModel
 
 FULL_SIZE, EXTRACTION, SAE_STEP = "full_size.json", "extraction.json", "sae_step.json"
 ONE_THREAD = "cpu, 1 threads"
+HEADROOM = 0.1  # of a memory limit: allocators round up and fragment
+
+
+class Footprint(NamedTuple):
+    """Peak memory of a step, linear in the number of clips."""
+
+    fixed: int
+    """Bytes for any batch: weights and other memory that does not grow with it."""
+    per_clip: int
+    """Bytes per clip at the peak."""
+
+    @classmethod
+    def through(cls, one: int, three: int, resident: int) -> Footprint:
+        """Fit a line to the peaks of one and of three clips; add `resident` bytes of weights."""
+        per_clip = -(-max(three - one, 0) // 2)
+        return cls(resident + max(one - per_clip, 0), per_clip)
+
+    def largest_batch(self, limit: float, most: int) -> int:
+        """Find the largest batch (1 to `most` clips) below `limit` bytes less the headroom.
+
+        ValueError with the bytes needed if not even one clip fits.
+        """
+        usable, one = int(limit * (1 - HEADROOM)), self.fixed + self.per_clip
+        if one > usable:
+            raise ValueError(
+                f"one clip needs {one / 1e9:.3f} GB ({self.fixed / 1e9:.3f} for weights), more "
+                f"than {usable / 1e9:.3f} GB; raise the limit, take shorter clips, a smaller "
+                "dtype or a device map"
+            )
+        return max(1, min(most, (usable - self.fixed) // max(self.per_clip, 1)))
 
 
 @dataclass(frozen=True)
-class StepRate:
+class Rate:
+    """Seconds and bytes per clip, on one device by one process."""
+
+    device: str
+    """Such as "cpu, 1 threads" or the name of a GPU; of a scaled rate, with its origin."""
+    dtype: str
+    """Of the decoder; "" if not recorded."""
+    clip_seconds: float
+    batch_clips: int
+    codec_seconds: float
+    """Audio to codes, per clip."""
+    pass_seconds: float
+    """Codes to the activations of the deepest layer, per clip."""
+    ablate_seconds: float | None = None
+    """All `ablate_kinds` of all layers from codes, per clip; None where not measured."""
+    ablate_kinds: int = 0
+    decoder_parameters: int = 0
+    weight_bytes: int = 0
+    extract_fixed_bytes: int | None = None
+    """Peak memory of a forward pass: fixed bytes (including weights) plus bytes per clip."""
+    extract_clip_bytes: int = 0
+    codec_fixed_bytes: int | None = None
+    """Peak of the codec, which runs before a pass, without weights."""
+    codec_clip_bytes: int = 0
+    ablate_fixed_bytes: int | None = None
+    ablate_clip_bytes: int = 0
+
+    @property
+    def note(self) -> str:
+        """Conditions of the measurement."""
+        return ", ".join(filter(None, (self.device, self.dtype)))
+
+    @property
+    def extract_seconds(self) -> float:
+        """Audio to activations, per clip."""
+        return self.codec_seconds + self.pass_seconds
+
+    def seconds_to_ablate(self, kinds: int, layers: int) -> float:
+        """Seconds per clip to score all layers; where not measured, from half the depth each."""
+        if self.ablate_seconds is not None:
+            return self.ablate_seconds * kinds / self.ablate_kinds
+        return self.pass_seconds * kinds * (layers + 1) / 2
+
+    def footprint(self, stage: str, seconds: float) -> Footprint | None:
+        """Peak of a pass of `stage` (extract, ablate) over clips of `seconds`; None if unknown."""
+        fixed, each = (getattr(self, f"{stage}_{part}_bytes") for part in ("fixed", "clip"))
+        if fixed is None:
+            return None
+        return Footprint(fixed, math.ceil(seconds / self.clip_seconds * each))
+
+    def codec_memory(self, seconds: float) -> float:
+        """Peak bytes of the codec on a chunk of clips; 0 where unknown."""
+        if self.codec_fixed_bytes is None:
+            return 0.0
+        peak = self.codec_fixed_bytes + CHUNK * self.codec_clip_bytes
+        return self.weight_bytes + peak * seconds / self.clip_seconds
+
+    def memory(self, stage: str, clips: int, seconds: float) -> float | None:
+        """Peak bytes of a batch of clips of `seconds`: codec and decoder run in turn."""
+        if (cost := self.footprint(stage, seconds)) is None:
+            return None
+        return max(cost.fixed + clips * cost.per_clip, self.codec_memory(seconds))
+
+
+class StepRate(NamedTuple):
     """Cost of an SAE's training step, which its one dense product decides."""
 
-    measured: dict[int, float]
+    measured: Mapping[int, float]
     """Latents x width -> seconds per frame, with AuxK."""
     note: str
 
@@ -32,54 +141,56 @@ class StepRate:
         return self.measured[near] * batch * size / near
 
 
-def batches(rates: dict[str, Rate | None], seconds: float, gigabytes: float) -> str:
+def batches(rates: Mapping[str, Rate | None], seconds: float, gigabytes: float) -> str:
     """Describe, per model, the largest extract_activations.batch_clips within `gigabytes`."""
     lines = []
     for name, rate in rates.items():
-        cost = rate and rate.footprint("extract", seconds)
-        try:
-            if cost is None:
-                raise ValueError("its memory was not measured")
-            if (codec := rate.codec_memory(seconds)) > gigabytes * 1e9:
-                raise ValueError(f"its codec alone needs {codec / 1e9:.3f} GB")
-            most = largest_batch(cost, round(gigabytes * 1e9), most=256)
-            lines.append(f"{name}: extract_activations.batch_clips up to {most}")
-        except ValueError as error:
-            lines.append(f"{name}: {error}")
+        cost = None if rate is None else rate.footprint("extract", seconds)
+        if rate is None or cost is None:
+            text = "its memory was not measured"
+        elif (codec := rate.codec_memory(seconds)) > gigabytes * 1e9:
+            text = f"its codec alone needs {codec / 1e9:.3f} GB"
+        else:
+            try:
+                most = cost.largest_batch(gigabytes * 1e9, most=256)
+                text = f"extract_activations.batch_clips up to {most}"
+            except ValueError as error:
+                text = str(error)
+        lines.append(f"{name}: {text}")
     return "\n".join(lines)
+
+
+# --- stored rates -----------------------------------------------------------------------------
 
 
 def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rate | None]:
     """Read rates per model from results of benchmarks, scaled by parameters where necessary.
 
-    None for a model that no measurement can be scaled to.
-
-    A measurement on `device` (auto, cpu or cuda) takes precedence over other devices.
+    None for a model that no measurement can be scaled to. A measurement on `device` (auto, cpu or
+    cuda) takes precedence over other devices.
     """
     folder, on_cpu = Path(folder), resolve_device(device) == "cpu"
     full = read_json(folder / FULL_SIZE) if (folder / FULL_SIZE).is_file() else {}
-    known: dict[str, Rate] = {}
+    names, known = {field.name for field in fields(Rate)}, {}
     for name, by_device in full.items():
-        entries = {key: _rate(value) for key, value in by_device.items()}
+        entries = {
+            key: Rate(**{k: v for k, v in value.items() if k in names})
+            for key, value in by_device.items()
+        }
         same = [key for key in entries if key.startswith("cpu") == on_cpu]
         # As stages run: the decoder in float32, one thread per process.
         known[name] = entries[min(same or entries, key=lambda key: (_unlike(entries[key]), key))]
-    return {shape.name: _one(shape, known, folder) for shape in shapes}
+    return {shape.name: _rate_of(shape, known, folder) for shape in shapes}
 
 
 def _unlike(rate: Rate) -> tuple[bool, bool]:
     return rate.dtype != "float32", rate.device.startswith("cpu") and rate.device != ONE_THREAD
 
 
-def _rate(value: dict[str, object]) -> Rate:
-    return Rate(**{f.name: value[f.name] for f in fields(Rate) if f.name in value})
-
-
-def _one(shape: Shape, known: dict[str, Rate], folder: Path) -> Rate | None:
-    plain = shape.name.rsplit("/", 1)[-1]
+def _rate_of(shape: Shape, known: Mapping[str, Rate], folder: Path) -> Rate | None:
+    plain, path = shape.name.rsplit("/", 1)[-1], folder / EXTRACTION
     if plain in known:
         return known[plain]
-    path = folder / EXTRACTION
     if path.is_file() and (nano := read_json(path)).get("model") == plain:
         whole, passed = (nano["ms_cpu_a_clip"][k]["median"] / 1e3 for k in ("extract", "full"))
         return Rate(ONE_THREAD, "", nano["seconds_a_clip"], 1, whole - passed, passed)
@@ -90,8 +201,8 @@ def _one(shape: Shape, known: dict[str, Rate], folder: Path) -> Rate | None:
     name = min(known, key=lambda n: abs(math.log(known[n].decoder_parameters / own)))
     rate = known[name]
     times = own / rate.decoder_parameters * shape.positions_per_frame
-    origin = f"{rate.device}, scaled from {name}"
     seconds = (rate.codec_seconds, rate.pass_seconds * times)
+    origin = f"{rate.device}, scaled from {name}"
     return Rate(origin, "", rate.clip_seconds, rate.batch_clips, *seconds)
 
 
@@ -109,9 +220,119 @@ def step_rate(folder: str | Path) -> StepRate | None:
     return StepRate(measured, ONE_THREAD) if measured else None
 
 
-def measure_local(name: str, clip_seconds: float, device: str) -> Rate:
-    """Measure a local model on two clips of noise.
+# --- measuring --------------------------------------------------------------------------------
 
-    FileNotFoundError (from load_model) where its weights are absent.
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Measure the most bytes of tensors alive at once during `run`, above those before it.
+
+    Uses the allocator's own count: on CUDA its statistics, on a CPU the events of torch's profiler
+    (the memory of a process would include its heap).
     """
-    return measure(load_model(name, resolve_device(device)), clip_seconds)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    alive = np.cumsum([change for _, change in sorted(changes, key=lambda pair: pair[0])])
+    return max(0, int(alive.max(initial=0)))
+
+
+def seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Measure the median time of `run`, after a warm-up round where `rounds` > 1.
+
+    With one thread on a CPU: the thread's own time, independent of other load; else wall time.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    times = []
+    for _ in range(rounds + (rounds > 1)):
+        start = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock() - start)
+    return statistics.median(times[1:] or times)
+
+
+def measure(
+    model: LanguageModel,
+    clip_seconds: float = 10.0,
+    batch_clips: int = 2,
+    rounds: int = 3,
+    ablations: Sequence[str] = (),
+    memory: bool = True,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = lambda text: None,
+) -> Rate:
+    """Measure a model with a codec, unconditional as in extraction.
+
+    Args:
+        ablations: kinds to ablate every layer with (ablation.ablate), on one clip: many passes.
+        memory: also find the peaks, which takes further passes.
+        dtype: of the decoder, as loaded.
+        say: called with each result as soon as it is known.
+    """
+    device, deepest = torch.device(model.device), model.hook_points[-1].name
+    samples = round(clip_seconds * model.sample_rate)
+    noise = 0.1 * np.random.default_rng(0).standard_normal((1, samples)).astype(np.float32)
+
+    def encode(clips: int) -> Batch:
+        return model.encode(noise[[0] * clips], [None] * clips)
+
+    def decoder(clips: int) -> None:
+        codes = one.codes.cpu().expand(clips, -1, -1)
+        model.capture(model.with_captions(codes, [None] * clips), [deepest])
+
+    batch = encode(batch_clips)
+    one = model.with_captions(batch.codes[:1].cpu(), [None])
+    codec = seconds(lambda: encode(batch_clips), device, rounds) / batch_clips
+    say(f"codec: {codec:.2f} s a clip of {clip_seconds:g} s")
+    passed = seconds(lambda: model.capture(batch, [deepest]), device, rounds) / batch_clips
+    say(f"a pass to the deepest layer: {passed:.2f} s a clip")
+    weights, peaks = getattr(model, "weight_bytes", 0), {}
+    stages = (("extract", "a pass", decoder, weights), ("codec", "the codec", encode, 0))
+    for key, name, run, resident in stages if memory else ():
+        low, high = (peak_bytes(lambda n=n, run=run: run(n), device) for n in (1, 3))
+        cost = Footprint.through(low, high, resident)
+        say(f"peak of {name}: {cost.fixed:,} bytes and {cost.per_clip:,} a clip")
+        peaks |= {f"{key}_fixed_bytes": cost.fixed, f"{key}_clip_bytes": cost.per_clip}
+    ablate = None
+    if ablations:
+        means, times = language.sums(model, one).means, []
+
+        def score() -> None:
+            run = lambda: language.ablate(model, one, tuple(ablations), means)  # noqa: E731
+            times.append(seconds(run, device, 1))
+
+        if memory:  # in the same run, the longest of all: counting takes microseconds per operation
+            peaks |= {"ablate_fixed_bytes": weights, "ablate_clip_bytes": peak_bytes(score, device)}
+        else:
+            score()
+        (ablate,) = times
+        say(f"ablating every layer: {ablate:.1f} s a clip")
+    hf = getattr(model, "hf", None)  # with codec and text encoder; `lm` of audiocraft has neither
+    language_part = getattr(hf, "decoder", hf) or getattr(model, "lm")  # noqa: B009
+    on_gpu = device.type == "cuda"
+    return Rate(
+        torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        str(dtype).removeprefix("torch."),
+        clip_seconds,
+        batch_clips,
+        codec,
+        passed,
+        ablate_seconds=ablate,
+        ablate_kinds=len(ablations),
+        decoder_parameters=sum(p.numel() for p in language_part.parameters()),
+        weight_bytes=weights,
+        **peaks,
+    )

@@ -12,11 +12,14 @@ import argparse
 import importlib.util
 import os
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 from musicscope.commands.generate import usual_guidance
 from musicscope.commands.studio import logic
 from musicscope.core.command_line import Parser, whole
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "100mb"
@@ -52,7 +55,7 @@ def prepare(uploads: str) -> None:
         os.environ[name] = ",".join(dict.fromkeys([*known, HOST, "localhost"]))
 
 
-def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> tuple[Any, str]:
+def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> tuple[Blocks, str]:
     """Start the page and return it with its address; call `prepare` first.
 
     Raises:

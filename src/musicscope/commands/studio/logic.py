@@ -6,23 +6,32 @@ Bad input raises ValueError or FileNotFoundError with a text for the user; `Canc
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from musicscope.commands.generate import JUDGES
-from musicscope.core.io import read_json
-from musicscope.dictionaries.core import TopKSAE
+from musicscope.finder.run import find_concept
 from musicscope.judges.pair import load_judges
 from musicscope.report.snippets import spectrogram_levels
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
-from musicscope.steering.recipes import load_recipe, load_steering, recipe_folder, sae_folder
+from musicscope.steering.recipes import (
+    Recipe,
+    load_recipe,
+    load_sae,
+    load_steering,
+    recipe_folder,
+    sae_folder,
+)
 from musicscope.steering.session import (
-    KINDS,
     Scores,
     Session,
     Sound,
@@ -32,12 +41,16 @@ from musicscope.steering.session import (
     judge,
     known_concepts,
     known_models,
-    score_rows,
+    score_table,
 )
 
 LONGEST = 30.0
 """Maximum seconds per sound."""
 SLOT = "top1"
+LEAST_FILES, MOST_FILES = 2, 200
+"""Recordings per side."""
+AUDIBLE, MOMENTS = 16, 3
+"""Number of best features that can be steered; moments per feature that give its peak."""
 
 
 class Cancelled(Exception):
@@ -55,7 +68,9 @@ def ticking(report: Tick, cancelled: Callable[[], bool]) -> Tick:
     return tick
 
 
-# --- models and concepts ----------------------------------------------------------------------
+open_session = lru_cache(maxsize=1)(Session.open)
+"""One model at a time stays in memory."""
+open_judges = lru_cache(maxsize=1)(load_judges)
 
 
 def models_with_sae(slot: str = SLOT) -> list[str]:
@@ -69,27 +84,10 @@ def all_concepts(models: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(c for m in models for c in known_concepts(m)))
 
 
-def sae_of(model: str, slot: str = SLOT, device: str = "cpu") -> tuple[str, TopKSAE]:
-    """Load hook point and SAE of a slot."""
-    folder = sae_folder(model, slot)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is missing: run dvc repro train_sae, or dvc pull it")
-    layer = read_json(folder / "config.json").get("trainer", {}).get("layer")
-    if not isinstance(layer, str):
-        raise ValueError(f"{folder}/config.json names no hook point as trainer.layer: retrain it")
-    return layer, TopKSAE.load(folder, device)
-
-
-open_session = lru_cache(maxsize=1)(Session.open)
-"""One model at a time stays in memory."""
-open_judges = lru_cache(maxsize=1)(load_judges)
-
-
 # --- requests ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FeatureEdit:
+class FeatureEdit(NamedTuple):
     """One operation on one feature."""
 
     feature: int
@@ -99,27 +97,31 @@ class FeatureEdit:
     """Multiple of the usual activation, the mean over frames where it fires; scale: the factor."""
 
 
-def input_of(prompt: Any, seconds: Any, seed: Any, guidance: Any) -> TextInput:
+def _number(name: str, value: float | None, whole: bool = False) -> float:
+    """Check a field of the page, which is None where it is empty."""
+    if value is None or not math.isfinite(value):
+        raise ValueError(f"{name}: give a number")
+    if whole and value != int(value):
+        raise ValueError(f"{name} {value:g}: give a whole number")
+    return float(value)
+
+
+def input_of(
+    prompt: str | None, seconds: float | None, seed: float | None, guidance: float | None
+) -> TextInput:
     """Check the fields of the page; empty guidance is the model's own."""
-    for name, value in (("seconds", seconds), ("seed", seed)):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name}: give a number")
-    if seed != int(seed):
-        raise ValueError(f"seed {seed:g}: give a whole number")
-    if seconds > LONGEST:
-        raise ValueError(f"{seconds:g} seconds: up to {LONGEST:g} here")
-    return TextInput(str(prompt or "").strip(), float(seconds), int(seed), guidance)
+    if (length := _number("seconds", seconds)) > LONGEST:
+        raise ValueError(f"{length:g} seconds: up to {LONGEST:g} here")
+    return TextInput((prompt or "").strip(), length, int(_number("seed", seed, True)), guidance)
 
 
-def feature_of(feature: Any, op: str, value: Any) -> FeatureEdit | None:
+def feature_of(feature: float | None, op: str, value: float | None) -> FeatureEdit | None:
     """Check one row of the page; None if it names no feature."""
-    if feature is None or feature == "":
+    if feature is None:
         return None
-    if not isinstance(feature, int | float) or feature != int(feature) or feature < 0:
-        raise ValueError(f"feature {feature}: give a whole number from 0")
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"feature {int(feature)}: give a value")
-    return FeatureEdit(int(feature), op, float(value))
+    if (number := int(_number("feature", feature, True))) < 0:
+        raise ValueError(f"feature {number}: give a whole number from 0")
+    return FeatureEdit(number, op, _number(f"value of feature {number}", value))
 
 
 def plan(
@@ -135,26 +137,23 @@ def plan(
         raise ValueError("switch a concept off or on, or name a feature")
     check_requests(model, directions)
     if directions:
-        layer, steering = load_steering(model, directions, branch=branch, device=device)
-        strengths = [strength for _, strength in requests.values()]
-        concepts = tuple(
-            replace(c, strength=c.strength * s)
-            for c, s in zip(steering.concepts, strengths, strict=True)
-        )
-        steering = replace(steering, concepts=concepts)
+        strengths = {concept: strength for concept, (_, strength) in requests.items()}
+        layer, steering = load_steering(model, directions, strengths, branch=branch, device=device)
     else:
-        recipe = load_recipe(recipe_folder(model), next(iter(known_concepts(model))))
-        sae = TopKSAE.load(sae_folder(model, recipe.slot), device)
-        layer, steering = recipe.layer, Steering(sae, (), branch or "conditional")
+        layer, sae = load_sae(model, _any_recipe(model).slot, device)
+        steering = Steering(sae, (), branch or "conditional")
     single = tuple(_single_edit(edit, usual_values(model)) for edit in features)
     return layer, replace(steering, concepts=steering.concepts + single)
 
 
+def _any_recipe(model: str) -> Recipe:
+    return load_recipe(recipe_folder(model), next(iter(known_concepts(model))))
+
+
 def usual_values(model: str) -> np.ndarray:
     """Mean activation [F] of each feature where it fires, on the training clips of the recipes."""
-    recipe = load_recipe(recipe_folder(model), next(iter(known_concepts(model))))
-    sides = (recipe.statistics[f"active_{side}"] for side in ("with", "without"))
-    return np.maximum(*(side.numpy() for side in sides))
+    statistics = _any_recipe(model).statistics
+    return np.maximum(*(statistics[f"active_{side}"].numpy() for side in ("with", "without")))
 
 
 def _single_edit(edit: FeatureEdit, usual: np.ndarray) -> ConceptEdit:
@@ -220,17 +219,93 @@ def scores_html(outcome: Outcome) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in outcome.notes)
     if outcome.scores is None:
         return notes
-    judges = [name.replace("_", " ") for name in outcome.scores]
-    head = "".join(f'<th scope="col">{escape(j)}, {k}</th>' for j in judges for k in KINDS)
-    rows = "".join(
+    heads, rows = score_table(outcome.scores, outcome.requests)
+    body = "".join(
         f'<tr><th scope="row">{escape(label.replace("_", " "))}</th>'
         + "".join(f"<td>{'–' if v is None else f'{v:.2f}'}</td>" for v in values)
         + "</tr>"
-        for label, values in score_rows(outcome.scores, outcome.requests)
+        for label, values in rows
     )
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("family", *heads))
     return (
-        f'<table class="scores"><caption>Judges: probability of each family</caption><thead><tr>'
-        f'<th scope="col">family</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        '<table class="scores"><caption>Judges: probability of each family</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "<p>Requested families, then the most probable others. Scores of one sound are rough.</p>"
         f"{notes}"
     )
+
+
+# --- concepts in uploaded recordings ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoundConcept:
+    """Features of a concept in recordings, ready to steer with."""
+
+    model: str
+    slot: str
+    table: pd.DataFrame
+    """`association.COLUMNS`, best first"""
+    peaks: Mapping[int, float]
+    """Feature -> mean of its highest values in recordings with the concept"""
+    text: str
+
+
+def gather(paths: Sequence[str] | None, folder: Path, what: str) -> Path:
+    """Copy uploaded files under numbered names; ValueError for too few or too many."""
+    paths = paths or ()
+    if not LEAST_FILES <= len(paths) <= MOST_FILES:
+        raise ValueError(
+            f"{len(paths)} recordings {what}: {LEAST_FILES} to {MOST_FILES} are needed, ten to "
+            "find anything"
+        )
+    folder.mkdir()
+    for i, path in enumerate(paths):
+        shutil.copyfile(path, folder / f"{i:03d}-{Path(path).name}")
+    return folder
+
+
+def find(
+    model: str, with_: Sequence[str] | None, without: Sequence[str] | None, tick: Tick,
+    seconds: float = 10.0, device: str = "cpu", slot: str = SLOT,
+) -> FoundConcept:  # fmt: skip
+    """Find features that separate two lists of recordings; see `finder.run.find_concept`."""
+    layer, sae = load_sae(model, slot, device)
+    with TemporaryDirectory(prefix="musicscope-") as root:
+        sides = (
+            gather(with_, Path(root) / "with", "with the concept"),
+            gather(without, Path(root) / "without", "without it"),
+        )
+        try:
+            report = find_concept(
+                open_session(model, device).model, sae, *sides, layer, seconds=seconds,
+                audible=AUDIBLE, moments=MOMENTS, tick=tick,
+            )  # fmt: skip
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(str(error).replace(f"{root}/", "")) from error
+    moments = report.moments[report.moments["dictionary"] == "sae"]
+    peaks = {int(f): float(rows["value"].mean()) for f, rows in moments.groupby("feature")}
+    text = report.text(rows=10).replace(f"{root}/", "")
+    return FoundConcept(model, slot, report.table, peaks, text)
+
+
+def plan_found(
+    found: FoundConcept | None, direction: str, n: float, strength: float,
+    branch: str = "conditional", device: str = "cpu",
+) -> tuple[str, Steering]:  # fmt: skip
+    """Make hook point and edit: the best `n` features ablated (off), or raised to their peaks (on).
+
+    Strength 1 reaches these values, 0 changes nothing.
+    """
+    if found is None:
+        raise ValueError("find a concept first")
+    chosen = [int(f) for f in found.table["feature"].head(int(n)) if int(f) in found.peaks]
+    if not chosen:
+        raise ValueError("no feature fires in these recordings: nothing to steer with")
+    layer, sae = load_sae(found.model, found.slot, device)
+    edits = {
+        "off": Edit(tuple(chosen), "ablate"),
+        "on": Edit(tuple(chosen), "clamp_min", tuple(found.peaks[f] for f in chosen)),
+    }
+    concept = ConceptEdit(f"found {direction}", (edits[direction],), float(strength))
+    return layer, Steering(sae, (concept,), branch)

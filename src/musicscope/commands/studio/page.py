@@ -1,4 +1,4 @@
-"""The studio's page in Gradio; its logic is in `logic` and `finder`.
+"""The studio's page in Gradio; its logic is in `logic`.
 
 All buttons that use the model share one queue, which runs one job at a time. Cancel sets the event
 of the user's job, which generation checks before each step, and removes a waiting job.
@@ -11,14 +11,17 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
-from musicscope.commands.studio import finder as finding
 from musicscope.commands.studio import logic
 from musicscope.steering.edit import BRANCHES, TARGETS
-from musicscope.steering.session import known_concepts
+from musicscope.steering.session import KINDS, TextInput, Tick, known_concepts
+
+Fields = dict[str, Component]
+Job = Callable[[Tick], list]
+"""Gives a value for each output."""
 
 SINGLE_FEATURES = 3
 """Rows for single features."""
@@ -37,10 +40,11 @@ CSS = """
 """
 
 
-def theme() -> Any:
+def theme() -> gr.themes.Default:
     """Return Gradio's plain theme with system fonts, so that nothing is fetched."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.themes.Default(**fonts)
+    return gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
 
 
 # --- jobs -------------------------------------------------------------------------------------
@@ -49,9 +53,7 @@ _jobs: dict[tuple[str | None, str], threading.Event] = {}
 """(session, button) -> event that is set when the job is cancelled."""
 
 
-def _work(
-    request: gr.Request, button: str, progress: Any, outputs: int, job: Callable[[Any], Any]
-) -> Any:
+def _work(request: gr.Request, button: str, progress: gr.Progress, outputs: int, job: Job) -> list:
     """Run `job(tick)`; show errors of the user in full, others by name."""
     key, cancelled = (request.session_hash, button), threading.Event()
     _jobs[key] = cancelled
@@ -66,7 +68,7 @@ def _work(
     try:
         return job(logic.ticking(report, cancelled.is_set))
     except logic.Cancelled:
-        return [gr.skip()] * outputs if outputs > 1 else gr.skip()
+        return [gr.skip()] * outputs
     except (ValueError, FileNotFoundError) as error:
         raise gr.Error(escape(str(error)), print_exception=False) from None
     except Exception as error:
@@ -99,7 +101,7 @@ def _leave(request: gr.Request) -> None:
 # --- parts of the page ------------------------------------------------------------------------
 
 
-def _input_fields(name: str, guidance: float | None) -> dict[str, Any]:
+def _input_fields(name: str, guidance: float | None) -> Fields:
     """Make fields for prompt, seed, seconds, guidance and branch."""
     prompt = gr.Textbox(
         "A slow, sparse piece with guitar and strings.", label="Prompt", elem_id=f"{name}-prompt",
@@ -125,11 +127,11 @@ def _buttons(name: str, text: str) -> tuple[gr.Button, gr.Button]:
     return go, stop
 
 
-def _stage(name: str) -> list[Any]:
+def _stage(name: str) -> list[Component]:
     """Make players and spectrograms of both sounds, and the scores."""
     sounds, pictures = [], []
     with gr.Row():
-        for kind in ("plain", "steered"):
+        for kind in KINDS:
             with gr.Column(min_width=260):
                 sounds.append(gr.Audio(
                     label=kind.capitalize(), interactive=False, format="wav",
@@ -143,16 +145,18 @@ def _stage(name: str) -> list[Any]:
     return [*sounds, *pictures, scores]
 
 
-def _shown(outcome: logic.Outcome) -> list[Any]:
+def _shown(outcome: logic.Outcome) -> list:
     both = (outcome.plain, outcome.steered)
     return [*map(logic.int16, both), *map(logic.picture, both), logic.scores_html(outcome)]
 
 
-def _input(fields: dict[str, Any], values: dict[Any, Any]) -> Any:
+def _input(fields: Fields, values: dict) -> TextInput:
     return logic.input_of(*(values[fields[k]] for k in ("prompt", "seconds", "seed", "guidance")))
 
 
-def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model: Any) -> None:
+def _steer_tab(
+    models: Sequence[str], device: str, guidance: float | None, model: gr.Dropdown
+) -> None:
     concepts = logic.all_concepts(models)
     known = set(known_concepts(models[0]))
     with gr.Row():
@@ -186,7 +190,7 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
             outputs = _stage("steer")
 
     def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
-        def job(tick: Any) -> list[Any]:
+        def job(tick: Tick) -> list:
             source = _input(fields, values)
             requests = {
                 concept: (values[turn], values[strength])
@@ -209,7 +213,7 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
     inputs |= {part for _, _, turn, strength in rows for part in (turn, strength)}
     _connect(go, cancel, "steer", generate, inputs, outputs)
 
-    def show(name: str) -> list[Any]:
+    def show(name: str) -> list:
         there = known_concepts(name)
         return [gr.update(visible=concept in there) for concept in concepts]
 
@@ -217,7 +221,7 @@ def _steer_tab(models: Sequence[str], device: str, guidance: float | None, model
         model.change(show, model, [row for _, row, _, _ in rows], api_visibility="private")
 
 
-def _find_tab(device: str, guidance: float | None, model: Any) -> None:
+def _find_tab(device: str, guidance: float | None, model: gr.Dropdown) -> None:
     found = gr.State(None)
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -239,15 +243,15 @@ def _find_tab(device: str, guidance: float | None, model: Any) -> None:
         with gr.Column(scale=3, min_width=320):
             fields = _input_fields("found", guidance)
             direction = gr.Radio(["off", "on"], value="off", label="Concept", elem_id="found-turn")
-            n = gr.Slider(1, finding.AUDIBLE, 4, step=1, label="Features")
+            n = gr.Slider(1, logic.AUDIBLE, 4, step=1, label="Features")
             strength = gr.Slider(0.0, MOST_STRENGTH, 1.0, step=0.1, label="Strength")
             go, cancel = _buttons("found", "Generate")
         with gr.Column(scale=4, min_width=320):
             outputs = _stage("found")
 
     def look(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
-        def job(tick: Any) -> list[Any]:
-            made = finding.find(
+        def job(tick: Tick) -> list:
+            made = logic.find(
                 values[model], values[with_], values[without], tick, values[window], device
             )
             return [made, made.text]
@@ -255,10 +259,10 @@ def _find_tab(device: str, guidance: float | None, model: Any) -> None:
         return _work(request, "find", progress, 2, job)
 
     def generate(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()):  # noqa: B008
-        def job(tick: Any) -> list[Any]:
+        def job(tick: Tick) -> list:
             source, of = _input(fields, values), values[found]
             branch = values[fields["branch"]] or "conditional"
-            layer, steering = finding.plan_found(
+            layer, steering = logic.plan_found(
                 of, values[direction], values[n], values[strength], branch, device
             )
             return _shown(logic.perform(of.model, source, layer, steering, {}, tick, device))

@@ -8,6 +8,7 @@ Zenodo's CSV, mp3s and tag table.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,10 +156,10 @@ def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Pat
         else:
             valid = str(row["is_valid_subset"]).strip().lower() == "true"
             good.append(Caption(row["caption"], track, artist, valid, row["path"]))
-    return good, problems, shards or (table,)
+    return good, problems, shards or ((table,) if table else ())
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
+def _check_columns(path: Path, names: Sequence[str]) -> None:
     if missing := [c for c in CAPTION_COLUMNS if c not in names]:
         raise ValueError(f"{path} lacks the columns {missing}; it has {list(names)}")
 

@@ -286,7 +286,7 @@ def limit(recordings: Sequence[Recording], limits: RecordingLimits, seed: int) -
 def number(value: object) -> float:
     """Convert to a finite, positive number, or NaN."""
     try:
-        result = float(value)  # type: ignore[arg-type]
+        result = float(value)  # ty: ignore[invalid-argument-type]  errors are caught
     except (TypeError, ValueError):
         return float("nan")
     return result if 0 < result < float("inf") else float("nan")

@@ -188,8 +188,11 @@ class RaveModel:
         seen: dict[str, list[Tensor]],
         decode: bool = True,
         latents: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Give latents and audio; fill `seen` [names] with one activation [1, T, d] per clip."""
+    ) -> tuple[Tensor, Tensor]:
+        """Give latents and audio (empty without `decode`).
+
+        Fills `seen` [names] with one activation [1, T, d] per clip.
+        """
         self._known(hooks)
         samples = batch.audio.shape[1]
 
@@ -217,7 +220,7 @@ class RaveModel:
             if decode:
                 y = self._part(self.module.decode, z, act, seed_for(seed, "decode"))
                 decoded.append(y.mean(1)[:, :samples])
-        return torch.cat(drawn), torch.cat(decoded) if decode else None
+        return torch.cat(drawn), torch.cat(decoded) if decode else torch.empty(0)
 
     def _part(
         self,

@@ -90,9 +90,11 @@ def _players(folder: Path, best: pd.DataFrame) -> Players | None:
     if not (folder / "moments.parquet").is_file():
         return None
     moments, rows = pd.read_parquet(folder / "moments.parquet"), []
-    for of in best.drop_duplicates(["concept", "dictionary"]).itertuples(index=False):
-        here = (moments["concept"] == of.concept) & (moments["dictionary"] == of.dictionary)
-        own = moments[here & (moments["feature"] == of.feature)].sort_values("rank").head(MOMENTS)
+    columns = ["concept", "dictionary", "feature"]
+    firsts = best.drop_duplicates(["concept", "dictionary"])[columns]
+    for concept, dictionary, feature in firsts.itertuples(index=False):
+        here = (moments["concept"] == concept) & (moments["dictionary"] == dictionary)
+        own = moments[here & (moments["feature"] == feature)].sort_values("rank").head(MOMENTS)
         found = (
             file_moment(
                 folder, row.file, f"moment {row.rank}",
@@ -101,5 +103,5 @@ def _players(folder: Path, best: pd.DataFrame) -> Players | None:
             for row in own.itertuples(index=False)
         )  # fmt: skip
         if kept := tuple(moment for moment in found if moment is not None):
-            rows.append((f"{of.concept}: {of.dictionary} {of.feature}", kept))
+            rows.append((f"{concept}: {dictionary} {feature}", kept))
     return Players(tuple(rows)) if rows else None

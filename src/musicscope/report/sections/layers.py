@@ -21,7 +21,7 @@ def section(sources: Sources) -> Section:
 
 def _layers(found: Tree) -> tuple[list[str], list[str]]:
     """Layers and kinds of ablation."""
-    layers = sorted(found["layers"], key=int)
+    layers: list[str] = sorted(found["layers"], key=int)
     return layers, sorted({kind for layer in layers for kind in found["layers"][layer]})
 
 

@@ -70,7 +70,8 @@ def _correlations(sources: Sources) -> Figure | str:
             "share of pairs", "correlation on test, from", rows["low"].round(6).tolist(),
             {"pairs": rows["share"].tolist(), "null": rows["null_share"].tolist()},
         )
-        for comparison, rows in table.groupby("comparison", sort=False)
+        for comparison in table["comparison"].unique().tolist()
+        for rows in [table[table["comparison"] == comparison]]
     ]  # fmt: skip
     caption = "Pairs of SAE features beside their null and the ceiling of two seeds."
     return sources.figure(name, ". ".join(words), caption)

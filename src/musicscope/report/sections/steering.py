@@ -165,7 +165,8 @@ def _doses(
 ) -> Figure | str:
     """Success over strength, with controls without a strength; numbers of all panels in words."""
     words = []
-    for (concept, direction), rows in table.groupby(["concept", "direction"], sort=False):
+    for concept, direction in table[["concept", "direction"]].drop_duplicates().to_numpy():
+        rows = table[(table["concept"] == concept) & (table["direction"] == direction)]
         said = []
         for method in ("sae", "diff_means"):
             own = rows[(rows["method"] == method) & (rows["strength"] > 0)]
