@@ -2,7 +2,8 @@
 
 Two clips are identical if their samples are. They are near-identical if they last at least a second
 and their waveforms below 4 kHz correlate by at least SAME in absolute value, after a shift of at
-most a quarter of the clip. This holds under other levels, rates and lossy codecs, not under other
+most a quarter of the clip; by STEADY if another shift gives nearly as much, as for a note that is
+held or a loop. This holds under other levels, rates and lossy codecs, not under other
 pitch or tempo: for augmented copies the data set's own rule counts. Only pairs with similar log-mel
 statistics are correlated.
 """
@@ -29,6 +30,9 @@ ALIKE = 0.35
 """Largest RMS difference of the statistics (natural log of power) of pairs to correlate."""
 SAME = 0.85
 """Least correlation of near-identical clips."""
+STEADY = 0.98
+"""Least correlation where a shift by more than ELSEWHERE gives at least RIVAL of it."""
+RIVAL, ELSEWHERE = 0.9, 0.025
 SHIFT = 0.25
 """Largest shift, as a share of the clip."""
 LEAST_SECONDS = 1.0
@@ -59,8 +63,10 @@ def statistics(audio: np.ndarray, rate: int) -> np.ndarray:
     return np.concatenate([mel.mean(1), mel.std(1)])
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
+def correlation(one: np.ndarray, other: np.ndarray, rate: int = RATE) -> tuple[float, float]:
     """Compute the largest absolute correlation of two waveforms [n] over shifts up to SHIFT.
+
+    The second value is the largest at other shifts: further away than ELSEWHERE, in seconds.
 
     Each shift is normalised by the energy of the samples that overlap, at least half of it.
     """
@@ -75,8 +81,10 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     scale = np.sqrt(overlap[0] * overlap[1])
     enough = scale >= 0.5 * np.sqrt(energy[0][-1] * energy[1][-1])  # else only silence overlaps
     if not enough.any():
-        return 0.0
-    return float((np.abs(cross[shift[enough]]) / np.maximum(scale[enough], 1e-9)).max())
+        return 0.0, 0.0
+    at, found = shift[enough], np.abs(cross[shift[enough]]) / np.maximum(scale[enough], 1e-9)
+    far = np.abs(at - at[found.argmax()]) > ELSEWHERE * rate
+    return float(found.max()), float(found[far].max(initial=0.0))
 
 
 def _similar(table: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -111,7 +119,8 @@ def find_copies(clips: Clips, groups: Sequence[str]) -> list[Copy]:
         if joined.of(groups[i]) == joined.of(groups[j]):
             continue
         one, other = (comparable(audio, rate) for audio in clips.audio([i, j]))
-        if correlation(one, other) >= SAME:
+        best, rival = correlation(one, other, min(rate, RATE))
+        if best >= (STEADY if rival >= RIVAL * best else SAME):
             joined.join(groups[i], groups[j])
             found.append(Copy(i, j, False))
     return found
