@@ -268,14 +268,20 @@ def spread(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def result_of(world, scratch: Path, processes: int, **changes):
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     section = SimpleNamespace(**{**vars(SECTION), **changes})
     opening = partial(tone.open_tone_context, str(world))
     return search.run(section, opening, scratch, spread, processes, 5)
 
 
-def test_the_choice_and_the_test_of_a_run(world, tmp_path):
-    found = result_of(world, tmp_path / "a", 1)
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """Conditions that runs with other budgets or fewer concepts share."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+def test_the_choice_and_the_test_of_a_run(world, scratch):
+    found = result_of(world, scratch, 1)
     assert set(found.tests) == {(c, d) for c in ("guitar", "drums") for d in ("off", "on")}
     assert set(found.tests[OFF]) == set(Clips.methods)
     assert (found.search.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
@@ -283,7 +289,7 @@ def test_the_choice_and_the_test_of_a_run(world, tmp_path):
     assert set(found.search["branch"]) == {"both"}
     assert found.choices["sae", OFF].strength == 1.0
     # With the smallest budget nothing is allowed, and the cheapest is taken.
-    tight = result_of(world, tmp_path / "b", 1, frechet_budget=1e-9)
+    tight = result_of(world, scratch, 1, frechet_budget=1e-9)
     assert tight.choices["sae", OFF].strength == 0.25
     plain, steered = (found.measured[found.tests[OFF][m]] for m in ("plain", "sae"))
     assert len(plain.ce) == 8
@@ -297,8 +303,8 @@ def test_the_choice_and_the_test_of_a_run(world, tmp_path):
     assert both["all_wanted"]["value"] == 1.0
 
 
-def test_the_budget_is_in_multiples_of_what_noise_or_the_codec_gives(world, tmp_path):
-    table = result_of(world, tmp_path / "a", 1, concepts=("guitar",), pairs=()).search
+def test_the_budget_is_in_multiples_of_what_noise_or_the_codec_gives(world, scratch):
+    table = result_of(world, scratch, 1, concepts=("guitar",), pairs=()).search
     row = table[(table["direction"] == "off") & (table["method"] == "sae")].iloc[0]
     context = tone.open_tone_context(str(world))
     clips = Selection("validation", 4, ("guitar",))
