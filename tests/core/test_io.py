@@ -31,6 +31,8 @@ with scratch_dir({"stage": "test"}) as folder:
             stream.write("x")
         print(step, flush=True)
         time.sleep(float(sys.argv[1]))
+    while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
     publish_dir(folder / "out", "made")
 """
 
@@ -42,11 +44,11 @@ def workspace(tmp_path, monkeypatch):
 
 
 def test_the_second_of_two_processes_waits_and_says_for_what_and_both_end_well():
-    first = python(WORK, "0.1")
+    first = python(WORK, "0", "may-end")
     assert first.stdout.readline() == "from 0\n"
     second = python(WORK, "0")
     said = second.stderr.readline()
-    assert first.poll() is None  # it said so before the first ended
+    Path("may-end").touch()
     folder = scratch_path(KEY)
     assert said == f"waiting for process {first.pid}: it works in {folder} ({folder}.lock)\n"
     for process in (first, second):
