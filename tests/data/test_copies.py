@@ -207,7 +207,8 @@ def test_a_copy_of_a_data_sets_own_test_clip_leaves_train(tmp_path):
         "copy of a clip in another split": {"count": 1, "names": ["data/03CDEFGHIJK.wav"]}
     }
     assert (metrics["copies"]["near_identical"], metrics["copies"]["clips_left_out"]) == (1, 1)
-    assert [p.name for p in (tmp_path / "dvc/.dvc/tmp/partial").iterdir()] == []
+    left = (tmp_path / "dvc/.dvc/tmp/partial").iterdir()
+    assert [p.name for p in left if p.suffix != ".lock"] == []
 
 
 GROUPS = st.lists(
