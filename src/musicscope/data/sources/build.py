@@ -206,6 +206,7 @@ def write_recordings(
            "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
     with scratch_dir(key) as folder:
         publish_dir(_collect(folder, scan, config, processes, separate), out)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _collect(
