@@ -1,5 +1,7 @@
 """Decoder training: resuming is exact, captions are dropped, the average is what is saved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
@@ -82,7 +84,24 @@ def test_a_share_of_the_captions_is_dropped(parts, tokens):
         dropped += (mask.sum(1) == 0).tolist()
         lengths.add(codes.shape[-1])
     assert 0.08 < sum(dropped) / len(dropped) < 0.25
-    assert lengths == {40, 10}
+    assert lengths == {40, 10, 2}
+
+
+def test_a_batch_depends_on_the_step_alone_and_its_crops_are_of_the_clips(parts, tokens):
+    codes = torch.arange(12 * 2 * 40).reshape(12, 2, 40).short()
+    tokens = replace(tokens, codes=codes)
+    trainer = decoders.DecoderTrainer(CONFIG, *parts, 1, "cpu")
+    starts = set()
+    for trainer.step_count in range(30):
+        found, ids, mask = trainer.draw(tokens)
+        assert torch.equal(found, trainer.draw(tokens)[0])
+        assert found.shape[0] * found.shape[2] == CONFIG.batch * 40
+        assert ids.shape == mask.shape == (len(found), 2)
+        assert (found.diff(dim=-1) == 1).all()
+        assert torch.equal(found[:, 1] - found[:, 0], torch.full_like(found[:, 0], 40))
+        starts |= set((found[:, 0, 0] % 40).tolist())
+    assert min(starts) == 0
+    assert max(starts) == 38
 
 
 def test_embedded_sizes_differ_in_depth_and_width():

@@ -10,8 +10,8 @@ import pytest
 
 from musicscope.core import audio
 from musicscope.data.clips import ClipStore, write_clips
-from musicscope.data.taxonomy import PROGRAM_NAMES
-from musicscope.embedded.midi_set.captions import KEYS, MAJOR, MINOR, estimate_key, write_caption
+from musicscope.data.taxonomy import KEYS, PROGRAM_NAMES
+from musicscope.embedded.midi_set.captions import MAJOR, MINOR, estimate_key, write_caption
 from musicscope.embedded.midi_set.compositions import (
     Composition,
     Part,

@@ -130,7 +130,7 @@ def test_a_scene_that_never_renders_is_an_error(short, tmp_path, monkeypatch):
     def broken(*arguments):
         raise ValueError("no such program")
 
-    monkeypatch.setattr(corpora, "render_scene", broken)
+    monkeypatch.setattr(scenes, "render_scene", broken)
     with pytest.raises(ValueError, match="no such program"):
         corpora.render_chunk(tmp_path, None, "train", 0, 20)
     assert not list(tmp_path.iterdir())

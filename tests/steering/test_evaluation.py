@@ -12,14 +12,13 @@ import torch
 
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
-from musicscope.data.taxonomy import FAMILIES
-from musicscope.embedded.midi_set import captions
+from musicscope.data.taxonomy import FAMILIES, KEYS
 from musicscope.steering import conditions, report, search
 from musicscope.steering import evaluation as ev
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import METHODS, Condition, Selection
 from musicscope.steering.recipes import Settings, load_recipe
-from musicscope.steering.subjects import FORMS, KEYS, Prompts, make_prompts
+from musicscope.steering.subjects import FORMS, Prompts, make_prompts
 from tests.support.steered import LAYER, SECTION, tiny_context
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -52,7 +51,6 @@ def test_validation_and_test_share_no_phrasing_and_no_prompt():
     for validation, test in (sets[:2], sets[2:]):
         assert not set(validation) & set(test)
     assert any(key in t for t in sets[1] for key in KEYS)
-    assert KEYS == captions.KEYS  # as the clips' captions name them; steering imports no rendering
 
 
 # --- verdicts ---------------------------------------------------------------------------------

@@ -28,3 +28,4 @@ BASS_NAMES = {
 }
 PITCHED_FAMILIES = tuple(PROGRAM_NAMES)
 FAMILIES = (*PITCHED_FAMILIES, "bass", "drums")
+KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")

@@ -27,7 +27,7 @@ from musicscope.config.concepts import Steer
 from musicscope.core.audio import resample, spectra, spectral_distance
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, known_labels, main_clips
-from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES
+from musicscope.data.taxonomy import FAMILIES, KEYS, PITCHED_FAMILIES
 from musicscope.models.interface import (
     AudioBatch,
     AudioModel,
@@ -54,8 +54,6 @@ FORMS = {
 """Phrasings of the clips' captions by split; validation and test share none."""
 TEMPOS = {"slow": (70, 75, 80, 85), "mid-tempo": (95, 110, 120, 130), "fast": (140, 150, 160)}
 DENSITIES = ("sparse", "steady", "busy")
-KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
-"""As in the captions of the embedded clips."""
 
 
 def _and(names: Sequence[str]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from musicscope.data.taxonomy import KEYS
 from musicscope.embedded.midi_set.orchestration import Plan, instrument_name
 
-KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
 # Krumhansl & Kessler (1982) probe-tone profiles.
 MAJOR = np.array([6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88])
 MINOR = np.array([6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from musicscope.core.seeding import seed_for
-from musicscope.data.taxonomy import FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.captions import KEYS, density_word, tempo_word
+from musicscope.data.taxonomy import FAMILIES, KEYS, PROGRAM_NAMES
+from musicscope.embedded.midi_set.captions import density_word, tempo_word
 from musicscope.embedded.midi_set.compositions import Composition
 from musicscope.embedded.midi_set.corpus import describe
 from musicscope.embedded.midi_set.orchestration import draw_plan

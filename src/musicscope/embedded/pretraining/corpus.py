@@ -28,8 +28,7 @@ from musicscope.embedded.rendering.scenes import (
     SAMPLE_RATE,
     Scene,
     Sounds,
-    draw_scene,
-    render_scene,
+    draw_rendered,
     soundfonts,
 )
 from musicscope.embedded.rendering.scores import load_scores, save_scores
@@ -39,8 +38,6 @@ SECONDS = 10.0
 SAMPLES = round(SECONDS * SAMPLE_RATE)
 """Per clip."""
 SCENES_PER_CHUNK = 20
-ATTEMPTS = 50
-"""Pieces to try per scene; a fault in a sound must end the run, not repeat for ever."""
 STEMS_PER_SCENE = 5.5
 """Room to keep per scene; scenes have 1 to MOST_STEMS stems."""
 MARK = ".musicscope-pretraining"
@@ -130,18 +127,7 @@ def render_chunk(folder: Path, material: Material, split: str, number: int, seed
     scenes, stems = [], []
     for i in range(number * SCENES_PER_CHUNK, (number + 1) * SCENES_PER_CHUNK):
         rng = np.random.default_rng(seed_for(seed, "scene", split, i))
-        # A window without notes, or with silent stems alone, is drawn again.
-        for attempt in range(ATTEMPTS):
-            piece = pieces.draw(rng)
-            try:
-                scene, audio = render_scene(
-                    piece, draw_scene(piece, sounds, rng, SECONDS), sounds, SECONDS
-                )
-            except ValueError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                continue
-            break
+        _, scene, audio = draw_rendered(pieces, sounds, rng, SECONDS)
         scenes.append(scene)
         stems.append(audio)
     temporary = folder / f".{name}.{os.getpid()}.npy"

@@ -29,9 +29,10 @@ class DecoderConfig:
     heads: int
     batch: int = 4
     """Clips per step."""
-    short_crops: float = 0.5
-    """Share of the steps that take SHORT_CROP times as many crops, each that much shorter.
-    The caption tells most at the start of a sequence, before any code has been seen."""
+    crops: tuple[tuple[int, float], ...] = ((1, 0.3), (4, 0.3), (20, 0.4))
+    """(n, share of the steps that take n times as many crops, each a n-th of a clip). The caption
+    tells most at the start of a sequence, before any code has been seen: without the shortest
+    crops it was worth 0.002 nats per code after 750 steps."""
     learning_rate: float = 5e-3
     warmup_steps: int = 100
     caption_dropout: float = 0.15
@@ -42,7 +43,6 @@ class DecoderConfig:
     """Saved as the model's own default for generation."""
 
 
-SHORT_CROP = 4
 SIZES = {
     "nano-small": DecoderConfig(width=160, layers=6, heads=5),
     "nano-medium": DecoderConfig(width=256, layers=8, heads=8, learning_rate=4e-3),
@@ -140,16 +140,20 @@ class DecoderTrainer:
         """Codes [n, K, T], caption ids and masks of the next step; captions dropped at random."""
         config = self.config
         rng = np.random.default_rng(seed_for(self.seed, "decoder-step", self.step_count))
-        frames, length, count = tokens.codes.shape[-1], tokens.codes.shape[-1], config.batch
-        if rng.random() < config.short_crops:
-            length, count = frames // SHORT_CROP, count * SHORT_CROP
+        frames = tokens.codes.shape[-1]
+        parts, shares = zip(*config.crops, strict=True)
+        part = int(rng.choice(parts, p=shares))
+        length, count = frames // part, config.batch * part
         device = tokens.codes.device
         rows = torch.from_numpy(rng.integers(len(tokens), size=count)).to(device)
         starts = torch.from_numpy(rng.integers(frames - length + 1, size=count)).to(device)
         keep = torch.from_numpy(rng.random(count) >= config.caption_dropout).to(device)
         time = starts[:, None, None] + torch.arange(length, device=device)
         codes = tokens.codes[rows].gather(2, time.expand(-1, tokens.codes.shape[1], -1)).long()
-        return codes, tokens.ids[rows].long(), tokens.mask[rows].long() * keep[:, None]
+        mask = tokens.mask[rows].long()
+        if device.type == "cpu":  # padding costs time; a GPU is faster with one shape throughout
+            mask = mask[:, : int(mask.sum(1).max())]
+        return codes, tokens.ids[rows, : mask.shape[1]].long(), mask * keep[:, None]
 
     def step(self, tokens: TokenSet, progress: float) -> Tensor:
         """Train on one batch; cross-entropy per codebook [K] as a tensor (no waiting)."""

@@ -176,7 +176,8 @@ class Rooms:
 
 
 def mix_audio(
-    bank: Tensor, mixes: Mixes, rooms: Rooms, start: np.ndarray, samples: int
+    bank: Tensor, mixes: Mixes, rooms: Rooms, start: np.ndarray, samples: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Mix `samples` of each clip from sample `start` [n] on; float32 [n, samples] on the device.
 
@@ -184,6 +185,7 @@ def mix_audio(
 
     Args:
         bank: stems float16 [stems, clip samples] on the device.
+        generator: of the noise floor; torch's own by default.
     """
     device = bank.device
     rows = torch.from_numpy(mixes.rows).to(device)
@@ -210,7 +212,7 @@ def mix_audio(
     level = torch.from_numpy(10 ** (mixes.level_db / 20)).float().to(device)[:, None]
     audio = audio * level / rms
     noise = torch.from_numpy(10 ** (mixes.noise_db / 20)).float().to(device)[:, None]
-    audio = audio + noise * torch.randn_like(audio)
+    audio = audio + noise * torch.randn(audio.shape, generator=generator, device=device)
     return (audio / audio.abs().amax(1, keepdim=True).clamp_min(1.0)).nan_to_num(0.0, 0.0, 0.0)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from musicscope.data.taxonomy import BASS_NAMES, FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.captions import KEYS, MAJOR, MINOR
+from musicscope.data.taxonomy import BASS_NAMES, FAMILIES, KEYS, PITCHED_FAMILIES, PROGRAM_NAMES
+from musicscope.embedded.midi_set.captions import MAJOR, MINOR
 
 VOCALS = "vocals"
 SINGERS = ("male", "female")

@@ -17,6 +17,7 @@ from musicscope.data.taxonomy import BASS_NAMES, PITCHED_FAMILIES, PROGRAM_NAMES
 from musicscope.embedded.midi_set.compositions import MIN_NOTES, Composition, Part
 from musicscope.embedded.midi_set.render import _DECIMATOR, OVERSAMPLE, SAMPLE_RATE, Synth, rms
 from musicscope.embedded.rendering.captions import VOCALS, estimate_key
+from musicscope.embedded.rendering.pieces import Pieces
 from musicscope.embedded.rendering.synthesis import play
 from musicscope.embedded.rendering.timbre import apply_timbre, draw_timbre
 from musicscope.embedded.rendering.voices import Bank, sing
@@ -30,6 +31,8 @@ TIMBRE_SHARE = 0.6
 MOST_PITCHED = 4
 REGISTER = 60.0  # median MIDI pitch of a part before its random octave
 ATTEMPTS = 20
+MOST_DRAWS = 50
+"""A fault in a sound must end the run, not repeat for ever."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,33 @@ def render_scene(
     if not any(s.concept in PITCHED_FAMILIES for s in kept):
         raise ValueError(f"{scene.group} at {scene.start:.1f} s: every pitched stem is silent")
     return replace(scene, stems=tuple(kept)), np.stack(audio)
+
+
+def draw_rendered(
+    pieces: Pieces, sounds: Sounds, rng: np.random.Generator, seconds: float, concept: str = ""
+) -> tuple[Composition, Scene, np.ndarray]:
+    """Draw scenes until one renders, with an audible stem of `concept` if that is given.
+
+    Returns:
+        The piece, its scene and float16 [stems, samples].
+
+    Raises:
+        ValueError: MOST_DRAWS draws had no notes, silent stems alone, or not the concept.
+    """
+    for draw in range(MOST_DRAWS):
+        piece = pieces.draw(rng)
+        try:
+            scene = draw_scene(piece, sounds, rng, seconds)
+            if concept and concept not in (stem.concept for stem in scene.stems):
+                continue
+            scene, audio = render_scene(piece, scene, sounds, seconds)
+        except ValueError:
+            if draw == MOST_DRAWS - 1:
+                raise
+            continue
+        if not concept or concept in (stem.concept for stem in scene.stems):
+            return piece, scene, audio
+    raise ValueError(f"no scene with {concept} in {MOST_DRAWS} draws")
 
 
 def soundfonts(folder_of: dict[str, Path]) -> dict[str, Synth]:
