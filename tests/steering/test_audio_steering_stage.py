@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from musicscope.steering.report import Outs
 from musicscope.steering.session import AudioInput, Session, known_concepts, read_audio
 from musicscope.steering.subjects import Clips
 from tests.support import tone_rave as tone
+from tests.support.locks import python
 from tests.support.report import cells, inside, sources, tables, text_of
 from tools.import_closure import ROOT
 
@@ -61,6 +64,45 @@ def evaluate(root: Path, of) -> None:
         conditions.open_context.cache_clear()
         steering_run.evaluate("tone", of, 5, "cpu", 1, OUTS)
         conditions.open_context.cache_clear()
+
+
+STEER = """
+import sys
+from pathlib import Path
+from tests.steering import test_audio_steering_stage as t
+t.evaluate(Path(sys.argv[1]), t.section())
+"""
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    found = [p for top in ("data/steering", "metrics", "plots") for p in (root / top).rglob("*")]
+    return {str(p.relative_to(root)): p.read_bytes() for p in found if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["both run on", "the first is killed"])
+def test_a_run_beside_another_waits_and_both_end_in_the_same_bytes(world, tmp_path, killed):
+    """The first is what a killed dvc leaves running, beside the stage that the next dvc starts."""
+    tone.write_world(tmp_path, tone.labelled_rows(COUNTS))
+    first = python(STEER, str(tmp_path))
+    while not [*tmp_path.glob(".dvc/tmp/partial/*/*.npz")]:  # it has begun with conditions
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # until the second has come to the lock
+    second = python(STEER, str(tmp_path))
+    while f"waiting for process {first.pid}: it works in" not in (line := second.stderr.readline()):
+        assert line, "it did not wait"
+    first.send_signal(signal.SIGCONT)
+    if killed:
+        first.kill()
+        first.wait()
+    else:
+        _, error = first.communicate()
+        assert first.returncode == 0, error
+    _, error = second.communicate()
+    assert second.returncode == 0, error
+    assert outputs(tmp_path) == outputs(world)
+    assert [p for p in (tmp_path / ".dvc/tmp/partial").iterdir() if p.suffix != ".lock"] == []
 
 
 def test_the_stage_finds_the_planted_latents_and_switches_them(world):

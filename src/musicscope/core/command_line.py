@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -219,21 +219,26 @@ def device(text: str) -> str:
     return text
 
 
-def json_object(keys: Collection[str]) -> Callable[[str], dict[str, Any]]:
-    """Return a type for JSON objects with some of `keys`, without NaN and infinity."""
+def json_object(defaults: Mapping[str, object]) -> Callable[[str], dict[str, Any]]:
+    """Return a type for JSON objects with some of the keys of `defaults`.
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number")
+    Where the default is a number, the value must be one, finite and at least 0.
+    """
 
     def read(text: str) -> dict[str, Any]:
         try:
-            value = json.loads(text, parse_constant=refuse)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-        if not isinstance(value, dict) or not set(value) <= set(keys):
+            raise argparse.ArgumentTypeError(f"{text[:99]!r} is not JSON ({error})") from None
+        if not isinstance(value, dict) or not set(value) <= set(defaults):
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a JSON object with keys among {', '.join(keys)}"
+                f"{text[:99]!r} is not a JSON object with keys among {', '.join(defaults)}"
             )
+        for key, given in value.items():
+            if type(defaults[key]) in (int, float) and (
+                type(given) not in (int, float) or not 0 <= given < math.inf
+            ):
+                raise argparse.ArgumentTypeError(f"{key} = {given!r} is not a number at least 0")
         return value
 
     return read

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -351,8 +351,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--codec-batch", type=whole(1), default=8, help="crops of a second per step"
     )
     parser.add_argument("--decoder-batch", type=whole(1), default=4, help="clips per step")
-    keys = [field.name for field in fields(CodecConfig)]
-    parser.add_argument("--codec", type=json_object(keys), default={}, metavar="JSON",
+    codec = json_object(asdict(CodecConfig()))
+    parser.add_argument("--codec", type=codec, default={}, metavar="JSON",
                         help="fields of CodecConfig to change")  # fmt: skip
     parser.add_argument("--no-graphs", action="store_true", help="run each GPU kernel by itself")
     parser.add_argument("--start", type=Path, metavar="FOLDER",
