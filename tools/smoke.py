@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def check(folder: Path, env: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def disk_full(folder: Path, draw: random.Random) -> Iterator[Callable[[], None]]:
+def disk_full(folder: Path, draw: random.Random) -> Generator[Callable[[], None]]:
     """No file may grow beyond a random size, about that of the outputs of some stage."""
     most = round(math.exp(draw.uniform(math.log(2e4), math.log(4e6))))
     print(f"-- no file above {most} bytes", flush=True)
@@ -158,7 +158,7 @@ def disk_full(folder: Path, draw: random.Random) -> Iterator[Callable[[], None]]
 
 
 @contextlib.contextmanager
-def read_only(folder: Path, draw: random.Random) -> Iterator[Callable[[], None]]:
+def read_only(folder: Path, draw: random.Random) -> Generator[Callable[[], None]]:
     """Nothing may be added to one of the folders that stages write, nor to those below it."""
     top = draw.choice(["metrics", "plots", "data", ".dvc/tmp/partial"])
     print(f"-- {top} is read-only", flush=True)

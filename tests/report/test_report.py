@@ -226,6 +226,7 @@ def hostile_sections() -> list[Section]:
     }  # fmt: skip
     contents = {
         "data": {"rendered": False, **dict.fromkeys(("cues", "clips", "models"), table)},
+        "gallery": {"models": [{"name": HOSTILE, "players": some} for some in (players, None)]},
         "layers": {"figures": [figure, HOSTILE], "tables": [table]},
         "dictionaries": {"table": table},
         "probes": {"figures": [figure], "tables": [table, table]},

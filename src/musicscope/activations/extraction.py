@@ -33,8 +33,8 @@ from musicscope.activations.store import (
 from musicscope.core.distributed import ALONE, Ranks, Workers, scratch_of
 from musicscope.core.io import publish_dir
 from musicscope.core.parallel import workers
-from musicscope.data.clips import ClipStore, ResampledClips
-from musicscope.models.interface import AudioModel, MusicModel
+from musicscope.data.clips import Clips
+from musicscope.models.interface import AudioModel, MusicModel, language_model
 from musicscope.models.registry import Sources
 
 
@@ -105,7 +105,7 @@ def hook_names(model: MusicModel, chosen: Mapping[str, int]) -> dict[str, str]:
 
 def plan(
     model: MusicModel,
-    clips: ClipStore | ResampledClips,
+    clips: Clips,
     layers: Mapping[str, str],
     *,
     dtype: str,
@@ -203,7 +203,7 @@ def _run(
         wanted = tokens and ranks.any(bool(pending))  # another rank's shards may need my chunks
         chunks = ranks.mine(token_cache.missing(tokens, len(clips.rows))) if wanted else []
         with workers(min(processes, max(len(pending), len(chunks), 1))) as run:
-            if chunks:
+            if tokens and chunks:
                 encode = functools.partial(token_cache.write_chunk, sources, tokens)
                 left = len(chunks) * token_cache.CHUNK
                 _follow("codec", run(encode, chunks), plan, left, ranks)
@@ -257,8 +257,9 @@ def _write_shard(
                 if tokens is None:
                     batch = model.encode(clips.audio(rows), captions)
                 else:
-                    batch = model.with_captions(token_cache.read_codes(tokens, rows), captions)
-                found = model.capture(batch, names)
+                    codes = token_cache.read_codes(tokens, rows)
+                    batch = language_model(model).with_captions(codes, captions)
+                found = model.capture(batch, names)  # ty: ignore[invalid-argument-type]  its own
         except Exception as error:
             error.add_note(f"while extracting the clips {plan.clips['id'].iloc[rows].tolist()}")
             raise

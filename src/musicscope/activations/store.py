@@ -27,7 +27,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -90,12 +90,21 @@ class Manifest(TypedDict):
     sha256: str
 
 
+class MomentsRecord(TypedDict):
+    """`Moments` as JSON."""
+
+    count: int
+    mean: list[float]
+    m2: list[float]
+    norm_sum: float
+
+
 class Finished(TypedDict):
     """Note beside a shard of a store that is being written."""
 
     config_sha256: str
     sha256: str
-    moments: dict[str, object]
+    moments: MomentsRecord
 
 
 class StoreError(ValueError):
@@ -154,8 +163,8 @@ class ActivationStore:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.config, self.width, self.dtype = (manifest[k] for k in ("config", "width", "dtype"))
-        self.shards = manifest["shards"]
+        self.config, self.shards = manifest["config"], manifest["shards"]
+        self.width, self.dtype = manifest["width"], manifest["dtype"]
         self.rows = pd.DataFrame(manifest["clips"], columns=[*CLIP_COLUMNS, "first_row"])
         self.ids: list[str] = manifest["clips"]["id"]
         self.split = np.array(manifest["clips"]["split"], dtype=str)
@@ -194,7 +203,7 @@ class ActivationStore:
             raise StoreError(f"{path}: {error}; {remedy}") from error
         if found != manifest.get("sha256"):
             raise StoreError(f"{path}: its sha256 does not fit its content; {remedy}")
-        store = cls(folder, manifest)
+        store = cls(folder, cast(Manifest, manifest))
         for shard in store.shards:
             file = folder / shard["file"]
             if not file.is_file():
@@ -415,12 +424,14 @@ class Moments:
             self.norm_sum + other.norm_sum,
         )
 
-    def to_json(self) -> dict[str, object]:
-        return self.__dict__ | {"mean": self.mean.tolist(), "m2": self.m2.tolist()}
+    def to_json(self) -> MomentsRecord:
+        mean, m2 = self.mean.tolist(), self.m2.tolist()
+        return {"count": self.count, "mean": mean, "m2": m2, "norm_sum": self.norm_sum}
 
     @classmethod
-    def from_json(cls, value: dict[str, object]) -> Moments:
-        return cls(**value | {"mean": np.array(value["mean"]), "m2": np.array(value["m2"])})
+    def from_json(cls, value: MomentsRecord) -> Moments:
+        mean, m2 = np.array(value["mean"]), np.array(value["m2"])
+        return cls(value["count"], mean, m2, value["norm_sum"])
 
 
 class StoreWriter:
@@ -514,8 +525,9 @@ class StoreWriter:
 
     def finish(self) -> ActivationStore:
         """Merge the statistics, write the manifest last, and open the store."""
-        records = [self._finished(i) for i in range(len(self.spans))]
-        if absent := [i for i, record in enumerate(records) if record is None]:
+        finished = {i: self._finished(i) for i in range(len(self.spans))}
+        records = [record for record in finished.values() if record is not None]
+        if absent := [i for i, record in finished.items() if record is None]:
             raise StoreError(f"{self.folder}: shards {absent} are not written or damaged")
         total = Moments.of(np.empty((0, self.width)))
         shards = []

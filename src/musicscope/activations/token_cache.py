@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from musicscope.core.io import atomic_file, cache_dir
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import MusicModel, language_model
 from musicscope.models.registry import Sources
 
 CHUNK = 8  # clips encoded together: fixed, so that tokens never depend on who asks for them
@@ -75,7 +75,8 @@ def missing(folder: Path, clips: int) -> list[int]:
 
 def write_chunk(sources: Sources, folder: Path, chunk: int) -> int:
     """Encode one chunk of clips and keep its tokens; return its number of clips."""
-    model, clips = sources()
+    opened, clips = sources()
+    model = language_model(opened)
     rows = list(range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(clips.rows))))
     try:
         codes = model.encode(clips.audio(rows), [None] * len(rows)).codes.cpu().numpy()

@@ -21,6 +21,7 @@ from musicscope.core.io import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
+    from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -60,9 +61,9 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
 def interval_bars(
     axis: Axes,
     labels: Sequence[str],
-    values: Sequence[float] | np.ndarray,
-    lows: Sequence[float] | None = None,
-    highs: Sequence[float] | None = None,
+    values: ArrayLike,
+    lows: ArrayLike | None = None,
+    highs: ArrayLike | None = None,
     colour: str | Sequence[str] = COLOURS[0],
     offset: float = 0.0,
     width: float = 0.8,
@@ -92,10 +93,10 @@ def interval_bars(
 
 def interval_curve(
     axis: Axes,
-    x: Sequence[float],
-    values: Sequence[float] | np.ndarray,
-    lows: Sequence[float] | None = None,
-    highs: Sequence[float] | None = None,
+    x: ArrayLike,
+    values: ArrayLike,
+    lows: ArrayLike | None = None,
+    highs: ArrayLike | None = None,
     name: str | None = None,
     series: int = 0,
 ) -> None:
@@ -103,8 +104,8 @@ def interval_curve(
     colour = COLOURS[series % len(COLOURS)]
     axis.plot(x, values, color=colour, marker=MARKERS[series % len(MARKERS)], ms=5, label=name)
     if lows is not None and highs is not None:
-        lows, highs = (np.asarray(ends, dtype=float) for ends in (lows, highs))
-        axis.fill_between(x, lows, highs, color=colour, alpha=0.18, lw=0)
+        low, high = np.asarray(lows, dtype=float), np.asarray(highs, dtype=float)
+        axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
     axis.grid(color="#dddddd", lw=0.7)
 
 

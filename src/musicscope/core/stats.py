@@ -50,7 +50,8 @@ class Estimate:
                 f"an estimate has the keys {sorted(FIELDS)}, got {sorted(entry)}: rerun the stage "
                 "that wrote this metrics file"
             )
-        return cls(**{key: math.nan if value is None else value for key, value in entry.items()})
+        held: dict[str, Any] = {k: math.nan if v is None else v for k, v in entry.items()}
+        return cls(**held)
 
     @classmethod
     def read(cls, entry: Mapping[str, Any] | float | None) -> Estimate:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -177,7 +177,7 @@ def known_labels(
     return at[known], has[known].to_numpy(bool)
 
 
-def written(folder: Path) -> object:
+def written(folder: Path) -> Any:
     """State that `write_clips` kept after the last whole shard of a killed run, or None."""
     path = folder / PROGRESS
     return read_json(path)["state"] if path.is_file() else None

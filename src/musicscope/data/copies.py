@@ -130,7 +130,7 @@ def count_copies(clips: Clips) -> dict[str, int]:
     """Count pairs of groups with the same sound, and groups in several splits, for metrics."""
     groups = clips.rows["group"].tolist()
     found = find_copies(clips, groups)
-    splits = clips.rows.groupby("group")["split"].nunique()
+    splits = clips.rows.groupby("group")["split"].nunique().to_numpy()
     return {
         "identical": sum(c.identical for c in found),
         "near_identical": sum(not c.identical for c in found),

@@ -271,9 +271,11 @@ class SaePlan(Plan[SaeOutcome]):
         return live_logger(f"{self.live}/{name}")
 
     def trainer(self, name: str) -> dict[str, object]:
-        own = {"lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"]}
-        own |= {"lr": self.config.learning_rate, "steps": count_steps(self.config)}
-        return super().trainer(name) | own | {"seed": _index(name)}
+        return super().trainer(name) | {
+            "lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"],
+            "lr": self.config.learning_rate, "steps": count_steps(self.config),
+            "seed": _index(name),
+        }  # fmt: skip
 
     def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SaeOutcome:
         """Evaluate on held-out compositions and on the held-out soundfont, if there is one."""

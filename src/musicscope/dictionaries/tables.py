@@ -96,6 +96,8 @@ def _write_norms(
         (MISPAIRED, null, null.norms),
         ("random", test, outcomes[0].random_norms),
     ):
+        if norms is None:
+            raise ValueError("the first run lacks the norms of its random control")
         shares = relative_norms(norms)[:, of.fires.sum((0, 1)) > 0]
         columns |= {f"{name} {training}": row for name, row in zip(names, shares, strict=True)}
     write_text(Path(folder) / "relative_norm.csv", histogram(columns).to_csv(index=False))

@@ -166,7 +166,8 @@ def load_family_judge(folder: str | Path) -> FamilyJudge:
     values = checkpoint.read_config(folder)
     try:
         families = tuple(values.pop("families"))
-        config = JudgeConfig(**{**values, "channels": tuple(values["channels"])})
+        values["channels"] = tuple(values["channels"])
+        config = JudgeConfig(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}/config.json is no judge's ({error}); run dvc repro -f train_judge"

@@ -156,7 +156,7 @@ def headline(result: Result, table: pd.DataFrame) -> Metrics:
     tokens or (heard, alone) of the sound.
     """
     count = sum(not latent.is_null for latent in result.plan.latents)
-    head: dict[str, float | None] = {"features": count, "skipped": len(result.skipped)}
+    head: Metrics = {"features": count, "skipped": len(result.skipped)}
     ratios = _control_table(result)
     null, ratios = ratios[ratios["null"]], ratios[~ratios["null"]]
     if result.plan.not_searched:
@@ -172,12 +172,12 @@ def headline(result: Result, table: pd.DataFrame) -> Metrics:
     return {key: one if isinstance(one, dict) else float(one) for key, one in head.items()}
 
 
-def _search_headline(result: Result, table: pd.DataFrame) -> dict[str, float | None]:
+def _search_headline(result: Result, table: pd.DataFrame) -> Metrics:
     seed = seed_for(result.plan.seed, "maximize", "bootstrap")
     bootstrap = result.plan.section.bootstrap
     is_null = table["role"].isin(NULL_ROLES)
     nulls, real = table[is_null], table[~is_null]
-    head: dict[str, float | None] = {}
+    head: Metrics = {}
 
     def by_feature(rows: pd.DataFrame, key: str) -> pd.Series:
         return rows.groupby("feature", sort=False)[key].mean()

@@ -31,10 +31,13 @@ class TorchaudioGuard(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        module._IS_TORCHAUDIO_EXT_AVAILABLE = module._IS_ALIGN_AVAILABLE = False
-        module._check_cuda_version = lambda: None
-        # Decorates functions that need the extension: they then raise when called.
-        module.fail_if_no_align = lambda function: missing("torchaudio", function.__name__)
+        vars(module).update(
+            _IS_TORCHAUDIO_EXT_AVAILABLE=False,
+            _IS_ALIGN_AVAILABLE=False,
+            _check_cuda_version=lambda: None,
+            # Decorates functions that need the extension: they then raise when called.
+            fail_if_no_align=lambda function: missing("torchaudio", function.__name__),
+        )
 
 
 def install_guard() -> None:

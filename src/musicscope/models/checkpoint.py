@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -108,7 +108,7 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a folder; {} without one. ValueError names a pointer or a broken file."""
     path = folder / "config.json"
     found = read_json(check_file(path)) if path.is_file() else {}
@@ -236,7 +236,7 @@ def unknown_names(names: Iterable[str], model: PreTrainedModel, ignored: str | N
     return [n for n in found if not RECOMPUTED.search(n) and not (ignored and re.match(ignored, n))]
 
 
-def load_pretrained(cls: type[M], folder: Path, ignored: str | None = None, **options: object) -> M:
+def load_pretrained(cls: type[M], folder: Path, ignored: str | None = None, /, **options: Any) -> M:
     """Load a save_pretrained folder, whole: `from_pretrained` with local files and checks.
 
     `ignored`: pattern of weights that `cls` has no use for. FileNotFoundError or ValueError names
@@ -251,7 +251,7 @@ def load_pretrained(cls: type[M], folder: Path, ignored: str | None = None, **op
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its own report of what does not fit, which is an error here
     try:
-        model, report = cls.from_pretrained(
+        model, report = cls.from_pretrained(  # ty: ignore[not-iterable]  a pair with loading info
             folder, local_files_only=True, weights_only=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
@@ -271,7 +271,7 @@ def load_tokenizer(folder: Path, encoder: PretrainedConfig) -> PreTrainedTokeniz
     FileNotFoundError without its files: every word would become <unk>. ValueError for one whose ids
     are not those of the encoder's embedding.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     files = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not files:
@@ -285,6 +285,8 @@ def load_tokenizer(folder: Path, encoder: PretrainedConfig) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception
         raise damaged(files[0], error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{files[0]} gives a {type(tokenizer).__name__}, not a tokenizer")
     count, rows = len(tokenizer), encoder.vocab_size
     ends = {"pad": (tokenizer.pad_token_id, encoder.pad_token_id),
             "eos": (tokenizer.eos_token_id, encoder.eos_token_id)}  # fmt: skip

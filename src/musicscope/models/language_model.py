@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -141,6 +141,14 @@ class LayerwiseModel(Generic[D]):
         """Inputs of every layer besides the stream `hidden` [B, S, d]."""
         raise NotImplementedError
 
+    def at_frames(self, stream: Tensor, frames: int) -> Tensor:
+        """Select the positions of frames: [B, S, d] to [B, T, d]."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Turn codes [B, K, T] into audio [B, n]."""
+        raise NotImplementedError
+
     def places(self, book: int, frames: int) -> slice:
         """Positions at which codes 0..frames-1 of codebook `book` are fed, without a caption."""
         raise NotImplementedError
@@ -268,7 +276,7 @@ class LayerwiseModel(Generic[D]):
 
     @torch.no_grad()
     def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
-        logits = self.forward(batch, hooks).float()
+        logits = self._logits(self._run(batch, self.by_layer(hooks)), batch).float()
         return F.cross_entropy(logits.flatten(0, 2), batch.codes.flatten(), reduction="none").view(
             batch.codes.shape
         )
@@ -321,7 +329,7 @@ class LayerwiseModel(Generic[D]):
         return frames
 
     @contextlib.contextmanager
-    def _conditional(self, rows: slice) -> Iterator[None]:
+    def _conditional(self, rows: slice) -> Generator[None]:
         """Set `conditional_rows` for the time of a generation."""
         self.conditional_rows = rows
         try:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from musicscope.config.data import DownloadModel, Part
-from musicscope.core.io import atomic_dir
-from musicscope.data.clips import ClipStore, ResampledClips, at_rate
+from musicscope.core.io import Metrics, atomic_dir
+from musicscope.data.clips import Clips, ClipStore, at_rate
 from musicscope.models.checkpoint import check_file, fetch, fetch_family, read_config
-from musicscope.models.interface import MusicModel
+from musicscope.models.interface import Model
 
-Sources = Callable[[], tuple[MusicModel, ClipStore | ResampledClips]]
+Sources = Callable[[], tuple[Model, Clips]]
 """Opens a model and the clips at its rate. Picklable and cached, for every task calls it."""
 
 
@@ -37,7 +37,7 @@ class System:
     detect: Callable[[Path, Mapping[str, object]], bool]
     """(folder or file, its config.json or {}) -> whether it holds a model of this family."""
 
-    def load(self, path: Path, **options: object) -> MusicModel:
+    def load(self, path: Path, **options: object) -> Model:
         """Load the model in a folder or file."""
         module, name = self.loader.split(":")
         return getattr(importlib.import_module(module), name).load(path, **options)
@@ -70,7 +70,7 @@ def load_model(
     revision: str | None = None,
     system: str | None = None,
     **options: object,
-) -> MusicModel:
+) -> Model:
     """Load a model by path, by name under data/models, or by hub id ("owner/model").
 
     The folder's files decide the family (`SYSTEMS`); `system` names one where there are two (the
@@ -100,9 +100,7 @@ def load_model(
 
 
 @functools.cache
-def open_sources(
-    model: str, clips: str, device: str = "cpu"
-) -> tuple[MusicModel, ClipStore | ResampledClips]:
+def open_sources(model: str, clips: str, device: str = "cpu") -> tuple[Model, Clips]:
     """Load a model and open the clips at its sample rate, once per process.
 
     Give it to workers through functools.partial.
@@ -188,7 +186,7 @@ def _check_apart(parts: Sequence[DownloadModel | Part], target: Path) -> None:
             )
 
 
-def download(entry: DownloadModel, target: str | Path) -> dict[str, str | int]:
+def download(entry: DownloadModel, target: str | Path) -> Metrics:
     """Replace the folder `target` by the model of `entry`.
 
     Returns numbers for metrics/download_model/<name>.json. A hub id is fetched into the hub's own

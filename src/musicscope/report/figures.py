@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ METHODS = {
 }  # fmt: skip
 """Of steering, as the overview shows them."""
 LINES = ("-", "--", ":", "-.")
-GRID = {"color": "#dddddd", "lw": 0.7}
+GRID: dict[str, Any] = {"color": "#dddddd", "lw": 0.7}
 DASHED = {"color": "#555555", "lw": 1, "ls": "--"}
 
 
@@ -184,8 +185,8 @@ def ablation(table: pd.DataFrame, model: str) -> Figure:
 def sae_loss(table: pd.DataFrame) -> Figure:
     """Draw the training loss of every seed."""
     figure, ((axis,),) = plots.new_figure()
-    for seed, rows in table.groupby("seed"):
-        name = f"seed {seed}"
+    for seed in sorted(table["seed"].unique()):
+        rows, name = table[table["seed"] == seed], f"seed {seed}"
         plots.interval_curve(axis, rows["samples"] / 1e6, rows["loss"], name=name, series=int(seed))
     axis.set(xlabel="million frames", ylabel="unexplained variance (batch)", yscale="log")
     axis.legend()
@@ -217,8 +218,8 @@ def shared_r2(table: pd.DataFrame) -> Figure:
         if training == "paired":
             shown.loc["own SAE"] = own
         axis.imshow(np.clip(shown, 0, 1), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(shown.to_numpy()):
-            colour = "black" if value > 0.6 else "white"
+        for (i, j), value in np.ndenumerate(shown.to_numpy(float)):
+            colour = "black" if float(value) > 0.6 else "white"
             axis.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour)
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(shown)), shown.index)
@@ -468,8 +469,9 @@ def trade(doses: pd.DataFrame, title: str) -> Figure:
     for axis, rows in parts:
         for series, method in enumerate(dict.fromkeys(doses["method"])):
             part = rows[rows["method"] == method].sort_values("strength")
-            style = {"color": plots.COLOURS[series % 8], "marker": plots.MARKERS[series % 8]}
-            axis.plot(part["frechet"], part["success"], ms=5, label=method, **style)
+            colour, marker = plots.COLOURS[series % 8], plots.MARKERS[series % 8]
+            axis.plot(part["frechet"], part["success"], color=colour, marker=marker, ms=5,
+                      label=method)  # fmt: skip
         axis.set(xlabel="Frechet distance from plain")
         axis.grid(**GRID)
     _legend_below(figure, parts[0][0], 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
@@ -52,7 +52,7 @@ class Sources:
 
     def chosen_layers(self, model: str) -> list[int]:
         """Layers of the slots, from metrics/layers/<model>.yaml."""
-        chosen = OmegaConf.load(self.root / "metrics/layers" / f"{model}.yaml")
+        chosen = DictConfig(OmegaConf.load(self.root / "metrics/layers" / f"{model}.yaml"))
         return [int(chosen[slot]) for slot in self.slots]
 
     def figure(self, name: str, alt: str, caption: str) -> Figure | str:

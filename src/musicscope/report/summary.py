@@ -138,6 +138,8 @@ def _lookup(tree: Json, dotted: str, absent: Sequence[str]) -> Estimate:
                 return Estimate.read(None)
             raise KeyError(dotted)
         tree = tree[part]
+    if isinstance(tree, list | str):
+        raise KeyError(dotted)
     try:
         return Estimate.read(tree)
     except ValueError:

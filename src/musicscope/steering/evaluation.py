@@ -201,7 +201,7 @@ def outcome(
     success = success_of(scorer, plain, steered, concept, direction)
     change = nanmean_of(change_of(plain, steered, at, judges, sign))
     others = np.delete(family_changes(plain, steered), at)
-    found: dict[str, object] = {
+    found: Metrics = {
         "success": estimate(success, "share"), "change": estimate(change, "probability"),
         "others_change": _mean(np.abs(others)), **quality(scorer, plain, steered, estimate),
     }  # fmt: skip

@@ -162,7 +162,9 @@ def _published_musicgen(name: str) -> Shape:
 
 
 def _of_musicgen(name: str, config: MusicgenConfig, origin: str) -> Shape:
-    decoder, codec = config.decoder, config.audio_encoder
+    from musicscope.models.musicgen.decoder import part_configs
+
+    decoder, codec = part_configs(config)
     rate = codec.sampling_rate / math.prod(codec.upsampling_ratios)
     whole, core = _parameters("MusicgenForConditionalGeneration", config, "decoder")
     return Shape(

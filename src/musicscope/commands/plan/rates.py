@@ -169,7 +169,8 @@ def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, 
     None for a model that no measurement can be scaled to. A measurement on `device` (auto, cpu or
     cuda) takes precedence over other devices.
     """
-    folder, on_cpu = Path(folder), resolve_device(device) == "cpu"
+    # Not `resolve_device` for cuda: the plan may be for another machine.
+    folder, on_cpu = Path(folder), (resolve_device(device) if device == "auto" else device) == "cpu"
     full = read_json(folder / FULL_SIZE) if (folder / FULL_SIZE).is_file() else {}
     names, known = {field.name for field in fields(Rate)}, {}
     for name, by_device in full.items():

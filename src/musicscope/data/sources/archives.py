@@ -12,7 +12,7 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> I
         with path.open("rb") as raw, archive_errors(path):
             tar = tarfile.open(fileobj=raw, mode="r|*")  # noqa: SIM115  closed with `raw`
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember every member
+                tar.members.clear()  # ty: ignore[missing-attribute]  it would remember every member
                 done = before + raw.tell()
                 if member.isdir():
                     continue
@@ -123,7 +123,7 @@ def _tar(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> I
 
 
 @contextlib.contextmanager
-def archive_errors(path: Path) -> Iterator[None]:
+def archive_errors(path: Path) -> Generator[None]:
     """Turn errors of tarfile, its decompressors and pyarrow into ArchiveError."""
     try:
         yield
@@ -143,7 +143,9 @@ def archive_errors(path: Path) -> Iterator[None]:
 
 def _read_member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     with archive_errors(path):
-        return tar.extractfile(member).read()
+        if (stream := tar.extractfile(member)) is None:
+            raise tarfile.TarError(f"{member.name} is no file")
+        return stream.read()
 
 
 def _zip(paths: Sequence[Path], left: dict[str, Recording], listed: Listed) -> Iterator[Item]:

@@ -151,9 +151,13 @@ def _read(item: Item) -> bytes | Path | Problem | None:
     if item.problem is not None:
         return item.problem
     try:
-        return item.read()
+        return item.read()  # ty: ignore[not-callable]  set where there is no problem
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
-        return Problem(item.recording.name, "corrupt", str(error))
+        return Problem(_name(item), "corrupt", str(error))
+
+
+def _name(item: Item) -> str:
+    return item.recording.name if item.recording else ""
 
 
 def decoded_clips(
@@ -172,15 +176,16 @@ def decoded_clips(
                 decoded, problems = Decoded(), [payload]
             else:
                 decoded = next(results)
-                problems = [Problem(item.recording.name, *p) for p in decoded.problems]
+                problems = [Problem(_name(item), *p) for p in decoded.problems]
             done = ahead if i == first else 0
             if not done:  # else counted before its first clip was written
-                name = item.recording.name if item.recording else ""
-                progress.count(name, decoded, problems)
+                progress.count(_name(item), decoded, problems)
             for number, (start, audio) in enumerate(decoded.clips):
                 if number >= done:
                     progress.items, progress.clips = i, number + 1
-                    yield audio, _row(source, item.recording, start, number, spec.windows)
+                    recording = item.recording  # there is one: it has clips
+                    row = _row(source, recording, start, number, spec.windows)  # ty: ignore[invalid-argument-type]
+                    yield audio, row
             progress.items, progress.clips = i + 1, 0
             bar(item.done)
 
@@ -351,8 +356,8 @@ def measure(store: ClipStore, seed: int) -> dict[str, object]:
     rng = np.random.default_rng(seed_for(seed, "recordings", "cues"))
     picked = np.sort(rng.permutation(len(at))[:CUE_CLIPS])
     return {
-        "clips": {"-".join(key): int(n) for key, n in counts.items()},
-        "groups": {s: int(n) for s, n in rows.groupby("split")["group"].nunique().items()},
+        "clips": {"-".join(key): n for key, n in zip(counts.index, counts.tolist(), strict=True)},
+        "groups": rows.groupby("split")["group"].nunique().to_dict(),
         "labels": labels,
         "share_with": shares,
         "trivial_cue_auroc": {"clips": _cue_aurocs(store, at[picked], guitar[picked])},

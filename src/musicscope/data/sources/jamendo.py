@@ -8,7 +8,7 @@ Zenodo's CSV, mp3s and tag table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def read_captions(folder: Path) -> tuple[list[Caption], list[Problem], tuple[Pat
     """
     shards = parquet_files(folder)
     table = find_file(folder, "song_describer.csv")
-    rows: list[tuple[str, dict[str, object]]] = []
+    rows: list[tuple[str, Mapping[str, object]]] = []
     good, problems = [], []
     if shards:
         for path in shards:

@@ -141,7 +141,7 @@ def read_csv(
                     wrong = f"a quoted field goes on to line {last}; close its quote on the line"
                 if wrong and problems is None:
                     raise ValueError(f"{path}, line {line}: {wrong}")
-                if wrong:
+                if wrong and problems is not None:
                     problems.append(Problem(f"{path.name}:{line}", BAD_ROW, wrong))
                 else:
                     pairs = zip(names, fields, strict=False)

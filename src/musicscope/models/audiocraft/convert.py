@@ -33,6 +33,7 @@ from musicscope.models.audiocraft.loading import (
     text_encoder_folder,
 )
 from musicscope.models.checkpoint import load_tokenizer
+from musicscope.models.musicgen.decoder import part_configs
 from musicscope.models.musicgen.model import load_parts
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def audiocraft_configs(
     hf: MusicgenForConditionalGeneration, text_name: str
 ) -> tuple[dict[str, object], dict[str, object]]:
     """Make (config of the language model, config of the codec) for a transformers MusicGen."""
-    decoder, codec = hf.config.decoder, hf.config.audio_encoder
+    decoder, codec = part_configs(hf.config)
     if codec.norm_type != "weight_norm" or codec.codebook_dim != codec.hidden_size:
         raise ValueError("only an EnCodec with weight norm and full-width codebooks can be written")
     width, inner = decoder.hidden_size, decoder.ffn_dim
@@ -281,16 +282,16 @@ def _new(source: str | Path, out: str | Path) -> AbstractContextManager[NewFolde
 
 def _to_audiocraft(source: str | Path, folder: Path) -> None:
     hf, tokenizer = load_parts(Path(source), torch.device("cpu"), torch.float32)
+    decoder, codec = part_configs(hf.config)
     language, compression = audiocraft_configs(hf, "t5-base")
     weights = decoder_to_audiocraft(hf.state_dict())
     projection = WHOLE[-1][1]
     if f"{projection}weight" not in weights:  # equal widths: transformers leaves it out
-        width = hf.config.decoder.hidden_size
+        width = decoder.hidden_size
         weights[f"{projection}weight"], weights[f"{projection}bias"] = (
             torch.eye(width),
             torch.zeros(width),
         )
-    codec = hf.config.audio_encoder
     codec_weights = codec_to_audiocraft(
         hf.audio_encoder.state_dict(), list(codec.upsampling_ratios), codec.num_residual_layers
     )
@@ -328,6 +329,7 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
     place = text_encoder_folder(source, language, text_revision)
     text = load_text_encoder(place)
     config = transformers_config(language, compression, text.config)
+    decoder, _ = part_configs(config)
     state = decoder_to_transformers(weights)
     t5 = {k.partition(".t5.")[2]: v for k, v in weights.items() if ".description.t5." in k}
     if t5:
@@ -337,16 +339,16 @@ def _to_transformers(source: str | Path, folder: Path, text_revision: str | None
     for name, value in codec_to_transformers(codec_weights).items():
         # Codebooks beyond those that the language model uses have no place there.
         book = re.match(r"quantizer\.layers\.(\d+)\.", name)
-        if not book or int(book[1]) < config.decoder.num_codebooks:
+        if not book or int(book[1]) < decoder.num_codebooks:
             state[f"audio_encoder.{name}"] = value
     hf = MusicgenForConditionalGeneration(config).eval()
     if not hasattr(hf, "enc_to_dec_proj"):
         raise ValueError(
-            f"{source}: T5 and decoder are both {config.decoder.hidden_size} wide; transformers "
+            f"{source}: T5 and decoder are both {decoder.hidden_size} wide; transformers "
             "then has no projection between them, audiocraft's always does"
         )
     hf.load_state_dict(state)
-    special = config.decoder.bos_token_id
+    special = decoder.bos_token_id
     generation = hf.generation_config
     generation.decoder_start_token_id = generation.bos_token_id = special
     generation.pad_token_id = special

@@ -25,7 +25,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
             f"{path} is missing; an audiocraft folder holds {MODEL_FILE} and {CODEC_FILE}"
         )
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED):  # ty: ignore[invalid-argument-type]
             package = checkpoint.read_pickle(path)
     except ValueError as error:
         raise ValueError(f"{error}; if you trained it, run audiocraft.utils.export") from error
@@ -115,7 +115,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no weights under best_state; found {sorted(package)}")
     stored = package.get("xp.cfg")
-    config = OmegaConf.create(stored if isinstance(stored, str) else _plain(stored) or {})
+    content = stored if isinstance(stored, str) else _plain(stored)
+    config = OmegaConf.create(content if isinstance(content, str | dict) else {})
     if not isinstance(config, DictConfig) or not config:
         raise ValueError(f"{path} holds no config under xp.cfg; found {sorted(package)}")
     return dict(weights), config
@@ -179,21 +180,24 @@ def settle_guidance(config: DictConfig, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _local_t5(conditioners: ModuleType, folder: Path) -> Iterator[None]:
+def _local_t5(conditioners: ModuleType, folder: Path) -> Generator[None]:
     """Let audiocraft's T5 conditioner take its T5 from `folder`, while a model is being built."""
-    cls, own = conditioners.T5Conditioner, (conditioners.T5Tokenizer, conditioners.T5EncoderModel)
+    cls = conditioners.T5Conditioner
+    own = {name: vars(conditioners)[name] for name in ("T5Tokenizer", "T5EncoderModel")}
     names, widths = cls.MODELS, cls.MODELS_DIMS
     encoder = load_text_encoder(folder)
     tokenizer = checkpoint.load_tokenizer(folder, encoder.config)
     cls.MODELS = [*names, str(folder)]
     cls.MODELS_DIMS = {**widths, str(folder): encoder.config.d_model}
-    conditioners.T5EncoderModel = SimpleNamespace(from_pretrained=lambda name: encoder)
-    conditioners.T5Tokenizer = SimpleNamespace(from_pretrained=lambda name: tokenizer)
+    vars(conditioners).update(
+        T5EncoderModel=SimpleNamespace(from_pretrained=lambda name: encoder),
+        T5Tokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+    )
     try:
         yield
     finally:
         cls.MODELS, cls.MODELS_DIMS = names, widths
-        conditioners.T5Tokenizer, conditioners.T5EncoderModel = own
+        vars(conditioners).update(own)
 
 
 def load_text_encoder(folder: Path) -> T5EncoderModel:
@@ -240,8 +244,9 @@ def build_language_model(
         model = builders.get_lm_model(config)
     checkpoint.fill(model, weights, path)
     model = model.eval().to(dtype).requires_grad_(False)
-    model.condition_provider.conditioners["description"].t5.eval().float().requires_grad_(False)
-    model.cfg = config
+    text_encoder = model.condition_provider.conditioners["description"].t5
+    text_encoder.eval().float().requires_grad_(False)  # ty: ignore[missing-union-attribute]  module
+    model.cfg = config  # ty: ignore[invalid-assignment]  audiocraft's own code sets it like this
     return model, config
 
 
@@ -313,8 +318,8 @@ def _stand_in(package: str) -> list[str]:
 
         # The one function that audiocraft calls with torch's attention backend, and a mask of which
         # it needs no more than the name.
-        sys.modules["xformers.ops"].unbind = torch.unbind
-        sys.modules["xformers.ops"].LowerTriangularMask = type("LowerTriangularMask", (), {})
+        mask = type("LowerTriangularMask", (), {})
+        vars(sys.modules["xformers.ops"]).update(unbind=torch.unbind, LowerTriangularMask=mask)
     return names
 
 

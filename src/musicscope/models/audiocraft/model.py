@@ -12,10 +12,10 @@ own modules run. Two things differ from `MusicgenModel`:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from audiocraft.models.encodec import CompressionModel
     from audiocraft.models.lm import LMModel
     from audiocraft.modules.conditioners import T5Conditioner
-    from audiocraft.modules.transformer import StreamingMultiheadAttention
+    from audiocraft.modules.transformer import (
+        StreamingMultiheadAttention,
+        StreamingTransformerLayer,
+    )
 
 
 class AudiocraftModel(DelayPatternModel):
@@ -50,7 +53,8 @@ class AudiocraftModel(DelayPatternModel):
         self, lm: LMModel, codec: CompressionModel, name: str, device: torch.device
     ) -> None:
         self.lm, self.codec = lm.to(device), codec.to(device)
-        self.conditioner = lm.condition_provider.conditioners["description"]
+        conditioner = lm.condition_provider.conditioners["description"]
+        self.conditioner = cast("T5Conditioner", conditioner)
         # Not a registered module of its conditioner, unless it was trained along.
         self.text_encoder = self.conditioner.t5.to(device)
         self.tokenizer = self.conditioner.t5_tokenizer
@@ -121,7 +125,8 @@ class AudiocraftDecoder(DelayDecoder):
 
         self._transformer, self._sinusoids = lm.transformer, create_sin_embedding
         self._project = conditioner.output_proj
-        super().__init__(lm.emb, lm.transformer.layers, lm.out_norm, lm.linears, device)
+        norm = cast(torch.nn.Module, lm.out_norm)  # `check_supported`: norm_first
+        super().__init__(lm.emb, lm.transformer.layers, norm, lm.linears, device)
 
     def embed_positions(self, ids: Tensor, past: int, width: int) -> Tensor:
         # In float32 whatever the decoder: float16 cannot tell positions beyond 2,048 apart.
@@ -140,7 +145,7 @@ class AudiocraftDecoder(DelayDecoder):
         return Context(positions, text, None if bool(words.all()) else words)
 
     @contextlib.contextmanager
-    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
+    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Generator[Step]:
         # audiocraft's layers keep keys and values.
         past = 0
         first: list[Context] = []
@@ -158,25 +163,28 @@ class AudiocraftDecoder(DelayDecoder):
             yield step
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        block = self.layers[index]
-        if context.text_mask is None:
+        block, mask = cast("StreamingTransformerLayer", self.layers[index]), context.text_mask
+        if not isinstance(mask, Tensor):
             return block(hidden, cross_attention_src=context.text)
         # The same three steps, with the mask that audiocraft's cross-attention does not take.
         hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))
-        mixed = _attend(block.cross_attention, block.norm_cross(hidden), context)
+        attention = cast("StreamingMultiheadAttention", block.cross_attention)
+        mixed = _attend(attention, block.norm_cross(hidden), context.text, mask)
         hidden = hidden + block.layer_scale_cross(mixed)
         return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
 
 
-def _attend(attention: StreamingMultiheadAttention, query: Tensor, context: Context) -> Tensor:
+def _attend(
+    attention: StreamingMultiheadAttention, query: Tensor, text: Tensor, mask: Tensor
+) -> Tensor:
     """Run audiocraft's cross-attention of query [rows, S, d], masked to the captions' tokens."""
     inner = attention if attention.custom else attention.mha
     weights = inner.in_proj_weight.chunk(3)
     biases = (None,) * 3 if inner.in_proj_bias is None else inner.in_proj_bias.chunk(3)
-    sources = (query, context.text, context.text)
+    sources = (query, text, text)
     q, k, v = (
         F.linear(source, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for source, weight, bias in zip(sources, weights, biases, strict=True)
     )
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=context.text_mask[:, None, None])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     return inner.out_proj(mixed.transpose(1, 2).flatten(-2))

@@ -8,19 +8,37 @@ forward and generate(). The sequence layout is in `musicscope.models.musicgen.de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import MusicgenForConditionalGeneration
+from transformers import (
+    EncodecConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+)
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
 from musicscope.models.interface import Hook, apply_hook
 from musicscope.models.language_model import run_layers
-from musicscope.models.musicgen.delay_pattern import Context, DelayDecoder, Step
+from musicscope.models.musicgen.delay_pattern import Context, DelayDecoder, Step, modules_of
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def part_configs(config: MusicgenConfig) -> tuple[MusicgenDecoderConfig, EncodecConfig]:
+    """Give the configurations of decoder and codec; TypeError for other classes."""
+    decoder, codec = config.decoder, config.audio_encoder
+    if not isinstance(decoder, MusicgenDecoderConfig) or not isinstance(codec, EncodecConfig):
+        raise TypeError(f"{type(decoder).__name__} with {type(codec).__name__} is no MusicGen")
+    return decoder, codec
 
 
 class LayerwiseDecoder(DelayDecoder):
@@ -55,7 +73,7 @@ class LayerwiseDecoder(DelayDecoder):
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         return Context(positions, text, attend, self._causal(hidden, cache), cache)
 
-    def _causal(self, hidden: Tensor, cache: Cache | None) -> Tensor | None:
+    def _causal(self, hidden: Tensor, cache: Cache | None) -> Tensor | BlockMask | None:
         return create_causal_mask(
             config=self._config,
             inputs_embeds=hidden,
@@ -64,7 +82,7 @@ class LayerwiseDecoder(DelayDecoder):
         )
 
     @contextlib.contextmanager
-    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Iterator[Step]:
+    def steps(self, text: Tensor, text_mask: Tensor, positions: int) -> Generator[Step]:
         if getattr(self.hf, "hf_device_map", None):
             # Only the layers' own forward has accelerate's hooks, which move what they need.
             yield self._cached_steps(text, text_mask)
@@ -128,7 +146,7 @@ class Steps:
     ) -> None:
         """Text states [rows, L, d_text], mask [rows, L], and the number of positions to come."""
         self.decoder, self.position = decoder, 0
-        self.layers = decoder.layers
+        self.layers = modules_of(MusicgenDecoderLayer, decoder.layers)
         rows = len(text)
         self.captioned = text_mask.any(1).nonzero().squeeze(1)
         attention = self.layers[0].self_attn

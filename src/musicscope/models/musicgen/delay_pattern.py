@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from musicscope.models.interface import Batch, Hook, Hooks
 from musicscope.models.language_model import LayerwiseModel
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
+
+M = TypeVar("M", bound=nn.Module)
 
 GUIDANCE = 3.0
 """Scale of the released models (Copet et al. 2023), where a folder names none."""
@@ -78,14 +81,22 @@ class Context:
     """[S] places in the sequence."""
     text: Tensor
     """[rows, L, d] as cross-attention reads it."""
-    text_mask: Tensor | None
-    causal_mask: Tensor | None = None
+    text_mask: Tensor | BlockMask | None
+    causal_mask: Tensor | BlockMask | None = None
     cache: Cache | None = None
 
 
 Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
 """(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
 called for positions 0, 1, 2 ... in turn."""
+
+
+def modules_of(kind: type[M], modules: Iterable[nn.Module]) -> list[M]:
+    """Narrow modules to their class; TypeError for another, as of another library's version."""
+    found = list(modules)
+    if others := {type(m).__name__ for m in found if not isinstance(m, kind)}:
+        raise TypeError(f"{kind.__name__} expected, found {sorted(others)}")
+    return [module for module in found if isinstance(module, kind)]
 
 
 class DelayDecoder:
@@ -96,10 +107,10 @@ class DelayDecoder:
     """
 
     def __init__(
-        self, tables: Iterable[nn.Module], layers: Sequence[nn.Module], norm: nn.Module,
+        self, tables: Iterable[nn.Module], layers: nn.ModuleList, norm: nn.Module,
         heads: Iterable[nn.Module], device: torch.device,
     ) -> None:  # fmt: skip
-        self.tables, self.heads = list(tables), list(heads)
+        self.tables, self.heads = modules_of(nn.Embedding, tables), list(heads)
         self.layers, self.norm, self.device = layers, norm, device
         self.num_codebooks, self.num_layers, self.calls = len(self.heads), len(layers), 0
         self.dtype: torch.dtype = next(self.heads[0].parameters()).dtype
@@ -172,10 +183,11 @@ class DelayPatternModel(LayerwiseModel[DelayDecoder]):
         Both libraries use zeros for the unconditional half of guidance.
         """
         known = [i for i, caption in enumerate(captions) if caption is not None]
-        count, place = len(captions), {"device": self.device}
+        count, device = len(captions), self.device
         if not known:
-            text = torch.zeros(count, 1, self.text_encoder.config.hidden_size, **place)
-            return text.to(self.decoder.dtype), torch.zeros(count, 1, dtype=torch.int64, **place)
+            text = torch.zeros(count, 1, self.text_encoder.config.hidden_size, device=device)
+            mask = torch.zeros(count, 1, dtype=torch.int64, device=device)
+            return text.to(self.decoder.dtype), mask
         given = [captions[i] for i in known]
         tokens = self.tokenizer(given, padding=True, return_tensors="pt").to(self.device)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]

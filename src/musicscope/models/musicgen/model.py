@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.models.encodec.modeling_encodec import EncodecResidualVectorQuantizer
 
 from musicscope.models import checkpoint
 from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch
 from musicscope.models.language_model import by_clip
-from musicscope.models.musicgen.decoder import LayerwiseDecoder
-from musicscope.models.musicgen.delay_pattern import GUIDANCE, DelayPatternModel
+from musicscope.models.musicgen.decoder import LayerwiseDecoder, part_configs
+from musicscope.models.musicgen.delay_pattern import GUIDANCE, DelayPatternModel, modules_of
 
 if TYPE_CHECKING:
     from nnsight import NNsight
@@ -94,16 +95,18 @@ def load_parts(
     hf = checkpoint.load_pretrained(
         _Musicgen, folder, dtype=dtype, device_map=device_map, **options
     )
-    codec, books = hf.config.audio_encoder, hf.config.decoder.num_codebooks
-    quantizer = hf.audio_encoder.quantizer
+    decoder, codec = part_configs(hf.config)
+    (quantizer,) = modules_of(
+        EncodecResidualVectorQuantizer, [hf.get_submodule("audio_encoder.quantizer")]
+    )
     used = quantizer.get_num_quantizers_for_bandwidth(codec.target_bandwidths[0])
     checkpoint.check_codec(
         hf.audio_encoder,
         folder / "config.json",
         (min(used, len(quantizer.layers)), codec.codebook_size),
-        (books, hf.config.decoder.vocab_size),
+        (decoder.num_codebooks, decoder.vocab_size),
     )
-    tokenizer = checkpoint.load_tokenizer(folder, hf.config.text_encoder)
+    tokenizer = checkpoint.load_tokenizer(folder, hf.text_encoder.config)
     check_generation(folder, hf)
     if device_map is None:
         hf.to(device)
@@ -112,7 +115,7 @@ def load_parts(
 
 def check_generation(folder: Path, hf: MusicgenForConditionalGeneration) -> None:
     """Warn of generation settings that the folder lacks; ValueError for another model's."""
-    held, own = hf.generation_config, hf.config.decoder
+    held, (own, _) = hf.generation_config, part_configs(hf.config)
     path, absent = folder / "generation_config.json", []
     if held.decoder_start_token_id not in (None, own.vocab_size):
         raise ValueError(
@@ -139,7 +142,7 @@ class MusicgenModel(DelayPatternModel):
     ) -> None:
         self.hf, self.codec = hf.eval(), hf.audio_encoder
         self.text_encoder, self.tokenizer = hf.text_encoder, tokenizer
-        decoder, codec = hf.config.decoder, hf.config.audio_encoder
+        decoder, codec = part_configs(hf.config)
         start = hf.generation_config.decoder_start_token_id
         super().__init__(
             name,
@@ -148,7 +151,8 @@ class MusicgenModel(DelayPatternModel):
             frame_rate=codec.sampling_rate / math.prod(codec.upsampling_ratios),
             width=decoder.hidden_size,
             card=decoder.vocab_size,
-            special=decoder.bos_token_id if start is None else start,
+            # Every MusicGen's decoder has a bos_token_id; only its class allows None.
+            special=decoder.bos_token_id if start is None else start,  # ty: ignore[invalid-argument-type]
             guidance_scale=float(hf.generation_config.guidance_scale or GUIDANCE),
         )
 

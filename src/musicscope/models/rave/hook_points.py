@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def edited(name: str, hook: Hook, values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Generator[None]:
     """Seed torch's global generators, from which exports draw, and restore them afterwards."""
     index = device.index or 0
     with torch.random.fork_rng([index] if device.type == "cuda" else []):
