@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ class Case:
     name: str
     input: Any
     expected: Any
-    point: str = field(default="")
-    """Part of the code that was wrong, if it was."""
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}"
@@ -61,7 +59,7 @@ def options() -> Iterator[Case]:
         (("studio",), "--port", ("0", "65536", "http"), WHOLE),
         (("plan",), "--clips", ("0", "-5"), WHOLE),
         (("plan",), "--memory", ("0", "nan", "16GB"), ABOVE_0),
-        (FIND, "--device", ("gpu", "cuda:", "cuda:x", "CPU", ""), "is not auto, cpu, cuda or cuda"),
+        (FIND, "--device", ("gpu", "cuda:", "cuda:x", "CPU"), "is not auto, cpu, cuda or cuda"),
         (FIND, "--device", ("cuda:99", "cuda:99999999999999999999"), "is not on this machine"),
     ]  # fmt: skip
     for words, option, values, message in rows:
@@ -116,47 +114,47 @@ def params() -> Iterator[Case]:
 
 
 def labels() -> Iterator[Case]:
-    rows: list[tuple[str, bytes | str, Any, str]] = [
-        ("plain", "path,guitar\na.wav,1\nb.wav,0\n", (True, False), ""),
-        ("CRLF", "path,guitar\r\na.wav,1\r\nb.wav,0\r\n", (True, False), ""),
-        ("old Mac line ends", "path,guitar\ra.wav,1\rb.wav,0\r", (True, False), "B2"),
-        ("byte order mark", b"\xef\xbb\xbfpath,guitar\na.wav,1\n", (True, None), ""),
-        ("UTF-16", "path,guitar\na.wav,1\n".encode("utf-16"), "UTF-8", "B2"),
-        ("UTF-16 without a mark", "path,guitar\na.wav,1\n".encode("utf-16-le"), "UTF-8", "B2"),
-        ("cp1252", b"path,caption\na.wav,caf\xe9\n", r"labels.csv.*UTF-8", "B2"),
-        ("quoted fields", '"path","guitar"\n"a.wav","1"\n', (True, None), ""),
+    rows: list[tuple[str, bytes | str, Any]] = [
+        ("plain", "path,guitar\na.wav,1\nb.wav,0\n", (True, False)),
+        ("CRLF", "path,guitar\r\na.wav,1\r\nb.wav,0\r\n", (True, False)),
+        ("old Mac line ends", "path,guitar\ra.wav,1\rb.wav,0\r", (True, False)),
+        ("byte order mark", b"\xef\xbb\xbfpath,guitar\na.wav,1\n", (True, None)),
+        ("UTF-16", "path,guitar\na.wav,1\n".encode("utf-16"), "UTF-8"),
+        ("UTF-16 without a mark", "path,guitar\na.wav,1\n".encode("utf-16-le"), "UTF-8"),
+        ("cp1252", b"path,caption\na.wav,caf\xe9\n", r"labels.csv.*UTF-8"),
+        ("quoted fields", '"path","guitar"\n"a.wav","1"\n', (True, None)),
         ("unbalanced quote", 'path,caption,guitar\na.wav,"5"" tape,1\nb.wav,"x",0\n',
-         r"labels.csv, lines? \d", "B4"),
-        ("quote that is never closed", 'path,guitar\na.wav,"1\nb.wav,0\n', r"labels.csv", "B4"),
-        ("text behind a quote", 'path,caption,guitar\na.wav,"x"y,1\n', r"labels.csv", "B4"),
-        ("no header", "a.wav,1\nb.wav,0\n", "no column path", ""),
-        ("empty", "", "no column path", ""),
-        ("semicolons", "path;guitar\na.wav;1\n", "no column path", ""),
-        ("tabs", "path\tguitar\na.wav\t1\n", "no column path", ""),
-        ("misspelt column", "path,guitr\na.wav,1\n", "did you mean guitar", ""),
-        ("column twice", "path,guitar,guitar\na.wav,1,0\n", r"guitar", "B4"),
-        ("has_ column", "Path,has_guitar\na.wav,1\n", (True, None), ""),
-        ("a label that is none", "path,guitar\na.wav,maybe\n", "guitar = 'maybe'", ""),
-        ("a number as label", "path,guitar\na.wav,2\n", "guitar = '2'", ""),
-        ("YES", "path,guitar\na.wav,YES\n", (True, None), ""),
-        ("empty label", "path,guitar\na.wav,\n", (None, None), ""),
-        ("a path twice", "path,guitar\na.wav,1\na.wav,0\n", "again", ""),
-        ("a path twice, spelt otherwise", "path,guitar\na.wav,1\n./a.wav,0\n", "again", ""),
-        ("unknown split", "path,split\na.wav,dev\n", "split = 'dev'", ""),
-        ("a path outside", "path,guitar\n../a.wav,1\nb.wav,0\n", (None, False), ""),
-        ("an absolute path", "path,guitar\n/etc/a.wav,1\nb.wav,0\n", (None, False), ""),
-        ("backslashes", "path,guitar\n.\\a.wav,1\n", (True, None), ""),
-        ("blanks around", "path , guitar\n a.wav , 1 \n", (True, None), ""),
-        ("a row that is too short", "path,caption,guitar\na.wav\nb.wav,x,0\n", "labels.csv", "B4"),
-        ("a row that is too long", "path,guitar\na.wav,1,0\n", "labels.csv", "B4"),
-        ("no row fits a file", "path,guitar\nc.wav,1\n", "labels.csv", "B4"),
-        ("zero bytes", "path,guitar\na.wav,1\0\n", "labels.csv|NUL|UTF-8", "B4"),
+         r"labels.csv, lines? \d"),
+        ("quote that is never closed", 'path,guitar\na.wav,"1\nb.wav,0\n', r"labels.csv"),
+        ("text behind a quote", 'path,caption,guitar\na.wav,"x"y,1\n', r"labels.csv"),
+        ("no header", "a.wav,1\nb.wav,0\n", "no column path"),
+        ("empty", "", "no column path"),
+        ("semicolons", "path;guitar\na.wav;1\n", "no column path"),
+        ("tabs", "path\tguitar\na.wav\t1\n", "no column path"),
+        ("misspelt column", "path,guitr\na.wav,1\n", "did you mean guitar"),
+        ("column twice", "path,guitar,guitar\na.wav,1,0\n", r"guitar"),
+        ("has_ column", "Path,has_guitar\na.wav,1\n", (True, None)),
+        ("a label that is none", "path,guitar\na.wav,maybe\n", "guitar = 'maybe'"),
+        ("a number as label", "path,guitar\na.wav,2\n", "guitar = '2'"),
+        ("YES", "path,guitar\na.wav,YES\n", (True, None)),
+        ("empty label", "path,guitar\na.wav,\n", (None, None)),
+        ("a path twice", "path,guitar\na.wav,1\na.wav,0\n", "again"),
+        ("a path twice, spelt otherwise", "path,guitar\na.wav,1\n./a.wav,0\n", "again"),
+        ("unknown split", "path,split\na.wav,dev\n", "split = 'dev'"),
+        ("a path outside", "path,guitar\n../a.wav,1\nb.wav,0\n", (None, False)),
+        ("an absolute path", "path,guitar\n/etc/a.wav,1\nb.wav,0\n", (None, False)),
+        ("backslashes", "path,guitar\n.\\a.wav,1\n", (True, None)),
+        ("blanks around", "path , guitar\n a.wav , 1 \n", (True, None)),
+        ("a row that is too short", "path,caption,guitar\na.wav\nb.wav,x,0\n", "labels.csv"),
+        ("a row that is too long", "path,guitar\na.wav,1,0\n", "labels.csv"),
+        ("no row fits a file", "path,guitar\nc.wav,1\n", "labels.csv"),
+        ("zero bytes", "path,guitar\na.wav,1\0\n", "labels.csv|NUL|UTF-8"),
         ("a field of a megabyte", f"path,caption,guitar\na.wav,{'x' * 2**20},1\n",
-         "labels.csv", "B4"),
+         "labels.csv"),
     ]  # fmt: skip
-    for name, text, expected, point in rows:
+    for name, text, expected in rows:
         data = text if isinstance(text, bytes) else text.encode()
-        yield Case("labels", name, data, expected, point)
+        yield Case("labels", name, data, expected)
 
 
 # --- MusicBench_train.json -> names of the clips, or the message ------------------------------
@@ -166,26 +164,26 @@ NAMES = ("data/aaaaaaaaaaa.wav", "data/bbbbbbbbbbb.wav")
 
 
 def json_lines() -> Iterator[Case]:
-    rows: list[tuple[str, bytes, Any, str]] = [
-        ("plain", f"{A}\n{B}\n".encode(), NAMES, ""),
-        ("CRLF", f"{A}\r\n{B}\r\n".encode(), NAMES, ""),
-        ("byte order mark", f"\ufeff{A}\n{B}\n".encode(), NAMES, "B2"),
-        ("UTF-16", f"{A}\n{B}\n".encode("utf-16"), "UTF-8", "B2"),
-        ("cp1252", f"{A}\n{B}\n".replace("calm", "caf\xe9").encode("cp1252"), "UTF-8", "B2"),
-        ("no line end", f"{A}\n{B}".encode(), NAMES, ""),
-        ("blank lines", f"\n\n{A}\n   \n{B}\n".encode(), NAMES, ""),
-        ("an array", f"[{A},{B}]".encode(), "JSON lines", ""),
-        ("a row that is cut", f"{A}\n{B[:40]}".encode(), NAMES[:1], ""),
-        ("a row that is a number", f"{A}\n7\n{B}\n".encode(), NAMES, ""),
-        ("NaN for a tempo", f"{A}\n{B}\n".replace("100.0", "NaN").encode(), NAMES, ""),
-        ("a path outside", f"{A}\n{B}\n".replace("data/b", "../b").encode(), NAMES[:1], ""),
-        ("deep brackets", f"{A}\n{'[' * 10**5}\n{B}\n".encode(), NAMES, "B4"),
-        ("an integer of 5,000 digits", f"{A}\n{'9' * 5000}\n{B}\n".encode(), NAMES, "B4"),
-        ("U+2028 inside a caption", f"{A}\n{B}\n".replace("calm", "a\u2028b").encode(), NAMES, ""),
-        ("a lone surrogate", f"{A}\n{B}\n".replace("calm", "\\ud800").encode(), NAMES, ""),
+    rows: list[tuple[str, bytes, Any]] = [
+        ("plain", f"{A}\n{B}\n".encode(), NAMES),
+        ("CRLF", f"{A}\r\n{B}\r\n".encode(), NAMES),
+        ("byte order mark", f"\ufeff{A}\n{B}\n".encode(), NAMES),
+        ("UTF-16", f"{A}\n{B}\n".encode("utf-16"), "UTF-8"),
+        ("cp1252", f"{A}\n{B}\n".replace("calm", "caf\xe9").encode("cp1252"), "UTF-8"),
+        ("no line end", f"{A}\n{B}".encode(), NAMES),
+        ("blank lines", f"\n\n{A}\n   \n{B}\n".encode(), NAMES),
+        ("an array", f"[{A},{B}]".encode(), "JSON lines"),
+        ("a row that is cut", f"{A}\n{B[:40]}".encode(), NAMES[:1]),
+        ("a row that is a number", f"{A}\n7\n{B}\n".encode(), NAMES),
+        ("NaN for a tempo", f"{A}\n{B}\n".replace("100.0", "NaN").encode(), NAMES),
+        ("a path outside", f"{A}\n{B}\n".replace("data/b", "../b").encode(), NAMES[:1]),
+        ("deep brackets", f"{A}\n{'[' * 10**5}\n{B}\n".encode(), NAMES),
+        ("an integer of 5,000 digits", f"{A}\n{'9' * 5000}\n{B}\n".encode(), NAMES),
+        ("U+2028 inside a caption", f"{A}\n{B}\n".replace("calm", "a\u2028b").encode(), NAMES),
+        ("a lone surrogate", f"{A}\n{B}\n".replace("calm", "\\ud800").encode(), NAMES),
     ]
-    for name, data, expected, point in rows:
-        yield Case("json lines", name, data, expected, point)
+    for name, data, expected in rows:
+        yield Case("json lines", name, data, expected)
 
 
 # --- MTG-Jamendo's tag table -> numbers of the tracks, or the message -------------------------
@@ -193,22 +191,22 @@ def json_lines() -> Iterator[Case]:
 
 def tsv() -> Iterator[Case]:
     one, two = jamendo_line(1, 1, "guitar"), jamendo_line(2, 2, "piano")
-    rows: list[tuple[str, str | bytes, Any, str]] = [
-        ("plain", JAMENDO_HEADER + one + two, (1, 2), ""),
-        ("LF", (JAMENDO_HEADER + one + two).replace("\r\n", "\n"), (1, 2), ""),
-        ("byte order mark", "\ufeff" + JAMENDO_HEADER + one + two, (1, 2), "B2"),
-        ("UTF-16", (JAMENDO_HEADER + one).encode("utf-16"), "UTF-8", "B2"),
-        ("not UTF-8", (JAMENDO_HEADER + one).encode() + b"\xff\xfe\n", "UTF-8", "B2"),
-        ("another header", "id\tname\n" + one, "first line", ""),
-        ("empty", "", "first line", ""),
-        ("a row that is cut", JAMENDO_HEADER + one + two[:9], (1,), ""),
-        ("a path outside", JAMENDO_HEADER + one + two.replace("02/2.mp3", "../2.mp3"), (1,), ""),
-        ("no number", JAMENDO_HEADER + one + two.replace("track_0000002", "track_x"), None, ""),
+    rows: list[tuple[str, str | bytes, Any]] = [
+        ("plain", JAMENDO_HEADER + one + two, (1, 2)),
+        ("LF", (JAMENDO_HEADER + one + two).replace("\r\n", "\n"), (1, 2)),
+        ("byte order mark", "\ufeff" + JAMENDO_HEADER + one + two, (1, 2)),
+        ("UTF-16", (JAMENDO_HEADER + one).encode("utf-16"), "UTF-8"),
+        ("not UTF-8", (JAMENDO_HEADER + one).encode() + b"\xff\xfe\n", "UTF-8"),
+        ("another header", "id\tname\n" + one, "first line"),
+        ("empty", "", "first line"),
+        ("a row that is cut", JAMENDO_HEADER + one + two[:9], (1,)),
+        ("a path outside", JAMENDO_HEADER + one + two.replace("02/2.mp3", "../2.mp3"), (1,)),
+        ("no number", JAMENDO_HEADER + one + two.replace("track_0000002", "track_x"), None),
     ]
-    for name, text, expected, point in rows:
+    for name, text, expected in rows:
         data = text if isinstance(text, bytes) else text.encode()
         expected = (1,) if expected is None else expected
-        yield Case("tsv", name, data, expected, point)
+        yield Case("tsv", name, data, expected)
 
 
 # --- a file of sound -> its seconds, or the reason why it is left out -------------------------
@@ -224,39 +222,39 @@ def sounds() -> Iterator[Case]:
     data_size = wav.index(b"data") + 4
     word = lambda n: struct.pack("<I", n)  # noqa: E731
     bad = "corrupt|truncated|not audio|unusable|too short|no audio"
-    rows: list[tuple[str, bytes, Any, str]] = [
-        ("wav", wav, 1.0, ""), ("flac", flac, 1.0, ""), ("ogg", ogg, 1.0, ""),
-        ("empty", b"", "zero bytes", ""), ("one byte", b"R", "not audio|corrupt", ""),
-        ("text", b"this is no sound\n" * 9, "not audio|corrupt", ""),
-        ("HTML of an error page", b"<!DOCTYPE html><html>404</html>", "not audio|corrupt", ""),
+    rows: list[tuple[str, bytes, Any]] = [
+        ("wav", wav, 1.0), ("flac", flac, 1.0), ("ogg", ogg, 1.0),
+        ("empty", b"", "zero bytes"), ("one byte", b"R", "not audio|corrupt"),
+        ("text", b"this is no sound\n" * 9, "not audio|corrupt"),
+        ("HTML of an error page", b"<!DOCTYPE html><html>404</html>", "not audio|corrupt"),
         ("git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-         "not audio|corrupt|git-lfs", ""),
-        ("a zip", b"PK\x03\x04" + bytes(60), "not audio|corrupt", ""),
-        ("header alone", wav[:44], bad, ""), ("half a header", wav[:20], bad, ""),
-        ("cut in the middle", wav[: len(wav) // 2], "truncated", ""),
-        ("one byte is missing", wav[:-1], None, ""),
-        ("bytes behind the end", wav + bytes(100), 1.0, ""),
+         "not audio|corrupt|git-lfs"),
+        ("a zip", b"PK\x03\x04" + bytes(60), "not audio|corrupt"),
+        ("header alone", wav[:44], bad), ("half a header", wav[:20], bad),
+        ("cut in the middle", wav[: len(wav) // 2], "truncated"),
+        ("one byte is missing", wav[:-1], None),
+        ("bytes behind the end", wav + bytes(100), 1.0),
         ("size fields of a pipe", patched(patched(wav, 4, word(2**32 - 1)), data_size,
-                                          word(2**32 - 1)), 1.0, ""),
+                                          word(2**32 - 1)), 1.0),
         ("size fields of sox", patched(patched(wav, 4, word(0x7FFFF024)), data_size,
-                                       word(0x7FFFF000)), 1.0, "B6"),
-        ("size fields 0", patched(patched(wav, 4, word(0)), data_size, word(0)), None, "B6"),
-        ("rate 0", patched(wav, 24, word(0)), bad, ""),
-        ("rate 1", patched(wav, 24, word(1)), bad, "B6"),
-        ("rate 4 GHz", patched(wav, 24, word(2**32 - 1)), bad, ""),
-        ("no channels", patched(wav, 22, b"\0\0"), bad, ""),
-        ("65,535 channels", patched(wav, 22, b"\xff\xff"), bad, ""),
-        ("0 bits", patched(wav, 34, b"\0\0"), bad, ""),
-        ("unknown coding", patched(wav, 20, b"\x99\x99"), bad, ""),
-        ("silence", encoded(np.zeros(8000, np.float32)), 1.0, ""),
-        ("8 samples", encoded(tone(440, 0.001)), "too short", ""),
-        ("mp3", mp3, None, ""), ("mp3 cut in the middle", mp3[: len(mp3) // 2], None, "B6"),
-        ("mp3 behind 100 zeros", bytes(100) + mp3, "not audio", ""),
-        ("flac cut in the middle", flac[: len(flac) // 2], "truncated", "B6"),
-        ("ogg cut in the middle", ogg[: len(ogg) // 2], None, "B6"),
+                                       word(0x7FFFF000)), 1.0),
+        ("size fields 0", patched(patched(wav, 4, word(0)), data_size, word(0)), None),
+        ("rate 0", patched(wav, 24, word(0)), bad),
+        ("rate 1", patched(wav, 24, word(1)), bad),
+        ("rate 4 GHz", patched(wav, 24, word(2**32 - 1)), bad),
+        ("no channels", patched(wav, 22, b"\0\0"), bad),
+        ("65,535 channels", patched(wav, 22, b"\xff\xff"), bad),
+        ("0 bits", patched(wav, 34, b"\0\0"), bad),
+        ("unknown coding", patched(wav, 20, b"\x99\x99"), bad),
+        ("silence", encoded(np.zeros(8000, np.float32)), 1.0),
+        ("8 samples", encoded(tone(440, 0.001)), "too short"),
+        ("mp3", mp3, None), ("mp3 cut in the middle", mp3[: len(mp3) // 2], "truncated"),
+        ("mp3 behind 100 zeros", bytes(100) + mp3, "not audio"),
+        ("flac cut in the middle", flac[: len(flac) // 2], "truncated"),
+        ("ogg cut in the middle", ogg[: len(ogg) // 2], "truncated"),
     ]  # fmt: skip
-    for name, data, expected, point in rows:
-        yield Case("sound", name, data, expected, point)
+    for name, data, expected in rows:
+        yield Case("sound", name, data, expected)
 
 
 # --- manifest.json of an activation store -> the message --------------------------------------
@@ -280,7 +278,7 @@ def manifests() -> Iterator[Case]:
         ("NaN", lambda m: json.dumps(m | {"width": float("nan")}).encode(), "JSON compliant"),
     ]
     for name, change, message in changes:
-        yield Case("manifest", name, change, message, "B2" if "UTF-8" in name else "")
+        yield Case("manifest", name, change, message)
     yield Case("shard", "absent", None, "is missing")
     yield Case("shard", "cut", lambda data: data[:-1], "bytes, expected")
     yield Case("shard", "longer", lambda data: data + b"\0", "bytes, expected")
@@ -328,21 +326,21 @@ def checkpoints() -> Iterator[Case]:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n"
     weights = "model.safetensors"
     header = struct.pack("<Q", 2**40) + b"{}"
-    rows: list[tuple[str, dict[str, bytes | None], str, str]] = [
-        ("no config", {"config.json": None}, "config", ""),
-        ("config is no JSON", {"config.json": b"{"}, "config.json", "B1"),
-        ("config is a list", {"config.json": b"[]"}, "config.json|model", "B1"),
-        ("another model", {"config.json": b'{"model_type": "bert"}'}, "bert|MusicGen", ""),
-        ("no weights", {weights: None}, "safetensors|weights|no file named", ""),
-        ("weights are a git-lfs pointer", {weights: pointer}, r"model\.safetensors.*git-lfs", "B1"),
-        ("weights are empty", {weights: b""}, r"model\.safetensors", "B1"),
-        ("weights are text", {weights: b"404 not found\n" * 9}, r"model\.safetensors", "B1"),
-        ("a header of a terabyte", {weights: header}, r"model\.safetensors", "B1"),
+    rows: list[tuple[str, dict[str, bytes | None], str]] = [
+        ("no config", {"config.json": None}, "config"),
+        ("config is no JSON", {"config.json": b"{"}, "config.json"),
+        ("config is a list", {"config.json": b"[]"}, "config.json|model"),
+        ("another model", {"config.json": b'{"model_type": "bert"}'}, "bert|MusicGen"),
+        ("no weights", {weights: None}, "safetensors|weights|no file named"),
+        ("weights are a git-lfs pointer", {weights: pointer}, r"model\.safetensors.*git-lfs"),
+        ("weights are empty", {weights: b""}, r"model\.safetensors"),
+        ("weights are text", {weights: b"404 not found\n" * 9}, r"model\.safetensors"),
+        ("a header of a terabyte", {weights: header}, r"model\.safetensors"),
         ("no tokenizer", {"tokenizer.json": None, "spiece.model": None,
-                          "tokenizer_config.json": None}, "tokenizer", "B1"),
+                          "tokenizer_config.json": None}, "tokenizer"),
     ]  # fmt: skip
-    for name, files, message, point in rows:
-        yield Case("checkpoint", name, files, message, point)
+    for name, files, message in rows:
+        yield Case("checkpoint", name, files, message)
 
 
 # --- outputs that a user names -> the message, or the name of the new folder ------------------

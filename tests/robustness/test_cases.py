@@ -23,7 +23,7 @@ from musicscope.data.sources.jamendo import read_tags
 from musicscope.finder.recordings import plan_recordings
 from musicscope.models.registry import load_model
 from tests.conftest import ROOT
-from tests.robustness.cases import CASES, Case, put
+from tests.robustness.cases import CASES, put
 from tests.support.dictionaries import write_planted
 from tests.support.source_archives import configured, encoded, make_musicbench, tone
 
@@ -149,12 +149,7 @@ def test_the_table_is_large_and_names_no_row_twice():
     assert max(Counter(map(str, CASES)).values()) == 1
 
 
-def marked(case: Case) -> Any:
-    known = pytest.mark.xfail(strict=False, reason=f"point {case.point}") if case.point else ()
-    return pytest.param(case, id=re.sub(r"[^ -~]", "?", str(case))[:80], marks=known)
-
-
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^ -~]", "?", str(case))[:80])
 def test_bad_and_odd_inputs(case, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     act = KINDS.get(case.kind) or request.getfixturevalue(case.kind)

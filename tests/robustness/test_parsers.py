@@ -198,17 +198,17 @@ def prepared(name: str, folder: Path, model: Path) -> None:
         write_planted(folder / "store")
 
 
-PARSERS: dict[str, tuple[Callable, Callable, list[bytes], str]] = {
-    "labels.csv": (parse_labels, csv_bytes, [b'"', b'""', b",", b"\r", b"\xff\xfe"], "B4"),
-    "JSON lines": (parse_lines, json_bytes, [b'"', b"{", b"[" * 5000, b"NaN", b"\n"], "B4"),
-    "TSV": (parse_tags, tsv_bytes, [b"\t", b"\n", b"track_", b"\xff\xfe"], "B2"),
-    "WAV and MP3": (parse_sound, sound_bytes, [b"RIFF", b"data", b"fmt ", b"LIST", b"ID3"], ""),
-    "TorchScript archive": (parse_archive, archive_bytes, [b"PK\x01\x02", b"../", b"code/"], ""),
-    "audiocraft": (parse_audiocraft, pickle_bytes, [b"PK\x03\x04", b"cos\nsystem\n"], "B1"),
-    "safetensors": (parse_safetensors, safetensors_bytes, [b"F32", b"[0,99]", b'"'], "B1"),
-    "manifest": (parse_manifest, manifest_bytes, [b'"', b"[" * 5000, b"NaN", b"null"], ""),
+PARSERS: dict[str, tuple[Callable, Callable, list[bytes]]] = {
+    "labels.csv": (parse_labels, csv_bytes, [b'"', b'""', b",", b"\r", b"\xff\xfe"]),
+    "JSON lines": (parse_lines, json_bytes, [b'"', b"{", b"[" * 5000, b"NaN", b"\n"]),
+    "TSV": (parse_tags, tsv_bytes, [b"\t", b"\n", b"track_", b"\xff\xfe"]),
+    "WAV and MP3": (parse_sound, sound_bytes, [b"RIFF", b"data", b"fmt ", b"LIST", b"ID3"]),
+    "TorchScript archive": (parse_archive, archive_bytes, [b"PK\x01\x02", b"../", b"code/"]),
+    "audiocraft": (parse_audiocraft, pickle_bytes, [b"PK\x03\x04", b"cos\nsystem\n"]),
+    "safetensors": (parse_safetensors, safetensors_bytes, [b"F32", b"[0,99]", b'"']),
+    "manifest": (parse_manifest, manifest_bytes, [b'"', b"[" * 5000, b"NaN", b"null"]),
 }
-"""Name: parser, seeds, words, and the point that was open when this was written."""
+"""Name: parser, seeds, words."""
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -220,17 +220,11 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def marked(name: str) -> object:
-    point = PARSERS[name][3]
-    known = pytest.mark.xfail(strict=False, reason=f"point {point}") if point else ()
-    return pytest.param(name, marks=known)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(60 * 60)
-@pytest.mark.parametrize("name", map(marked, PARSERS))
+@pytest.mark.parametrize("name", PARSERS)
 def test_foreign_bytes_give_documented_errors_only(name, tmp_path, tiny_musicgen, monkeypatch):
-    parse, seeds, words, _ = PARSERS[name]
+    parse, seeds, words = PARSERS[name]
     (tmp_path / "seeds").mkdir()
     given_seeds = seeds(tmp_path / "seeds")
     folder, beside = tmp_path / "target", tmp_path / "beside"

@@ -158,6 +158,10 @@ def window_starts(length: float, seconds: float, windows: int) -> list[float]:
     return [length * (2 * i + 1) / (2 * count) - seconds / 2 for i in range(count)]
 
 
+class UnusableRate(ValueError):
+    """A sample rate out of RATES."""
+
+
 class AudioFile:
     """An audio file whose length is counted where its header is wrong.
 
@@ -188,6 +192,8 @@ class AudioFile:
             raise EOFError(self.cut) if self.cut else error from error
         with file:
             self.rate, self.frames = file.samplerate, file.frames
+            if not RATES[0] <= self.rate <= RATES[1]:
+                raise UnusableRate(f"{self.rate} Hz")
             try:
                 file.seek(max(self.frames - 1, 0))
                 self.seekable = len(file.read(1)) == 1
@@ -312,6 +318,8 @@ def decode(payload: bytes | Path | None, spec: Spec, separate: Separator | None 
     except soundfile.LibsndfileError as error:
         unknown = error.code == 1  # SF_ERR_UNRECOGNISED_FORMAT
         return Decoded(problems=(("not audio" if unknown else "corrupt", error.error_string),))
+    except UnusableRate as error:
+        return Decoded(problems=(("unusable rate", str(error)),))
     except EOFError as error:
         return Decoded(problems=(("truncated", str(error)),))
     except OSError as error:
@@ -322,8 +330,6 @@ def decode(payload: bytes | Path | None, spec: Spec, separate: Separator | None 
 
 def _cut(file: AudioFile, spec: Spec, separate: Separator | None) -> Decoded:
     rate, frames = file.rate, file.frames
-    if not RATES[0] <= rate <= RATES[1]:
-        return Decoded(problems=(("unusable rate", f"{rate} Hz"),))
     wanted = round(spec.seconds * rate)
     if not frames or frames < spec.min_share * wanted:
         reason = ("truncated", file.cut) if file.cut else ("too short", f"{frames / rate:.2f} s")
