@@ -31,8 +31,7 @@ class DecoderConfig:
     """Clips per step."""
     crops: tuple[tuple[int, float], ...] = ((1, 0.3), (4, 0.3), (20, 0.4))
     """(n, share of the steps that take n times as many crops, each a n-th of a clip). The caption
-    tells most at the start of a sequence, before any code has been seen: without the shortest
-    crops it was worth 0.002 nats per code after 750 steps."""
+    tells most at the start of a sequence, before any code has been seen (docs/pretraining.md)."""
     learning_rate: float = 5e-3
     warmup_steps: int = 100
     caption_dropout: float = 0.15
