@@ -141,6 +141,15 @@ def test_a_folder_with_other_files_is_refused_before_any_work(tiny, tmp_path, op
     assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
 
 
+def test_a_killed_run_leaves_nothing_that_stops_the_next(tiny, tmp_path, monkeypatch):
+    def train(args, log):
+        assert not args.out.exists()  # so that a kill at this moment leaves no claim
+
+    monkeypatch.setattr(run, "train", train)
+    run.main([*tiny, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/log.jsonl").is_file()
+
+
 def test_work_of_another_run_is_refused_and_stems_fit_every_run(tmp_path):
     work = tmp_path / "work"
     corpora.claim_work(work)

@@ -453,20 +453,22 @@ def main(argv: list[str] | None = None) -> None:
         "--codec-start": args.codec_start,
     }  # fmt: skip
     inputs = {option: path for option, path in read.items() if path}
+    with new_folder(args.out, inputs=inputs):
+        pass  # a wrong folder is refused now; a claim held for hours would stop the next run
+    kept = {"seed": args.seed, "codec": args.codec}
+    kept |= {
+        k: str(v.resolve())
+        for k, v in (
+            ("start", args.start),
+            ("refine", args.refine),
+            ("codec-start", args.codec_start),
+        )
+        if v
+    }
+    claim_work(args.work, kept)
+    models = args.work / "models"
+    train(args, Log(models / "log.jsonl"))
     with new_folder(args.out, inputs=inputs) as out:
-        kept = {"seed": args.seed, "codec": args.codec}
-        kept |= {
-            k: str(v.resolve())
-            for k, v in (
-                ("start", args.start),
-                ("refine", args.refine),
-                ("codec-start", args.codec_start),
-            )
-            if v
-        }
-        claim_work(args.work, kept)
-        models = args.work / "models"
-        train(args, Log(models / "log.jsonl"))
         shutil.copytree(models, out.scratch, dirs_exist_ok=True)
         print(f"models: {out.publish()}", file=sys.stderr)
 
