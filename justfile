@@ -15,6 +15,7 @@ repro *args:
     python -m tools.dvc_repair
     # Frozen stages (training of the embedded models, the long evaluation) have their results in Git.
     dvc repro "$@" 2> >(grep --line-buffered -v "is frozen. Its dependencies are not" >&2)
+    echo "next: make report prints the headline numbers; data/report/report.html shows and plays everything"
 
 # all tests, in two processes; for a part: just test tests/config/test_config.py -k name
 test *args:
