@@ -1,6 +1,5 @@
 """README and docs: tables and figure from metrics, links to files, commands that exist."""
 
-import argparse
 import importlib
 import re
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 from musicscope.commands.cli import COMMANDS
+from musicscope.core.command_line import Parser
 from musicscope.core.stats import Estimate
 from tests.conftest import ROOT
 from tools import docs_tables
@@ -120,7 +120,7 @@ def test_commands_and_their_options_exist():
     assert {line.split()[1] for _, line in named} == set(COMMANDS)
     for page, line in named:
         command = line.split()[1]
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
         for option in re.findall(r"(?<=\s)(--?[a-zA-Z][\w-]*)", line):
             assert option in parser._option_string_actions, (page, line)

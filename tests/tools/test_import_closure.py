@@ -131,6 +131,9 @@ def test_what_a_model_runs_on_is_its_familys_code(tmp_path, monkeypatch):
     for name, kind in (("tiny", "musicgen"), ("other", "llama")):
         (tmp_path / "data/models" / name).mkdir(parents=True)
         (tmp_path / "data/models" / name / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["models"] = ["tiny", "other"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "ROOT", tmp_path)
 
