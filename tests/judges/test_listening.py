@@ -95,7 +95,7 @@ def test_extraction_and_its_tokens_hear_the_resampled_clips(here):
 def test_ablation_runs_on_both_kinds_of_models(here, name):
     section = SimpleNamespace(clips=3, split="validation", kinds=("skip", "zero", "mean"),
                               bootstrap=20)  # fmt: skip
-    metrics, table, _ = ablation_run.run(name, section, 7, "cpu", 1)
+    metrics, table = ablation_run.run(name, section, 7, "cpu", 1)
     model = load_model(name)
     audio = name == "rave"
     kinds = {"zero", "mean"} if audio else {"skip", "zero", "mean"}

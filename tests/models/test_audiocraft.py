@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from musicscope.maximisation.objective import Objective, Target, exact, gains
+from musicscope.maximisation.search import Objective, Target, exact, gains
 from omegaconf import OmegaConf
 
 from musicscope.activations.token_cache import codec_sha256
