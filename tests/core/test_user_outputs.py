@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from benchmarks.records import Record
 from musicscope.commands import cli, generate
 from musicscope.commands import find_concept as concept_command
-from musicscope.core import user_outputs
+from musicscope.core import command_line, user_outputs
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import OutputError, add_files, new_folder
 from musicscope.dictionaries.core import TopKSAE
@@ -389,7 +389,7 @@ def test_a_converted_model_never_replaces_a_folder(world, direction, monkeypatch
 
     def convert(out: str) -> None:
         monkeypatch.setattr(sys, "argv", ["convert", direction, source, out])
-        audiocraft_convert.main()
+        command_line.run_program(audiocraft_convert.main)
 
     for out, wanted in (
         ("mine", r"OUT mine is not empty \(it holds thesis.txt\)"),

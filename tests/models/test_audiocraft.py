@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from musicscope.maximisation.search import Objective, Target, exact, gains
 from omegaconf import OmegaConf
 
 from musicscope.activations.token_cache import codec_sha256
 from musicscope.maximisation.moments import StudiedModel
 from musicscope.maximisation.run import unsearchable
-from musicscope.maximisation.search import search
+from musicscope.maximisation.search import Objective, Target, exact, gains, search
 from musicscope.models.audiocraft import convert
 from musicscope.models.audiocraft import loading as audiocraft_loading
 from musicscope.models.audiocraft.loading import read_checkpoint
