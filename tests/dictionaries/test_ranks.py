@@ -15,6 +15,7 @@ import yaml
 
 from musicscope.activations.store import ActivationStore
 from musicscope.core.distributed import ALONE, Ranks
+from musicscope.core.stats import Estimate
 from musicscope.dictionaries.core import CROSSCODER
 from musicscope.dictionaries.data import pair
 from musicscope.dictionaries.training import train
@@ -110,4 +111,5 @@ def test_the_stage_launches_itself_under_torchrun(tiny_musicgen, tmp_path):
     ours, theirs = found["torchrun"], found["processes"]
     assert ours.keys() == theirs.keys()
     for key in ("explained_variance", "l0", "train_frames", "ce_sae"):
-        assert ours[key] == pytest.approx(theirs[key], rel=0.02), key
+        one, other = (Estimate.read(found[key]).value for found in (ours, theirs))
+        assert one == pytest.approx(other, rel=0.02), key

@@ -143,7 +143,7 @@ def test_two_processes_give_the_same_bytes_as_one(workspace: Path, tmp_path: Pat
         assert explained["low"] <= explained["value"] <= explained["high"]
     for name in ("1/out", "live-1", "plots-1"):
         files = [p for p in (tmp_path / name).rglob("*.*") if p.is_file()]
-        assert len(files) >= 4
+        assert len(files) >= 2
         for path in files:
             other = tmp_path / name.replace("1", "2") / path.relative_to(tmp_path / name)
             assert path.read_bytes() == other.read_bytes(), path

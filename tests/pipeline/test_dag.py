@@ -134,7 +134,7 @@ def test_musicgen_and_audiocraft_on_musicbench(tmp_path, monkeypatch):
     # One codec, in two formats: tokens are searched for, also in both models at once.
     for name in names:
         assert summary[f"{name}.maximise.sound"] > 0
-    assert maximised("shared")["heard_reached"] > 0
+    assert maximised("shared")["heard_reached"]["value"] > 0
     usae = read_json("metrics/train_usae.json")
     assert usae["frame_rate"] == 50.0
     assert usae["test_frames"] == wanted["test"] * 50 * inputs.SECONDS
@@ -156,10 +156,10 @@ def test_two_yues_on_musicbench(tmp_path, monkeypatch):
         numbers = maximised(name)
         assert "not_searched" not in numbers
         assert numbers["features"] > 0
-        assert np.isfinite(numbers["heard_reached"])
+        assert np.isfinite(numbers["heard_reached"]["value"])
     for name in names:
-        assert summary[f"{name}.maximise.sound"] == maximised(name)["heard_reached"]
-        assert np.isfinite(maximised(name)["prior_reached"])
+        assert summary[f"{name}.maximise.sound"] == maximised(name)["heard_reached"]["value"]
+        assert np.isfinite(maximised(name)["prior_reached"]["value"])
         folder = Path("data/maximize_activation", name)
         for feature in read_json(folder / "index.json")["features"]:
             found = {entry["variant"]: entry["file"] for entry in feature["maximised"]}
@@ -206,11 +206,11 @@ def test_rave_and_musicgen_on_a_folder_of_recordings(tmp_path, monkeypatch):
             assert (success is None) == (not shares)
             if shares:
                 assert success == pytest.approx(np.mean(shares))
-            assert numbers["ce_cost"] is None
+            assert numbers["ce_cost"]["value"] is None
             assert np.isfinite(
-                [numbers["change"], numbers["spectral_cost"], numbers["frechet"]]
+                [numbers["change"]["value"], numbers["spectral_cost"]["value"], numbers["frechet"]]
             ).all()
-        assert methods["sae"]["spectral_cost"] > 0
+        assert methods["sae"]["spectral_cost"]["value"] > 0
     assert steered["skipped"] == 0
     examples = read_json("data/steering/rave/examples/index.json")["examples"]
     assert {e["prompt"].split()[0] for e in examples} <= {"clip"}

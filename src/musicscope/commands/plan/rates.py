@@ -22,7 +22,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from musicscope.ablation import language
-from musicscope.activations.token_cache import CHUNK
 from musicscope.commands.plan.published_sizes import Shape
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import read_json
@@ -115,6 +114,8 @@ class Rate:
 
     def codec_memory(self, seconds: float) -> float:
         """Peak bytes of the codec on a chunk of clips; 0 where unknown."""
+        from musicscope.activations.token_cache import CHUNK  # it needs pydantic
+
         if self.codec_fixed_bytes is None:
             return 0.0
         peak = self.codec_fixed_bytes + CHUNK * self.codec_clip_bytes
