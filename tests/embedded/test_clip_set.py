@@ -14,6 +14,7 @@ from musicscope.embedded import clip_set
 from musicscope.embedded.clip_set import CLIPS_PER_SCENE, Job
 from musicscope.embedded.midi_set.compositions import Composition, Part
 from musicscope.embedded.midi_set.embedded import soundfont
+from musicscope.embedded.midi_set.pairs import imbalance
 from musicscope.embedded.midi_set.render import SAMPLE_RATE, Synth, rms
 from musicscope.embedded.rendering.scenes import Sounds, soundfonts
 from musicscope.embedded.rendering.voices import load_bank
@@ -122,8 +123,8 @@ def test_the_candidate_least_separable_by_cues_is_taken():
     rng = np.random.default_rng(0)
     guitar = rng.standard_normal((12, len(TRIVIAL_CUES)))
     far, near = guitar + 2.0, guitar + 0.05 * rng.standard_normal(guitar.shape)
-    assert clip_set.imbalance(guitar, near) < clip_set.imbalance(guitar, far)
-    assert clip_set.imbalance(guitar, guitar) == pytest.approx(0)
+    assert imbalance(guitar, near) < imbalance(guitar, far)
+    assert imbalance(guitar, guitar) == pytest.approx(0)
 
 
 def test_rows_make_disjoint_sets(monkeypatch):

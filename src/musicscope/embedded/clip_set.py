@@ -27,15 +27,14 @@ import torch
 from tqdm import tqdm
 
 from musicscope.config import PrepareData
-from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import atomic_file
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import auroc
 from musicscope.data import wheel_assets as assets
 from musicscope.data.clips import ClipStore, write_clips
 from musicscope.data.splits import HELDOUT_FONT, MAIN
 from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.embedded import soundfont
+from musicscope.embedded.midi_set.embedded import cue_aurocs, soundfont
+from musicscope.embedded.midi_set.pairs import CUE_SCALE, comparable_cues, imbalance
 from musicscope.embedded.midi_set.render import SAMPLE_RATE
 from musicscope.embedded.pretraining.mixing import (
     FADE_SECONDS,
@@ -68,9 +67,6 @@ JOB_PAIRS = 20
 """Cues are balanced within each run of so many pairs."""
 CANDIDATES = 6
 """Other instruments per scene of pairs."""
-DRIFT_WEIGHT = 0.01
-CUE_SCALE = np.array([0.15, 0.35, 0.3, 0.45, 0.8, 0.45, 0.25])
-"""Spread of each cue over rendered clips, to bring the seven on one scale."""
 
 
 @dataclass(frozen=True)
@@ -197,24 +193,6 @@ def make_clips(job: Job) -> list[Clip]:
 # --- pairs ------------------------------------------------------------------------------------
 
 
-def comparable_cues(audio: np.ndarray) -> np.ndarray:
-    """Log trivial cues in units of their spread over clips, [n, 7] of audio [n, samples]."""
-    return np.log(trivial_cues(audio, SAMPLE_RATE) + 1e-9) / CUE_SCALE
-
-
-def imbalance(guitar: np.ndarray, other: np.ndarray) -> float:
-    """How far the cues of two sets of clips [n, 7] separate the sets; 0 is not at all.
-
-    The worst and the mean squared distance of a cue's AUROC from a half; the mean difference in
-    the cues' own units settles it while there are few clips and the AUROC is coarse.
-    """
-    above = (guitar[:, None] > other[None]).mean((0, 1)) - 0.5
-    ties = (guitar[:, None] == other[None]).mean((0, 1)) / 2
-    distance = (above + ties) ** 2
-    drift = (guitar - other).mean(0)
-    return float(distance.max() + distance.mean() + DRIFT_WEIGHT * drift @ drift)
-
-
 def make_pairs(job: Job) -> Iterator[tuple[Clip, Clip]]:
     """Yield a (guitar, other) pair of clips per number of the job, in order."""
     pieces, sounds = load_pieces(job.split, job.seed), load_sounds(job.font, job.split)
@@ -249,7 +227,7 @@ def make_pairs(job: Job) -> Iterator[tuple[Clip, Clip]]:
 
 
 def _cues(clips: Sequence[Clip]) -> np.ndarray:
-    return comparable_cues(np.stack([clip.audio for clip in clips]))
+    return np.stack([comparable_cues(clip.audio) for clip in clips])
 
 
 def _leading(scene: Scene, at: int, count: int, rng: np.random.Generator, job: Job) -> Mixes:
@@ -328,16 +306,6 @@ def write_embedded(folder: Path, config: PrepareData, seed: int, processes: int)
     """Render the data set into the clip store at `folder`."""
     samples = round(config.seconds * SAMPLE_RATE)
     write_clips(folder, render_all(config, seed, processes), SAMPLE_RATE, samples)
-
-
-def cue_aurocs(store: ClipStore, rows: np.ndarray) -> dict[str, float]:
-    """AUROC of every trivial cue for guitar against no guitar, over the given rows."""
-    cues = np.concatenate([trivial_cues(store.audio([r]), store.sample_rate) for r in rows])
-    guitar = store.rows[f"has_{MAIN}"].to_numpy()[rows]
-    return {
-        name: auroc(cues[:, i], guitar) if 0 < guitar.sum() < len(guitar) else float("nan")
-        for i, name in enumerate(TRIVIAL_CUES)
-    }
 
 
 def measure(store: ClipStore) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Fetch and read checkpoints; refuse those of which a part is absent, damaged or foreign.
+"""Fetch and read checkpoints; refuse incomplete, damaged and mismatched ones.
 
 Loaders work on local folders, so a hub id and a copied folder load alike, and a second load with
 the network off (``HF_HUB_OFFLINE=1``) finds the hub's cache.
