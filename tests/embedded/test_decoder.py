@@ -28,12 +28,14 @@ def parts():
 
 
 @pytest.fixture(scope="module")
-def tokens():
+def tokens(parts):
     """The caption's first id says which code fills the clip."""
     code = torch.arange(12) % 6
     ids = torch.stack([3 + code, torch.ones(12, dtype=torch.long)], 1)
     codes = (code[:, None, None] + torch.tensor([0, 6])[:, None]).expand(12, 2, 40)
-    return decoders.TokenSet(codes.short(), ids.short(), torch.ones(12, 2, dtype=torch.int8))
+    mask = torch.ones(12, 2, dtype=torch.int8)
+    states = decoders.encode_captions(parts[1].eval(), ids.short(), mask, batch=5)
+    return decoders.TokenSet(codes.short(), states, mask)
 
 
 def test_resumed_training_equals_unbroken_training(parts, tokens, tmp_path):
@@ -55,7 +57,7 @@ def test_decoder_learns_the_codes_and_reads_the_caption(parts, tokens):
     for i in range(150):
         trainer.step(tokens, i / 150)
     after = trainer.evaluate(tokens)
-    wrong = decoders.TokenSet(tokens.codes, tokens.ids.roll(1, 0), tokens.mask)
+    wrong = replace(tokens, states=tokens.states.roll(1, 0))
     assert after.mean() < 0.3 * before
     assert trainer.evaluate(wrong).mean() > after.mean() + 0.02
 
@@ -69,9 +71,8 @@ def test_evaluation_uses_the_average_and_leaves_training_alone(parts, tokens):
     for name, value in trainer.model.decoder.named_parameters():
         assert torch.equal(value, live[name]), name
     model = trainer.finished()
-    states = model.text_encoder(tokens.ids.long(), attention_mask=tokens.mask.long())
-    states = model.enc_to_dec_proj(states.last_hidden_state)
     with torch.no_grad():
+        states = model.enc_to_dec_proj(tokens.states.float())
         again = decoders.decoder_loss(model, tokens.codes.long(), states, tokens.mask.long())
     torch.testing.assert_close(found, again, rtol=2e-3, atol=2e-3)
 
@@ -93,15 +94,48 @@ def test_a_batch_depends_on_the_step_alone_and_its_crops_are_of_the_clips(parts,
     trainer = decoders.DecoderTrainer(CONFIG, *parts, 1, "cpu")
     starts = set()
     for trainer.step_count in range(30):
-        found, ids, mask = trainer.draw(tokens)
+        found, states, mask = trainer.draw(tokens)
         assert torch.equal(found, trainer.draw(tokens)[0])
         assert found.shape[0] * found.shape[2] == CONFIG.batch * 40
-        assert ids.shape == mask.shape == (len(found), 2)
+        assert states.shape[:2] == mask.shape == (len(found), 2)
         assert (found.diff(dim=-1) == 1).all()
         assert torch.equal(found[:, 1] - found[:, 0], torch.full_like(found[:, 0], 40))
         starts |= set((found[:, 0, 0] % 40).tolist())
     assert min(starts) == 0
     assert max(starts) == 38
+
+
+def test_layers_one_by_one_give_the_states_of_the_whole_decoder(parts, tokens):
+    model = decoders.build_musicgen(*parts, CONFIG, 0)
+    inputs = torch.randint(16, (3, 2, 9), generator=torch.Generator().manual_seed(0))
+    states = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    wanted = model.decoder.model.decoder(
+        input_ids=inputs.reshape(6, 9), encoder_hidden_states=states, encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    torch.testing.assert_close(decoders.decoder_states(model, inputs, states, mask.bool()), wanted)
+
+
+def test_matrices_together_are_updated_as_by_torch_one_by_one():
+    shapes = [(8, 8), (8, 8), (32, 8), (8, 32), (8, 8), (32, 8)]
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimisers = [
+        decoders.StackedMuon(ours, lr=0.0),
+        torch.optim.Muon(theirs, lr=0.0, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for rate in (0.02, 0.01, 0.005):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 def test_embedded_sizes_differ_in_depth_and_width():

@@ -133,8 +133,8 @@ class CodebookTrainer:
             book.embed_avg.copy_(centres * book.cluster_size[:, None])
             residual = residual - centres[nearest]
 
-    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise latents [B, T, D] with all codebooks and update the codebooks.
+    def quantise(self, latents: Tensor, update: bool = True) -> tuple[Tensor, Tensor]:
+        """Quantise latents [B, T, D] with all codebooks and, unless told not to, update them.
 
         Returns:
             Straight-through latents [B, T, D], and the commitment loss relative to their variance.
@@ -147,7 +147,8 @@ class CodebookTrainer:
         for book in self.books:
             nearest = nearest_code(residual, book.embed)
             chosen = F.embedding(nearest, book.embed)
-            self._update(book, residual, nearest)
+            if update:
+                self._update(book, residual, nearest)
             total, residual = total + chosen, residual - chosen
             target = total.view(batch, frames, width)
             commitment = commitment + F.mse_loss(latents, target) / variance
@@ -334,10 +335,8 @@ class CodecTrainer:
         """Encode, quantise and decode audio [B, samples]; also losses of what lies between."""
         if self.decoder_only:
             with torch.no_grad():  # in float32, as codes are made
-                latents = self.codec.quantizer.decode(self.codec.quantizer.encode(
-                    self.codec.encoder(audio[:, None]), self.codec.config.target_bandwidths[0]
-                )).transpose(1, 2)  # fmt: skip
-            quantised, commitment = latents, latents.new_zeros(())
+                latents = self.codec.encoder(audio[:, None])
+                quantised, commitment = self.books.quantise(latents.transpose(1, 2), update=False)
         else:
             with self._autocast():
                 latents = self.codec.encoder(audio[:, None])

@@ -20,6 +20,8 @@ MOST_STEMS = 7
 ROOMS = 64
 ROOM_SECONDS = 0.6
 FADE_SECONDS = 0.02
+SPARSE = 0.5
+"""Share of the clips with two instruments or so; with a quarter, few captions named what one hears."""
 TONE_POINTS = 6
 """Control points of the tone curve, evenly spaced in log frequency from 60 Hz to 8 kHz."""
 _BASE_DB = {"bass": -2.0, "drums": -2.0, "vocals": 1.0}
@@ -105,7 +107,7 @@ def draw_mixes(
     rows, there = table.rows[scene], table.rows[scene] >= 0
     # The stem that surely plays, drawn evenly among all; sparse clips keep little else.
     first = (rng.random(rows.shape) * there).argmax(1)
-    sparse = np.where(rng.random((count, 1)) < 0.25, 0.35, 1.0)
+    sparse = np.where(rng.random((count, 1)) < SPARSE, 0.35, 1.0)
     on = there & (rng.random(rows.shape) < table.plays[scene] * sparse)
     on[np.arange(count), first] = True
     gain = table.base_db[scene] + rng.normal(0.0, 3.0, rows.shape).clip(-7, 7)

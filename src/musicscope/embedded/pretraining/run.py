@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     EncodecModel,
     T5EncoderModel,
@@ -55,7 +56,12 @@ from musicscope.embedded.pretraining.corpus import (
     claim_work,
     material_of,
 )
-from musicscope.embedded.pretraining.decoder import SIZES, DecoderTrainer, TokenSet
+from musicscope.embedded.pretraining.decoder import (
+    SIZES,
+    DecoderTrainer,
+    TokenSet,
+    encode_captions,
+)
 from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
 from musicscope.embedded.pretraining.phases import Log, Phase
 from musicscope.embedded.pretraining.saved_models import (
@@ -239,9 +245,14 @@ def measure_codec(codec: EncodecModel, held_out: Corpus, seed: int) -> dict[str,
 def make_tokens(
     codec: EncodecModel, tokenizer: T5Tokenizer, corpus: Corpus, rng: np.random.Generator,
     clips: int, seconds: float, batch: int, pad: int,
-) -> TokenSet:  # fmt: skip
-    """Mix and encode up to `clips` clips, all scenes in turn, or as many as `seconds` allow."""
-    device, rooms = corpus.bank.device, Rooms(corpus.bank.device)
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mix and encode up to `clips` clips, all scenes in turn, or as many as `seconds` allow.
+
+    Returns:
+        On the CPU: codes int16 [clips, K, frames], padded caption ids int16 [clips, pad] and their
+        mask int8 [clips, pad].
+    """
+    rooms = Rooms(corpus.bank.device)
     codes, texts, begin = [], [], time.monotonic()
     order = np.concatenate([rng.permutation(len(corpus)) for _ in range(-(-clips // len(corpus)))])[
         :clips
@@ -257,10 +268,10 @@ def make_tokens(
     tokens = tokenizer(
         texts, return_tensors="pt", padding="max_length", truncation=True, max_length=pad
     )
-    return TokenSet(
-        torch.cat(codes), tokens.input_ids.short().to(device),
-        tokens.attention_mask.to(torch.int8).to(device),
-    )  # fmt: skip
+    return {
+        "codes": torch.cat(codes).cpu(), "ids": tokens.input_ids.short(),
+        "mask": tokens.attention_mask.to(torch.int8),
+    }  # fmt: skip
 
 
 def get_tokens(
@@ -275,14 +286,17 @@ def get_tokens(
         batch = 32 if device.type == "cuda" else 1
         codec = keep_shapes_on_cpu(codec.to(device)).eval()
         tokens = make_tokens(codec, tokenizer, corpus, rng, clips, seconds, batch, pad=64)
-        torch.save([t.cpu() for t in (tokens.codes, tokens.ids, tokens.mask)], path)
-        log("tokens", split=name, clips=len(tokens), took=time.monotonic() - begin)
+        torch.save(tokens, path)
+        log("tokens", split=name, clips=len(tokens["codes"]), took=time.monotonic() - begin)
 
 
-def load_tokens(work: Path, name: str, device: str | torch.device) -> TokenSet:
-    """Tokens of `get_tokens` on the device."""
-    parts = torch.load(work / f"tokens-{name}.pt", weights_only=True)
-    return TokenSet(*(t.to(device) for t in parts))
+def load_tokens(
+    work: Path, name: str, text: T5EncoderModel, device: str | torch.device
+) -> TokenSet:
+    """Tokens of `get_tokens` on the device, their captions encoded by `text`."""
+    found = torch.load(work / f"tokens-{name}.pt", weights_only=True)
+    codes, ids, mask = (found[part].to(device) for part in ("codes", "ids", "mask"))
+    return TokenSet(codes, encode_captions(text.to(device).eval(), ids, mask), mask)
 
 
 # --- decoders ---------------------------------------------------------------------------------
@@ -291,14 +305,14 @@ def load_tokens(work: Path, name: str, device: str | torch.device) -> TokenSet:
 def train_decoder(
     work: Path, name: str, codec: EncodecModel, text: T5EncoderModel,
     tokenizer: T5Tokenizer, train: TokenSet, held_out: TokenSet, batch: int, minutes: float,
-    seed: int, start: Path | None, log: Log,
+    seed: int, start: Path | None, log: Log, graphs: bool = True,
 ) -> None:  # fmt: skip
     """Train one decoder for `minutes`; save the whole model to `work`/models/`name`."""
     folder = work / "models" / name
     if (folder / "processor_config.json").exists():
         return
     config = replace(SIZES[name], batch=batch)
-    trainer = DecoderTrainer(config, codec, text, seed, train.codes.device)
+    trainer = DecoderTrainer(config, codec, text, seed, train.codes.device, graphs)
     phase = Phase(name, work, minutes)
     if phase.state:
         trainer.load(phase.state)
@@ -364,6 +378,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refine", type=Path, metavar="FOLDER",
                         help="train the codec's decoder alone, of the models in this folder, "
                         "and write them to --out; their codes do not change")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES),
+                        help="decoders to train in this run; each has its own share")  # fmt: skip
     parser.add_argument("--until", choices=("codec", "tokens", "all"), default="all")
     parser.add_argument("--seed", type=whole(0), default=20)
     return parser.parse_args(argv)
@@ -431,11 +447,13 @@ def train(args: argparse.Namespace, log: Log) -> None:
     if args.until != "all":
         codec.half().save_pretrained(args.work / "models" / "codec")
         return
-    train_set, held_out = (load_tokens(args.work, s, args.device) for s in ("train", "validation"))
-    for name in SIZES:
+    train_set, held_out = (
+        load_tokens(args.work, s, text, args.device) for s in ("train", "validation")
+    )
+    for name in args.models:
         train_decoder(
-            args.work, name, codec, text, tokenizer, train_set, held_out, args.decoder_batch,
-            minutes[name], args.seed, args.start, log,
+            args.work, name, codec, text.cpu(), tokenizer, train_set, held_out, args.decoder_batch,
+            minutes[name], args.seed, args.start, log, not args.no_graphs,
         )  # fmt: skip
 
 
