@@ -59,14 +59,15 @@ sweep *sets="train_sae.k=16,32,64":
 experiments:
     dvc exp show --md --only-changed --drop 'stages|src|data|assets|plots|metrics/(?!summary)'
 
-# ratios from interleaved runs; sparsify is compared where it can be installed
+# ratios from interleaved runs, known features; sparsify and SAELens where they can be installed
 bench:
-    pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify" >&2
+    pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify or SAELens" >&2
     python -m benchmarks.sae_step
     python -m benchmarks.usae_step
     python -m benchmarks.extraction
     python -m benchmarks.generation
     python -m benchmarks.steering
+    python -m benchmarks.synthetic_features
 
 # the first measurements on a GPU, within 90 seconds; --seconds 400 for more rounds
 gpu-check *args:
