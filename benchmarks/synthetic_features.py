@@ -192,6 +192,7 @@ def ours(**changes: Any) -> Callable[[Paired, World, int], Learnt]:
             "samples": BATCH * STEPS, "learning_rate": 3e-3, "warmup_fraction": 0.05,
             "decay_fraction": 0.4, "aux_k_fraction": 0.5, "aux_weight": 1 / 32,
             "dead_after_samples": 200_000, "seeds": 1, "activation": "topk", "ce_clips": 1,
+            "matryoshka": (), "resample_every": 0, "bandwidth": 0.5, "sparsity_weight": 0.01,
         }  # fmt: skip
         return dense(train(data, TrainSae(**settings | changes), "sae", seed).dictionary)
 
