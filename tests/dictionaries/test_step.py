@@ -212,16 +212,18 @@ def test_thresholds_learn_and_stay_at_or_above_zero():
     assert (state.threshold > 0.05).any()
 
 
-def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_alone():
-    state = initial_state(F, (24,), 3, "cpu")
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_alone(activation):
+    jump = activation == "jumprelu"
+    state = initial_state(F, (24,), 3, "cpu", threshold=0.5 if jump else None)
     x = random_weights(torch.float32, (24,))[1][0]
     for _ in range(3):
-        step(state, [x], 1e-2, K)
+        step(state, [x], 1e-2, K, activation, bandwidth=0.5, sparsity_weight=0.01)
     dead = torch.tensor([5, 90])
     state.unfired[:] = 0
     state.unfired[dead] = 10**6
-    before = snapshot(state)
-    resample(state, x, K, "topk", 10**6, seed=0)
+    before, thresholds = snapshot(state), state.threshold.clone() if jump else None
+    resample(state, x, K, activation, 10**6, seed=0)
     live = torch.ones(F, dtype=torch.bool)
     live[dead] = False
     for key, parts in snapshot(state).items():
@@ -235,6 +237,11 @@ def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_al
         own.W_enc[dead].norm(dim=1), 0.2 * own.W_enc[live].norm(dim=1).mean().expand(2)
     )
     assert not state.unfired.any()
+    if jump:  # snapshot leaves the thresholds out
+        assert (state.threshold[dead] > 0).all()
+        assert (state.threshold[dead] != thresholds[dead]).all()
+        assert torch.equal(state.threshold[live], thresholds[live])
+        assert not state.optimizer.state[state.threshold]["exp_avg"][dead].any()
 
 
 def test_latents_at_or_below_zero_get_no_gradient():

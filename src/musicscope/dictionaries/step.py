@@ -246,7 +246,8 @@ def gradients(
     sparsity_loss: Tensor | float = 0.0
     if jump is not None:
         rows = torch.arange(levels * B, device=z.device).repeat_interleave(kept.crow.diff()) % B
-        excess = torch.bincount(rows, kept.values > 0, B).to(z.dtype) - k
+        active = z.new_zeros(B).index_add_(0, rows, (kept.values > 0).to(z.dtype))
+        excess = active - k
         sparsity_loss = jump.weight * 2 / k * excess.square().mean()
         threshold = jump.threshold[kept.columns]
         near = ((raw - threshold).abs() < jump.bandwidth / 2).to(z.dtype) / jump.bandwidth
@@ -254,10 +255,8 @@ def gradients(
         dz = dz + through
 
     by_latent = sum_by_latent(kept, F)
-    ones, inputs = (
-        centred.new_ones(levels * B, 1),
-        centred.repeat(levels, 1) if prefixes else centred,
-    )
+    ones = centred.new_ones(levels * B, 1)
+    inputs = centred.repeat(levels, 1) if prefixes else centred
     W_enc, b_enc = by_latent(inputs, dz), by_latent(ones, dz).squeeze(1)
     found = [Gradients() for _ in weights]
     b_dec = {j: grads[j][:B].sum(0) for j in learning}
@@ -453,16 +452,19 @@ def resample(
     generator = torch.Generator().manual_seed(seed)
     share = error.square().sum(1).cpu()
     rows = torch.multinomial(share, len(dead), replacement=True, generator=generator)
-    directions = torch.nn.functional.normalize(error[rows.to(x.device)], dim=1)
-    if not ranks.leads:
-        directions.zero_()
-    ranks.average_(directions)  # the leading rank's, for all
-    directions *= ranks.size
+    chosen = error[rows.to(x.device)] * ranks.leads
+    ranks.average_(chosen)  # the leading rank's, for all
+    length = chosen.norm(dim=1, keepdim=True) * ranks.size
     live = state.unfired < dead_after
-    weights.W_dec[dead] = directions
-    weights.W_enc[dead] = directions * (0.2 * weights.W_enc[live].norm(dim=1).mean())
+    gain = 0.2 * weights.W_enc[live].norm(dim=1).mean()
+    weights.W_dec[dead] = torch.nn.functional.normalize(chosen, dim=1)
+    weights.W_enc[dead] = gain * weights.W_dec[dead]
     weights.b_enc[dead] = 0.0
-    for weight in weights[:3]:
+    restarted = [*weights[:3]]
+    if state.threshold is not None:  # half of what the error alone gives
+        state.threshold[dead] = 0.5 * gain * length.squeeze(1)
+        restarted.append(state.threshold)
+    for weight in restarted:
         for name, moment in state.optimizer.state[weight].items():
             if name != "step":
                 moment[dead] = 0.0
