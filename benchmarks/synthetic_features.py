@@ -263,6 +263,10 @@ RECIPES: dict[str, Callable[[Paired, World, int], Learnt]] = {
     "null": random_rows,
     "ours_default": ours(),
     "ours_topk": ours(**OURS),
+    "ours_matryoshka": ours(**OURS, matryoshka=PREFIXES),
+    "ours_batchtopk_matryoshka": ours(
+        **OURS | {"k": 5, "activation": "batchtopk", "matryoshka": PREFIXES}
+    ),
     "saelens_batchtopk": saelens("BatchTopK", 3e-4),
     "saelens_batchtopk_tuned": saelens("BatchTopK", **SAELENS),
     "saelens_matryoshka_tuned": saelens("MatryoshkaBatchTopK", **SAELENS, **NESTED),
