@@ -142,7 +142,8 @@ def overview(sources: Sources, kind: str) -> Figure | None:
         off = off.set_index("method").reindex(OVERVIEW)
         width = 0.8 / len(sources.models)
         plots.interval_bars(
-            axes[1], [METHODS[m].replace(" ", "\n", 1) for m in OVERVIEW], *_interval(off, "success"), colour, name=model,
+            axes[1], [METHODS[m].replace(" ", "\n", 1) for m in OVERVIEW],
+            *_interval(off, "success"), colour, name=model,
             width=width, offset=width * (series - (len(sources.models) - 1) / 2),
         )  # fmt: skip
     if not axes[0].lines:
