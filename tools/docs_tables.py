@@ -135,7 +135,7 @@ def features() -> str:
         "shuffled labels": "shuffled.test.auroc",
         "held-out soundfont: SAE codes": "sae.heldout_font.auroc",
         "held-out soundfont: activations": "dense.heldout_font.auroc",
-        "matched pairs: SAE accuracy": "sae.pairs_timgm6mb.accuracy",
+        "matched pairs: SAE accuracy": "sae.pairs_mixed.accuracy",
         "matched pairs, held-out soundfont": "sae.pairs_fluidr3mono.accuracy",
     }
     rows = [
@@ -184,9 +184,9 @@ def cues() -> str:
     found = metrics("prepare_data")["trivial_cue_auroc"]
     names = sorted(found["clips"])
     labels = {
-        "timgm6mb_pairs": "pairs, TimGM6mb",
+        "mixed_pairs": "pairs, TimGM6mb and synthesis",
         "fluidr3mono_pairs": "pairs, FluidR3Mono",
-        "clips": "other clips, TimGM6mb",
+        "clips": "other clips, TimGM6mb and synthesis",
     }
     rows = [[label, *(number(found[key][n]) for n in names)] for key, label in labels.items()]
     return table(["", *(n.replace("_", " ") for n in names)], rows)
@@ -407,7 +407,7 @@ def judges() -> str:
             cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
         crossed = [
             number(of["cross_font"][name][family]["auroc"], 2)
-            for name in ("timgm6mb_to_fluidr3mono", "fluidr3mono_to_timgm6mb")
+            for name in ("mixed_to_fluidr3mono", "fluidr3mono_to_mixed")
         ]
         rows.append([family.replace("_", " "), *cells, *crossed])
     head = ["AUROC, test compositions", "classifier, codec output", "musicnn, codec output"]

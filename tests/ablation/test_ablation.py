@@ -204,7 +204,7 @@ def test_select_layers_ranks_inner_layers():
 
 def test_spread_clips_takes_compositions_in_turn():
     rows = pd.DataFrame({"group": list("aaaaaabbbcc"), "split": "train", "kind": "clip"})
-    rows["font"] = "timgm6mb"
+    rows["font"] = "mixed"
     rows.loc[0, "kind"], rows.loc[6, "font"], rows.loc[9, "split"] = "pair", "fluidr3mono", "test"
     chosen = spread_clips(rows, "train", 5, seed=0)
     assert rows["group"].iloc[chosen].value_counts().to_dict() == {"a": 2, "b": 2, "c": 1}

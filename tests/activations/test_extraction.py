@@ -40,7 +40,7 @@ class FakeClips:
             {
                 "id": [f"c{i:02d}" for i in range(count)],
                 "split": [("train", "train", "validation", "test")[i % 4] for i in range(count)],
-                "font": "timgm6mb",
+                "font": "mixed",
                 "kind": "clip",
                 "group": [f"g{i // 3}" for i in range(count)],
                 "caption": [f"flute and piano at {90 + i} bpm" for i in range(count)],

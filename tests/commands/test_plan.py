@@ -64,7 +64,7 @@ def test_the_embedded_clips_are_as_many_as_were_made(params):
     made = json.loads((ROOT / "metrics/prepare_data.json").read_text())["clips"]
     clips = plan.count_clips(params)
     assert clips.number == sum(made.values())
-    assert clips.train == made["clip-timgm6mb-train"]
+    assert clips.train == made["clip-mixed-train"]
 
 
 def test_all_of_musicbench():

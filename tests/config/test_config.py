@@ -53,7 +53,7 @@ def test_committed_params_load_with_every_value_as_written():
     [
         ("train_sae.kk", 3, ["unknown key train_sae.kk", "3", "did you mean train_sae.k?"]),
         ("train_sea", 3, ["unknown key train_sea", "did you mean train_sae?"]),
-        ("prepare_data.timgm6mb_clips.tset", 3, ["did you mean prepare_data.timgm6mb_clips.test?"]),
+        ("prepare_data.clips.tset", 3, ["did you mean prepare_data.clips.test?"]),
         ("learning_rate", 0.1, ["unknown key learning_rate", "train_sae.learning_rate"]),
         ("probe.zzzz", 1, ["unknown key probe.zzzz", "known here: k_sparse"]),
     ],
@@ -106,7 +106,7 @@ def test_wrong_type_in_a_list_names_the_entry(tmp_path):
             "'relu' is out of range: it should be 'topk' or 'batchtopk'",
         ),
         ("extract_activations.dtype", "int8", "extract_activations.dtype = 'int8'"),
-        ("prepare_data.timgm6mb_clips.train", 0, "prepare_data.timgm6mb_clips.train = 0"),
+        ("prepare_data.clips.train", 0, "prepare_data.clips.train = 0"),
         ("ablate.kinds", ["mean", "swap"], "ablate.kinds[1] = 'swap' is out of range"),
         ("probe.c_grid", [0.1, 0.0], "probe.c_grid[1] = 0.0 is out of range"),
         ("probe.c_grid", [], "probe.c_grid is empty"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope.embedded.pretraining import mixing
+from musicscope.embedded.rendering import mixing
 from musicscope.embedded.rendering.captions import CONCEPTS, facts, random_description, tempo_word
 from musicscope.embedded.rendering.scenes import SAMPLE_RATE, STEM_RMS, Scene, Stem
 

@@ -84,8 +84,8 @@ def count_clips(params: Params, given: int | None = None) -> Clips:
     """
     section = params.prepare_data
     if section.source == "embedded":
-        held_out = section.fluidr3mono_test_clips + 2 * section.fluidr3mono_pairs
-        splits = section.timgm6mb_clips
+        held_out = section.heldout_font_clips + 2 * section.heldout_font_pairs
+        splits = section.clips
         number = splits.train + splits.validation + splits.test + held_out + 2 * section.pairs
         rate, train, origin = EMBEDDED_RATE, splits.train, "params.yaml"
     else:

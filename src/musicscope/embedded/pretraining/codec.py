@@ -2,7 +2,7 @@
 
 Architecture and losses follow EnCodec (Defossez et al., arXiv 2210.13438): multi-resolution mel and
 waveform losses, an STFT discriminator with feature matching, EMA codebooks with revival of unused
-codes. Training starts from an orthogonal lapped transform (`musicscope.embedded.nano.codec_start`).
+codes. Training starts from an orthogonal lapped transform (`pretraining.mdct_start`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
-from musicscope.embedded.nano.codec_start import finish_weights, start_weights
 from musicscope.embedded.pretraining.codec_losses import (
     SAMPLE_RATE,
     STFTDiscriminator,
@@ -27,6 +26,7 @@ from musicscope.embedded.pretraining.codec_losses import (
     mel_loss,
     waveform_loss,
 )
+from musicscope.embedded.pretraining.mdct_start import finish_weights, start_weights
 
 HOP = 320  # samples per frame: 50 frames per second
 CODEBOOK_DECAY = 0.99

@@ -6,9 +6,10 @@ from musicscope.report.elements import Section, Table
 from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain
 
 SETS = {
-    "clips": "clips, TimGM6mb", "timgm6mb_pairs": "matched pairs, TimGM6mb",
+    "clips": "clips, TimGM6mb and synthesis",
+    "mixed_pairs": "matched pairs, TimGM6mb and synthesis",
     "fluidr3mono_pairs": "matched pairs, FluidR3Mono",
-}  # fmt: skip
+}
 MODEL_ROWS = (
     ("codec: log-mel distance (dB)", "codec.log_mel_distance_db"),
     ("codec: SI-SDR (dB)", "codec.si_sdr_db"),

@@ -7,7 +7,7 @@ from musicscope.report.metrics import Sources, Tree, cell, get
 
 JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
 SETS = {
-    "timgm6mb": "clips, TimGM6mb", "fluidr3mono": "clips, FluidR3Mono",
+    "mixed": "clips, TimGM6mb and synthesis", "fluidr3mono": "clips, FluidR3Mono",
     "codec": "after the codec", "shuffled": "shuffled labels",
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ ROOMS = 64
 ROOM_SECONDS = 0.6
 FADE_SECONDS = 0.02
 SPARSE = 0.5
-"""Share of the clips with two instruments or so; with a quarter, few captions named what one hears."""
+"""Share of the clips with about two instruments; at .25, few captions name the audible ones."""
 TONE_POINTS = 6
 """Control points of the tone curve, evenly spaced in log frequency from 60 Hz to 8 kHz."""
 _BASE_DB = {"bass": -2.0, "drums": -2.0, "vocals": 1.0}
