@@ -103,14 +103,14 @@ def random_codec(config: EncodecConfig, seed: int) -> EncodecModel:
 
 def stored_codec(folder: Path) -> EncodecModel:
     """The codec of a MusicGen folder."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     prefix = "audio_encoder."
     codec = EncodecModel(EncodecConfig(**read_json(folder / "config.json")["audio_encoder"]))
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
-        weights = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
-    codec.load_state_dict(weights)
+    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    codec.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    )
     return codec.eval().requires_grad_(False)
 
 
@@ -172,7 +172,7 @@ class CodecOnCpu:
 def codes(device: torch.device, tiny: bool) -> Callable[[Record], None]:
     """Share of equal codes on CPU and device."""
     clips, seconds = (4, 0.5) if tiny else (8, 5.0)
-    if not tiny and (NANO / "model.safetensors").is_file():
+    if not tiny and (NANO / "config.json").is_file():
         first, codec = "nano-small", stored_codec(NANO)
     else:
         small = NANO_CODEC | ({"num_filters": 2, "codebook_size": 64} if tiny else {})

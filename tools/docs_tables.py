@@ -22,6 +22,8 @@ from musicscope.config import load_params
 from musicscope.core.command_line import run_program
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
+from musicscope.report.metrics import short
+from musicscope.report.sections.data import measure_name, row_estimate, target_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
@@ -152,31 +154,27 @@ def features() -> str:
 
 
 def models() -> str:
-    """Evidence that the nano models learned music, beside the targets."""
-    named = [
-        ("codec: log-mel distance (dB)", "codec.log_mel_distance_db", 2, ""),
-        ("codec: SI-SDR (dB)", "codec.si_sdr_db", 2, ""),
-        ("codec: loss of musicnn's guitar AUROC", "codec.musicnn_guitar_auroc_loss", 3,
-         "at most .05"),
-        ("decoder: cross-entropy (nats per code)", "decoder.ce", 3, ""),
-        ("unigram", "decoder.ce_unigram", 3, "above the decoder"),
-        ("previous frame", "decoder.ce_previous_frame", 3, "above the decoder"),
-        ("first codebook: decoder", "decoder.ce_0", 3, ""),
-        ("first codebook: previous frame", "decoder.ce_0_previous_frame", 3, "above the decoder"),
-        ("cross-entropy: wrong minus right caption", "decoder.caption_gain", 4, "above 0"),
-        ("guitar prompts against other prompts: AUROC, instrument classifier",
-         "generation.family_judge_guitar_auroc", 3, "at least .80"),
-        ("the same, musicnn", "generation.musicnn_guitar_auroc", 3, ""),
-        ("the classifier on rendered test clips", "judge.guitar_auroc", 3, ""),
-    ]  # fmt: skip
-    of = {m: metrics(f"pretrain/{m}") for m in MODELS}
-    rows = [
-        [label, *(estimate(of[m], key, digits) for m in MODELS), wanted]
-        for label, key, digits, wanted in named
-    ]
-    below = estimate(of["nano-medium"], "decoder.below_small", 4)
-    rows.append(["cross-entropy: small minus medium", "", below, "above 0"])
-    return table(["", *MODELS, "target"], rows)
+    """Evidence that the nano models learned music: all measures with a target, with controls."""
+    of = {m: metrics(f"pretrain/{m}")["rows"] for m in MODELS}
+    rows = []
+    for key in dict.fromkeys(k for found in of.values() for k in found):
+        entries = {m: found[key] for m, found in of.items() if key in found}
+        first = next(iter(entries.values()))
+        if first["target"] is None and key != "decoder.cross_entropy":
+            continue
+        met = [m for m, entry in entries.items() if entry["verdict"]]
+        controls = []
+        for name in first["control"]:
+            shown = dict.fromkeys(short(e["control"].get(name), 3) for e in entries.values())
+            controls.append(f"{name.replace('_', ' ')} {' / '.join(shown)}")
+        rows.append([
+            f"{measure_name(first)} ({first['unit']})",
+            *(row_estimate(entries[m]).text() if m in entries else "" for m in MODELS),
+            target_text(first),
+            "" if first["target"] is None else ", ".join(met) or "none",
+            ", ".join(controls),
+        ])  # fmt: skip
+    return table(["", *MODELS, "target", "met by", "control"], rows)
 
 
 def cues() -> str:
@@ -411,7 +409,7 @@ def judges() -> str:
         ]
         rows.append([family.replace("_", " "), *cells, *crossed])
     head = ["AUROC, test compositions", "classifier, codec output", "musicnn, codec output"]
-    fonts = ["TimGM6mb classifier on FluidR3Mono", "FluidR3Mono classifier on TimGM6mb"]
+    fonts = ["classifier of mixed sounds on FluidR3Mono", "FluidR3Mono classifier on mixed sounds"]
     return table([*head, *fonts], rows)
 
 

@@ -81,14 +81,14 @@ class PrepareData(Section):
     """Clips and their labels."""
 
     source: Literal["embedded", "musicbench", "song_describer", "mtg_jamendo", "folder"]
-    """Where clips come from; `embedded` renders compositions from a Python wheel."""
+    """Where clips come from; `embedded` renders compositions from Python wheels."""
     seconds: Annotated[float, Field(ge=0.5, le=60)]
     """Length of each clip in seconds."""
     clips: ClipCounts
     heldout_font_clips: NonNegativeInt
     """Test clips with the held-out soundfont FluidR3Mono."""
     pairs: NonNegativeInt
-    """Matched pairs with TimGM6mb: the same clip, only the target's program changes."""
+    """Matched pairs with TimGM6mb and synthesis: only the instrument of one stem changes."""
     heldout_font_pairs: NonNegativeInt
     """Matched pairs with FluidR3Mono."""
     recordings: Recordings

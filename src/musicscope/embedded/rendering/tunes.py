@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from musicscope.core.parallel import follow_parent
 from musicscope.data.wheel_assets import Wheel
 
 MUSIC21 = Wheel(
@@ -364,6 +363,8 @@ def read_tunes(wheel: str | Path, processes: int = 1) -> tuple[list[Tune], Count
                     inner = next(n for n in packed.namelist() if re.match(r"[^/]*xml$", n))
                     sources.append((CHORALES, Path(name).stem, packed.read(inner)))
     if processes > 1:  # symusic takes 17 ms per tune, most of it to start abc2midi
+        from musicscope.core.parallel import follow_parent  # loads torch
+
         with ProcessPoolExecutor(processes, initializer=follow_parent) as pool:
             found = list(pool.map(_parse, sources, chunksize=64))
     else:
