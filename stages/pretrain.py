@@ -31,10 +31,11 @@ def train(config: Pretrain, seed: int, device: str, processes: int) -> None:
     """Train both models and publish them to data/models."""
     with scratch_dir({"stage": "pretrain", "seed": seed, **asdict(config)}) as work:
         print(f"work in progress is kept in {work}", file=sys.stderr)
+        shares = {k.replace("_", "-"): share for k, share in asdict(config.shares).items()}
         arguments = run.parse_arguments([
             "--out", "unused", "--work", str(work), "--scores", str(scores_file(processes)),
-            "--minutes", str(config.minutes), "--shares", json.dumps(config.shares),
-            "--codec", json.dumps(config.codec), "--scenes", str(config.scenes),
+            "--minutes", str(config.minutes), "--shares", json.dumps(shares),
+            "--codec", json.dumps(asdict(config.codec)), "--scenes", str(config.scenes),
             "--clips", str(config.clips), "--codec-batch", str(config.codec_batch),
             "--decoder-batch", str(config.decoder_batch), "--device", device,
             "--processes", str(processes), "--seed", str(seed),

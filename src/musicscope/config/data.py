@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from musicscope.config.schema import Distinct, DistinctOrNone, Section, Text
 
 Share = Annotated[float, Field(gt=0, lt=0.5)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,41 @@ class DownloadModel(Section):
 
 
 @dataclass(frozen=True)
+class PretrainShares(Section):
+    """Share of the minutes per phase."""
+
+    codec: Fraction
+    """Training of the codec."""
+    tokens: Fraction
+    """Mixing and encoding of clips, at most; the decoders do not get what is left."""
+    nano_small: Fraction
+    """Training of nano-small's decoder."""
+    nano_medium: Fraction
+    """Training of nano-medium's decoder."""
+
+
+@dataclass(frozen=True)
+class PretrainCodec(Section):
+    """Settings of the codec's training."""
+
+    adversarial_from: NonNegativeFloat
+    """Progress, 0 to 1, from which a discriminator trains along; above 1: never."""
+    learning_rate: PositiveFloat
+    """Highest learning rate."""
+    average_from: Fraction
+    """Progress from which weights are averaged."""
+    average_decay: Fraction
+    """Decay of that average per step."""
+
+
+@dataclass(frozen=True)
 class Pretrain(Section):
     """Training of the embedded models. Frozen: their weights are in Git."""
 
     minutes: PositiveFloat
     """Wall-clock time of all training, on one core or one GPU."""
-    shares: dict[str, Annotated[float, Field(ge=0, le=1)]]
-    """Of the minutes: codec, tokens, nano-small and nano-medium."""
-    codec: dict[str, float]
-    """Fields of `embedded.pretraining.codec.CodecConfig` to change."""
+    shares: PretrainShares
+    codec: PretrainCodec
     scenes: PositiveInt
     """Scenes to render; many clips are mixed from each."""
     clips: PositiveInt
