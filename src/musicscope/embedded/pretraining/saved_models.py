@@ -69,6 +69,8 @@ def save_whole(
     model: MusicgenForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
 ) -> None:
     """Write float16 weights in files below 16 MB, with tokenizer and feature extractor."""
+    for config in (model.config, model.config.audio_encoder, model.config.text_encoder):
+        config._name_or_path = ""  # else the folder on this machine that the part came from
     model.half().save_pretrained(folder, max_shard_size="15MB")
     extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE)
     MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
