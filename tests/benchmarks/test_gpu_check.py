@@ -8,7 +8,14 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_dictionaries, gpu_models, gpu_parts, gpu_steps
+from benchmarks import (
+    gpu_check,
+    gpu_dictionaries,
+    gpu_models,
+    gpu_parts,
+    gpu_steps,
+    gpu_training,
+)
 from musicscope.core.io import read_json, write_json
 from musicscope.dictionaries import step
 
@@ -178,3 +185,20 @@ def test_full_size_models_can_be_tried(record):
     assert text.std() > 0
     found = gpu_models.generation(model, 2, 4)
     assert (found["rows"], found["frames"]) == (4, 4)
+
+
+def test_rates_of_a_training_are_between_its_first_and_last_row():
+    rows = [
+        {"phase": "codec", "second": 30, "step": 10},
+        {"phase": "codec", "second": 40, "step": 510},
+        {"phase": "tokens", "second": 41, "split": "validation", "clips": 320, "took": 9.0},
+        {"phase": "tokens", "second": 50, "split": "train", "clips": 4000, "took": 8.0},
+        {"phase": "nano-small", "second": 60, "step": 100},
+        {"phase": "nano-small", "second": 65, "step": 150, "held_out_ce": 5.0},
+        {"phase": "nano-small", "second": 80, "step": 500, "held_out_ce": 4.0},
+    ]
+    assert gpu_training.summary(rows) == {
+        "codec": {"steps": 510, "steps_per_s": 50.0},
+        "tokens": {"clips": 4000, "clips_per_s": 500.0},
+        "nano-small": {"steps": 500, "steps_per_s": 20.0, "held_out_ce": 4.0},
+    }
