@@ -25,7 +25,6 @@ from benchmarks.gpu_parts import (
     precision,
     relative_error,
     spread,
-    tf32,
     times_ms,
     wait,
 )
@@ -46,6 +45,7 @@ from benchmarks.gpu_steps import (
     sae_methods,
     usae_methods,
 )
+from musicscope.core.precision import tf32
 from musicscope.dictionaries import step
 from musicscope.dictionaries.step import Weights
 

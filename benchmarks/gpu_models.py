@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import BatchEncoding, EncodecConfig, EncodecModel
 
 from benchmarks.full_size import random_musicgen, tiny_config
-from benchmarks.gpu_parts import Record, relative_error, tf32, wait
+from benchmarks.gpu_parts import Record, relative_error, wait
 from musicscope.commands.plan.published_sizes import MUSICGEN, musicgen_config
 from musicscope.commands.plan.rates import measure as measure_rate
 from musicscope.commands.plan.rates import peak_bytes
 from musicscope.core.io import read_json
+from musicscope.core.precision import tf32
 from musicscope.models.musicgen import model as musicgen  # noqa: F401 (slow to load: before the clock runs)
 
 NANO = Path("data/models/nano-small")

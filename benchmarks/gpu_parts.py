@@ -34,6 +34,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.gpu_check import LOST  # noqa: E402
 from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import read_json, write_json  # noqa: E402
+from musicscope.core.precision import tf32  # noqa: E402
 
 T = TypeVar("T")
 PARTS = {
@@ -96,17 +97,6 @@ class Record:
         if value is not None:
             self.add(name, value)
         return value
-
-
-@contextlib.contextmanager
-def tf32(products: bool, cudnn: bool) -> Iterator[None]:
-    """TF32 allowed, or not, in matrix products and in cuDNN (convolutions, LSTM)."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, cudnn
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
