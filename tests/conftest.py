@@ -28,6 +28,12 @@ CAPTIONS = (
 )
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests run that can run on a GPU: MUSICSCOPE_TEST_DEVICE, else the CPU."""
+    return torch.device(os.environ.get("MUSICSCOPE_TEST_DEVICE", "cpu"))
+
+
 @pytest.fixture(autouse=True)
 def own_clips():
     """Mapped shards are cached by path, and tests that change folder have a data/clips each."""
