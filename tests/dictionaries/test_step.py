@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicscope.dictionaries import step as step_module
-from musicscope.dictionaries.core import _by_topk, in_two_stages
+from musicscope.dictionaries.core import TopKSAE, _by_topk, in_two_stages, largest_k
 from musicscope.dictionaries.step import (
     RULES,
     Aux,
@@ -226,6 +226,28 @@ def test_step_reports_nan_in_its_loss(device):
     x = torch.randn(64, 16, device=device)
     x[3, 2] = torch.nan
     assert torch.isnan(step(state, [x], lr=1e-3, k=4).losses).all()
+
+
+def test_largest_k_at_the_large_size_and_with_a_nan_row(device):
+    z = torch.randn(3, 8192, generator=torch.Generator().manual_seed(0)).to(device)
+    z[1] = torch.nan
+    for found in (largest_k(z, 32), in_two_stages(z, 32, _by_topk)):
+        for row in (0, 2):
+            assert set(found[row].tolist()) == set(z[row].topk(32).indices.tolist())
+
+
+def test_codes_of_a_dictionary_are_those_of_the_cpu(device):
+    weights, (x,) = random_weights(torch.float32, (24,))
+    sae = TopKSAE(*weights[0], K)
+    expected, found = sae.encode(x), sae.to(device).encode(x.to(device))
+    plain = [
+        torch.zeros(B, F).scatter_(1, indices.cpu(), values.cpu())
+        for values, indices in (expected, found)
+    ]
+    torch.testing.assert_close(*plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sae.to(device).reconstruct(x.to(device)).cpu(), sae.reconstruct(x), rtol=1e-5, atol=1e-5
+    )
 
 
 def dense(codes, latents=F):
