@@ -38,12 +38,14 @@ from musicscope.core.precision import tf32  # noqa: E402
 
 T = TypeVar("T")
 PARTS = {
+    "tests": "benchmarks.gpu_tests:device_tests",
     "a": "benchmarks.gpu_parts:ceilings",
     "b": "benchmarks.gpu_models:codes",
     "d": "benchmarks.gpu_dictionaries:dictionaries",
     "c": "benchmarks.gpu_models:full_size",
+    "e": "benchmarks.gpu_training:training",
 }
-"""Part -> module:function, most important first; function(device, tiny) -> measure(record)."""
+"""Part -> module:function; function(device, tiny) -> measure(record)."""
 PRECISIONS = ("float32", "tf32", "bfloat16")
 PACKAGES = ("numpy", "transformers", "triton", "eai-sparsify", "dictionary-learning")
 

@@ -2,8 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.gpu_check import ROOT
+from benchmarks.gpu_parts import Record
+
+LOADING = 45.0
+"""Seconds beside the minutes of a training: imports, the first scenes, saving."""
+SIZES = ("--scenes", "2500", "--clips", "8000", "--codec-batch", "64", "--decoder-batch", "64")
+TINY = ("--scenes", "20", "--first-scenes", "20", "--clips", "4", "--codec-batch", "1",
+        "--decoder-batch", "1", "--models", "nano-small")  # fmt: skip
+
+
+def command(minutes: float, device: torch.device, tiny: bool, folder: Path) -> list[str]:
+    """Command of a training in `folder`, whose log is in work/models/log.jsonl."""
+    name = "musicscope.embedded.pretraining.run"
+    places = ["--out", str(folder / "out"), "--work", str(folder / "work")]
+    options = ["--minutes", f"{minutes:.3f}", "--device", str(device), *(TINY if tiny else SIZES)]
+    return [sys.executable, "-m", name, *places, *options]
+
+
+def training(device: torch.device, tiny: bool) -> Callable[[Record], None]:
+    """Train until the deadline; rates are recorded every five seconds."""
+
+    def measure(record: Record) -> None:
+        minutes = max(record.left() - LOADING, 0.2 * record.left()) / 60
+        with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as errors:
+            log = Path(name) / "work/models/log.jsonl"
+            process = subprocess.Popen(
+                command(minutes, device, tiny, Path(name)), cwd=ROOT, stderr=errors,
+                stdout=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            try:
+                while process.poll() is None and record.left() > 0:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(min(5.0, max(0.1, record.left())))
+                    if log.is_file():
+                        whole = [line for line in log.read_text().splitlines(True) if "}\n" in line]
+                        record.add("training", summary(map(json.loads, whole)))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its renderers too
+                process.wait()
+            if process.returncode:
+                errors.seek(0)
+                record.add("stderr", errors.read()[-1500:].decode(errors="replace"))
+            record.add("exit", process.returncode)
+
+    return measure
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

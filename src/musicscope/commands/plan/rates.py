@@ -208,6 +208,7 @@ def _stored(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         for key, measured in read_json(path)["parts"].get("c", {}).get("model", {}).items():
             if rate := measured.get("extraction", {}).get("rate"):
                 conditions = f"{rate['device']}, {rate['dtype']}"
+                rate = rate | measured.get("ablation", {}).get("rate", {})
                 found.setdefault(key.split()[0], {})[conditions] = rate
     return found
 
