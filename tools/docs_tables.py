@@ -567,11 +567,11 @@ def gpu_goals() -> str:
         ("generation as real-time factor, MusicGen small, float32",
          f"{real_time[0]:.2f} for 1 prompt, {real_time[1]:.1f} for 8", "reported"),
     ]  # fmt: skip
-    named = {True: "met", False: "missed"}
-    return table(
-        ["goal", "measured", "verdict"],
-        [[goal, value, named.get(verdict, verdict)] for goal, value, verdict in rows],
-    )
+    cells = [
+        [goal, value, verdict if isinstance(verdict, str) else "met" if verdict else "missed"]
+        for goal, value, verdict in rows
+    ]
+    return table(["goal", "measured", "verdict"], cells)
 
 
 def gpu_codes() -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
 
 @contextlib.contextmanager
-def tf32(products: bool, cudnn: bool) -> Iterator[None]:
+def tf32(products: bool, cudnn: bool) -> Generator[None]:
     """Allow TF32, or not, in matrix products and in cuDNN (convolutions, LSTM); also a decorator.
 
     TF32 keeps 10 bits of a float32's mantissa. torch allows it in cuDNN unless told otherwise.
