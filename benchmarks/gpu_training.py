@@ -20,6 +20,8 @@ from benchmarks.gpu_parts import Record
 
 LOADING = 45.0
 """Seconds beside the minutes of a training: imports, the first scenes, saving."""
+ENDING = 2.0
+"""Seconds before the deadline at which a training is stopped."""
 SIZES = ("--scenes", "2500", "--clips", "8000", "--codec-batch", "64", "--decoder-batch", "64")
 TINY = ("--scenes", "20", "--first-scenes", "20", "--clips", "4", "--codec-batch", "1",
         "--decoder-batch", "1", "--models", "nano-small")  # fmt: skip
@@ -45,9 +47,9 @@ def training(device: torch.device, tiny: bool) -> Callable[[Record], None]:
                 stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             try:
-                while process.poll() is None and record.left() > 0:
+                while process.poll() is None and record.left() > ENDING:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(min(5.0, max(0.1, record.left())))
+                        process.wait(min(5.0, max(0.1, record.left() - ENDING)))
                     if log.is_file():
                         whole = [line for line in log.read_text().splitlines(True) if "}\n" in line]
                         record.add("training", summary(map(json.loads, whole)))

@@ -341,7 +341,8 @@ def step(
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
     state.unfired += len(xs[0]) * ranks.size
     # A minimum, as a boolean index would wait for the device.
-    since = torch.where(result.codes.values > 0, 0, torch.iinfo(torch.int64).max)
+    silent = ~(result.codes.values > 0)  # NaN too
+    since = silent.long() * torch.iinfo(torch.int64).max
     state.unfired.scatter_reduce_(0, result.codes.columns.long(), since, "amin")
     ranks.minimum_(state.unfired)
     return result
