@@ -498,12 +498,157 @@ def full_size() -> str:
     return table([*head, "weights", "memory per further clip"], rows)
 
 
+GPU = "gpu-nvidia-h200"
+SAE, USAE = "sae d1536 F24576 k64 B8192", "usae 2 models d1536 F24576 k64 B8192"
+GOAL, SMALL_GOAL = "sae goal d1536 F12288 k64 B4096", "sae goal d768 F4096 k25 B1024"
+UNMEASURED = "not yet measured"
+
+
+def gpu(part: str) -> dict[str, Any]:
+    """Read one part of the checks on a GPU."""
+    return benchmark(GPU)["parts"][part]
+
+
+def gpu_goals() -> str:
+    """Goals for a GPU, each with its value and verdict."""
+    steps, waits = gpu("d")["steps"], gpu("d")["waits"]
+    errors = {
+        name: max(
+            error
+            for check, entry in gpu("d")["check"].items()
+            if check.endswith(name)
+            for error in entry["gradient_errors"].values()
+        )
+        for name in ("float32", "tf32")
+    }
+    codes = [
+        entry["equal_codes"]
+        for codec in gpu("b")["codec"].values()
+        for setting, entry in codec.items()
+        if setting.endswith("TF32 off")
+    ]
+    passed = list(benchmark(GPU)["parts"].get("tests", {}).get("tests", {}).values())
+    models = gpu("c")["model"]
+    ablated = [
+        f"{name}: {entry['ablation']['s_per_clip']:.2f} s per clip"
+        for name, entry in models.items()
+        if "s_per_clip" in entry.get("ablation", {})
+    ]
+    medium = any("extraction" in e for name, e in models.items() if "medium" in name)
+    ratio = steps[USAE]["ours tf32"]["ms"] / steps[SAE]["ours tf32"]["ms"]
+    dense = steps[GOAL]["ours tf32"]["per_s"] / steps[GOAL]["dense bfloat16"]["per_s"]
+    small, large = (steps[name]["ours tf32"]["per_s"] for name in (SMALL_GOAL, GOAL))
+    made = gpu("c")["model"]["musicgen-small float32"]
+    real_time = [made[f"generation, {n} prompts"]["real_time_factor"] for n in (1, 8)]
+    rows: list[tuple[str, str, bool | str]] = [
+        ("all device tests pass", f"{passed.count('passed')} of {len(passed)}" if passed else "",
+         all(test in ("passed", "skipped") for test in passed) if passed else UNMEASURED),
+        ("codes equal on CPU and GPU, TF32 off", f"{min(codes):.4f}", min(codes) == 1),
+        ("gradients within 1e-3 of float64, float32", f"{errors['float32']:.1e}",
+         errors["float32"] < 1e-3),
+        ("the same, TF32", f"{errors['tf32']:.1e}", errors["tf32"] < 1e-3),
+        ("d 768, F 4,096, k 25, batch 1,024: 1,000 steps/s from GPU memory", f"{small:.0f}",
+         small >= 1000),
+        ("the same from the store: 500 steps/s", "", UNMEASURED),
+        ("d 1,536, F 12,288, k 64, batch 4,096: 300 steps/s", f"{large:.0f}", large >= 300),
+        ("the same: twice sparsify and dictionary_learning", "not installed there", UNMEASURED),
+        ("the same: faster than dense autograd in bfloat16", f"{dense:.2f} of its rate",
+         dense > 1),
+        ("universal step of two models: at most 1.5 SAE steps (F 24,576, batch 8,192)",
+         f"{ratio:.2f}", ratio <= 1.5),
+        ("no wait for the device in a step", f"{waits['sae step']['count']} waits, "
+         f"{waits['sae step auxk']['count']} with AuxK", waits["sae step"]["count"] == 0),
+        ("capture and store: at most 1.05 of a bare forward pass", "", UNMEASURED),
+        ("ablation of all layers, MusicGen small and medium", ", ".join(ablated),
+         "reported" if ablated else UNMEASURED),
+        ("extraction and generation, MusicGen medium", "", "below" if medium else UNMEASURED),
+        ("generation as real-time factor, MusicGen small, float32",
+         f"{real_time[0]:.2f} for 1 prompt, {real_time[1]:.1f} for 8", "reported"),
+    ]  # fmt: skip
+    cells = [
+        [goal, value, verdict if isinstance(verdict, str) else "met" if verdict else "missed"]
+        for goal, value, verdict in rows
+    ]
+    return table(["goal", "measured", "verdict"], cells)
+
+
+def gpu_codes() -> str:
+    """Share of the codec's codes on the GPU that equal the CPU's, with and without TF32."""
+    rows = []
+    for codec, found in gpu("b")["codec"].items():
+        clips = next(e["clips"] for n, e in found.items() if n.startswith("cpu"))
+        for batch in (1, clips):
+            settings = [found[f"batch {batch}, TF32 {s}"] for s in ("off", "torch default", "on")]
+            shares = [f"{s['equal_codes']:.4f} ({s['equal_frames']:.4f})" for s in settings]
+            rows.append([f"{codec}, batch {batch}", *shares])
+    return table(["equal codes (whole frames)", "TF32 off", "torch's default", "on"], rows)
+
+
+def gpu_steps() -> str:
+    """Milliseconds of a training step on a GPU, beside the product and dense autograd."""
+    steps = gpu("d")["steps"]
+    names = {SMALL_GOAL: "d 768, F 4,096, k 25, batch 1,024",
+             GOAL: "d 1,536, F 12,288, k 64, batch 4,096",
+             SAE: "d 1,536, F 24,576, k 64, batch 8,192", USAE: "the same, two models"}  # fmt: skip
+    labels = {"product": "encode product (the floor)", "ours": "**musicscope**",
+              "ours_auxk": "musicscope, AuxK on 10 % dead", "dense": "dense autograd"}  # fmt: skip
+    rows = []
+    for method, label in labels.items():
+        for precision in ("float32", "tf32", "bfloat16"):
+            if (method, precision) == ("ours", "bfloat16"):
+                continue  # autocast does not reach its product
+            found = [steps[name].get(f"{method} {precision}") for name in names]
+            cells = [f"{e['ms']:.3g} ms, {e['share_of_ceiling']:.3f}" if e else "" for e in found]
+            if any(cells):
+                rows.append([f"{label}, {precision}", *cells])
+    return table(["step: time, share of the card's product rate", *names.values()], rows)
+
+
+def gpu_pieces() -> str:
+    """Milliseconds of the parts of a step on a GPU, each alone."""
+    pieces = gpu("d")["pieces"]
+    rows = [[name, f"{entry['ms']:.2f}"] for name, entry in sorted(pieces.items())]
+    return table(["d 1,536, F 24,576, k 64, batch 8,192", "ms"], rows)
+
+
+def gpu_models() -> str:
+    """MusicGen with random weights on a GPU, and the nano models' training."""
+    rows = []
+    for model, found in gpu("c")["model"].items():
+        if "extraction" not in found:
+            rows.append([model, *[UNMEASURED] * 6])
+            continue
+        e, made = found["extraction"], [found[f"generation, {n} prompts"] for n in (1, 8)]
+        rows.append([
+            model, f"{e['clips_per_s']:.0f}", f"{e['codec_ms']:.1f}", f"{e['pass_ms']:.1f}",
+            f"{e['peak_gb']:.1f} GB",
+            *(f"{m['ms_per_step']:.1f} ms ({m['real_time_factor']:.2f})" for m in made),
+        ])  # fmt: skip
+    head = ["clips of 10 s, 16 at a time", "clips/s", "codec, ms per clip", "decoder, ms per clip"]
+    per_step = [f"generation step, {n} (real-time factor)" for n in ("1 prompt", "8 prompts")]
+    return table([*head, "peak", *per_step], rows)
+
+
+def gpu_training() -> str:
+    """Rates of the nano models' training on a GPU."""
+    found = gpu("e")["training"]
+    rows = [
+        ["codec, steps/s at 64 crops of 1 s", f"{found['codec']['steps_per_s']:.0f}"],
+        ["encoding, clips of 10 s per second", f"{found['tokens']['clips_per_s']:.0f}"],
+    ]
+    for model in MODELS:
+        rate, ce = (found[model][key] for key in ("steps_per_s", "held_out_ce"))
+        rows.append([f"{model}, steps/s at 64 clips, beside the other", f"{rate:.1f}"])
+        rows.append([f"{model}, held-out cross-entropy at the end", f"{ce:.2f}"])
+    return table(["training", "value"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
         steering, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
-        full_size,
+        full_size, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
 from musicscope.dictionaries import data, evaluation
+from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import TEST, TRAIN, pair
 from musicscope.dictionaries.evaluation import evaluate
@@ -81,9 +82,16 @@ def test_batchtopk_threshold_keeps_k_on_average(store: ActivationStore):
     assert counts.unique().numel() > 1  # not k in every frame: the point of BatchTopK
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_resumed_equals_unbroken_bit_for_bit(store, tmp_path: Path, activation):
-    settings = sae_section(activation=activation, samples=100 * 128, dead_after_samples=1000)
+@pytest.mark.parametrize(
+    ("activation", "dead_every"), [("topk", 1), ("batchtopk", 1), ("topk", 16)]
+)
+def test_resumed_equals_unbroken_bit_for_bit(
+    store, tmp_path: Path, activation, dead_every, monkeypatch
+):
+    """With dead latents listed in each step, and as on a GPU."""
+    monkeypatch.setattr(step_module, "DEAD_EVERY", {"cpu": dead_every})
+    dead_after = 1000 if dead_every == 1 else 128  # so that the list differs between steps
+    settings = sae_section(activation=activation, samples=100 * 128, dead_after_samples=dead_after)
     fit = functools.partial(train, pair([store], TRAIN), settings, "sae", 5)
     whole = fit(on_log=live_logger(tmp_path / "whole"))
 
