@@ -243,7 +243,7 @@ def classifier_rows(
         rows.append(
             estimate_row(
                 f"classifier.{name}", scored.estimate(boot.n, boot.seed), len(labels),
-                control={"real_against_real": null, "null_low": low, "null_high": high},
+                control={"real_against_real": null, "null_lower_end": low, "null_upper_end": high},
             )
         )  # fmt: skip
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from musicscope.core.stats import Estimate
@@ -52,9 +51,8 @@ def measure_name(row: Tree) -> str:
 
 
 def row_estimate(row: Tree) -> Estimate:
-    """Return the value of a row of evidence with its interval; NaN where unknown."""
-    value, low, high = (math.nan if row[k] is None else row[k] for k in ("value", "low", "high"))
-    return Estimate(value, low, high, row["n"], row["unit"])
+    """Return the number of a row of evidence with its interval; NaN where unknown."""
+    return Estimate.from_dict(row["estimate"])
 
 
 def target_text(row: Tree) -> str:
