@@ -168,7 +168,7 @@ def models() -> str:
             shown = dict.fromkeys(short(e["control"].get(name), 3) for e in entries.values())
             controls.append(f"{name.replace('_', ' ')} {' / '.join(shown)}")
         rows.append([
-            f"{measure_name(first)} ({first['unit']})",
+            f"{measure_name(first)} ({first['estimate']['unit']})",
             *(row_estimate(entries[m]).text() if m in entries else "" for m in MODELS),
             target_text(first),
             "" if first["target"] is None else ", ".join(met) or "none",
