@@ -25,6 +25,7 @@ from transformers import (
 
 from musicscope.core.seeding import seed_for
 from musicscope.embedded.pretraining.codec import clip_gradients, learning_rate
+from musicscope.embedded.pretraining.cuda_graph import Graph
 
 
 @dataclass(frozen=True)
@@ -267,36 +268,6 @@ def decoder_loss(model: MusicgenForConditionalGeneration, codes: Tensor, states:
     return torch.stack(losses)
 
 
-class Graph:
-    """A function of tensors and what it leaves in gradients, recorded once as a CUDA graph."""
-
-    def __init__(
-        self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], parameters: list[nn.Parameter]
-    ):
-        """Record `run` for inputs of these shapes; it sets the gradients of `parameters` anew."""
-        self.inputs = tuple(x.clone() for x in inputs)
-        self.parameters = parameters
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = run(*self.inputs)
-        self.gradients = [p.grad for p in parameters]
-
-    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """What `run` would return; valid until the next call."""
-        for ours, given in zip(self.inputs, inputs, strict=True):
-            ours.copy_(given)
-        self.graph.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        return self.result
-
-
 class DecoderTrainer:
     """Model, optimisers and running mean; one object that can be saved and resumed.
 
@@ -319,7 +290,7 @@ class DecoderTrainer:
         self.optimisers = make_optimisers(self.model, config.learning_rate)
         self.average = {n: p.detach().clone() for n, p in self.trained.items()}
         self.step_count = 0
-        self.graphs: dict[torch.Size, Graph] = {}
+        self.graphs: dict[torch.Size, Graph[Tensor]] = {}
 
     @torch.no_grad()
     def take_over(self, earlier: MusicgenForConditionalGeneration) -> None:
@@ -374,7 +345,7 @@ class DecoderTrainer:
                 [p.detach() for p in self.trained.values()], 1 - decay,
             )  # fmt: skip
         self.step_count += 1
-        return losses.detach()
+        return losses
 
     def _backward(self, codes: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         """Losses of a batch; leaves clipped gradients in the parameters."""
@@ -395,7 +366,7 @@ class DecoderTrainer:
                 print(f"no CUDA graph ({error}); each kernel is launched", file=sys.stderr)
                 self.capturing = False
                 return self._backward(*batch)
-        return self.graphs[key](batch)
+        return self.graphs[key](*batch)
 
     @torch.no_grad()
     def evaluate(self, tokens: TokenSet, batch: int = 32) -> Tensor:
