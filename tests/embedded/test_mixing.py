@@ -77,6 +77,12 @@ def test_a_crop_is_part_of_the_clip_up_to_level_and_room(table, bank):
     np.testing.assert_allclose(crop, whole * scale[:, None], atol=2e-4)
 
 
+def test_a_crop_beyond_the_end_is_an_error(table, bank):
+    mixes = mixing.draw_mixes(table, 1, np.random.default_rng(3), SECONDS)
+    with pytest.raises(IndexError):
+        mixing.mix_audio(bank, mixes, mixing.Rooms("cpu"), np.ones(1, int), SAMPLES)
+
+
 def test_late_stem_is_silent_before_it_enters(table, bank):
     mixes = plain(mixing.draw_mixes(table, 1, np.random.default_rng(3), SECONDS, np.array([0])))
     mixes.rows[0], mixes.leaves[0] = [0, 1, -1, -1, -1, -1, -1], np.inf

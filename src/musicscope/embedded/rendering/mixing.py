@@ -191,7 +191,7 @@ def mix_audio(
     """
     device = bank.device
     rows = torch.from_numpy(mixes.rows).to(device)
-    if samples == bank.shape[1]:
+    if samples == bank.shape[1] and not start.any():
         stems = bank[rows.clamp_min(0)]
     else:
         at = torch.from_numpy(start).to(device)[:, None, None]
