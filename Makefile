@@ -25,7 +25,7 @@ help:
 #: compare REV=main ## summary of the work tree against a revision or experiment
 #: sweep S=train_sae.k=16,32,64 ## queue one experiment a value, run them, show the table
 #: bench ## the SAE step and the extraction against other code, as ratios
-#: gpu-check PYTHON=python3 ## codes, steps and full-size models on a GPU, with any Python with torch
+#: gpu-check PYTHON=python3 ## tests and measurements on a GPU (docs/performance.md), in 7 minutes
 #: smoke ## the whole pipeline on a few clips, in a temporary copy
 #: locked ## check that dvc.lock, metrics and plots are those of this code
 #: deps ## write a digest of each stage's code into code.lock.yaml

@@ -69,7 +69,7 @@ bench:
     python -m benchmarks.steering
     python -m benchmarks.synthetic_features
 
-# the first measurements on a GPU, within 90 seconds; --seconds 400 for more rounds
+# tests and measurements on a GPU within 400 seconds; --minutes 5 trains the nano models as well
 gpu-check *args:
     PYTHONPATH=src:. python -m benchmarks.gpu_check --out gpu-check "$@"
 

@@ -1,16 +1,18 @@
-"""The first measurements on a GPU: ceilings, codes, dictionaries' steps, full-size models.
+"""Checks and measurements on a GPU: tests, ceilings, codes, dictionaries' steps, full-size models.
 
-    PYTHONPATH=src:. python -m benchmarks.gpu_check --out FOLDER --seconds 90 --device cuda
+    PYTHONPATH=src:. python -m benchmarks.gpu_check --out FOLDER --device cuda
 
-Needs torch, transformers, numpy, pandas and safetensors, and no network. Each part is a process
-with a share of the time that is left; it is killed when that is used up. Its results so far are in
+Needs no network; docs/performance.md lists the packages. Each part is a process with a share of the
+time that is left; it is killed when that is used up. Its results so far are in
 FOLDER/parts/<part>.json all the same, and all parts' in FOLDER/gpu-<card>.json. Last, a table.
 
+* tests: the tests that run on any device (`pytest -m device`).
 * a: versions; measured ceilings: a large copy, a large matrix product in bfloat16, TF32, float32.
 * b: share of equal codes of the codec on CPU and device, batch 1 and 8, TF32 on and off.
 * d: gradients against float64, then training steps: the project's SAE and universal SAE, dense
   autograd, and sparsify and dictionary_learning where they can be imported.
-* c: MusicGen with random weights: extraction, peak memory and generation.
+* c: MusicGen small and medium with random weights: extraction, peak memory, generation, ablation.
+* e: the nano models' training, for `--minutes` beyond `--seconds`; left out without them.
 
 `--tiny --device cpu` runs all of it in seconds at sizes that say nothing about speed.
 """
@@ -32,8 +34,10 @@ from musicscope.core.command_line import Parser, number, run_program
 from musicscope.core.io import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = {"a": 1.0, "b": 1.2, "d": 4.0, "c": 3.0}
-"""Part, most important first -> its share of the time that is left."""
+WEIGHTS = {"tests": 90.0, "a": 15.0, "b": 35.0, "d": 90.0, "c": 170.0}
+"""Part, in the order of runs -> its share of the time that is left: seconds of the default."""
+TRAINING = "e"
+"""The part that `--minutes` is for."""
 LOST = 3
 """Exit status of a part whose CUDA context was lost: it is run again without what failed."""
 MARGIN = 1.0
@@ -86,8 +90,10 @@ class Child:
         return self.errors.read()[-3000:].decode(errors="replace")
 
 
-def run_parts(parts: list[str], folder: Path, seconds: float, device: str, tiny: bool) -> Path:
-    """Run `parts` in turn within `seconds`; the path of the merged results."""
+def run_parts(
+    parts: list[str], folder: Path, seconds: float, device: str, tiny: bool, minutes: float = 0.0
+) -> Path:
+    """Run `parts` in turn within `seconds`, TRAINING for `minutes` more; give the merged file."""
     end = time.monotonic() + seconds
     files = {part: folder / "parts" / f"{part}.json" for part in parts}
     for file in files.values():
@@ -99,9 +105,12 @@ def run_parts(parts: list[str], folder: Path, seconds: float, device: str, tiny:
     try:
         for number, part in enumerate(parts):
             child, begin = children[part], time.monotonic()
+            if part == TRAINING:
+                end = begin + 60 * minutes
             loaded = child.ready((end - begin) / 2)
             left = end - time.monotonic()
-            share = WEIGHTS[part] / sum(WEIGHTS[p] for p in parts[number:])
+            later = sum(WEIGHTS[p] for p in parts[number + 1 :] if p != TRAINING)
+            share = 1.0 if part == TRAINING else WEIGHTS[part] / (WEIGHTS[part] + later)
             deadline = time.monotonic() + share * left
             code = child.measure(deadline) if loaded else None
             if code == LOST:
@@ -181,6 +190,11 @@ def table(merged: dict[str, Any]) -> list[str]:
         lines.append(f"part {part}: {status['end']}, {status['seconds']:.1f} s")
         if "stderr" in status and (said := status["stderr"].strip()):
             lines.append(f"    {said.splitlines()[-1][:140]}")
+    if found := parts.get("tests", {}).get("tests"):
+        passed = sum(entry == "passed" for entry in found.values())
+        lines.append(f"tests  {passed} of {len(found)} passed")
+        lines += [f"tests  {name}: {entry}" for name, entry in found.items()
+                  if entry not in ("passed", "skipped")]  # fmt: skip
     a = parts.get("a", {})
     if "gb_per_s" in a.get("copy", {}):
         lines.append(f"a  copy {shown(a['copy']['gb_per_s'])} GB/s")
@@ -218,6 +232,9 @@ def table(merged: dict[str, Any]) -> list[str]:
     for name, found in parts.get("c", {}).get("model", {}).items():
         for key, entry in found.items():
             lines.append(f"c  {name} | {key}: {trouble(entry) or _of_model(entry)}")
+    for phase, found in parts.get("e", {}).get("training", {}).items():
+        what = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
+        lines.append(f"e  {phase}: {what}")
     return lines
 
 
@@ -227,6 +244,8 @@ def _worst(errors: dict[str, float | None]) -> str:
 
 
 def _of_model(entry: dict[str, Any]) -> str:
+    if "s_per_clip" in entry:
+        return f"{shown(entry['s_per_clip'])} s a clip, {entry['layers']} layers of all kinds"
     if "clips_per_s" in entry:
         return (
             f"{shown(entry['clips_per_s'])} clips/s (codec {shown(entry['codec_ms'])} ms, pass "
@@ -242,19 +261,25 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for the results")
     parser.add_argument(
-        "--seconds", type=number(above=0), default=90.0, help="for all parts together"
+        "--seconds", type=number(above=0), default=400.0, help="for all parts but e together"
+    )
+    parser.add_argument(
+        "--minutes", type=number(above=0), help="then train the nano models for so long (part e)"
     )
     parser.add_device()
     parser.add_argument("--parts", default=",".join(WEIGHTS), help="such as a,b,d; run in order")
     parser.add_argument("--tiny", action="store_true", help="almost nothing, to try the program")
     options = parser.parse_args()
-    parts = options.parts.split(",")
+    parts = options.parts.split(",") if options.parts else []
     if unknown := set(parts) - set(WEIGHTS):
         parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(WEIGHTS)}")
     out = options.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"--out {options.out} is not an empty folder: name a new one")
-    path = run_parts(parts, out, options.seconds, options.device, options.tiny)
+    parts += [TRAINING] if options.minutes else []
+    path = run_parts(
+        parts, out, options.seconds, options.device, options.tiny, options.minutes or 0.0
+    )
     print("\n".join(table(read_json(path))))
     print(f"written to {path}")
 

@@ -20,17 +20,16 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
 from benchmarks.gpu_parts import (
-    PRECISIONS,
     Record,
     precision,
     relative_error,
     spread,
-    tf32,
     times_ms,
     wait,
 )
 from benchmarks.gpu_steps import (
     LR,
+    OURS,
     Method,
     Run,
     Size,
@@ -46,6 +45,7 @@ from benchmarks.gpu_steps import (
     sae_methods,
     usae_methods,
 )
+from musicscope.core.precision import tf32
 from musicscope.dictionaries import step
 from musicscope.dictionaries.step import Weights
 
@@ -70,12 +70,12 @@ def dictionaries(device: torch.device, tiny: bool) -> Callable[[Record], None]:
     small = TINY if tiny else SMALL
 
     def measure(record: Record) -> None:
-        for name in PRECISIONS:
+        for name in OURS:
             record.attempt(f"check/sae small {name}", lambda n=name: check_sae(small, device, n))
         record.attempt("check/usae small float32", lambda: check_usae(small, device, "float32"))
         race(record, f"sae {main.name}", sae_methods(main, device), main, device, 0.4)
         race(record, f"usae 2 models {main.name}", usae_methods(main, device), main, device, 0.45)
-        for name in PRECISIONS:
+        for name in OURS:
             record.attempt(f"check/sae full {name}", lambda n=name: check_sae(full, device, n), 2)
         record.attempt("check/usae full float32", lambda: check_usae(full, device, "float32"), 2)
         if device.type == "cuda":

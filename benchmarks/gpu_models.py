@@ -24,11 +24,14 @@ from torch import Tensor
 from transformers import BatchEncoding, EncodecConfig, EncodecModel
 
 from benchmarks.full_size import random_musicgen, tiny_config
-from benchmarks.gpu_parts import Record, relative_error, tf32, wait
+from benchmarks.gpu_parts import Record, relative_error, wait
+from musicscope.ablation import language
 from musicscope.commands.plan.published_sizes import MUSICGEN, musicgen_config
 from musicscope.commands.plan.rates import measure as measure_rate
 from musicscope.commands.plan.rates import peak_bytes
+from musicscope.commands.plan.rates import seconds as measure_seconds
 from musicscope.core.io import read_json
+from musicscope.core.precision import tf32
 from musicscope.models.musicgen import model as musicgen  # noqa: F401 (slow to load: before the clock runs)
 
 NANO = Path("data/models/nano-small")
@@ -103,14 +106,14 @@ def random_codec(config: EncodecConfig, seed: int) -> EncodecModel:
 
 def stored_codec(folder: Path) -> EncodecModel:
     """The codec of a MusicGen folder."""
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     prefix = "audio_encoder."
     codec = EncodecModel(EncodecConfig(**read_json(folder / "config.json")["audio_encoder"]))
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
-        weights = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
-    codec.load_state_dict(weights)
+    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    codec.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    )
     return codec.eval().requires_grad_(False)
 
 
@@ -172,7 +175,7 @@ class CodecOnCpu:
 def codes(device: torch.device, tiny: bool) -> Callable[[Record], None]:
     """Share of equal codes on CPU and device."""
     clips, seconds = (4, 0.5) if tiny else (8, 5.0)
-    if not tiny and (NANO / "model.safetensors").is_file():
+    if not tiny and (NANO / "config.json").is_file():
         first, codec = "nano-small", stored_codec(NANO)
     else:
         small = NANO_CODEC | ({"num_filters": 2, "codebook_size": 64} if tiny else {})
@@ -267,6 +270,28 @@ def extraction(model: Any, dtype: torch.dtype, clips: int, seconds: float) -> di
     }
 
 
+def ablation(model: Any, clips: int, seconds: float) -> dict[str, Any]:
+    """Seconds and bytes per clip of ablating every layer by every kind, from codes."""
+    device = torch.device(model.device)
+    shape = (clips, model.num_codebooks, round(seconds * model.frame_rate))
+    codes = torch.randint(model.card, shape, generator=torch.Generator().manual_seed(2))
+    batch = model.with_captions(codes, [None] * clips)
+    means = language.sums(model, model.with_captions(codes[:1], [None])).means
+    scores: list[Any] = []
+
+    def score() -> None:
+        scores.append(language.ablate(model, batch, means=means))
+
+    peak = peak_bytes(score, device) if device.type == "cuda" else None  # also warms up
+    taken = measure_seconds(score, device, 1) / clips
+    if not np.isfinite(scores[-1]["kl"]).all():
+        raise AssertionError("scores are not finite")
+    rate = {"ablate_seconds": taken, "ablate_kinds": len(language.KINDS)}
+    if peak is not None:
+        rate |= {"ablate_fixed_bytes": model.weight_bytes, "ablate_clip_bytes": peak // clips}
+    return {"s_per_clip": taken, "layers": len(model.hook_points), "clips": clips, "rate": rate}
+
+
 def generation(model: Any, prompts: int, frames: int) -> dict[str, Any]:
     """Guided sampling from captions to sound: milliseconds a step, without the decoding."""
     device, seconds = torch.device(model.device), frames / model.frame_rate
@@ -304,7 +329,7 @@ def generation(model: Any, prompts: int, frames: int) -> dict[str, Any]:
 
 
 def full_size(device: torch.device, tiny: bool) -> Callable[[Record], None]:
-    """Extraction and generation at published sizes."""
+    """Extraction, ablation and generation at published sizes."""
     small, medium = list(MUSICGEN)[:2]
     wanted = [
         (small, torch.float32, 6.0), (small, torch.bfloat16, 5.0),
@@ -328,6 +353,10 @@ def full_size(device: torch.device, tiny: bool) -> Callable[[Record], None]:
             record.attempt(
                 f"{key}/extraction",
                 lambda model=model, dtype=dtype: extraction(model, dtype, clips, seconds), 1.5,
+            )  # fmt: skip
+            record.attempt(
+                f"{key}/ablation",
+                lambda model=model: ablation(model, 2 if tiny else 4, seconds), 3.0,
             )  # fmt: skip
             for prompts in (1, 2) if tiny else (1, 8):
                 record.attempt(

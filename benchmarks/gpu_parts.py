@@ -34,15 +34,18 @@ from torch import Tensor  # noqa: E402
 from benchmarks.gpu_check import LOST  # noqa: E402
 from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import read_json, write_json  # noqa: E402
+from musicscope.core.precision import tf32  # noqa: E402
 
 T = TypeVar("T")
 PARTS = {
+    "tests": "benchmarks.gpu_tests:device_tests",
     "a": "benchmarks.gpu_parts:ceilings",
     "b": "benchmarks.gpu_models:codes",
     "d": "benchmarks.gpu_dictionaries:dictionaries",
     "c": "benchmarks.gpu_models:full_size",
+    "e": "benchmarks.gpu_training:training",
 }
-"""Part -> module:function, most important first; function(device, tiny) -> measure(record)."""
+"""Part -> module:function; function(device, tiny) -> measure(record)."""
 PRECISIONS = ("float32", "tf32", "bfloat16")
 PACKAGES = ("numpy", "transformers", "triton", "eai-sparsify", "dictionary-learning")
 
@@ -96,17 +99,6 @@ class Record:
         if value is not None:
             self.add(name, value)
         return value
-
-
-@contextlib.contextmanager
-def tf32(products: bool, cudnn: bool) -> Iterator[None]:
-    """TF32 allowed, or not, in matrix products and in cuDNN (convolutions, LSTM)."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, cudnn
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

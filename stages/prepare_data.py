@@ -7,7 +7,7 @@ from musicscope.core.io import atomic_dir, write_json
 from musicscope.data.clips import ClipStore
 from musicscope.data.copies import count_copies
 from musicscope.data.sources import build
-from musicscope.embedded.midi_set import embedded
+from musicscope.embedded import clip_set
 from stages import run_stage, stage_args
 
 OUT = "data/clips"
@@ -15,12 +15,12 @@ OUT = "data/clips"
 
 def render(config: PrepareData, seed: int, processes: int) -> None:
     """The embedded data set."""
-    jobs = embedded.plan_jobs(config)
+    jobs = clip_set.plan_jobs(config, seed)
     clips = sum(job.count * (2 if job.kind == "pair" else 1) for job in jobs)
     megabytes = clips * config.seconds * 32_000 / 1e6
     print(f"{clips} clips of {config.seconds:g} s, {megabytes:.0f} MB", file=sys.stderr)
     with atomic_dir(OUT) as folder:
-        embedded.write_embedded(folder, config, seed, processes)
+        clip_set.write_embedded(folder, config, seed, processes)
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         render(config, params.seed, compute.processes)
         store = ClipStore.open(OUT)
         # Groups are compositions by construction: copies among them are counted, not joined.
-        metrics = embedded.measure(store) | {"copies": count_copies(store)}
+        metrics = clip_set.measure(store) | {"copies": count_copies(store)}
     else:
         build.write_recordings(OUT, config, params.seed, compute.processes)
         metrics = build.measure(ClipStore.open(OUT), params.seed)

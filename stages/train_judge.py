@@ -20,8 +20,7 @@ from musicscope.core.parallel import workers
 from musicscope.data import wheel_assets
 from musicscope.data.clips import ClipStore
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.embedded.midi_set.corpus import make_clip
-from musicscope.embedded.midi_set.embedded import load_splits, load_synths
+from musicscope.embedded.clip_set import Job, make_clips, scores_file
 from musicscope.judges import report, training
 from musicscope.judges.dataset import Chunk, Clips, Inputs
 from musicscope.judges.pair import Judges
@@ -31,17 +30,13 @@ CLIPS = "data/clips"
 
 
 def render(chunk: Chunk) -> Clips:
-    """Render the clips of a chunk from the embedded compositions of its split."""
-    pieces, synths = load_splits(chunk.seed)[chunk.split], load_synths()
-    clips = [
-        make_clip(
-            pieces, synths, chunk.font, chunk.seed, "train_judge", chunk.split, i,
-            seconds=chunk.seconds,
-        )
-        for i in range(chunk.first, chunk.first + chunk.count)
-    ]  # fmt: skip
-    labels = [[clip.labels()[f"has_{f}"] for f in FAMILIES] for clip in clips]
-    groups = np.array([clip.plan.group for clip in clips], dtype=str)
+    """Render the clips of a chunk from pieces of its split, under names of their own."""
+    clips = make_clips(
+        Job("clip", chunk.font, chunk.split, chunk.first, chunk.count, chunk.seed, chunk.seconds,
+            "train_judge")
+    )  # fmt: skip
+    labels = [[clip.row[f"has_{f}"] for f in FAMILIES] for clip in clips]
+    groups = np.array([clip.row["group"] for clip in clips], dtype=str)
     return np.stack([clip.audio for clip in clips]), np.array(labels, bool), groups
 
 
@@ -56,6 +51,7 @@ def main() -> None:
     key = {"stage": "train_judge", "seed": seed, **asdict(section)}
     key |= {"inputs": [folder_sha256(CLIPS), folder_sha256(codec)]}
     musicnn = wheel_assets.fetch(wheel_assets.MUSICNN)
+    scores_file(processes)  # once, before the processes would all make it
     with scratch_dir(key) as scratch:
         inputs = Inputs(scratch, CLIPS, codec, musicnn, render, device)
         with workers(processes) as each:

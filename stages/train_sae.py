@@ -1,6 +1,6 @@
 """Sparse autoencoders on one layer of one model, several seeds: data/sae/<model>/<slot>/seed-<i>.
 
-Trains on split train (of rendered clips: soundfont timgm6mb); evaluates on split test, whose
+Trains on split train (of rendered clips: family of sounds mixed); evaluates on split test, whose
 compositions were never trained on.
 """
 

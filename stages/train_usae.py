@@ -1,7 +1,7 @@
 """Dictionaries of all models of params.yaml: data/<kind>/{seed,mispaired}-<i>.
 
 <kind> is usae (universal sparse autoencoders) or crosscoder. Trains on split train (of rendered
-clips: soundfont timgm6mb), paired by (clip id, frame); evaluates on split test.
+clips: family of sounds mixed), paired by (clip id, frame); evaluates on split test.
 """
 
 from __future__ import annotations

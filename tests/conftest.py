@@ -28,6 +28,22 @@ CAPTIONS = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "device: runs on MUSICSCOPE_TEST_DEVICE; `device` marks it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests run that can run on a GPU: MUSICSCOPE_TEST_DEVICE, else the CPU."""
+    return torch.device(os.environ.get("MUSICSCOPE_TEST_DEVICE", "cpu"))
+
+
 @pytest.fixture(autouse=True)
 def own_clips():
     """Mapped shards are cached by path, and tests that change folder have a data/clips each."""

@@ -23,6 +23,8 @@ from musicscope.config import load_params
 from musicscope.core.command_line import run_program
 from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
+from musicscope.report.metrics import short
+from musicscope.report.sections.data import measure_name, row_estimate, target_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
@@ -136,7 +138,7 @@ def features() -> str:
         "shuffled labels": "shuffled.test.auroc",
         "held-out soundfont: SAE codes": "sae.heldout_font.auroc",
         "held-out soundfont: activations": "dense.heldout_font.auroc",
-        "matched pairs: SAE accuracy": "sae.pairs_timgm6mb.accuracy",
+        "matched pairs: SAE accuracy": "sae.pairs_mixed.accuracy",
         "matched pairs, held-out soundfont": "sae.pairs_fluidr3mono.accuracy",
     }
     rows = [
@@ -153,31 +155,27 @@ def features() -> str:
 
 
 def models() -> str:
-    """Evidence that the nano models learned music, beside the targets."""
-    named = [
-        ("codec: log-mel distance (dB)", "codec.log_mel_distance_db", 2, ""),
-        ("codec: SI-SDR (dB)", "codec.si_sdr_db", 2, ""),
-        ("codec: loss of musicnn's guitar AUROC", "codec.musicnn_guitar_auroc_loss", 3,
-         "at most .05"),
-        ("decoder: cross-entropy (nats per code)", "decoder.ce", 3, ""),
-        ("unigram", "decoder.ce_unigram", 3, "above the decoder"),
-        ("previous frame", "decoder.ce_previous_frame", 3, "above the decoder"),
-        ("first codebook: decoder", "decoder.ce_0", 3, ""),
-        ("first codebook: previous frame", "decoder.ce_0_previous_frame", 3, "above the decoder"),
-        ("cross-entropy: wrong minus right caption", "decoder.caption_gain", 4, "above 0"),
-        ("guitar prompts against other prompts: AUROC, instrument classifier",
-         "generation.family_judge_guitar_auroc", 3, "at least .80"),
-        ("the same, musicnn", "generation.musicnn_guitar_auroc", 3, ""),
-        ("the classifier on rendered test clips", "judge.guitar_auroc", 3, ""),
-    ]  # fmt: skip
-    of = {m: metrics(f"pretrain/{m}") for m in MODELS}
-    rows = [
-        [label, *(estimate(of[m], key, digits) for m in MODELS), wanted]
-        for label, key, digits, wanted in named
-    ]
-    below = estimate(of["nano-medium"], "decoder.below_small", 4)
-    rows.append(["cross-entropy: small minus medium", "", below, "above 0"])
-    return table(["", *MODELS, "target"], rows)
+    """Evidence that the nano models learned music: all measures with a target, with controls."""
+    of = {m: metrics(f"pretrain/{m}")["rows"] for m in MODELS}
+    rows = []
+    for key in dict.fromkeys(k for found in of.values() for k in found):
+        entries = {m: found[key] for m, found in of.items() if key in found}
+        first = next(iter(entries.values()))
+        if first["target"] is None and key != "decoder.cross_entropy":
+            continue
+        met = [m for m, entry in entries.items() if entry["verdict"]]
+        controls = []
+        for name in first["control"]:
+            shown = dict.fromkeys(short(e["control"].get(name), 3) for e in entries.values())
+            controls.append(f"{name.replace('_', ' ')} {' / '.join(shown)}")
+        rows.append([
+            f"{measure_name(first)} ({first['estimate']['unit']})",
+            *(row_estimate(entries[m]).text() if m in entries else "" for m in MODELS),
+            target_text(first),
+            "" if first["target"] is None else ", ".join(met) or "none",
+            ", ".join(controls),
+        ])  # fmt: skip
+    return table(["", *MODELS, "target", "met by", "control"], rows)
 
 
 def cues() -> str:
@@ -185,9 +183,9 @@ def cues() -> str:
     found = metrics("prepare_data")["trivial_cue_auroc"]
     names = sorted(found["clips"])
     labels = {
-        "timgm6mb_pairs": "pairs, TimGM6mb",
+        "mixed_pairs": "pairs, TimGM6mb and synthesis",
         "fluidr3mono_pairs": "pairs, FluidR3Mono",
-        "clips": "other clips, TimGM6mb",
+        "clips": "other clips, TimGM6mb and synthesis",
     }
     rows = [[label, *(number(found[key][n]) for n in names)] for key, label in labels.items()]
     return table(["", *(n.replace("_", " ") for n in names)], rows)
@@ -408,11 +406,11 @@ def judges() -> str:
             cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
         crossed = [
             number(of["cross_font"][name][family]["auroc"], 2)
-            for name in ("timgm6mb_to_fluidr3mono", "fluidr3mono_to_timgm6mb")
+            for name in ("mixed_to_fluidr3mono", "fluidr3mono_to_mixed")
         ]
         rows.append([family.replace("_", " "), *cells, *crossed])
     head = ["AUROC, test compositions", "classifier, codec output", "musicnn, codec output"]
-    fonts = ["TimGM6mb classifier on FluidR3Mono", "FluidR3Mono classifier on TimGM6mb"]
+    fonts = ["classifier of mixed sounds on FluidR3Mono", "FluidR3Mono classifier on mixed sounds"]
     return table([*head, *fonts], rows)
 
 
@@ -530,12 +528,158 @@ def synthetic_features() -> str:
     return table(head, rows)
 
 
+GPU = "gpu-nvidia-h200"
+SAE, USAE = "sae d1536 F24576 k64 B8192", "usae 2 models d1536 F24576 k64 B8192"
+GOAL, SMALL_GOAL = "sae goal d1536 F12288 k64 B4096", "sae goal d768 F4096 k25 B1024"
+UNMEASURED = "not yet measured"
+
+
+def gpu(part: str) -> dict[str, Any]:
+    """Read one part of the checks on a GPU."""
+    return benchmark(GPU)["parts"][part]
+
+
+def gpu_goals() -> str:
+    """Goals for a GPU, each with its value and verdict."""
+    steps, waits = gpu("d")["steps"], gpu("d")["waits"]
+    errors = {
+        name: max(
+            error
+            for check, entry in gpu("d")["check"].items()
+            if check.endswith(name)
+            for error in entry["gradient_errors"].values()
+        )
+        for name in ("float32", "tf32")
+    }
+    codes = [
+        entry["equal_codes"]
+        for codec in gpu("b")["codec"].values()
+        for setting, entry in codec.items()
+        if setting.endswith("TF32 off")
+    ]
+    passed = list(benchmark(GPU)["parts"].get("tests", {}).get("tests", {}).values())
+    models = gpu("c")["model"]
+    ablated = [
+        f"{name}: {entry['ablation']['s_per_clip']:.2f} s per clip"
+        for name, entry in models.items()
+        if "s_per_clip" in entry.get("ablation", {})
+    ]
+    medium = any("extraction" in e for name, e in models.items() if "medium" in name)
+    ratio = steps[USAE]["ours tf32"]["ms"] / steps[SAE]["ours tf32"]["ms"]
+    dense = steps[GOAL]["ours tf32"]["per_s"] / steps[GOAL]["dense bfloat16"]["per_s"]
+    small, large = (steps[name]["ours tf32"]["per_s"] for name in (SMALL_GOAL, GOAL))
+    made = gpu("c")["model"]["musicgen-small float32"]
+    real_time = [made[f"generation, {n} prompts"]["real_time_factor"] for n in (1, 8)]
+    rows: list[tuple[str, str, bool | str]] = [
+        ("all device tests pass", f"{passed.count('passed')} of {len(passed)}" if passed else "",
+         all(test in ("passed", "skipped") for test in passed) if passed else UNMEASURED),
+        ("codes equal on CPU and GPU, TF32 off", f"{min(codes):.4f}", min(codes) == 1),
+        ("gradients within 1e-3 of float64, float32", f"{errors['float32']:.1e}",
+         errors["float32"] < 1e-3),
+        ("the same, TF32", f"{errors['tf32']:.1e}", errors["tf32"] < 1e-3),
+        ("d 768, F 4,096, k 25, batch 1,024: 1,000 steps/s from GPU memory", f"{small:.0f}",
+         small >= 1000),
+        ("the same from the store: 500 steps/s", "", UNMEASURED),
+        ("d 1,536, F 12,288, k 64, batch 4,096: 300 steps/s", f"{large:.0f}", large >= 300),
+        ("the same: twice sparsify and dictionary_learning", "not installed there", UNMEASURED),
+        ("the same: faster than dense autograd in bfloat16", f"{dense:.2f} of its rate",
+         dense > 1),
+        ("universal step of two models: at most 1.5 SAE steps (F 24,576, batch 8,192)",
+         f"{ratio:.2f}", ratio <= 1.5),
+        ("no wait for the device in a step", f"{waits['sae step']['count']} waits, "
+         f"{waits['sae step auxk']['count']} with AuxK", waits["sae step"]["count"] == 0),
+        ("capture and store: at most 1.05 of a bare forward pass", "", UNMEASURED),
+        ("ablation of all layers, MusicGen small and medium", ", ".join(ablated),
+         "reported" if ablated else UNMEASURED),
+        ("extraction and generation, MusicGen medium", "", "below" if medium else UNMEASURED),
+        ("generation as real-time factor, MusicGen small, float32",
+         f"{real_time[0]:.2f} for 1 prompt, {real_time[1]:.1f} for 8", "reported"),
+    ]  # fmt: skip
+    cells = [
+        [goal, value, verdict if isinstance(verdict, str) else "met" if verdict else "missed"]
+        for goal, value, verdict in rows
+    ]
+    return table(["goal", "measured", "verdict"], cells)
+
+
+def gpu_codes() -> str:
+    """Share of the codec's codes on the GPU that equal the CPU's, with and without TF32."""
+    rows = []
+    for codec, found in gpu("b")["codec"].items():
+        clips = next(e["clips"] for n, e in found.items() if n.startswith("cpu"))
+        for batch in (1, clips):
+            settings = [found[f"batch {batch}, TF32 {s}"] for s in ("off", "torch default", "on")]
+            shares = [f"{s['equal_codes']:.4f} ({s['equal_frames']:.4f})" for s in settings]
+            rows.append([f"{codec}, batch {batch}", *shares])
+    return table(["equal codes (whole frames)", "TF32 off", "torch's default", "on"], rows)
+
+
+def gpu_steps() -> str:
+    """Milliseconds of a training step on a GPU, beside the product and dense autograd."""
+    steps = gpu("d")["steps"]
+    names = {SMALL_GOAL: "d 768, F 4,096, k 25, batch 1,024",
+             GOAL: "d 1,536, F 12,288, k 64, batch 4,096",
+             SAE: "d 1,536, F 24,576, k 64, batch 8,192", USAE: "the same, two models"}  # fmt: skip
+    labels = {"product": "encode product (the floor)", "ours": "**musicscope**",
+              "ours_auxk": "musicscope, AuxK on 10 % dead", "dense": "dense autograd"}  # fmt: skip
+    rows = []
+    for method, label in labels.items():
+        for precision in ("float32", "tf32", "bfloat16"):
+            if (method, precision) == ("ours", "bfloat16"):
+                continue  # autocast does not reach its product
+            found = [steps[name].get(f"{method} {precision}") for name in names]
+            cells = [f"{e['ms']:.3g} ms, {e['share_of_ceiling']:.3f}" if e else "" for e in found]
+            if any(cells):
+                rows.append([f"{label}, {precision}", *cells])
+    return table(["step: time, share of the card's product rate", *names.values()], rows)
+
+
+def gpu_pieces() -> str:
+    """Milliseconds of the parts of a step on a GPU, each alone."""
+    pieces = gpu("d")["pieces"]
+    rows = [[name, f"{entry['ms']:.2f}"] for name, entry in sorted(pieces.items())]
+    return table(["d 1,536, F 24,576, k 64, batch 8,192", "ms"], rows)
+
+
+def gpu_models() -> str:
+    """MusicGen with random weights on a GPU, and the nano models' training."""
+    rows = []
+    for model, found in gpu("c")["model"].items():
+        if "extraction" not in found:
+            rows.append([model, *[UNMEASURED] * 6])
+            continue
+        e, made = found["extraction"], [found[f"generation, {n} prompts"] for n in (1, 8)]
+        rows.append([
+            model, f"{e['clips_per_s']:.0f}", f"{e['codec_ms']:.1f}", f"{e['pass_ms']:.1f}",
+            f"{e['peak_gb']:.1f} GB",
+            *(f"{m['ms_per_step']:.1f} ms ({m['real_time_factor']:.2f})" for m in made),
+        ])  # fmt: skip
+    head = ["clips of 10 s, 16 at a time", "clips/s", "codec, ms per clip", "decoder, ms per clip"]
+    per_step = [f"generation step, {n} (real-time factor)" for n in ("1 prompt", "8 prompts")]
+    return table([*head, "peak", *per_step], rows)
+
+
+def gpu_training() -> str:
+    """Rates of the nano models' training on a GPU."""
+    found = gpu("e")["training"]
+    rows = [
+        ["codec, steps/s at 64 crops of 1 s", f"{found['codec']['steps_per_s']:.0f}"],
+        ["encoding, clips of 10 s per second", f"{found['tokens']['clips_per_s']:.0f}"],
+    ]
+    for model in MODELS:
+        rate, ce = (found[model][key] for key in ("steps_per_s", "held_out_ce"))
+        rows.append([f"{model}, steps/s at 64 clips, beside the other", f"{rate:.1f}"])
+        rows.append([f"{model}, held-out cross-entropy at the end", f"{ce:.2f}"])
+    return table(["training", "value"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
         steering, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
-        full_size, synthetic_features,
+        full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
+        gpu_training,
     )
 }  # fmt: skip
 

@@ -92,6 +92,17 @@ def test_scores_are_those_of_whole_forwards(model, batches, means, scores, kind,
     np.testing.assert_allclose(scores["dce"][j, layer], torch.cat(rise), rtol=1e-4, atol=1e-6)
 
 
+def test_scores_on_a_device_are_those_of_the_cpu(tiny_musicgen, batches, means, scores, device):
+    model = load_model(tiny_musicgen, device)
+    moved = [model.with_captions(b.codes, list(b.captions)) for b in batches]
+    there = update_means(model, moved)
+    for name, mean in means.items():
+        torch.testing.assert_close(there[name].cpu(), mean, rtol=1e-3, atol=1e-5)
+    found = ablate(model, moved, means=there)
+    for score in ("kl", "dce"):
+        np.testing.assert_allclose(found[score], scores[score], rtol=1e-2, atol=1e-4)
+
+
 def test_mean_update_by_hand(model, batches, means):
     rest, start = [], []
     for batch in batches:
@@ -204,7 +215,7 @@ def test_select_layers_ranks_inner_layers():
 
 def test_spread_clips_takes_compositions_in_turn():
     rows = pd.DataFrame({"group": list("aaaaaabbbcc"), "split": "train", "kind": "clip"})
-    rows["font"] = "timgm6mb"
+    rows["font"] = "mixed"
     rows.loc[0, "kind"], rows.loc[6, "font"], rows.loc[9, "split"] = "pair", "fluidr3mono", "test"
     chosen = spread_clips(rows, "train", 5, seed=0)
     assert rows["group"].iloc[chosen].value_counts().to_dict() == {"a": 2, "b": 2, "c": 1}

@@ -34,7 +34,7 @@ def table(frames: list[int], splits: list[str] | None = None) -> pd.DataFrame:
         {
             "id": [f"clip-{i}" for i in range(count)],
             "split": splits or [SPLITS[i % 3] if i else "train" for i in range(count)],
-            "font": "timgm6mb",
+            "font": "mixed",
             "kind": "clip",
             "group": [f"g{i // 2}" for i in range(count)],
             "frames": frames,

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_dictionaries, gpu_models, gpu_parts, gpu_steps
+from benchmarks import (
+    gpu_check,
+    gpu_dictionaries,
+    gpu_models,
+    gpu_parts,
+    gpu_steps,
+    gpu_tests,
+    gpu_training,
+)
 from musicscope.core.io import read_json, write_json
 from musicscope.dictionaries import step
+from musicscope.embedded.pretraining import run
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-ABSENT = ("omegaconf", "pydantic", "dvc", "dvclive", "soundfile", "symusic", "tinysoundfont",
-          "nnsight", "audiocraft")  # fmt: skip
+ABSENT = ("dvc", "dvclive", "soundfile", "symusic", "tinysoundfont", "nnsight", "audiocraft",
+          "hypothesis", "pytest_timeout", "xdist", "sklearn")  # fmt: skip
 SIZE = gpu_steps.Size(width=16, latents=128, k=4, batch=64)
 
 
@@ -29,13 +41,21 @@ def test_parts_in_processes_without_packages_that_a_bare_gpu_machine_lacks(tmp_p
         f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\n", encoding="utf-8"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    path = gpu_check.run_parts(["a", "b", "d"], tmp_path / "out", 300, "cpu", tiny=True)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    parts = ["tests", "a", "b", "d"]
+    path = gpu_check.run_parts(parts, tmp_path / "out", 400, "cpu", tiny=True)
     found = read_json(path)
     assert path.name == "gpu-cpu.json"
     assert {part: status["end"] for part, status in found["status"].items()} == dict.fromkeys(
-        "abd", "whole"
+        parts, "whole"
     ), found["status"]
-    assert {p.stem for p in (tmp_path / "out/parts").iterdir()} == set("abd")
+    assert {p.stem for p in (tmp_path / "out/parts").iterdir()} == set(parts)
+    outcomes = found["parts"]["tests"]["tests"]
+    assert found["parts"]["tests"]["exit"] == 0, outcomes
+    assert {name.split("::")[0] for name in outcomes} == {
+        Path(name).name for name in gpu_tests.FILES
+    }
+    assert set(outcomes.values()) == {"passed", "skipped"}
     assert found["parts"]["b"]["codec"]["nano random"]["batch 4, TF32 on"]["equal_codes"] == 1.0
     checks = found["parts"]["d"]["check"]
     for name in ("sae small float32", "sae full tf32", "usae small float32"):
@@ -176,5 +196,88 @@ def test_full_size_models_can_be_tried(record):
     text, mask = model.encode_text(["a", "b"])
     assert mask.all()  # cross-attention has something to read
     assert text.std() > 0
+    found = gpu_models.ablation(model, 2, 0.2)
+    assert found["s_per_clip"] == found["rate"]["ablate_seconds"] > 0
+    assert found["rate"]["ablate_kinds"] == 3
     found = gpu_models.generation(model, 2, 4)
     assert (found["rows"], found["frames"]) == (4, 4)
+
+
+def test_rates_of_a_training_are_between_its_first_and_last_row():
+    rows = [
+        {"phase": "codec", "second": 30, "step": 10},
+        {"phase": "codec", "second": 40, "step": 510},
+        {"phase": "tokens", "second": 41, "split": "validation", "clips": 320, "took": 9.0},
+        {"phase": "tokens", "second": 50, "split": "train", "clips": 4000, "took": 8.0},
+        {"phase": "nano-small", "second": 60, "step": 100},
+        {"phase": "nano-small", "second": 65, "step": 150, "held_out_ce": 5.0},
+        {"phase": "nano-small", "second": 80, "step": 500, "held_out_ce": 4.0},
+    ]
+    assert gpu_training.summary(rows) == {
+        "codec": {"steps": 510, "steps_per_s": 50.0},
+        "tokens": {"clips": 4000, "clips_per_s": 500.0},
+        "nano-small": {"steps": 500, "steps_per_s": 20.0, "held_out_ce": 4.0},
+    }
+
+
+def test_all_files_with_device_tests_are_run():
+    with_device = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text(encoding="utf-8"))
+    }
+    assert with_device == set(gpu_tests.FILES)
+
+
+def test_a_training_is_read_as_it_goes_and_ends_with_its_time(record, monkeypatch):
+    program = (
+        "import json, pathlib, sys, time; folder = pathlib.Path(sys.argv[1]) / 'work/models'; "
+        "folder.mkdir(parents=True); "
+        "rows = [{'phase': 'codec', 'second': i, 'step': 50 * i} for i in range(3)]; "
+        "(folder / 'log.jsonl').write_text(''.join(json.dumps(row) + '\\n' for row in rows)); "
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(
+        gpu_training,
+        "command",
+        lambda minutes, device, tiny, folder: [sys.executable, "-c", program, str(folder)],
+    )
+    record.deadline = time.monotonic() + 4
+    gpu_training.training(CPU, tiny=True)(record)
+    assert time.monotonic() < record.deadline + 5
+    assert record.found["training"] == {"codec": {"steps": 100, "steps_per_s": 50.0}}
+    assert record.found["exit"] == -9
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_command_of_a_training_is_one(tmp_path, tiny):
+    _, option, module, *arguments = gpu_training.command(2.5, CPU, tiny, tmp_path)
+    assert (option, module) == ("-m", run.__name__)
+    parsed = run.parse_arguments(arguments)
+    assert (parsed.minutes, parsed.device, parsed.work) == (2.5, "cpu", tmp_path / "work")
+    assert parsed.codec_batch == (1 if tiny else 64)
+
+
+def test_a_training_that_fails_says_why(record, monkeypatch):
+    monkeypatch.setattr(
+        gpu_training, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no fonts')"]
+    )
+    gpu_training.training(CPU, tiny=True)(record)
+    assert record.found["exit"] == 1
+    assert "no fonts" in record.found["stderr"]
+
+
+def test_minutes_come_on_top_of_the_seconds(tmp_path, monkeypatch):
+    program = (
+        "import sys, time; print('ready', flush=True); left = float(input()) - time.monotonic(); "
+    )
+    program += "open(sys.argv[1], 'w').write('{\"left\": %f}' % left)"
+    monkeypatch.setattr(
+        gpu_check,
+        "command_of",
+        lambda part, file, device, tiny: [sys.executable, "-c", program, str(file)],
+    )
+    path = gpu_check.run_parts(["a", "c", "e"], tmp_path, 30, "cpu", tiny=True, minutes=2)
+    left = {part: found["left"] for part, found in read_json(path)["parts"].items()}
+    assert left["a"] < 30 * 15 / 185 < 20 < left["c"] < 30
+    assert 115 < left["e"] < 120

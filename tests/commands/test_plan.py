@@ -64,7 +64,7 @@ def test_the_embedded_clips_are_as_many_as_were_made(params):
     made = json.loads((ROOT / "metrics/prepare_data.json").read_text())["clips"]
     clips = plan.count_clips(params)
     assert clips.number == sum(made.values())
-    assert clips.train == made["clip-timgm6mb-train"]
+    assert clips.train == made["clip-mixed-train"]
 
 
 def test_all_of_musicbench():
@@ -321,6 +321,51 @@ def test_training_hours_come_from_the_nearest_step_that_was_timed(params, tmp_pa
     assert len(trained) == len(params.slots)
     assert trained[0].hours == pytest.approx(72 * 3 / 2 / 3600)
     assert trained[0].disk == 2 * 3 * 4 * (2 * 1000 * 100 + 1000 + 100)
+
+
+def test_a_gpu_check_gives_rates_of_its_card(params, tmp_path):
+    """A model that the card did not run is scaled from one that it ran, with its own memory."""
+    medium = SMALL | {"decoder_parameters": 1200, "extract_fixed_bytes": 5000}
+    folder = results(tmp_path, musicgen_small=SMALL, musicgen_medium=medium)
+    whole = {"dtype": "float32", "clip_seconds": 10.0, "batch_clips": 16, "weight_bytes": 0}
+    rate = whole | SMALL | {"device": "GPU", "codec_seconds": 0.1, "pass_seconds": 0.2}
+    steps = {
+        "sae d10 F100 k4 B64": {"ours tf32": {"ms": 3.0}, "ours_auxk tf32": {"ms": 6.4}},
+        "sae goal d5 F100 k4 B64": {"ours tf32": {"ms": 2.0}, "dense tf32": {"ms": 0.1}},
+        "usae 2 models d1 F1 k1 B1": {"ours tf32": {"ms": 1.0}},
+    }
+    models = {
+        "musicgen-small float32": {"extraction": {"rate": rate}},
+        "musicgen-medium float32": {"build": {"skipped": "no time"}},
+    }
+    parts = {"c": {"model": models}, "d": {"steps": steps}}
+    (folder / "gpu-x.json").write_text(json.dumps({"device": "GPU", "parts": parts}))
+    shapes = [
+        Shape(f"musicgen-{name}", 24, 8, 32_000, 50.0, n, 100, "")
+        for name, n in (("small", 400), ("medium", 1200))
+    ]
+    small, medium = plan_rates.load(folder, shapes, "cuda").values()
+    assert (small.device, small.pass_seconds) == ("GPU", 0.2)
+    assert (medium.device, medium.pass_seconds) == (
+        "GPU, scaled from musicgen-small", pytest.approx(0.6),
+    )  # fmt: skip
+    assert medium.extract_fixed_bytes == 5000
+    assert plan_rates.load(folder, shapes, "cpu")["musicgen-medium"].pass_seconds == 3.0
+    step = plan_rates.step_rate(folder, "cuda")
+    assert step.note == "GPU, TF32"
+    assert step.seconds(640, 100, 10) == pytest.approx(0.064)
+    assert step.seconds(1, 100, 10) == 0.002  # launches
+    assert plan_rates.step_rate(folder, "cpu") is None
+    (trained,) = (
+        row for row in plan.rows_of(
+            replace(params, slots=("top1",), compute=replace(params.compute, processes=4)),
+            plan.Clips(1, 1, 10.0, 32_000, ""), shapes[:1], NONE(*shapes), step,
+        ) if row.stage == "train_sae"
+    )  # fmt: skip
+    section = params.train_sae
+    each = step.seconds(section.batch_size, 8 * section.expansion, 8)
+    steps_taken = section.samples // section.batch_size * section.seeds
+    assert trained.hours == pytest.approx(each * steps_taken / 3600)
 
 
 def test_overrides_are_those_of_dvc_and_are_checked(params):

@@ -79,7 +79,7 @@ def test_recordings_without_held_out_font_pairs_and_some_labels(
     assert "explained_variance_heldout_font" not in found
     found = json.loads((root / "metrics/probe/tiny-top1.json").read_text())
     assert found["clips"] == {
-        "train": 18, "validation": 9, "test": 9, "heldout_font": 0, "pairs_timgm6mb": 0,
+        "train": 18, "validation": 9, "test": 9, "heldout_font": 0, "pairs_mixed": 0,
         "pairs_fluidr3mono": 0,
     }  # fmt: skip
     assert set(found["concepts"]) == {"guitar"}
@@ -88,7 +88,7 @@ def test_recordings_without_held_out_font_pairs_and_some_labels(
     assert found["unknown"]["guitar"] == {"train": 6, "validation": 3, "test": 3}
     assert (guitar["positives"]["train"], guitar["positives"]["test"]) == (6, 3)
     assert guitar["dense"]["test"].keys() == guitar["sae"]["test"].keys()
-    assert not {"heldout_font", "pairs_timgm6mb"} & set(guitar["sae"])
+    assert not {"heldout_font", "pairs_mixed"} & set(guitar["sae"])
     for end in (".csv", "-features.csv"):
         assert (root / f"plots/probe/tiny-top1{end}").is_file()
 
@@ -111,7 +111,7 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
     assert 0 < explained["value"] < 1
     assert explained["value"] == found["seeds"]["seed-0"]["explained_variance"]
     rows = ClipStore.open(workspace / "data/clips").rows
-    test = (rows["split"] == "test") & (rows["font"] == "timgm6mb")
+    test = (rows["split"] == "test") & (rows["font"] == "mixed")
     assert explained["n"] == rows.loc[test, "group"].nunique()
     assert found["explained_variance_heldout_font"] < 1
     assert {"ce_clean", "ce_ablated", "ce_sae", "ce_recovered", "stability"} <= set(found)

@@ -10,7 +10,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from musicscope.dictionaries import step as step_module
+from musicscope.dictionaries.core import TopKSAE, _by_topk, in_two_stages, largest_k
 from musicscope.dictionaries.step import (
     RULES,
     Aux,
@@ -20,6 +23,8 @@ from musicscope.dictionaries.step import (
     initial_state,
     join,
     resample,
+    select,
+    select_of_batch,
     split,
     step,
 )
@@ -52,9 +57,9 @@ def dense_loss(weights, xs, drawn, k, aux, activation="topk"):
     return loss
 
 
-def random_weights(dtype, widths=WIDTHS, seed=0):
+def random_weights(dtype, widths=WIDTHS, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype).to(device)  # noqa: E731
     unit = lambda w: torch.nn.functional.normalize(w, dim=1)  # noqa: E731
     weights = tuple(
         Weights(draw(F, d) / d**0.5, 0.1 * draw(F), unit(draw(F, d)), 0.3 * draw(d)) for d in widths
@@ -78,11 +83,14 @@ def random_weights(dtype, widths=WIDTHS, seed=0):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["f64", "f32"]
 )
-def test_gradients_equal_autograd(rule, activation, widths, n_dead, aux_k, dtype, tolerance):
+def test_gradients_equal_autograd(
+    rule, activation, widths, n_dead, aux_k, dtype, tolerance, device
+):
     """One model, or three of different widths; the drawn encoder and the decoders of the rule."""
-    weights, xs = random_weights(dtype, widths)
+    weights, xs = random_weights(dtype, widths, device=device)
     drawn, models = min(1, len(widths) - 1), len(widths)
-    aux = Aux(torch.arange(3, 3 + n_dead), min(aux_k, n_dead), 1 / 32) if n_dead else None
+    dead = torch.arange(3, 3 + n_dead, device=device)
+    aux = Aux(dead, min(aux_k, n_dead), 1 / 32) if n_dead else None
     leaves = tuple(Weights(*(w.clone().requires_grad_() for w in model)) for model in weights)
     loss = dense_loss(leaves, xs, drawn, K, aux, activation)
     loss.backward()
@@ -265,9 +273,9 @@ def snapshot(state):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_changes_what_the_rule_names_and_nothing_else(rule):
-    state = initial_state(F, WIDTHS, seed=1, device="cpu")
-    xs = [x.float() for x in random_weights(torch.float64)[1]]
+def test_a_step_changes_what_the_rule_names_and_nothing_else(rule, device):
+    state = initial_state(F, WIDTHS, seed=1, device=device)
+    xs = [x.float() for x in random_weights(torch.float64, device=device)[1]]
     settings = {"lr": 1e-2, "k": K, "rule": rule, "aux_k": 8, "aux_weight": 1 / 32}
     settings["dead_after"] = 2 * B
     for drawn in (0, 1, 2, 0):  # so that every moment exists
@@ -280,7 +288,7 @@ def test_a_step_changes_what_the_rule_names_and_nothing_else(rule):
     expected = {(1, "W_enc"), (1, "b_enc")}
     assert changed == expected | {(j, n) for j in decoders for n in ("W_dec", "b_dec")}
     for model in state.weights:
-        torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
+        torch.testing.assert_close(model.W_dec.norm(dim=1).cpu(), torch.ones(F))
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
@@ -297,10 +305,10 @@ def test_both_rules_are_the_same_sae_for_one_model(activation):
     assert found.losses.shape == (1,)
 
 
-def test_step_counts_silence_whichever_model_is_drawn():
-    state = initial_state(F, WIDTHS, seed=1, device="cpu")
-    xs = random_weights(torch.float32)[1]
-    silent = torch.ones(F, dtype=torch.bool)
+def test_step_counts_silence_whichever_model_is_drawn(device):
+    state = initial_state(F, WIDTHS, seed=1, device=device)
+    xs = random_weights(torch.float32, device=device)[1]
+    silent = torch.ones(F, dtype=torch.bool, device=device)
     for drawn in (0, 2):
         found = step(state, xs, 0.0, 2, drawn=drawn)
         silent[found.codes.columns[found.codes.values > 0].long()] = False
@@ -360,8 +368,121 @@ def test_step_keeps_the_decoder_unit_norm_and_counts_silence():
     assert torch.equal(state.unfired, torch.where(fired, 0, 64))
 
 
-def test_step_reports_nan_in_its_loss():
-    state = initial_state(128, [16], seed=1, device="cpu")
-    x = torch.randn(64, 16)
+def test_step_reports_nan_in_its_loss(device):
+    state = initial_state(128, [16], seed=1, device=device)
+    x = torch.randn(64, 16, device=device)
     x[3, 2] = torch.nan
     assert torch.isnan(step(state, [x], lr=1e-3, k=4).losses).all()
+
+
+def test_largest_k_at_the_large_size_and_with_a_nan_row(device):
+    z = torch.randn(3, 8192, generator=torch.Generator().manual_seed(0)).to(device)
+    z[1] = torch.nan
+    for found in (largest_k(z, 32), in_two_stages(z, 32, _by_topk)):
+        for row in (0, 2):
+            assert set(found[row].tolist()) == set(z[row].topk(32).indices.tolist())
+
+
+def test_codes_of_a_dictionary_are_those_of_the_cpu(device):
+    weights, (x,) = random_weights(torch.float32, (24,))
+    sae = TopKSAE(*weights[0], K)
+    expected, found = sae.encode(x), sae.to(device).encode(x.to(device))
+    plain = [
+        torch.zeros(B, F).scatter_(1, indices.cpu(), values.cpu())
+        for values, indices in (expected, found)
+    ]
+    torch.testing.assert_close(*plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sae.to(device).reconstruct(x.to(device)).cpu(), sae.reconstruct(x), rtol=1e-5, atol=1e-5
+    )
+
+
+def dense(codes, latents=F):
+    rows = torch.arange(len(codes.crow) - 1, device=codes.crow.device)
+    rows = rows.repeat_interleave(codes.crow.diff())
+    out = codes.values.new_zeros(len(codes.crow) - 1, latents)
+    out[rows, codes.columns.long()] = codes.values
+    return out
+
+
+@pytest.mark.parametrize("shift", [0.0, -2.5], ids=["plenty above 0", "few above 0"])
+def test_batchtopk_in_static_shapes_selects_the_same(shift, device):
+    """As on a GPU: B*k entries always, of value 0 where fewer are above 0."""
+    z = torch.randn(B, F, generator=torch.Generator().manual_seed(0)).to(device) + shift
+    found, plain = select_of_batch(z, K), select(z.cpu(), K, "batchtopk")
+    assert len(found.values) == B * K
+    assert (len(plain.values) == B * K) == (shift == 0)
+    assert found.columns.dtype == found.crow.dtype == torch.int32
+    assert torch.equal(dense(found).cpu(), dense(plain))
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values or shapes that depend on data."""
+
+    REFUSED = ("nonzero", "_local_scalar_dense", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = str(func), kwargs or {}
+        assert not any(part in name for part in self.REFUSED), name
+        if "repeat_interleave" in name:
+            assert kwargs.get("output_size") is not None
+        if "aten.index" in name and isinstance(args[1], (list, tuple)):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), name
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("widths", [WIDTHS[:1], WIDTHS], ids=["sae", "usae"])
+def test_a_step_as_on_a_gpu_waits_for_nothing_and_is_the_same(widths, activation, monkeypatch):
+    """AuxK included, except where dead latents are listed."""
+    xs = [x.float() for x in random_weights(torch.float64, widths)[1]]
+    settings = {"aux_k": 8, "aux_weight": 1 / 32, "dead_after": 2 * B}
+    states = []
+    for as_on_gpu in (False, True):
+        if as_on_gpu:
+            monkeypatch.setattr(
+                step_module, "largest_k", lambda z, k: in_two_stages(z, k, _by_topk)
+            )
+            monkeypatch.setattr(step_module, "select", (
+                lambda z, k, activation, jump: select(z, k, activation)
+                if activation == "topk" else select_of_batch(z, k)
+            ))  # fmt: skip
+        state = initial_state(F, widths, 3, "cpu")
+        for _ in range(6):
+            result = step(state, xs, 1e-3, K, activation, **settings)
+        states.append(state)
+    assert len(state.dead)
+    assert result.aux_loss > 0
+    for ours, gpu in zip(*([w for m in s.weights for w in m] for s in states), strict=True):
+        torch.testing.assert_close(ours, gpu, rtol=1e-4, atol=1e-5)
+    assert torch.equal(states[0].unfired, states[1].unfired)
+    monkeypatch.setattr(step_module, "DEAD_EVERY", {"cpu": 16})
+    with NoWaits():
+        step(state, xs, 1e-3, K, activation, **settings)
+
+
+def test_dead_latents_are_listed_every_so_many_steps(monkeypatch):
+    monkeypatch.setattr(step_module, "DEAD_EVERY", {"cpu": 3})
+    state = initial_state(F, [24], 1, "cpu")
+    x = random_weights(torch.float32, (24,))[1]
+    listed = []
+    for _ in range(7):
+        step(state, x, 0.0, 2, aux_k=4, aux_weight=1 / 32, dead_after=B)
+        listed.append(len(state.dead))
+    silent = int((state.unfired >= B).sum())
+    assert listed == [0, 0, 0, silent, silent, silent, silent]
+    assert silent > 0
+
+
+def test_a_step_on_a_gpu_waits_for_nothing(device):
+    if device.type != "cuda":
+        pytest.skip("waits are counted on a GPU: MUSICSCOPE_TEST_DEVICE=cuda")
+    state = initial_state(F, [24], 1, device)
+    x = random_weights(torch.float32, (24,), device=device)[1]
+    settings = {"aux_k": 4, "aux_weight": 1 / 32, "dead_after": B}
+    step(state, x, 1e-3, 2, **settings)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(state, x, 1e-3, 2, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

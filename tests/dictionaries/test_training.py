@@ -14,6 +14,7 @@ import torch
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
 from musicscope.dictionaries import data, evaluation
+from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import TEST, TRAIN, pair
 from musicscope.dictionaries.evaluation import evaluate
@@ -113,17 +114,23 @@ def test_prefixes_that_do_not_rise_or_are_no_part_are_refused(store):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "dead_every"),
     [
-        {"activation": "topk"},
-        {"activation": "batchtopk"},
-        {"activation": "jumprelu"},
-        {"activation": "topk", "matryoshka": (12, 36), "resample_every": 30},
+        ({"activation": "topk"}, 1),
+        ({"activation": "batchtopk"}, 1),
+        ({"activation": "jumprelu"}, 1),
+        ({"activation": "topk", "matryoshka": (12, 36), "resample_every": 30}, 1),
+        ({"activation": "topk"}, 16),
     ],
-    ids=["topk", "batchtopk", "jumprelu", "matryoshka and resampling"],
+    ids=["topk", "batchtopk", "jumprelu", "matryoshka and resampling", "dead listed seldom"],
 )
-def test_resumed_equals_unbroken_bit_for_bit(store, tmp_path: Path, changes):
-    settings = sae_section(samples=100 * 128, dead_after_samples=1000, **changes)
+def test_resumed_equals_unbroken_bit_for_bit(
+    store, tmp_path: Path, changes, dead_every, monkeypatch
+):
+    """With dead latents listed in each step, and as on a GPU."""
+    monkeypatch.setattr(step_module, "DEAD_EVERY", {"cpu": dead_every})
+    dead_after = 1000 if dead_every == 1 else 128  # so that the list differs between steps
+    settings = sae_section(samples=100 * 128, dead_after_samples=dead_after, **changes)
     fit = functools.partial(train, pair([store], TRAIN), settings, "sae", 5)
     whole = fit(on_log=live_logger(tmp_path / "whole"))
 

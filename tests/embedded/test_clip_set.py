@@ -12,11 +12,9 @@ from musicscope.data.splits import clip_sets
 from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
 from musicscope.embedded import clip_set
 from musicscope.embedded.clip_set import CLIPS_PER_SCENE, Job
-from musicscope.embedded.midi_set.compositions import Composition, Part
-from musicscope.embedded.midi_set.embedded import soundfont
-from musicscope.embedded.midi_set.pairs import imbalance
-from musicscope.embedded.midi_set.render import SAMPLE_RATE, Synth, rms
+from musicscope.embedded.rendering.compositions import Composition, Part
 from musicscope.embedded.rendering.scenes import Sounds, soundfonts
+from musicscope.embedded.rendering.soundfonts import SAMPLE_RATE, Synth, rms, soundfont
 from musicscope.embedded.rendering.voices import load_bank
 from tools.import_closure import ROOT
 
@@ -123,8 +121,8 @@ def test_the_candidate_least_separable_by_cues_is_taken():
     rng = np.random.default_rng(0)
     guitar = rng.standard_normal((12, len(TRIVIAL_CUES)))
     far, near = guitar + 2.0, guitar + 0.05 * rng.standard_normal(guitar.shape)
-    assert imbalance(guitar, near) < imbalance(guitar, far)
-    assert imbalance(guitar, guitar) == pytest.approx(0)
+    assert clip_set.imbalance(guitar, near) < clip_set.imbalance(guitar, far)
+    assert clip_set.imbalance(guitar, guitar) == pytest.approx(0)
 
 
 def test_rows_make_disjoint_sets(monkeypatch):
@@ -142,7 +140,7 @@ def test_rows_make_disjoint_sets(monkeypatch):
     rows = pd.DataFrame([row for one in jobs for _, row in clip_set.run_job(one)])
     assert rows["id"].is_unique
     sets = {name: len(at) for name, at in clip_sets(rows).items()}
-    assert sets == {**splits, "heldout_font": 4, "pairs_timgm6mb": 4, "pairs_fluidr3mono": 0}
+    assert sets == {**splits, "heldout_font": 4, "pairs_mixed": 4, "pairs_fluidr3mono": 0}
 
 
 def test_rendering_does_not_depend_on_what_came_before():
@@ -163,7 +161,7 @@ def test_jobs_cover_the_counts_in_whole_scenes():
     jobs = clip_set.plan_jobs(config, 20)
     assert all(j.first % CLIPS_PER_SCENE == 0 for j in jobs)
     train = [j for j in jobs if j.split == "train"]
-    assert sum(j.count for j in train) == config.timgm6mb_clips.train
+    assert sum(j.count for j in train) == config.clips.train
     assert sum(j.count for j in jobs if j.kind == "pair") == (
-        config.pairs + config.fluidr3mono_pairs
+        config.pairs + config.heldout_font_pairs
     )

@@ -8,6 +8,8 @@ import torch
 
 from musicscope.embedded.pretraining import codec as codecs
 from musicscope.embedded.pretraining import codec_losses
+from musicscope.embedded.pretraining.codec_quality import si_sdr
+from musicscope.embedded.pretraining.mdct_start import finish_weights, mdct_kernels, start_weights
 
 TINY = codecs.CodecConfig(
     num_filters=20, upsampling_ratios=(4, 4, 4, 5), hidden_size=16, codebooks=2, codebook_size=32,
@@ -182,3 +184,25 @@ def test_padding_buffers_stay_on_the_cpu():
     names = [n for n, _ in codec.named_buffers() if n.endswith(("stride", "padding_total"))]
     assert names
     assert all(b.device.type == "cpu" for _, b in codec.named_buffers())
+
+
+@pytest.mark.parametrize("bands", [4, 5])
+def test_mdct_reconstructs(bands):
+    kernels = mdct_kernels(bands)[:, None]
+    x = torch.randn(1, 1, 40 * bands)
+    y = torch.nn.functional.conv1d(x, kernels, stride=bands)
+    z = torch.nn.functional.conv_transpose1d(y, kernels, stride=bands)
+    inner = slice(bands, -bands)
+    torch.testing.assert_close(z[..., inner], x[..., inner], atol=1e-5, rtol=1e-5)
+
+
+def test_codec_starts_as_a_near_perfect_transform():
+    torch.manual_seed(0)
+    codec = codecs.build_codec(codecs.CodecConfig(hidden_size=320, codebooks=1, codebook_size=16))
+    audio = tones(4, 48_000, 0)
+    start_weights(codec, audio)
+    with torch.no_grad():
+        before = codec.decoder(codec.encoder(audio[:, None]))[:, 0, 2000:-2000]
+        assert si_sdr(audio[:, 2000:-2000].numpy(), before.numpy()).min() > 15
+        after = finish_weights(codec).decoder(codec.encoder(audio[:, None]))[:, 0, 2000:-2000]
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-4)

@@ -105,6 +105,38 @@ def test_a_batch_depends_on_the_step_alone_and_its_crops_are_of_the_clips(parts,
     assert max(starts) == 38
 
 
+def test_codes_that_are_alike_start_alike(parts):
+    model = decoders.build_musicgen(*parts, CONFIG, 0)
+    for k in range(2):
+        codes = model.audio_encoder.quantizer.layers[k].codebook.embed
+        wanted = torch.cdist(codes, codes).flatten()
+        for weight in (
+            model.decoder.model.decoder.embed_tokens[k].weight[:16],
+            model.decoder.lm_heads[k].weight,
+        ):
+            found = torch.cdist(weight, weight).flatten()
+            assert torch.corrcoef(torch.stack([wanted, found]))[0, 1] > 0.999
+
+
+def test_loss_equals_that_of_the_logits(parts):
+    model = decoders.build_musicgen(*parts, CONFIG, 0).eval()
+    codes, mask = torch.randint(0, 16, (2, 2, 9)), torch.ones(2, 3)
+    states = model.enc_to_dec_proj(torch.randn(2, 3, 8))
+    with torch.no_grad():
+        mine = decoders.decoder_loss(model, codes, states, mask)
+        logits = model.decoder(
+            input_ids=decoders.delayed(codes, 16)[..., :-1].reshape(4, -1),
+            encoder_hidden_states=states, encoder_attention_mask=mask,
+        ).logits.view(2, 2, -1, 16)  # fmt: skip
+    wanted = [
+        torch.nn.functional.cross_entropy(
+            logits[:, k, k : k + 9].flatten(0, 1), codes[:, k].flatten()
+        )
+        for k in range(2)
+    ]
+    torch.testing.assert_close(mine, torch.stack(wanted), rtol=2e-2, atol=2e-2)  # bfloat16
+
+
 def test_layers_one_by_one_give_the_states_of_the_whole_decoder(parts, tokens):
     model = decoders.build_musicgen(*parts, CONFIG, 0)
     inputs = torch.randint(16, (3, 2, 9), generator=torch.Generator().manual_seed(0))

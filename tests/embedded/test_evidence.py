@@ -82,10 +82,11 @@ def test_table_is_json_with_verdicts_and_without_nan(tmp_path):
     row = Row("a.b", np.nan, np.nan, np.nan, 8, "x", 1.3, "at_most", {"null": 0.5}, "refused")
     Table([row], {"codec": 1.0}).save(tmp_path / "table.json")
     found = json.loads((tmp_path / "table.json").read_text())["rows"]["a.b"]
-    assert found["value"] is None
+    assert found["estimate"]["value"] is None
     assert found["verdict"] is False
     assert found["control"] == {"null": 0.5}
-    assert set(found) >= {"name", "value", "low", "high", "n", "unit", "target", "direction"}
+    assert set(found["estimate"]) == {"value", "low", "high", "n", "unit"}
+    assert set(found) >= {"name", "target", "direction"}
 
 
 def test_weighted_median_equals_repeating_items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope.embedded.pretraining import mixing
+from musicscope.embedded.rendering import mixing
 from musicscope.embedded.rendering.captions import CONCEPTS, facts, random_description, tempo_word
 from musicscope.embedded.rendering.scenes import SAMPLE_RATE, STEM_RMS, Scene, Stem
 
@@ -75,6 +75,12 @@ def test_a_crop_is_part_of_the_clip_up_to_level_and_room(table, bank):
     crop = mixing.mix_audio(bank, mixes, rooms, start, 4000)
     scale = (crop * whole).sum(1) / whole.square().sum(1)
     np.testing.assert_allclose(crop, whole * scale[:, None], atol=2e-4)
+
+
+def test_a_crop_beyond_the_end_is_an_error(table, bank):
+    mixes = mixing.draw_mixes(table, 1, np.random.default_rng(3), SECONDS)
+    with pytest.raises(IndexError):
+        mixing.mix_audio(bank, mixes, mixing.Rooms("cpu"), np.ones(1, int), SAMPLES)
 
 
 def test_late_stem_is_silent_before_it_enters(table, bank):

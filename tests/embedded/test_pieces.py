@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musicscope.embedded.midi_set.compositions import Composition, Part
+from musicscope.embedded.rendering.compositions import Composition, Part
 from musicscope.embedded.rendering.pieces import SHARES, SPLITS, Pieces
 from musicscope.embedded.rendering.scores import Scores, load_scores, save_scores
 from musicscope.embedded.rendering.styles import HELD_OUT_STYLES, TRAIN_STYLES
@@ -148,7 +148,7 @@ def test_draws_have_the_shares_and_styles_of_the_split(scores, split):
 
 
 def test_freedoom_is_split_as_for_the_older_data(scores):
-    from musicscope.embedded.midi_set.compositions import split_compositions
+    from musicscope.embedded.rendering.compositions import split_compositions
 
     expected = split_compositions(list(scores.freedoom), 4, 10.0)
     for split in SPLITS:

@@ -84,6 +84,7 @@ def test_run_trains_saves_and_goes_on_where_it_stopped(tiny, tmp_path):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"text", "codec held out", "tokens", "nano-small"} <= {line["phase"] for line in lines}
     model = load_model(out / "nano-small")
+    assert str(tmp_path) not in (out / "nano-small" / "config.json").read_text()
     audio, _ = model.generate(["guitar"], 0.4, 1)
     assert torch.isfinite(audio).all()
     before = model.encode(np.zeros((1, 3200), np.float32) + 0.01, [None]).codes

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from musicscope.embedded.midi_set.compositions import Composition, Part
 from musicscope.embedded.pretraining import corpus as corpora
 from musicscope.embedded.rendering import scenes
 from musicscope.embedded.rendering.captions import CONCEPTS
+from musicscope.embedded.rendering.compositions import Composition, Part
 from musicscope.embedded.rendering.voices import load_bank
 
 SECONDS = 3.0

@@ -209,6 +209,10 @@ def test_books_are_read_from_the_wheel_and_skips_are_counted(tmp_path):
     tunes, skipped = read_tunes(wheel)
     assert [t.group for t in tunes] == ["oneill/0001-0050-0007", "aird/book1-0007", "bach/bwv1"]
     assert skipped == {"oneill: rare meter": 1}
+    again, skipped_again = read_tunes(wheel, processes=2)
+    assert [t.group for t in again] == [t.group for t in tunes]
+    assert all(np.array_equal(a.pitch, b.pitch) for a, b in zip(again, tunes, strict=True))
+    assert skipped_again == skipped
     kept, dropped = merge_settings([replace(t, group=f"{i}") for i, t in enumerate(tunes)])
     assert [t.book for t in kept] == ["aird", "bach"]
     assert dropped == {"oneill": 1}

@@ -36,9 +36,9 @@ def clip_table(rng, train=200, validation=80, test=120, heldout=60, pairs=20):
     """Rows as in clips.parquet, labels at random, compositions that do not cross splits."""
     rows = []
     for split, font, n, groups in (
-        ("train", "timgm6mb", train, 20),
-        ("validation", "timgm6mb", validation, 8),
-        ("test", "timgm6mb", test, 10),
+        ("train", "mixed", train, 20),
+        ("validation", "mixed", validation, 8),
+        ("test", "mixed", test, 10),
         ("test", "fluidr3mono", heldout, 10),
     ):
         for i in range(n):
@@ -47,7 +47,7 @@ def clip_table(rng, train=200, validation=80, test=120, heldout=60, pairs=20):
             rows.append(row | {"group": f"{split}{i % groups}", "has_choir": i == 0})
     for i in range(pairs):
         for guitar in (True, False):
-            row = {"split": "test", "font": "timgm6mb", "kind": "pair", "pair_id": f"p{i}"}
+            row = {"split": "test", "font": "mixed", "kind": "pair", "pair_id": f"p{i}"}
             row |= {"has_guitar": guitar, "has_reed": not guitar, "has_choir": False}
             rows.append(row | {"group": f"test{i % 10}"})
     return pd.DataFrame(rows)
@@ -98,7 +98,7 @@ def test_finds_the_planted_concepts_and_nothing_in_noise(case):
         assert gap["low"] > 0.2
         assert sae["n"] == rows["group"].iloc[clip_sets(rows)["test"]].nunique()
         assert (sae["unit"], gap["unit"]) == ("AUROC", "AUROC")
-    assert guitar["sae"]["pairs_timgm6mb"]["accuracy"]["value"] > 0.9
+    assert guitar["sae"]["pairs_mixed"]["accuracy"]["value"] > 0.9
     assert "pairs_fluidr3mono" not in guitar["sae"]  # no such pairs in the table
     assert set(result["concepts"]) == {"guitar", "reed"}
     assert result["skipped"] == {"choir": 1}
@@ -197,7 +197,7 @@ def test_report_holds_every_number_and_is_the_same_twice(case, tmp_path):
     for place, column, found in (
         (("sae", "test"), "auroc", entry["sae"]["test"]),
         (("sae_k004", "heldout_font"), "average_precision", sparse),
-        (("sae", "pairs_timgm6mb"), "accuracy", entry["sae"]["pairs_timgm6mb"]),
+        (("sae", "pairs_mixed"), "accuracy", entry["sae"]["pairs_mixed"]),
         (("sae_minus_dense", "test"), "difference", entry["sae_minus_dense"]["test"]),
     ):  # fmt: skip
         shown = guitar.loc[place, [column, f"{column}_low", f"{column}_high"]]
@@ -216,7 +216,7 @@ def test_sets_follow_font_kind_and_split_and_refuse_leaks():
     assert [len(sets[s]) for s in ("train", "validation", "test", "heldout_font")] == [
         200, 80, 120, 60,
     ]  # fmt: skip
-    assert len(sets["pairs_timgm6mb"]) == 40
+    assert len(sets["pairs_mixed"]) == 40
     assert len(np.unique(np.concatenate(list(sets.values())))) == len(rows)
     rows.loc[sets["test"][0], "group"] = "train3"
     with pytest.raises(ValueError, match="'train3' is both in test"):
@@ -230,11 +230,11 @@ def test_selection_on_the_embedded_set_is_by_soundfont():
     for rows in [planned, *([pd.read_parquet(table)] if table.is_file() else [])]:
         sets = clip_sets(rows)
         for name, split, font, kind in (
-            ("train", "train", "timgm6mb", "clip"),
-            ("validation", "validation", "timgm6mb", "clip"),
-            ("test", "test", "timgm6mb", "clip"),
+            ("train", "train", "mixed", "clip"),
+            ("validation", "validation", "mixed", "clip"),
+            ("test", "test", "mixed", "clip"),
             ("heldout_font", "test", "fluidr3mono", "clip"),
-            ("pairs_timgm6mb", "test", "timgm6mb", "pair"),
+            ("pairs_mixed", "test", "mixed", "pair"),
             ("pairs_fluidr3mono", "test", "fluidr3mono", "pair"),
         ):
             same = (rows["split"] == split) & (rows["font"] == font) & (rows["kind"] == kind)
@@ -258,7 +258,7 @@ def test_clips_without_a_label_are_no_negatives():
     found = probes.run_probes(rows, pools, ("guitar", "reed", "choir"), SECTION, SEED)
     assert set(found["concepts"]) == {"guitar", "reed"}
     assert found["skipped"] == {"choir": 1}
-    assert found["clips"]["heldout_font"] == found["clips"]["pairs_timgm6mb"] == 0
+    assert found["clips"]["heldout_font"] == found["clips"]["pairs_mixed"] == 0
     for j, concept in enumerate(("guitar", "reed")):
         left = rows[~gone[:, j]].reset_index(drop=True)
         rest = {r: {p: x[~gone[:, j]] for p, x in of.items()} for r, of in pools.items()}
@@ -286,7 +286,7 @@ def flat(tree, prefix=""):
 
 def test_guitar_without_a_class_is_an_error():
     rows = clip_table(np.random.default_rng(0)).assign(has_guitar=True)
-    with pytest.raises(ValueError, match=r"timgm6mb_clips.* prepare_data\.recordings\.limits"):
+    with pytest.raises(ValueError, match=r"clips.* prepare_data\.recordings\.limits"):
         select_concepts(rows, clip_sets(rows), ["guitar"], 10)
 
 

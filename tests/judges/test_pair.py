@@ -14,8 +14,7 @@ from scipy.linalg import sqrtm
 from musicscope.core import stats
 from musicscope.data import wheel_assets as assets
 from musicscope.data.taxonomy import FAMILIES
-from musicscope.embedded.midi_set.corpus import make_clip
-from musicscope.embedded.midi_set.embedded import load_splits, load_synths
+from musicscope.embedded.clip_set import Job, make_clips
 from musicscope.judges import dataset, training
 from musicscope.judges import pair as judging
 from musicscope.judges import report as judge_report
@@ -192,7 +191,7 @@ class Clips:
         self.sound = noise(n, 1.0)
 
     def select(self, **equal):
-        return np.arange(len(self.rows)) if equal["font"] == "timgm6mb" else np.arange(0)
+        return np.arange(len(self.rows)) if equal["font"] == "mixed" else np.arange(0)
 
     def audio(self, rows):
         return self.sound[rows]
@@ -215,7 +214,7 @@ def inputs_of(folder, render=None) -> dataset.Inputs:
 
 
 def test_chunks_cover_the_clips_and_spread_the_codec():
-    plan = dataset.plan_chunks(Clips(57), "test", "timgm6mb", 50, 10, 0)
+    plan = dataset.plan_chunks(Clips(57), "test", "mixed", 50, 10, 0)
     assert [c.count for c in plan] == [20, 20, 10]
     assert [r for c in plan for r in c.rows] == list(range(50))
     assert [len(c.coded) for c in plan] == [4, 4, 2]
@@ -230,7 +229,7 @@ def test_chunks_are_made_once_and_again_if_damaged(tmp_path, monkeypatch):
     store, made = Clips(8), []
     monkeypatch.setattr(dataset, "open_clips", lambda folder: store)
     monkeypatch.setattr(dataset, "open_codec", lambda *a: (made.append(1), Codec())[1])
-    chunk = dataset.plan_chunks(store, "test", "timgm6mb", 8, 4, 0)[0]
+    chunk = dataset.plan_chunks(store, "test", "mixed", 8, 4, 0)[0]
     inputs = inputs_of(tmp_path)
 
     def make():
@@ -272,13 +271,10 @@ def test_rendered_clips_are_exact_and_their_own(tmp_path, monkeypatch):
     inputs = inputs_of(tmp_path, train_judge.render)
     dataset.make_chunk(inputs, chunk)
     data = dataset.read_chunk(inputs, chunk)
-    pieces = load_splits(5)["train"]
-    assert set(data.groups) <= {piece.group for piece in pieces}
-    clip = make_clip(
-        pieces, load_synths(), "fluidr3mono", 5, "train_judge", "train", 1, seconds=1.0
-    )
+    clip = make_clips(Job("clip", "fluidr3mono", "train", 0, 2, 5, 1.0, "train_judge"))[1]
     np.testing.assert_allclose(data.audio[1], clip.audio, atol=1e-3)
-    assert data.labels[1].tolist() == [clip.labels()[f"has_{f}"] for f in FAMILIES]
+    assert data.labels[1].tolist() == [clip.row[f"has_{f}"] for f in FAMILIES]
+    assert data.groups[1] == clip.row["group"]
     assert not np.allclose(data.audio[0], data.audio[1], atol=1e-2)
 
 
@@ -304,8 +300,8 @@ def predictions(seed, name, n=120, skill=None, pairs=False):
 @pytest.fixture(scope="module")
 def report():
     skills = {
-        "timgm6mb": {"family_judge": 3.0, "musicnn": 1.0, "timgm6mb": 3.0, "fluidr3mono": 0.3},
-        "fluidr3mono": {"family_judge": 3.0, "musicnn": 1.0, "timgm6mb": 0.3, "fluidr3mono": 3.0},
+        "mixed": {"family_judge": 3.0, "musicnn": 1.0, "mixed": 3.0, "fluidr3mono": 0.3},
+        "fluidr3mono": {"family_judge": 3.0, "musicnn": 1.0, "mixed": 0.3, "fluidr3mono": 3.0},
     }
     parts = [predictions(i, name, skill=skill) for i, (name, skill) in enumerate(skills.items())]
     parts += [predictions(5, "codec"), predictions(6, "pairs", pairs=True), predictions(7, "codec")]
@@ -327,8 +323,8 @@ def test_the_report_says_what_the_judges_can(report):
     assert set(judging.TAGS) == set(FAMILIES) & set(metrics["musicnn"]["codec"])
     assert metrics["family_judge"]["pairs"]["accuracy"]["value"] > 0.95
     cross = {name: entry["mean_auroc"] for name, entry in metrics["cross_font"].items()}
-    assert min(cross["timgm6mb_to_timgm6mb"], cross["fluidr3mono_to_fluidr3mono"]) > 0.9
-    assert max(cross["timgm6mb_to_fluidr3mono"], cross["fluidr3mono_to_timgm6mb"]) < 0.7
+    assert min(cross["mixed_to_mixed"], cross["fluidr3mono_to_fluidr3mono"]) > 0.9
+    assert max(cross["mixed_to_fluidr3mono"], cross["fluidr3mono_to_mixed"]) < 0.7
     table = judge_report.plot_table(metrics)
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"

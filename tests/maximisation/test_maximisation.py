@@ -465,7 +465,7 @@ def data(tmp_path_factory, studied):
         for i in range(12):
             rng = np.random.default_rng(i)
             row = {"id": f"c{i:02d}", "group": f"g{i // 2}" if i < 8 else f"g{i}", "kind": "clip"}
-            row |= {"split": ("train", "test")[i // 2 % 2], "font": "timgm6mb", "caption": "flute"}
+            row |= {"split": ("train", "test")[i // 2 % 2], "font": "mixed", "caption": "flute"}
             audio = np.cumsum(rng.standard_normal(3200)) * 0.02
             yield np.clip(audio, -1, 1).astype(np.float32), row
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from musicscope.core.precision import tf32
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.language_model import by_clip
 from musicscope.steering import edit as steering
 from tests.conftest import CAPTIONS
 from tests.models.conftest import FAMILIES, load
@@ -169,3 +172,40 @@ def test_strength_0_is_byte_equal_at_every_hook_point_of_rave(models):
         if torch.equal(model.reconstruct(batch, hook_at(model, point, 1.0)), sound):
             idle.append(point.name)
     assert idle == []
+
+
+class Convolutions(TorchDispatchMode):
+    """Remembers whether TF32 was allowed (in products, in cuDNN) as each convolution ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+            self.seen.append((matmul.allow_tf32, cudnn.allow_tf32))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_codecs_run_without_tf32_whatever_the_rest_uses(models, family):
+    """It changes about 1 % of the codes on a GPU."""
+    model, audio = models[family], noise(models[family])
+    with tf32(True, True):
+        with Convolutions() as encoding:
+            batch = model.encode(audio, [None, None])
+            if family == "rave":
+                latents = model.latents(batch)
+        with Convolutions() as decoding:
+            model.decode(latents, batch) if family == "rave" else model.decode(batch.codes)
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    for seen in (encoding.seen, decoding.seen):
+        assert set(seen) == {(False, False)}
+
+
+def test_codecs_take_bounded_chunks_on_a_gpu_and_single_clips_on_a_cpu():
+    assert [len(part) for part in by_clip(torch.empty(20, 3, device="meta"))] == [8, 8, 4]
+    assert [len(part) for part in by_clip(torch.empty(3, 3))] == [1, 1, 1]
+    assert [len(part) for part in by_clip(torch.empty(0, 3, device="meta"))] == [0]

@@ -392,6 +392,28 @@ def test_hook_tools(model, batch):
     assert all(r == [0, 0] for r in rows)
 
 
+def test_a_device_computes_what_the_cpu_computes(tiny_musicgen, model, device):
+    """Codes are equal, activations and audio close; a seed gives the same codes twice."""
+    there = load_model(tiny_musicgen, device)
+    audio = torch.randn(3, 3200, generator=torch.Generator().manual_seed(1))
+    here, found = (m.encode(audio, PROMPTS) for m in (model, there))
+    assert found.codes.device.type == device.type
+    assert torch.equal(here.codes, found.codes.cpu())
+    expected, captured = (m.capture(b, NAMES) for m, b in ((model, here), (there, found)))
+    for name in NAMES:
+        torch.testing.assert_close(captured[name].cpu(), expected[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        there.decode(found.codes).cpu(), model.decode(here.codes), rtol=1e-3, atol=1e-4
+    )
+    greedy = {"captions": [CAPTIONS[0]], "seconds": 0.2, "seed": 0, "top_k": 1}
+    _, mine = model.generate(**greedy)
+    sound, theirs = there.generate(**greedy)
+    assert torch.equal(mine, theirs.cpu())
+    assert torch.isfinite(sound).all()
+    drawn = [there.generate([CAPTIONS[0]], 0.2, 3)[1] for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
 def test_encode_is_the_codec_clip_by_clip_and_names_bad_input(model, batch):
     audio = torch.randn(3, 3200, generator=torch.Generator().manual_seed(1))
     together = model.hf.audio_encoder.encode(audio[:, None]).audio_codes[0]

@@ -529,7 +529,7 @@ class Clips:
     def __init__(self) -> None:
         self.rows = pd.DataFrame(
             {"id": list("abc"), "split": ["train", "train", "test"], "group": list("abc")}
-            | {"font": "timgm6mb", "kind": "clip", "caption": list(CAPTIONS[:3])}
+            | {"font": "mixed", "kind": "clip", "caption": list(CAPTIONS[:3])}
         )
         generator = np.random.default_rng(0)
         self.samples = generator.standard_normal((3, 3300)).astype(np.float32)

@@ -308,7 +308,7 @@ def data(tmp_path_factory, model):
     def clips():
         for i in range(8):
             rng = np.random.default_rng(i)
-            row = {"id": f"c{i}", "group": f"g{i}", "kind": "clip", "font": "timgm6mb"}
+            row = {"id": f"c{i}", "group": f"g{i}", "kind": "clip", "font": "mixed"}
             row |= {"split": ("train", "test")[i % 2], "caption": "flute"}
             audio = np.cumsum(rng.standard_normal(8000)) * 0.02
             yield np.clip(audio, -1, 1).astype(np.float32), row

@@ -74,5 +74,5 @@ def test_curves_and_bars_of_the_overview_are_the_numbers_of_the_tables(committed
     table = committed.plot(f"steer_full/{committed.models[0]}").set_index(
         ["concept", "direction", "method"]
     )
-    heights = [bar.get_height() for bar in figure.axes[1].patches[: len(figures.METHODS)]]
-    assert heights == [table.loc[("guitar", "off", m), "success"] for m in figures.METHODS]
+    heights = [bar.get_height() for bar in figure.axes[1].patches[: len(figures.OVERVIEW)]]
+    assert heights == [table.loc[("guitar", "off", m), "success"] for m in figures.OVERVIEW]

@@ -26,12 +26,14 @@ from matplotlib import image
 from musicscope.config import load_params
 from musicscope.core.io import read_json
 from musicscope.data.clips import ClipStore
+from musicscope.embedded.pretraining.evidence_rows import Row
+from musicscope.embedded.pretraining.evidence_rows import Table as Evidence
 from musicscope.report import build as report
 from musicscope.report import snippets
 from musicscope.report.cards import cards
 from musicscope.report.elements import Card, Cell, Figure, Moment, Players, Section, Table
 from musicscope.report.metrics import Sources, cell, in_words, plain, read, short
-from musicscope.report.sections import features, layers, matching, maximisation, probes
+from musicscope.report.sections import data, features, layers, matching, maximisation, probes
 from stages import report as stage
 from tests.support.report import (
     HOSTILE,
@@ -225,7 +227,10 @@ def hostile_sections() -> list[Section]:
         **dict.fromkeys(("success", "costs", "joint", "cross_talk", "advantages"), table),
     }  # fmt: skip
     contents = {
-        "data": {"rendered": False, **dict.fromkeys(("cues", "clips", "models"), table)},
+        "data": {
+            "rendered": False, "cues": table, "clips": table,
+            "models": [{"judged": table, "rest": table}],
+        },
         "gallery": {"models": [{"name": HOSTILE, "players": some} for some in (players, None)]},
         "layers": {"figures": [figure, HOSTILE], "tables": [table]},
         "dictionaries": {"table": table},
@@ -317,6 +322,32 @@ def test_an_empty_checkout_gives_a_page_that_says_what_is_missing(tmp_path):
     for model in MODELS:
         assert f"metrics/ablate/{model}.json" in left_out
     assert not [1 for tag, _ in page.tags if tag == "audio"]
+
+
+def test_evidence_of_the_models_stands_beside_target_verdict_and_control(tmp_path):
+    rows = [
+        Row("codec.si_sdr", 9.0, 7.5, 10.5, 48, "dB", 8.0, "at_least", {"another_clip": -47.34}),
+        Row("codec.log_mel_distance", 3.0, 2.5, 3.5, 48, "dB", 4.0, "at_most"),
+        Row(
+            "music.onset_rate", 4.5, 4.3, 4.7, 48, "per second", (1.4, 7.23), "within", {}, "median"
+        ),
+        Row("decoder.cross_entropy", 4.0, float("nan"), float("nan"), 48, "nats per code"),
+    ]
+    Evidence(rows, {"codec": 1.0}).save(tmp_path / "metrics/pretrain/tiny.json")
+    section = data.section(Sources(tmp_path, MODELS, ("top1",)))
+    found = tables(section)
+    assert cells_of(found["tiny: measured against its targets"]) == {
+        "codec: SI-SDR": ["9.000 [7.500, 10.500] dB", "≥ 8", "not met", "another clip −47.3"],
+        "codec: log-mel distance": ["3.000 [2.500, 3.500] dB", "≤ 4", "met", ""],
+        "music: onset rate": ["4.500 [4.300, 4.700] per second", "1.4 to 7.23", "met", "median"],
+    }
+    assert cells_of(found["tiny: measures without a target"]) == {
+        "decoder: cross entropy": ["4.000 nats per code", ""]
+    }
+    assert "not met" in text_of(section)
+    assert not any("pretrain" in note for note in section.missing)
+    write_metrics(tmp_path, "pretrain/tiny", {"codec": {}})  # of an older form
+    assert any("pretrain" in n for n in data.section(Sources(tmp_path, ("tiny",), ())).missing)
 
 
 def test_numbers_stand_beside_their_controls(tmp_path):

@@ -56,7 +56,7 @@ def plant(seed: int = 0) -> tuple[pd.DataFrame, Store]:
             data.append(x.astype(np.float32))
             rows.append(
                 {"id": f"{split}{i}", "group": f"{split}{i % 8}", "split": split, "kind": "clip",
-                 "font": "timgm6mb", "has_guitar": has, "has_drums": True}
+                 "font": "mixed", "has_guitar": has, "has_drums": True}
             )  # fmt: skip
     return pd.DataFrame(rows), Store(np.stack(data))
 

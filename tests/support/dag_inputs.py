@@ -28,7 +28,6 @@ PARAMS: dict[str, Any] = {
     "train_crosscoder": {"k": 8, "expansion": 2, "batch_size": 256, "samples": 8192, "seeds": 1,
                          "dead_after_samples": 4096},
     "maximize_activation": {"seconds": 0.4, "window_seconds": 0.2, "steps": 1},
-    "train_judge": {"clips": 96},
     "steer": {"concepts": ["guitar"], "pairs": [], "seconds": 0.2},
     "probe": {"null_seeds": 1},
     "compute": {"device": "cpu", "threads": 1, "processes": 1, "engine": "processes"},

@@ -16,7 +16,7 @@ from musicscope.data.clips import ClipStore, write_clips
 from musicscope.models.registry import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
-FONTS = ("timgm6mb", "fluidr3mono")
+FONTS = ("mixed", "fluidr3mono")
 WIDTH, FEATURES = 24, 40
 PAIRED_WIDTHS, PAIRED_FRAMES, SHARED_FACTORS, OWN_FACTORS = (24, 16, 32), 120, 12, 6
 TRAINING = {

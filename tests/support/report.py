@@ -121,7 +121,7 @@ def make_inputs(root: Path) -> dict[tuple[str, str], Codes]:
     rng = np.random.default_rng(0)
     (root / "data/clips").mkdir(parents=True)
     table = [
-        {"id": f"clip-{i}", "group": f"g{i}", "split": "test", "kind": "clip", "font": "timgm6mb",
+        {"id": f"clip-{i}", "group": f"g{i}", "split": "test", "kind": "clip", "font": "mixed",
          "caption": HOSTILE if i == 0 else f"caption {i}"}
         for i in range(CLIPS)
     ]  # fmt: skip

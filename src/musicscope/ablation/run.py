@@ -69,7 +69,7 @@ def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.nd
     if len(positions) < count:
         raise ValueError(
             f"{count} clips wanted but split {split} has {len(positions)}: lower ablate.clips or "
-            f"raise prepare_data.timgm6mb_clips.{split} (rendered clips) or "
+            f"raise prepare_data.clips.{split} (rendered clips) or "
             "prepare_data.recordings.limits (recordings)"
         )
     shuffled = np.random.default_rng(seed).permutation(positions)

@@ -153,7 +153,7 @@ def _check_together(params: Params) -> None:
             f"maximize_activation.seconds = {seconds} is out of range: allowed is at most "
             f"prepare_data.seconds = {params.prepare_data.seconds}, the length of a clip"
         )
-    if clash := sorted(set(params.download_model) & set(params.pretrain.sizes)):
+    if clash := sorted(set(params.download_model) & {"nano-small", "nano-medium"}):
         raise ParamsError(f"download_model.{clash[0]}: this name is of a model in Git")
     if list(params.probe.k_sparse) != sorted(params.probe.k_sparse):
         raise ParamsError(f"probe.k_sparse = {list(params.probe.k_sparse)} must rise")

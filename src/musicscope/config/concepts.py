@@ -95,15 +95,15 @@ class TrainJudge(Section):
     codec: FolderName
     """Model in data/models whose codec makes reconstructions to train and test the judge on."""
     clips: PositiveInt
-    """Rendered train clips per soundfont, of two."""
+    """Rendered train clips per family of sounds, of two."""
     codec_clips: PositiveInt
-    """How many clips per soundfont are also used as codec reconstructions."""
+    """How many clips per family of sounds are also used as codec reconstructions."""
     epochs: PositiveInt
     """Passes over all of them."""
     cross_font_epochs: PositiveInt
-    """Passes of the two controls that train on one soundfont and are tested on the other."""
+    """Passes of the two controls that train on one family of sounds and are tested on the other."""
     test_clips: PositiveInt
-    """Test clips per soundfont."""
+    """Test clips per family of sounds."""
     codec_test_clips: PositiveInt
     """How many of them are also judged as codec reconstructions."""
     pairs: NonNegativeInt

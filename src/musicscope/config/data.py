@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from musicscope.config.schema import Distinct, DistinctOrNone, ParamsError, Section, Text
+from musicscope.config.schema import Distinct, DistinctOrNone, Section, Text
 
 Share = Annotated[float, Field(gt=0, lt=0.5)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,15 @@ class PrepareData(Section):
     """Clips and their labels."""
 
     source: Literal["embedded", "musicbench", "song_describer", "mtg_jamendo", "folder"]
-    """Where clips come from; `embedded` renders compositions from a Python wheel."""
+    """Where clips come from; `embedded` renders compositions from Python wheels."""
     seconds: Annotated[float, Field(ge=0.5, le=60)]
     """Length of each clip in seconds."""
-    timgm6mb_clips: ClipCounts
-    fluidr3mono_test_clips: NonNegativeInt
+    clips: ClipCounts
+    heldout_font_clips: NonNegativeInt
     """Test clips with the held-out soundfont FluidR3Mono."""
     pairs: NonNegativeInt
-    """Matched pairs with TimGM6mb: the same clip, only the target's program changes."""
-    fluidr3mono_pairs: NonNegativeInt
+    """Matched pairs with TimGM6mb and synthesis: only the instrument of one stem changes."""
+    heldout_font_pairs: NonNegativeInt
     """Matched pairs with FluidR3Mono."""
     recordings: Recordings
 
@@ -126,51 +127,50 @@ class DownloadModel(Section):
 
 
 @dataclass(frozen=True)
-class DecoderSize(Section):
-    """Size of one nano decoder."""
+class PretrainShares(Section):
+    """Share of the minutes per phase."""
 
-    width: Annotated[int, Field(ge=8)]
-    """Dimensions of the residual stream."""
-    layers: PositiveInt
-    """Decoder layers."""
-    heads: PositiveInt
-    """Attention heads; must divide the width."""
+    codec: Fraction
+    """Training of the codec."""
+    tokens: Fraction
+    """Mixing and encoding of clips, at most; the decoders do not get what is left."""
+    nano_small: Fraction
+    """Training of nano-small's decoder."""
+    nano_medium: Fraction
+    """Training of nano-medium's decoder."""
+
+
+@dataclass(frozen=True)
+class PretrainCodec(Section):
+    """Settings of the codec's training."""
+
+    adversarial_from: NonNegativeFloat
+    """Progress, 0 to 1, from which a discriminator trains along; above 1: never."""
+    learning_rate: PositiveFloat
+    """Highest learning rate."""
+    average_from: Fraction
+    """Progress from which weights are averaged."""
+    average_decay: Fraction
+    """Decay of that average per step."""
 
 
 @dataclass(frozen=True)
 class Pretrain(Section):
     """Training of the embedded models. Frozen: their weights are in Git."""
 
+    minutes: PositiveFloat
+    """Wall-clock time of all training, on one core or one GPU."""
+    shares: PretrainShares
+    codec: PretrainCodec
+    scenes: PositiveInt
+    """Scenes to render; many clips are mixed from each."""
     clips: PositiveInt
-    """Training clips to render, half with each soundfont."""
-    codec_clips: PositiveInt
-    """How many of them the codec learns from."""
-    codec_steps: PositiveInt
-    """Optimiser steps of the codec."""
-    codebooks: Annotated[int, Field(ge=1, le=16)]
-    """Residual codebooks of the codec."""
-    text_steps: PositiveInt
-    """Optimiser steps of the text encoder."""
-    decoder_steps: PositiveInt
-    """Optimiser steps per decoder; both decoders see the same clips in the same sequence."""
-    guidance_scale: Annotated[float, Field(ge=1, le=20)]
-    """Classifier-free guidance that the models are saved with and generate with by default."""
-    nano_small: DecoderSize
-    nano_medium: DecoderSize
-    judge_clips: Annotated[int, Field(ge=64)]
-    """Clips that the judge of generated audio learns from, each with its codec reconstruction."""
-    generations: Annotated[int, Field(ge=2)]
-    """Generated clips per side (guitar, other families) in the evaluation."""
+    """Clips to encode for the decoders."""
+    codec_batch: PositiveInt
+    """Crops of one second per step of the codec."""
+    decoder_batch: PositiveInt
+    """Clips per step of a decoder."""
+    evidence_clips: Annotated[int, Field(ge=32)]
+    """Held-out clips that the models are measured on."""
     bootstrap: PositiveInt
     """Bootstrap draws per interval."""
-
-    @property
-    def sizes(self) -> dict[str, DecoderSize]:
-        """Decoder size per model."""
-        return {"nano-small": self.nano_small, "nano-medium": self.nano_medium}
-
-    def size(self, model: str) -> DecoderSize:
-        """Decoder size of `nano-small` or `nano-medium`."""
-        if model not in self.sizes:
-            raise ParamsError(f"pretrain makes {', '.join(self.sizes)}, not {model}")
-        return self.sizes[model]

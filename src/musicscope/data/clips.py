@@ -161,7 +161,7 @@ def shard_name(index: int) -> str:
 def main_clips(rows: pd.DataFrame, split: str) -> np.ndarray:
     """Row numbers of the clips of a split that features are learnt or tested on.
 
-    Single clips of all soundfonts except the held-out one: TimGM6mb renderings, or recordings.
+    Single clips of all sounds except the held-out soundfont's: mixed renderings, or recordings.
     """
     wanted = (rows["kind"] == "clip") & (rows["font"] != HELD_OUT_FONT) & (rows["split"] == split)
     return np.flatnonzero(wanted)

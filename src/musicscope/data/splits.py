@@ -13,7 +13,7 @@ import pandas as pd
 
 from musicscope.data.clips import HELD_OUT_FONT, known_labels, main_clips
 
-TRAIN_FONT, HELDOUT_FONT = "timgm6mb", HELD_OUT_FONT
+TRAIN_FONT, HELDOUT_FONT = "mixed", HELD_OUT_FONT
 MAIN = "guitar"
 """The concept of the headline numbers: always probed, and the only one with matched pairs."""
 CLASS_SETS = ("test", "heldout_font")
@@ -91,7 +91,7 @@ def select_concepts(
         elif concept == MAIN:
             raise ValueError(
                 f"train, validation or test has no clip with, or none without, {MAIN}: raise "
-                "prepare_data.timgm6mb_clips (rendered clips) or prepare_data.recordings.limits "
+                "prepare_data.clips (rendered clips) or prepare_data.recordings.limits "
                 "(recordings)"
             )
         else:

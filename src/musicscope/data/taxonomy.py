@@ -1,4 +1,4 @@
-"""Instrument families and the General MIDI programs that belong to them."""
+"""Instrument families, the General MIDI programs that belong to them, and names of keys."""
 
 from __future__ import annotations
 

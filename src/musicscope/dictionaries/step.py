@@ -19,6 +19,9 @@ Cost: one dense product (encode); everything else touches the active latents onl
   latents, so its cost is proportional to their number and it needs no second encode.
 
 int32 indices: half the memory traffic, and the width MKL takes without converting.
+
+On a GPU no step waits for the device, so that kernels queue up: shapes follow from k and B alone,
+and the latents that count as dead are listed only every DEAD_EVERY steps.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ from musicscope.core.distributed import ALONE, Ranks
 from musicscope.dictionaries.core import largest_k
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+DEAD_EVERY = {"cuda": 16}
+"""Type of device -> steps between two lists of dead latents, which each wait for it; else 1."""
 
 RULES: dict[str, Callable[[int, int], Sequence[int]]] = {
     "paper": lambda drawn, models: (drawn,),
@@ -132,11 +138,9 @@ def select(z: Tensor, k: int, activation: str, jump: Jump | None = None) -> Code
         return Codes(crow, columns.reshape(-1).int(), z.gather(1, columns).reshape(-1).relu_())
     if jump is not None:
         return _codes_where(z, z > jump.threshold - jump.bandwidth / 2)
-    flat = z.reshape(-1)
     if z.is_cuda:
-        kth = flat.topk(B * k, sorted=False).values.min()
-    else:
-        kth = torch.as_tensor(np.partition(flat.numpy(), -B * k)[-B * k])
+        return select_of_batch(z, k)
+    kth = torch.as_tensor(np.partition(z.reshape(-1).numpy(), -B * k)[-B * k])
     return _codes_where(z, (z >= kth) & (z > 0))
 
 
@@ -144,6 +148,17 @@ def _codes_where(z: Tensor, chosen: Tensor) -> Codes:
     rows, columns = chosen.nonzero().unbind(1)
     crow = torch.searchsorted(rows, torch.arange(len(z) + 1, device=z.device), out_int32=True)
     return Codes(crow, columns.int(), z[rows, columns])
+
+
+def select_of_batch(z: Tensor, k: int) -> Codes:
+    """`select` for batchtopk in static shapes: B*k entries always, 0 where z is below 0."""
+    B, F = z.shape
+    values, places = z.reshape(-1).topk(B * k, sorted=False)
+    places, order = places.sort()
+    crow = torch.searchsorted(
+        places, torch.arange(0, B * F + 1, F, device=z.device), out_int32=True
+    )
+    return Codes(crow, (places % F).int(), values[order].relu_())
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
@@ -161,7 +176,7 @@ def sum_by_latent(codes: Codes, F: int) -> Callable[[Tensor, Tensor], Tensor]:
     offsets = torch.searchsorted(ordered, ends, out_int32=True)
     counts = codes.crow.diff()
     rows = torch.arange(len(counts), dtype=torch.int32, device=ordered.device)
-    rows = rows.repeat_interleave(counts)[order]
+    rows = rows.repeat_interleave(counts, output_size=len(order))[order]
     return lambda per_row, per_entry: embedding_bag(
         rows, per_row, offsets, mode="sum", per_sample_weights=per_entry[order],
         include_last_offset=True,
@@ -329,6 +344,10 @@ class State:
     scratch: Tensor | None = None
     threshold: Tensor | None = None
     """[F] of JumpReLU"""
+    dead: Tensor | None = None
+    """[n] int64 latents that counted as dead when they were last listed"""
+    dead_age: int = 0
+    """Steps since then."""
 
 
 def initial_state(
@@ -380,7 +399,8 @@ def step(
     The drawn encoder and the decoders that the rule names step; every other weight and its moments
     stay. As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first
     (it could only change the norm), and rows are normalised after the update, so that saved rows
-    have unit norm. Latents that fired for none of the last `dead_after` frames are dead.
+    have unit norm. Latents that fired for none of the last `dead_after` frames are dead; see
+    DEAD_EVERY.
 
     With several `ranks` xs are this rank's equal part of the batch; all end with the same state,
     that of one process with the whole batch but for the order of its sums (batchtopk: and for
@@ -388,8 +408,12 @@ def step(
     """
     weights, aux = state.weights, None
     if dead_after is not None and aux_weight > 0:
-        dead = (state.unfired >= dead_after).nonzero().squeeze(1)
-        aux = Aux(dead, min(aux_k, len(dead)), aux_weight, ranks)
+        every = DEAD_EVERY.get(state.unfired.device.type, 1)
+        if state.dead is None or state.dead_age >= every:
+            state.dead = (state.unfired >= dead_after).nonzero().squeeze(1)
+            state.dead_age = 0
+        state.dead_age += 1
+        aux = Aux(state.dead, min(aux_k, len(state.dead)), aux_weight, ranks)
     shape = (len(xs[0]), len(state.unfired))
     if state.scratch is None or state.scratch.shape != shape:
         state.scratch = xs[0].new_empty(shape)
@@ -421,7 +445,10 @@ def step(
         W_dec = weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
     state.unfired += len(xs[0]) * ranks.size
-    state.unfired[result.codes.columns[result.codes.values > 0].long()] = 0
+    # A minimum, as a boolean index would wait for the device.
+    silent = ~(result.codes.values > 0)  # NaN too
+    since = silent.long() * torch.iinfo(torch.int64).max
+    state.unfired.scatter_reduce_(0, result.codes.columns.long(), since, "amin")
     ranks.minimum_(state.unfired)
     return result
 

@@ -1,6 +1,4 @@
-"""A richer embedded data set: rendered clips with exact labels, by split and family of sounds.
-
-It takes the place of `embedded.midi_set` in prepare_data together with models trained on it.
+"""The embedded data set: rendered clips with exact labels, by split and by family of sounds.
 
 A scene is a window of a piece, rendered stem by stem; CLIPS_PER_SCENE clips are mixed from it. All
 of its clips have one group (its piece), and pieces are split by book. Clips for features are played
@@ -27,16 +25,17 @@ import torch
 from tqdm import tqdm
 
 from musicscope.config import PrepareData
+from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import atomic_file
+from musicscope.core.parallel import follow_parent
 from musicscope.core.seeding import seed_for
+from musicscope.core.stats import auroc
 from musicscope.data import wheel_assets as assets
 from musicscope.data.clips import ClipStore, write_clips
-from musicscope.data.splits import HELDOUT_FONT, MAIN
+from musicscope.data.splits import HELDOUT_FONT, MAIN, TRAIN_FONT
 from musicscope.data.taxonomy import FAMILIES, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.embedded import cue_aurocs, soundfont
-from musicscope.embedded.midi_set.pairs import CUE_SCALE, comparable_cues, imbalance
-from musicscope.embedded.midi_set.render import SAMPLE_RATE
-from musicscope.embedded.pretraining.mixing import (
+from musicscope.embedded.rendering.captions import SINGERS, VOCALS, write_caption
+from musicscope.embedded.rendering.mixing import (
     FADE_SECONDS,
     Mixes,
     Rooms,
@@ -45,7 +44,6 @@ from musicscope.embedded.pretraining.mixing import (
     draw_mixes,
     mix_audio,
 )
-from musicscope.embedded.rendering.captions import SINGERS, VOCALS, write_caption
 from musicscope.embedded.rendering.pieces import Pieces
 from musicscope.embedded.rendering.scenes import (
     Scene,
@@ -54,11 +52,12 @@ from musicscope.embedded.rendering.scenes import (
     render_stem,
     soundfonts,
 )
-from musicscope.embedded.rendering.scores import load_scores, save_scores
+from musicscope.embedded.rendering.scores import load_scores, read_scores, save_scores
+from musicscope.embedded.rendering.soundfonts import SAMPLE_RATE, soundfont
 from musicscope.embedded.rendering.tunes import MUSIC21
 from musicscope.embedded.rendering.voices import load_bank
 
-MIXED = "mixed"
+MIXED = TRAIN_FONT
 SOUNDS = {MIXED: "timgm6mb", HELDOUT_FONT: "fluidr3mono"}
 """Family of sounds -> its soundfont; MIXED also has synthesis."""
 CLIPS_PER_SCENE = 4
@@ -67,6 +66,9 @@ JOB_PAIRS = 20
 """Cues are balanced within each run of so many pairs."""
 CANDIDATES = 6
 """Other instruments per scene of pairs."""
+DRIFT_WEIGHT = 0.01
+CUE_SCALE = np.array([0.15, 0.35, 0.3, 0.45, 0.8, 0.45, 0.25])
+"""Spread of each cue over rendered clips, to bring the seven on one scale."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ class Clip:
 # --- material, loaded once per process --------------------------------------------------------
 
 
-def scores_file() -> Path:
-    """Parsed scores in the user's cache; made on the first call, which takes half a minute."""
+def scores_file(processes: int = 1) -> Path:
+    """Return the parsed scores in the user's cache; the first call takes a minute of one core."""
     path = assets.cache_dir() / f"scores-{MUSIC21.sha256[:8]}{assets.VIZDOOM.sha256[:8]}.npz"
     if not path.exists():
         with atomic_file(path) as temporary:
-            save_scores(temporary)
+            save_scores(temporary, read_scores(processes))
     return path
 
 
@@ -193,6 +195,24 @@ def make_clips(job: Job) -> list[Clip]:
 # --- pairs ------------------------------------------------------------------------------------
 
 
+def comparable_cues(audio: np.ndarray) -> np.ndarray:
+    """Log trivial cues in units of their spread over clips, [n, 7] of audio [n, samples]."""
+    return np.log(trivial_cues(audio, SAMPLE_RATE) + 1e-9) / CUE_SCALE
+
+
+def imbalance(guitar: np.ndarray, other: np.ndarray) -> float:
+    """How far the cues of two sets of clips [n, 7] separate the sets; 0 is not at all.
+
+    The worst and the mean squared distance of a cue's AUROC from a half; the mean difference in
+    the cues' own units settles it while there are few clips and the AUROC is coarse.
+    """
+    above = (guitar[:, None] > other[None]).mean((0, 1)) - 0.5
+    ties = (guitar[:, None] == other[None]).mean((0, 1)) / 2
+    distance = (above + ties) ** 2
+    drift = (guitar - other).mean(0)
+    return float(distance.max() + distance.mean() + DRIFT_WEIGHT * drift @ drift)
+
+
 def make_pairs(job: Job) -> Iterator[tuple[Clip, Clip]]:
     """Yield a (guitar, other) pair of clips per number of the job, in order."""
     pieces, sounds = load_pieces(job.split, job.seed), load_sounds(job.font, job.split)
@@ -227,7 +247,7 @@ def make_pairs(job: Job) -> Iterator[tuple[Clip, Clip]]:
 
 
 def _cues(clips: Sequence[Clip]) -> np.ndarray:
-    return np.stack([comparable_cues(clip.audio) for clip in clips])
+    return comparable_cues(np.stack([clip.audio for clip in clips]))
 
 
 def _leading(scene: Scene, at: int, count: int, rng: np.random.Generator, job: Job) -> Mixes:
@@ -248,13 +268,10 @@ def _leading(scene: Scene, at: int, count: int, rng: np.random.Generator, job: J
 def plan_jobs(config: PrepareData, seed: int) -> list[Job]:
     """Every clip of the data set, in store order."""
     wanted = [
-        *(
-            ("clip", MIXED, s, getattr(config.timgm6mb_clips, s))
-            for s in ("train", "validation", "test")
-        ),
-        ("clip", HELDOUT_FONT, "test", config.fluidr3mono_test_clips),
+        *(("clip", MIXED, s, getattr(config.clips, s)) for s in ("train", "validation", "test")),
+        ("clip", HELDOUT_FONT, "test", config.heldout_font_clips),
         ("pair", MIXED, "test", config.pairs),
-        ("pair", HELDOUT_FONT, "test", config.fluidr3mono_pairs),
+        ("pair", HELDOUT_FONT, "test", config.heldout_font_pairs),
     ]
     size = {"clip": JOB_CLIPS, "pair": JOB_PAIRS}
     return [
@@ -289,9 +306,9 @@ def render_all(
     """Render the whole data set in store order, with a progress bar."""
     jobs = plan_jobs(config, seed)
     total = sum(job.count * (2 if job.kind == "pair" else 1) for job in jobs)
-    scores_file()  # once, before the processes would all make it
+    scores_file(processes)  # once, before the processes would all make it
     bar = tqdm(total=total, desc="rendering", unit="clip")
-    with ProcessPoolExecutor(max(processes, 1)) as pool:
+    with ProcessPoolExecutor(max(processes, 1), initializer=follow_parent) as pool:
         # The slow jobs (pairs) come last in the store and start first.
         started = sorted(range(len(jobs)), key=lambda i: jobs[i].kind != "pair")
         futures = {i: pool.submit(run_job, jobs[i]) for i in started}
@@ -306,6 +323,16 @@ def write_embedded(folder: Path, config: PrepareData, seed: int, processes: int)
     """Render the data set into the clip store at `folder`."""
     samples = round(config.seconds * SAMPLE_RATE)
     write_clips(folder, render_all(config, seed, processes), SAMPLE_RATE, samples)
+
+
+def cue_aurocs(store: ClipStore, rows: np.ndarray) -> dict[str, float]:
+    """AUROC of every trivial cue for guitar against no guitar, over the given rows."""
+    cues = np.concatenate([trivial_cues(store.audio([r]), store.sample_rate) for r in rows])
+    guitar = store.rows[f"has_{MAIN}"].to_numpy()[rows]
+    return {
+        name: auroc(cues[:, i], guitar) if 0 < guitar.sum() < len(guitar) else float("nan")
+        for i, name in enumerate(TRIVIAL_CUES)
+    }
 
 
 def measure(store: ClipStore) -> dict[str, object]:

@@ -189,7 +189,7 @@ def usable_concepts(
     if len(skipped) == len(smallest):
         raise ValueError(
             f"no concept has {least} clips with and {least} without it in validation and test: "
-            "lower match_features.min_clips or raise prepare_data.timgm6mb_clips (rendered clips) "
+            "lower match_features.min_clips or raise prepare_data.clips (rendered clips) "
             "or prepare_data.recordings.limits (recordings)"
         )
     return [c for c in smallest if c not in skipped], skipped

@@ -177,7 +177,7 @@ def repaired_clips(groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
     if 2 * sizes.max() > len(groups):
         raise ValueError(
             f"composition '{names[sizes.argmax()]}' has {sizes.max()} of {len(groups)} clips: "
-            "over half, so they cannot be re-paired to others; raise prepare_data.timgm6mb_clips"
+            "over half, so they cannot be re-paired to others; raise prepare_data.clips"
         )
     line = np.concatenate(
         [rng.permutation(np.flatnonzero(groups == name)) for name in rng.permutation(names)]

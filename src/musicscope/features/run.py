@@ -84,7 +84,7 @@ class Inputs:
         for name in (CHOOSE, REPORT):
             if not len(sets[name]):
                 raise ValueError(
-                    f"no clips in {name}: raise prepare_data.timgm6mb_clips.{name} (rendered "
+                    f"no clips in {name}: raise prepare_data.clips.{name} (rendered "
                     "clips) or prepare_data.recordings.limits (recordings)"
                 )
         return {name: sets[name] for name in (CHOOSE, REPORT, FONT) if len(sets[name])}

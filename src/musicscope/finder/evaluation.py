@@ -97,7 +97,7 @@ def concept_sets(rows: pd.DataFrame, positive: str, negative: str) -> Sets:
         raise ValueError(
             f"{positive!r} has {labels.sum()} train clips, {negative!r} {(~labels).sum()}: at "
             "least two of each are needed; change the query, or raise "
-            "prepare_data.timgm6mb_clips.train"
+            "prepare_data.clips.train"
         )
     if any("split=" in query for query in (positive, negative)):
         return Sets(train, labels, {})

@@ -9,7 +9,6 @@ passes over unknown ones, and makes an empty tokenizer where its files are absen
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +37,8 @@ TOKENIZERS = ("tokenizer.json", "spiece.model")
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 """As accelerate takes it: "auto", or module name to device, "cpu" or "disk"."""
 POINTER = b"version https://git-lfs.github.com/spec/"
+SMALL = 2**26
+"""Bytes of a file below which a lack of memory means a damaged length inside it."""
 RECOMPUTED = re.compile(r"embed_positions\.weights$|rotary_emb\.inv_freq$|position_ids$")
 """Tables in older checkpoints that the library computes by now."""
 RENAMED = (("weight_g", "parametrizations.weight.original0"),
@@ -145,8 +146,12 @@ def read_pickle(path: Path, device: str = "cpu") -> object:
         return torch.load(
             check_file(path), map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # foreign bytes: torch's unpickler raises whatever they lead to
         if isinstance(error, ValueError) and "git-lfs" in str(error):
+            raise
+        if isinstance(error, MemoryError) and path.stat().st_size > SMALL:
             raise
         raise damaged(path, error) from error
 

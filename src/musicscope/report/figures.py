@@ -22,23 +22,18 @@ from musicscope.core.stats import Estimate
 from musicscope.data.splits import CLASS_SETS, HELDOUT_FONT, MAIN, TRAIN_FONT
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.report.metrics import Sources, Tree
+from musicscope.report.sections.probes import REPRESENTATIONS
+from musicscope.report.sections.steering import METHODS
 
 LANGUAGE = {"kl": "KL(original || ablated)", "dce": "rise in cross-entropy"}
 AUDIO = {"change": "D(reconstruction, ablated)", "rise": "rise in D to the clip"}
 """Columns of plots/ablate/<model>.csv of a language model and of an audio model -> titles."""
-REPRESENTATIONS = {
-    "sae": "SAE", "dense": "activations", "logmel": "log-mel", "codec": "codec",
-    "trivial": "trivial", "shuffled": "shuffled",
-}  # fmt: skip
 TEST_SETS = {
     "test": f"unheard compositions, {TRAIN_FONT}",
     "heldout_font": f"unheard compositions, {HELDOUT_FONT} (held out)",
 }
-METHODS = {
-    "sae": "SAE\nlatents", "diff_means": "difference\nof means", "prompt_edit": "prompt\nedit",
-    "random_feature": "random\nlatents", "reseed": "another\nseed",
-}  # fmt: skip
-"""Of steering, as the overview shows them."""
+OVERVIEW = ("sae", "diff_means", "prompt_edit", "random_feature", "reseed")
+"""Methods of steering that the overview shows."""
 LINES = ("-", "--", ":", "-.")
 GRID: dict[str, Any] = {"color": "#dddddd", "lw": 0.7}
 DASHED = {"color": "#555555", "lw": 1, "ls": "--"}
@@ -144,10 +139,11 @@ def overview(sources: Sources, kind: str) -> Figure | None:
         if steered is None:
             continue
         off = steered[(steered["concept"] == MAIN) & (steered["direction"] == "off")]
-        off = off.set_index("method").reindex(METHODS)
+        off = off.set_index("method").reindex(OVERVIEW)
         width = 0.8 / len(sources.models)
         plots.interval_bars(
-            axes[1], list(METHODS.values()), *_interval(off, "success"), colour, name=model,
+            axes[1], [METHODS[m].replace(" ", "\n", 1) for m in OVERVIEW],
+            *_interval(off, "success"), colour, name=model,
             width=width, offset=width * (series - (len(sources.models) - 1) / 2),
         )  # fmt: skip
     if not axes[0].lines:
@@ -267,7 +263,8 @@ def probes(table: pd.DataFrame, title: str) -> Figure:
     table = table[table["concept"] == MAIN].set_index(["set", "representation"])
     sparse = [name for name in table.loc["test"].index if name.startswith("sae_k")]
     middle = "sae_k016" if "sae_k016" in sparse else sparse[-1]
-    labels = {"sae": "SAE", middle: f"SAE k={int(middle[5:])}", **REPRESENTATIONS}
+    labels = {key: label.replace(" ", "\n") for label, key in REPRESENTATIONS}
+    labels = {"sae": labels["sae"], middle: f"SAE k={int(middle[5:])}", **labels}
     names, k = list(labels), [int(name[5:]) for name in sparse]
     figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.4), width_ratios=[1.7, 1], sharey=True)
     sets = [name for name in CLASS_SETS if name in table.index.get_level_values(0)]

@@ -84,8 +84,8 @@ def count_clips(params: Params, given: int | None = None) -> Clips:
     """
     section = params.prepare_data
     if section.source == "embedded":
-        held_out = section.fluidr3mono_test_clips + 2 * section.fluidr3mono_pairs
-        splits = section.timgm6mb_clips
+        held_out = section.heldout_font_clips + 2 * section.heldout_font_pairs
+        splits = section.clips
         number = splits.train + splits.validation + splits.test + held_out + 2 * section.pairs
         rate, train, origin = EMBEDDED_RATE, splits.train, "params.yaml"
     else:
@@ -208,7 +208,9 @@ def _dictionaries(
         encoded = total if stage == "train_crosscoder" else total / len(widths)
         each = step.seconds(section.batch_size, latents, encoded)
         spent = each * (section.samples // section.batch_size) * count
-        hours, note = spent / 3600 / min(params.compute.processes, count), step.note
+        shared = step.note.startswith("cpu") or params.compute.engine != "processes"
+        processes = min(params.compute.processes, count) if shared else 1
+        hours, note = spent / 3600 / processes, step.note
     copies = 2 if stage == "train_sae" else 1  # also in the format of dictionary_learning
     text = f"{what}: {count} x {latents:,} latents, {section.samples:,} frames"
     return Row(stage, text, copies * count * weights, memory, hours, note)
@@ -279,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
         if args.measure:
             model = load_model(shape.name, resolve_device(params.compute.device))
             rates[shape.name] = plan_rates.measure(language_model(model), clips.seconds)
-    step = plan_rates.step_rate(args.results)
+    step = plan_rates.step_rate(args.results, params.compute.device)
     print("\n" + table(rows_of(params, clips, shapes, rates, step)))
     print(
         "\nDVC keeps a second copy of outs in its cache unless `dvc config cache.type` links them "

@@ -13,9 +13,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from musicscope.core.io import read_json
 from musicscope.models.interface import Batch, LanguageModel
 
 FULL_SIZE, EXTRACTION, SAE_STEP = "full_size.json", "extraction.json", "sae_step.json"
+GPU_CHECKS = "gpu-*.json"
+"""Results of benchmarks/gpu_check.py, one file per card."""
 ONE_THREAD = "cpu, 1 threads"
 HEADROOM = 0.1  # of a memory limit: allocators round up and fragment
 
@@ -134,12 +136,14 @@ class StepRate(NamedTuple):
     measured: Mapping[int, float]
     """Latents x width -> seconds per frame, with AuxK."""
     note: str
+    least: float = 0.0
+    """Seconds of the shortest step measured: on a GPU small steps take as long as their launches"""
 
     def seconds(self, batch: int, latents: int, width: float) -> float:
         """Scale the measurement of the nearest product size to a step of `batch` frames."""
         size = latents * width
         near = min(self.measured, key=lambda known: abs(math.log(known / size)))
-        return self.measured[near] * batch * size / near
+        return max(self.least, self.measured[near] * batch * size / near)
 
 
 def batches(rates: Mapping[str, Rate | None], seconds: float, gigabytes: float) -> str:
@@ -167,22 +171,46 @@ def batches(rates: Mapping[str, Rate | None], seconds: float, gigabytes: float) 
 def load(folder: str | Path, shapes: Sequence[Shape], device: str) -> dict[str, Rate | None]:
     """Read rates per model from results of benchmarks, scaled by parameters where necessary.
 
-    None for a model that no measurement can be scaled to. A measurement on `device` (auto, cpu or
-    cuda) takes precedence over other devices.
+    None for a model that no measurement can be scaled to. If anything was measured on `device`
+    (auto, cpu or cuda), other devices give only the memory of models that it did not run.
     """
-    # Not `resolve_device` for cuda: the plan may be for another machine.
-    folder, on_cpu = Path(folder), (resolve_device(device) if device == "auto" else device) == "cpu"
-    full = read_json(folder / FULL_SIZE) if (folder / FULL_SIZE).is_file() else {}
-    names, known = {field.name for field in fields(Rate)}, {}
-    for name, by_device in full.items():
+    folder, on_cpu = Path(folder), _is_cpu(device)
+    names, known, same = {field.name for field in fields(Rate)}, {}, {}
+    for name, by_device in _stored(folder).items():
         entries = {
             key: Rate(**{k: v for k, v in value.items() if k in names})
             for key, value in by_device.items()
         }
-        same = [key for key in entries if key.startswith("cpu") == on_cpu]
         # As stages run: the decoder in float32, one thread per process.
-        known[name] = entries[min(same or entries, key=lambda key: (_unlike(entries[key]), key))]
-    return {shape.name: _rate_of(shape, known, folder) for shape in shapes}
+        best = sorted(entries, key=lambda key: (_unlike(entries[key]), key))
+        here = [key for key in best if key.startswith("cpu") == on_cpu]
+        known[name] = entries[(here or best)[0]]
+        if here:
+            same[name] = known[name]
+    found = {shape.name: _rate_of(shape, same or known, folder) for shape in shapes}
+    for name, rate in found.items():
+        other = known.get(name.rsplit("/", 1)[-1])
+        if rate is not None and other is not None and rate.extract_fixed_bytes is None:
+            memory = {n: getattr(other, n) for n in names if n.endswith("_bytes")}
+            found[name] = replace(rate, **memory)
+    return found
+
+
+def _is_cpu(device: str) -> bool:
+    # Not `resolve_device` for cuda: the plan may be for another machine.
+    return (resolve_device(device) if device == "auto" else device) == "cpu"
+
+
+def _stored(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the fields of all measured `Rate`s, by model and conditions."""
+    found = read_json(folder / FULL_SIZE) if (folder / FULL_SIZE).is_file() else {}
+    for path in sorted(folder.glob(GPU_CHECKS)):
+        for key, measured in read_json(path)["parts"].get("c", {}).get("model", {}).items():
+            if rate := measured.get("extraction", {}).get("rate"):
+                conditions = f"{rate['device']}, {rate['dtype']}"
+                rate = rate | measured.get("ablation", {}).get("rate", {})
+                found.setdefault(key.split()[0], {})[conditions] = rate
+    return found
 
 
 def _unlike(rate: Rate) -> tuple[bool, bool]:
@@ -208,8 +236,15 @@ def _rate_of(shape: Shape, known: Mapping[str, Rate], folder: Path) -> Rate | No
     return Rate(origin, "", rate.clip_seconds, rate.batch_clips, *seconds)
 
 
-def step_rate(folder: str | Path) -> StepRate | None:
-    """Read the training rate of dictionaries from the results of benchmarks/sae_step.py."""
+def step_rate(folder: str | Path, device: str = "cpu") -> StepRate | None:
+    """Read the training rate of dictionaries from benchmarks/sae_step.py or, for cuda, gpu_check.
+
+    On a GPU with TF32, as training runs there. A GPU without results gets the rate of a CPU.
+    """
+    if not _is_cpu(device):
+        for path in sorted(Path(folder).glob(GPU_CHECKS)):
+            if rate := _gpu_step_rate(read_json(path)):
+                return rate
     path = Path(folder) / SAE_STEP
     if not path.is_file():
         return None
@@ -220,6 +255,19 @@ def step_rate(folder: str | Path) -> StepRate | None:
             seconds = value["steps"]["ours_auxk"]["ms"] / 1e3
             measured[width * latents] = seconds / timed["batch"]
     return StepRate(measured, ONE_THREAD) if measured else None
+
+
+def _gpu_step_rate(found: dict[str, Any]) -> StepRate | None:
+    measured, least = {}, []
+    for name, methods in found["parts"].get("d", {}).get("steps", {}).items():
+        if not name.startswith("sae "):
+            continue
+        width, latents, _, batch = (int(part[1:]) for part in name.split()[-4:])
+        if "ms" in (plain := methods.get("ours tf32", {})):
+            least.append(plain["ms"] / 1e3)
+        if "ms" in (auxk := methods.get("ours_auxk tf32", {})):
+            measured[width * latents] = auxk["ms"] / 1e3 / batch
+    return StepRate(measured, f"{found['device']}, TF32", min(least)) if measured else None
 
 
 # --- measuring --------------------------------------------------------------------------------

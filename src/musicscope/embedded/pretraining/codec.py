@@ -2,7 +2,7 @@
 
 Architecture and losses follow EnCodec (Defossez et al., arXiv 2210.13438): multi-resolution mel and
 waveform losses, an STFT discriminator with feature matching, EMA codebooks with revival of unused
-codes. Training starts from an orthogonal lapped transform (`musicscope.embedded.nano.codec_start`).
+codes. Training starts from an orthogonal lapped transform (`pretraining.mdct_start`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
-from musicscope.embedded.nano.codec_start import finish_weights, start_weights
 from musicscope.embedded.pretraining.codec_losses import (
     SAMPLE_RATE,
     STFTDiscriminator,
@@ -27,6 +27,8 @@ from musicscope.embedded.pretraining.codec_losses import (
     mel_loss,
     waveform_loss,
 )
+from musicscope.embedded.pretraining.cuda_graph import Graph
+from musicscope.embedded.pretraining.mdct_start import finish_weights, start_weights
 
 HOP = 320  # samples per frame: 50 frames per second
 CODEBOOK_DECAY = 0.99
@@ -274,8 +276,7 @@ class CodecTrainer:
     """Codec, discriminator, optimisers and running mean; one object that can be saved and resumed.
 
     The schedule follows `progress` in [0, 1], which the caller takes from steps or from time. On a
-    GPU a step is captured once as a CUDA graph: launching its thousands of small kernels one by one
-    takes longer than running them.
+    GPU a step is captured once as a CUDA graph.
     """
 
     def __init__(
@@ -316,7 +317,7 @@ class CodecTrainer:
         # What changes from step to step lies in tensors, because a graph keeps plain numbers.
         self.fade_in, self.follow = self._scalar(0.0), self._scalar(1.0)
         self.step_count = self.adversarial_steps = 0
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]] = {}
+        self.graphs: dict[bool, Graph[dict[str, Tensor]]] = {}
 
     def _scalar(self, value: float) -> Tensor:
         return torch.full((), value, device=self.device)
@@ -362,30 +363,15 @@ class CodecTrainer:
         self.fade_in.fill_(min(self.adversarial_steps / 500, 1.0))
         self.follow.fill_(1 - config.average_decay if progress >= config.average_from else 1.0)
         if self.capturing:
-            if adversarial not in self.graphs:
-                self.graphs[adversarial] = self._capture(audio, adversarial)
-            graph, static_audio, losses = self.graphs[adversarial]
-            static_audio.copy_(audio)
-            graph.replay()
+            if adversarial not in self.graphs:  # the steps that warm it up are steps of training
+                run = partial(self._train, adversarial=adversarial)
+                self.graphs[adversarial] = Graph(run, (audio,))
+            losses = self.graphs[adversarial](audio)
         else:
             losses = self._train(audio, adversarial)
         self.step_count += 1
         self.adversarial_steps += adversarial
         return losses
-
-    def _capture(self, audio: Tensor, adversarial: bool):
-        """Record `_train` as a graph; the steps that warm it up are steps of training."""
-        static_audio = audio.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._train(static_audio, adversarial)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            losses = self._train(static_audio, adversarial)
-        return graph, static_audio, losses
 
     def _train(self, audio: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """Forward, backward and update; nothing here waits for the device."""

@@ -21,8 +21,7 @@ import torch
 from musicscope.core.io import write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.user_outputs import OutputError
-from musicscope.embedded.midi_set.embedded import FONTS, soundfont
-from musicscope.embedded.pretraining.mixing import SceneTable
+from musicscope.embedded.rendering.mixing import SceneTable
 from musicscope.embedded.rendering.pieces import Pieces
 from musicscope.embedded.rendering.scenes import (
     SAMPLE_RATE,
@@ -32,6 +31,7 @@ from musicscope.embedded.rendering.scenes import (
     soundfonts,
 )
 from musicscope.embedded.rendering.scores import load_scores, save_scores
+from musicscope.embedded.rendering.soundfonts import FONTS, soundfont
 from musicscope.embedded.rendering.voices import load_bank
 
 SECONDS = 10.0

@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from musicscope.ablation import language
 from musicscope.ablation.scores import ablation_table, join
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import percentile_interval, resample_weights
-from musicscope.embedded.nano.evaluation import caption_ce, log_mel_distance, si_sdr
 from musicscope.embedded.pretraining import generated_evidence as generated
 from musicscope.embedded.pretraining import music_statistics as music
+from musicscope.embedded.pretraining.codec_quality import log_mel_distance, si_sdr
 from musicscope.embedded.pretraining.count_models import (
     COARSER,
     PREVIOUS,
@@ -46,6 +47,7 @@ from musicscope.models.musicgen.model import MusicgenModel
 
 GENERATION_BATCH = 16
 ABLATION_BATCH = 4
+CROSS_ENTROPY_BATCH = 16
 
 
 # --- clips ---
@@ -144,6 +146,19 @@ def codec_rows(
 
 
 # --- decoder ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def caption_ce(
+    model: MusicgenModel, codes: np.ndarray, captions: list[str | None], name: str
+) -> np.ndarray:
+    """Mean cross-entropy of each clip and codebook, [clips, K] nats."""
+    out = []
+    for i in tqdm(range(0, len(codes), CROSS_ENTROPY_BATCH), desc=name, unit="batch"):
+        part = torch.from_numpy(codes[i : i + CROSS_ENTROPY_BATCH].astype(np.int64))
+        batch = model.with_captions(part, captions[i : i + CROSS_ENTROPY_BATCH])
+        out.append(model.cross_entropy(batch).mean(-1).cpu().numpy())
+    return np.concatenate(out)
 
 
 def wrong_captions(

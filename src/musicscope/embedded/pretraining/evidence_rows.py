@@ -72,8 +72,11 @@ class Row:
         return self._meets(self.value, *ends.get(self.direction or "", (self.low, self.high)))
 
     def as_dict(self) -> dict[str, object]:
-        """All fields, with `verdict` and `estimate_meets`."""
-        return asdict(self) | {"verdict": self.verdict, "estimate_meets": self.estimate_meets}
+        """All fields, the number as an `Estimate`, with `verdict` and `estimate_meets`."""
+        fields = asdict(self)
+        estimate = {part: fields.pop(part) for part in ("value", "low", "high", "n", "unit")}
+        verdicts = {"verdict": self.verdict, "estimate_meets": self.estimate_meets}
+        return {**fields, "estimate": estimate, **verdicts}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import numpy as np
 
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Statistic, auroc, auroc_of
-from musicscope.embedded.nano.evaluation import PROMPT_FORMS
 from musicscope.embedded.pretraining import music_statistics as music
 from musicscope.embedded.pretraining.evidence_rows import (
     TARGETS,
@@ -41,6 +40,16 @@ VOICE_TAGS = {
     "female_vocal": ("female", "female vocal", "female voice", "woman"),
 }
 """Tags of musicnn that name a voice, chosen by their meaning alone; the highest counts."""
+PROMPT_FORMS = (
+    "{}",
+    "a {} melody",
+    "{} music",
+    "{} and drums",
+    "{} leads a mid-tempo tune.",
+    "steady mid-tempo music featuring {}",
+    "slow, sparse {} music",
+    "{} leads a fast tune with bass and drums.",
+)
 SET_SIZE = 32
 """Clips per set in ratios to real against real (`set_distance`): a constant, so that the ratio
 does not depend on how many clips are measured."""
@@ -234,7 +243,7 @@ def classifier_rows(
         rows.append(
             estimate_row(
                 f"classifier.{name}", scored.estimate(boot.n, boot.seed), len(labels),
-                control={"real_against_real": null, "null_low": low, "null_high": high},
+                control={"real_against_real": null, "null_lower_end": low, "null_upper_end": high},
             )
         )  # fmt: skip
     return rows

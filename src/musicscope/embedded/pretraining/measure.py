@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,15 @@ from musicscope.embedded.pretraining.corpus import (
     render_chunk,
 )
 from musicscope.embedded.pretraining.evidence import Clips, evidence_table
-from musicscope.embedded.pretraining.evidence_rows import Bootstrap
-from musicscope.embedded.pretraining.mixing import (
+from musicscope.embedded.pretraining.evidence_rows import Bootstrap, Table
+from musicscope.embedded.rendering.captions import CONCEPTS
+from musicscope.embedded.rendering.mixing import (
     Rooms,
     captions,
     describe,
     draw_mixes,
     mix_audio,
 )
-from musicscope.embedded.rendering.captions import CONCEPTS
 from musicscope.judges.musicnn import load_musicnn
 from musicscope.models.registry import load_model
 
@@ -76,6 +77,29 @@ def held_out_clips(
     )
 
 
+def evidence(
+    folders: Sequence[Path], work: Path, material: Material, count: int, bootstrap: int, seed: int
+) -> Iterator[tuple[str, Table]]:
+    """Yield the name and the table of each model; stems are kept in `work`/stems.
+
+    Args:
+        count: held-out clips; as many of training, and half as many of validation.
+    """
+    stems = work / "stems"
+    stems.mkdir(parents=True, exist_ok=True)
+    parts = [
+        held_out_clips(stems, material, split, clips, seed)
+        for split, clips in (("test", count), ("train", count), ("validation", count // 2))
+    ]
+    prompts = {f: GUITAR_PROMPTS if f == "guitar" else OTHER_PROMPTS for f in PITCHED_FAMILIES}
+    musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
+    for folder in folders:
+        model = load_model(folder)
+        table = evidence_table(model, *parts, musicnn, {}, prompts, Bootstrap(bootstrap, seed))
+        print(f"{folder.name}: {sum(table.seconds.values()):.0f} s", file=sys.stderr)
+        yield folder.name, table
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write one table per model of the folder."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,21 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.models} holds no model: name the folder above the models' folders")
     with new_folder(args.out, inputs={"models": args.models, "--work": args.work}) as out:
         claim_work(args.work)
-        stems = args.work / "stems"
-        stems.mkdir(exist_ok=True)
-        parts = [
-            held_out_clips(stems, material_of(args), split, count, args.seed)
-            for split, count in (
-                ("test", args.clips), ("train", args.clips), ("validation", args.clips // 2),
-            )
-        ]  # fmt: skip
-        prompts = {f: GUITAR_PROMPTS if f == "guitar" else OTHER_PROMPTS for f in PITCHED_FAMILIES}
-        musicnn = load_musicnn(assets.fetch(assets.MUSICNN))
-        for folder in folders:
-            model = load_model(folder)
-            table = evidence_table(model, *parts, musicnn, {}, prompts, Bootstrap(1000, args.seed))
-            table.save(out.scratch / f"{folder.name}.json")
-            print(f"{folder.name}: {sum(table.seconds.values()):.0f} s", file=sys.stderr)
+        found = evidence(folders, args.work, material_of(args), args.clips, 1000, args.seed)
+        for name, table in found:
+            table.save(out.scratch / f"{name}.json")
         print(f"tables: {out.publish()}", file=sys.stderr)
 
 

@@ -35,8 +35,6 @@ from musicscope.core.command_line import Parser, json_object, number, run_progra
 from musicscope.core.io import write_json
 from musicscope.core.seeding import seed_for
 from musicscope.core.user_outputs import new_folder
-from musicscope.embedded.nano.evaluation import code_use, log_mel_distance, si_sdr
-from musicscope.embedded.nano.text_training import TextConfig, train_text_encoder
 from musicscope.embedded.pretraining.codec import (
     SAMPLE_RATE,
     CodecConfig,
@@ -46,6 +44,7 @@ from musicscope.embedded.pretraining.codec import (
     restart_codebooks,
     start_codec,
 )
+from musicscope.embedded.pretraining.codec_quality import code_use, log_mel_distance, si_sdr
 from musicscope.embedded.pretraining.corpus import (
     SAMPLES,
     SCENES_PER_CHUNK,
@@ -62,7 +61,6 @@ from musicscope.embedded.pretraining.decoder import (
     TokenSet,
     encode_captions,
 )
-from musicscope.embedded.pretraining.mixing import Rooms, captions, draw_mixes, mix_audio
 from musicscope.embedded.pretraining.phases import Log, Phase
 from musicscope.embedded.pretraining.saved_models import (
     load_codec,
@@ -71,7 +69,9 @@ from musicscope.embedded.pretraining.saved_models import (
     save_whole,
     start_from,
 )
+from musicscope.embedded.pretraining.text import TextConfig, train_text_encoder
 from musicscope.embedded.rendering.captions import facts, random_description, write_caption
+from musicscope.embedded.rendering.mixing import Rooms, captions, draw_mixes, mix_audio
 from musicscope.embedded.rendering.styles import STYLES
 
 SHARES = {"codec": 0.55, "tokens": 0.08, "nano-small": 0.12, "nano-medium": 0.25}
@@ -434,6 +434,12 @@ def train(args: argparse.Namespace, log: Log) -> None:
 
     Models go to `work`/models; a run that ends before the decoders leaves the codec there.
     """
+    if args.device.startswith("cuda"):
+        # Codes must not depend on the device: float32 products stay float32 outside autocast.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_num_threads(1)
     minutes = {name: share * args.minutes for name, share in {**SHARES, **args.shares}.items()}
     if args.refine:
         make_training_set(args, minutes, None, log)
@@ -460,12 +466,6 @@ def train(args: argparse.Namespace, log: Log) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train everything, or go on with what a former run left."""
     args = parse_arguments(argv)
-    if args.device.startswith("cuda"):
-        # Codes must not depend on the device: float32 products stay float32 outside autocast.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-    else:
-        torch.set_num_threads(1)
     read = {
         "--work": args.work, "--refine": args.refine, "--start": args.start,
         "--codec-start": args.codec_start,

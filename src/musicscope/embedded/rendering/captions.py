@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from musicscope.data.taxonomy import BASS_NAMES, FAMILIES, KEYS, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.captions import MAJOR, MINOR
 
 VOCALS = "vocals"
 SINGERS = ("male", "female")
@@ -15,6 +14,9 @@ CONCEPTS = (*FAMILIES, VOCALS)
 """Everything that can play in a clip; labels are exact for each."""
 TEMPOS = ("slow", "mid-tempo", "fast")
 DENSITIES = ("sparse", "steady", "busy")
+# Krumhansl & Kessler (1982) probe-tone profiles.
+MAJOR = np.array([6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88])
+MINOR = np.array([6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17])
 MODES = tuple(f"{key} {mode}" for key in KEYS for mode in ("major", "minor"))
 
 _FAMILY_WORDS = {

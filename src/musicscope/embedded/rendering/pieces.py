@@ -15,14 +15,14 @@ import numpy as np
 
 from musicscope.core.seeding import seed_for
 from musicscope.embedded.rendering.accompaniment import arrange
+from musicscope.embedded.rendering.compositions import SPLITS, Composition, split_compositions
 from musicscope.embedded.rendering.leads import styles_for
-from musicscope.embedded.rendering.scores import Composition, Scores, compositions
+from musicscope.embedded.rendering.scores import Scores
 from musicscope.embedded.rendering.styles import HELD_OUT_STYLES, TRAIN_STYLES
 from musicscope.embedded.rendering.tunes import BOOK_SPLITS, Tune
 
-SPLITS = compositions.SPLITS
 SPLIT_WINDOW = 10.0
-"""Seconds. As in `embedded.midi_set.embedded`, so that Freedoom's split is the same."""
+"""Seconds; fixed, so that Freedoom's split is the same for every clip length."""
 SHARES: Mapping[str, Mapping[str, float]] = {
     "train": {"tunes": 0.85, "freedoom": 0.15},
     "validation": {"tunes": 0.85, "freedoom": 0.15},
@@ -58,7 +58,7 @@ class Pieces:
             raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
         self.split, self.seed = split, seed
         self.styles = styles or (HELD_OUT_STYLES if split == "test" else TRAIN_STYLES)
-        freedoom = compositions.split_compositions(list(scores.freedoom), seed, SPLIT_WINDOW)
+        freedoom = split_compositions(list(scores.freedoom), seed, SPLIT_WINDOW)
         melodies: dict[str, dict[str, list[Tune]]] = {"tunes": {}, "chorales": {}}
         for tune in scores.tunes:
             if BOOK_SPLITS[tune.book] == split and (

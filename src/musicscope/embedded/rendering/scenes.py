@@ -2,7 +2,7 @@
 
 Instruments are drawn independently of the piece, of its style and of one another, in a register
 drawn the same way for all families. So no instrument is tied to a tune, a style, a register, drums
-or bass. Stems stay apart: `musicscope.embedded.pretraining.mixing` makes many clips from one scene.
+or bass. Stems stay apart: `musicscope.embedded.rendering.mixing` makes many clips from one scene.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from scipy.signal import upfirdn
 
 from musicscope.data.taxonomy import BASS_NAMES, PITCHED_FAMILIES, PROGRAM_NAMES
-from musicscope.embedded.midi_set.compositions import MIN_NOTES, Composition, Part
-from musicscope.embedded.midi_set.render import _DECIMATOR, OVERSAMPLE, SAMPLE_RATE, Synth, rms
 from musicscope.embedded.rendering.captions import VOCALS, estimate_key
+from musicscope.embedded.rendering.compositions import MIN_NOTES, Composition, Part
 from musicscope.embedded.rendering.pieces import Pieces
+from musicscope.embedded.rendering.soundfonts import DECIMATOR, OVERSAMPLE, SAMPLE_RATE, Synth, rms
 from musicscope.embedded.rendering.synthesis import play
 from musicscope.embedded.rendering.timbre import apply_timbre, draw_timbre
 from musicscope.embedded.rendering.voices import Bank, sing
@@ -200,7 +200,7 @@ def render_stem(
         return np.zeros(round(seconds * SAMPLE_RATE), np.float32)
     if rng.random() < TIMBRE_SHARE:
         audio = apply_timbre(audio, draw_timbre(rng, stem.concept), rate)
-    out = upfirdn(_DECIMATOR, audio, down=OVERSAMPLE)[len(_DECIMATOR) // (2 * OVERSAMPLE) :]
+    out = upfirdn(DECIMATOR, audio, down=OVERSAMPLE)[len(DECIMATOR) // (2 * OVERSAMPLE) :]
     out = out[: round(seconds * SAMPLE_RATE)].astype(np.float32)
     return out * np.float32(STEM_RMS / max(rms(out), 1e-9))
 

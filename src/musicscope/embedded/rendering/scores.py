@@ -1,49 +1,23 @@
 """Scores of the embedded data: tunes and Freedoom pieces, in one file, drawn by split.
 
 `read_scores` parses them from the wheels and needs symusic. `load_scores` reads the file that
-`save_scores` wrote and needs only numpy, for machines without symusic and network. Parts and
-compositions are those of `embedded.midi_set.compositions`, whose import survives there too.
+`save_scores` wrote and needs only numpy, for machines without symusic and network.
 The file is not for publication: the encodings of the tune books carry no licence text.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from musicscope.data import wheel_assets as assets
+from musicscope.embedded.rendering.compositions import Composition, Part, load_freedoom
 from musicscope.embedded.rendering.tunes import GRID, MUSIC21, Tune, merge_settings, read_tunes
 
 FORMAT = 1
-
-
-def import_compositions() -> ModuleType:
-    """Import `musicscope.embedded.midi_set.compositions`, also where symusic is not installed.
-
-    That module imports symusic at its top but uses it only to parse MIDI. Without symusic, an
-    empty module takes its name during the import; parsing MIDI then raises TypeError.
-    """
-    name = "musicscope.embedded.midi_set.compositions"
-    missing = name not in sys.modules and importlib.util.find_spec("symusic") is None
-    if missing:
-        sys.modules["symusic"] = ModuleType("symusic")
-        sys.modules["symusic"].Score = None
-    try:
-        return importlib.import_module(name)
-    finally:
-        if missing:
-            del sys.modules["symusic"]
-
-
-compositions = import_compositions()
-Part, Composition = compositions.Part, compositions.Composition
 
 
 @dataclass(frozen=True)
@@ -67,11 +41,14 @@ class Scores:
     """Number of tunes left out by book, because another split has the melody."""
 
 
-def read_scores() -> Scores:
-    """Parse all scores from the wheels of music21 and vizdoom (half a minute; needs symusic)."""
-    tunes, skipped = read_tunes(assets.fetch(MUSIC21))
+def read_scores(processes: int = 1) -> Scores:
+    """Parse all scores from the wheels of music21 and vizdoom (a minute of one core).
+
+    Needs symusic. The result does not depend on the number of processes.
+    """
+    tunes, skipped = read_tunes(assets.fetch(MUSIC21), processes)
     kept, dropped = merge_settings(tunes)
-    freedoom = compositions.load_freedoom(assets.fetch(assets.VIZDOOM))
+    freedoom = load_freedoom(assets.fetch(assets.VIZDOOM))
     return Scores(tuple(kept), tuple(freedoom), dict(skipped), dict(dropped))
 
 
@@ -163,12 +140,10 @@ def load_scores(path: str | Path) -> Scores:
         cut("part_end", np.float64, "part_notes"), cut("part_pitch", np.int64, "part_notes"),
         cut("part_velocity", np.int64, "part_notes"), strict=True,
     )  # fmt: skip
-    parts = iter([compositions.Part(*head, *notes) for head, *notes in columns])
+    parts = iter([Part(*head, *notes) for head, *notes in columns])
     times, bpm = (cut(name, np.float64, "tempo_notes") for name in ("tempo_times", "tempo_bpm"))
     freedoom = tuple(
-        compositions.Composition(
-            group, seconds, tuple(next(parts) for _ in range(count)), times[i], bpm[i]
-        )
+        Composition(group, seconds, tuple(next(parts) for _ in range(count)), times[i], bpm[i])
         for i, (group, seconds, count) in enumerate(header["freedoom"])
     )
     return Scores(tunes, freedoom, header["skipped"], header["dropped"])

@@ -1,6 +1,6 @@
 """Play a part on a synthesised instrument whose parameters are drawn at random.
 
-`musicscope.embedded.midi_set.orchestration` names the families and programs. Every stem draws a new
+`musicscope.data.taxonomy` names the families and programs. Every stem draws a new
 instrument, so that its family is the only thing that stems of one family share. This package needs
 only NumPy and SciPy.
 """

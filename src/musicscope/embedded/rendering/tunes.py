@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -334,32 +335,42 @@ def _abc_texts(archive: zipfile.ZipFile, book: str) -> Iterator[tuple[str, str]]
                 yield (f"{stem}-{int(number[1]):04d}" if number else stem), tune
 
 
-def read_tunes(wheel: str | Path) -> tuple[list[Tune], Counter[str]]:
+def _parse(source: tuple[str, str, str | bytes]) -> Tune | str:
+    """Return the tune of (book, number, content), or the book and reason if it is malformed."""
+    book, number, content = source
+    try:
+        if isinstance(content, bytes):
+            return parse_musicxml(content, number)
+        return parse_abc(content, book, number)
+    except MalformedTune as error:
+        return f"{book}: {error}"
+
+
+def read_tunes(wheel: str | Path, processes: int = 1) -> tuple[list[Tune], Counter[str]]:
     """Read all books and chorales from the music21 wheel, settings of one melody not yet merged.
 
     Returns:
         tunes: in the order of the books.
         skipped: number of unusable tunes by book and reason.
     """
-    tunes: list[Tune] = []
-    skipped: Counter[str] = Counter()
+    sources: list[tuple[str, str, str | bytes]] = []
     with zipfile.ZipFile(wheel) as archive:
         for book in BOOKS:
-            for number, text in _abc_texts(archive, book):
-                try:
-                    tunes.append(parse_abc(text, book, number))
-                except MalformedTune as error:
-                    skipped[f"{book}: {error}"] += 1
+            sources += [(book, number, text) for number, text in _abc_texts(archive, book)]
         for name in sorted(archive.namelist()):
             if name.startswith(f"{CORPUS}bach/") and name.endswith(".mxl"):
                 with zipfile.ZipFile(io.BytesIO(archive.read(name))) as packed:
                     inner = next(n for n in packed.namelist() if re.match(r"[^/]*xml$", n))
-                    data = packed.read(inner)
-                try:
-                    tunes.append(parse_musicxml(data, Path(name).stem))
-                except MalformedTune as error:
-                    skipped[f"{CHORALES}: {error}"] += 1
-    return tunes, skipped
+                    sources.append((CHORALES, Path(name).stem, packed.read(inner)))
+    if processes > 1:  # symusic takes 17 ms per tune, most of it to start abc2midi
+        from musicscope.core.parallel import follow_parent  # loads torch
+
+        with ProcessPoolExecutor(processes, initializer=follow_parent) as pool:
+            found = list(pool.map(_parse, sources, chunksize=64))
+    else:
+        found = list(map(_parse, sources))
+    tunes = [tune for tune in found if isinstance(tune, Tune)]
+    return tunes, Counter(reason for reason in found if isinstance(reason, str))
 
 
 def fingerprints(tune: Tune) -> set[int]:

@@ -31,7 +31,9 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from musicscope.models import checkpoint, missing
@@ -115,8 +117,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], DictConfig]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no weights under best_state; found {sorted(package)}")
     stored = package.get("xp.cfg")
-    content = stored if isinstance(stored, str) else _plain(stored)
-    config = OmegaConf.create(content if isinstance(content, str | dict) else {})
+    try:
+        content = stored if isinstance(stored, str) else _plain(stored)
+        config = OmegaConf.create(content if isinstance(content, str | dict) else {})
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise checkpoint.damaged(path, error) from error
     if not isinstance(config, DictConfig) or not config:
         raise ValueError(f"{path} holds no config under xp.cfg; found {sorted(package)}")
     return dict(weights), config

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musicscope.core.precision import tf32
 from musicscope.models.audiocraft.loading import (
     CODEC_FILE,
     MODEL_FILE,
@@ -28,7 +29,7 @@ from musicscope.models.audiocraft.loading import (
     build_language_model,
 )
 from musicscope.models.interface import Hook
-from musicscope.models.language_model import run_layers
+from musicscope.models.language_model import by_clip, run_layers
 from musicscope.models.musicgen.delay_pattern import (
     Context,
     DelayDecoder,
@@ -99,6 +100,7 @@ class AudiocraftModel(DelayPatternModel):
         return self.lm, self.codec, self.text_encoder
 
     @torch.no_grad()
+    @tf32(False, False)  # rounding would change the codes
     def encode_signal(self, signal: Tensor) -> Tensor:
         codes, scale = self.codec.encode(signal[:, None])
         if scale is not None:
@@ -113,8 +115,10 @@ class AudiocraftModel(DelayPatternModel):
         return self.codec.decode_latent(codes.to(self.device)).transpose(1, 2)
 
     @torch.no_grad()
+    @tf32(False, False)
     def decode(self, codes: Tensor) -> Tensor:
-        return self.codec.decode(codes.to(self.device))[:, 0]
+        parts = by_clip(codes.to(self.device))
+        return torch.cat([self.codec.decode(part)[:, 0] for part in parts])
 
 
 class AudiocraftDecoder(DelayDecoder):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.encodec.modeling_encodec import EncodecResidualVectorQuantizer
 
+from musicscope.core.precision import tf32
 from musicscope.models import checkpoint
 from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch
@@ -174,6 +175,7 @@ class MusicgenModel(DelayPatternModel):
         return (self.hf,)
 
     @torch.no_grad()
+    @tf32(False, False)  # rounding would change the codes
     def encode_signal(self, signal: Tensor) -> Tensor:
         codes = self.hf.audio_encoder.encode(signal[:, None]).audio_codes
         if codes.shape[0] != 1:
@@ -189,6 +191,7 @@ class MusicgenModel(DelayPatternModel):
         return self.hf.audio_encoder.quantizer.decode(codes).transpose(1, 2)
 
     @torch.no_grad()
+    @tf32(False, False)
     def decode(self, codes: Tensor) -> Tensor:
         decode, parts = self.hf.audio_encoder.decode, by_clip(codes.to(self.device))
         return torch.cat([decode(part[None], [None]).audio_values[:, 0] for part in parts])

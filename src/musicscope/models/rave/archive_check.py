@@ -21,6 +21,7 @@ import re
 import tokenize
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def check_archive(path: str | Path) -> None:
             _check_entries(path, archive)
             if torn := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {torn}")
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musicscope.core.audio import spectra, spectral_distance
+from musicscope.core.precision import tf32
 from musicscope.core.seeding import seed_for
 from musicscope.models.interface import AudioBatch, Hook, Hooks, check_audio
 from musicscope.models.rave.archive_check import load_archive
@@ -181,6 +182,7 @@ class RaveModel:
             raise ValueError(f"{self.name} has no {unknown}; it has {known}{notes}")
 
     @torch.no_grad()
+    @tf32(False, False)  # as on a CPU
     def _run(
         self,
         batch: AudioBatch,

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, XcodecModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from musicscope.core.precision import tf32
 from musicscope.models import checkpoint
 from musicscope.models.checkpoint import DeviceMap
 from musicscope.models.interface import Batch, Hooks, check_audio
@@ -246,6 +247,7 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
         return self.with_captions(torch.stack([vocal, instrumental], 1), captions)
 
     @torch.no_grad()
+    @tf32(False, False)  # rounding would change the codes
     def _track(self, audio: Tensor | np.ndarray) -> Tensor:
         """Encode one track [B, n] into codes [B, T] int64, T = ceil(n / 320)."""
         signal = check_audio(audio).to(self.device)
@@ -403,15 +405,18 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
     # ---- codec
 
     @torch.no_grad()
+    @tf32(False, False)
     def codec_latents(self, codes: Tensor) -> Tensor:
         """Look up xcodec's latents [B, T, D] of the instrumental track of codes [B, 2, T]."""
         return self.codec.quantizer.decode(codes[:, 1].to(self.device)[None]).transpose(1, 2)
 
     @torch.no_grad()
+    @tf32(False, False)
     def decode_tracks(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into the audio [B, 2, n] of vocal and instrumental track."""
-        flat = codes.to(self.device).flatten(0, 1)[:, None]
-        return self.codec.decode(flat).audio_values[:, 0].unflatten(0, codes.shape[:2])
+        parts = by_clip(codes.to(self.device).flatten(0, 1)[:, None])
+        audio = torch.cat([self.codec.decode(part).audio_values[:, 0] for part in parts])
+        return audio.unflatten(0, codes.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes [B, 2, T] into audio [B, n], the sum of the tracks (may exceed -1..1)."""

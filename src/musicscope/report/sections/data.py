@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from musicscope.report.elements import Section, Table
-from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain
+import re
+
+from musicscope.core.stats import Estimate
+from musicscope.report.elements import Cell, Section, Table
+from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain, short
 
 SETS = {
-    "clips": "clips, TimGM6mb", "timgm6mb_pairs": "matched pairs, TimGM6mb",
+    "clips": "clips, TimGM6mb and synthesis",
+    "mixed_pairs": "matched pairs, TimGM6mb and synthesis",
     "fluidr3mono_pairs": "matched pairs, FluidR3Mono",
-}  # fmt: skip
-MODEL_ROWS = (
-    ("codec: log-mel distance (dB)", "codec.log_mel_distance_db"),
-    ("codec: SI-SDR (dB)", "codec.si_sdr_db"),
-    ("codec: loss of musicnn's guitar AUROC", "codec.musicnn_guitar_auroc_loss"),
-    ("decoder: cross-entropy (nats per code)", "decoder.ce"),
-    ("control: unigram", "decoder.ce_unigram"),
-    ("control: previous frame", "decoder.ce_previous_frame"),
-    ("wrong minus right caption (nats)", "decoder.caption_gain"),
-    ("generated guitar against other prompts, family judge (AUROC)",
-     "generation.family_judge_guitar_auroc"),
-    ("the same, musicnn (AUROC)", "generation.musicnn_guitar_auroc"),
-)  # fmt: skip
+}
+TERMS = {"si sdr": "SI-SDR", "log mel": "log-mel", "auroc": "AUROC", "kl": "KL"}
+VERDICTS = {True: "met", False: "not met", None: ""}
 
 
 def section(sources: Sources) -> Section:
@@ -28,11 +22,16 @@ def section(sources: Sources) -> Section:
     found = sources.metrics("prepare_data")
     runs = {model: sources.metrics(f"pretrain/{model}") for model in sources.models}
     absent = [] if found else [missing("prepare_data", "prepare_data")]
-    models = None
-    if any(runs.values()):
-        rows = ((label, *(cell(run, key) for run in runs.values())) for label, key in MODEL_ROWS)
-        models = Table("How well the models learned music", ("", *runs), tuple(rows))
-    else:
+    models = []
+    for model, run in runs.items():
+        if rows := get(run, "rows"):
+            models.append(
+                {
+                    "judged": _evidence(f"{model}: measured against its targets", rows, True),
+                    "rest": _evidence(f"{model}: measures without a target", rows, False),
+                }
+            )
+    if not models:
         absent.append(missing("pretrain/<model>", "pretrain"))
     content = {
         "rendered": sources.rendered,
@@ -41,6 +40,45 @@ def section(sources: Sources) -> Section:
         "models": models,
     }
     return Section("data", "Data and models", content, tuple(absent))
+
+
+def measure_name(row: Tree) -> str:
+    """Return the name of a row of evidence as words."""
+    words = row["name"].replace(".", ": ").replace("_", " ")
+    for plain_word, term in TERMS.items():
+        words = re.sub(rf"\b{plain_word}\b", term, words)
+    return words
+
+
+def row_estimate(row: Tree) -> Estimate:
+    """Return the number of a row of evidence with its interval; NaN where unknown."""
+    return Estimate.from_dict(row["estimate"])
+
+
+def target_text(row: Tree) -> str:
+    """Write the target of a row of evidence; empty without one."""
+    if row["target"] is None:
+        return ""
+    if row["direction"] == "within":
+        return " to ".join(short(end, 3) for end in row["target"])
+    return f"{'≥' if row['direction'] == 'at_least' else '≤'} {short(row['target'], 3)}"
+
+
+def _evidence(caption: str, rows: Tree, judged: bool) -> Table | None:
+    """Rows with a target (`judged`) or without one: value, target, verdict, control."""
+    cells = []
+    for row in rows.values():
+        if (row["target"] is not None) == judged:
+            found = row_estimate(row)
+            ends = f"[{plain(found.low)}, {plain(found.high)}] " if found.has_interval else ""
+            controls = (f"{k.replace('_', ' ')} {short(v, 3)}" for k, v in row["control"].items())
+            verdict = [target_text(row), VERDICTS[row["verdict"]]] if judged else []
+            cells.append((
+                measure_name(row), Cell(plain(found.value), ends + found.unit), *verdict,
+                Cell(", ".join(controls), row["note"]),
+            ))  # fmt: skip
+    columns = ("measure", "value", *(("target", "verdict") if judged else ()), "control")
+    return Table(caption, columns, tuple(cells)) if cells else None
 
 
 def _cues(found: Tree) -> Table:

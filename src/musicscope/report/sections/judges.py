@@ -7,7 +7,7 @@ from musicscope.report.metrics import Sources, Tree, cell, get
 
 JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
 SETS = {
-    "timgm6mb": "clips, TimGM6mb", "fluidr3mono": "clips, FluidR3Mono",
+    "mixed": "clips, TimGM6mb and synthesis", "fluidr3mono": "clips, FluidR3Mono",
     "codec": "after the codec", "shuffled": "shuffled labels",
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ def _means(found: Tree) -> Table:
 
 
 def _families(found: Tree) -> Table:
-    """A row per family, a column per judge and set, then the judges trained on one soundfont."""
+    """A row per family; a column per judge and set, then per pair of families of sounds."""
     named = {f"{JUDGES[j]}, {SETS[s]}": get(found, f"{j}.{s}") for j, s in _sets(found)}
     for name, report in sorted((get(found, "cross_font") or {}).items()):
         named[f"trained on {name.replace('_to_', ', tested on ')}"] = report

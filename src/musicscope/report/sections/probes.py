@@ -42,7 +42,7 @@ def _figure(sources: Sources, model: str, slot: str, found: Tree) -> Figure | st
 
 def _table(name: str, found: Tree) -> Table:
     keys = [f"{key}.test.auroc" for _, key in REPRESENTATIONS]
-    keys += ["sae.heldout_font.auroc", "sae.pairs_timgm6mb.accuracy"]
+    keys += ["sae.heldout_font.auroc", "sae.pairs_mixed.accuracy"]
     rows = (
         (
             concept.replace("_", " "),

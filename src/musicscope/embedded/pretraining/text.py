@@ -17,16 +17,6 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from musicscope.core.seeding import seed_for
-from musicscope.data.taxonomy import FAMILIES, KEYS, PROGRAM_NAMES
-from musicscope.embedded.midi_set.captions import density_word, tempo_word
-from musicscope.embedded.midi_set.compositions import Composition
-from musicscope.embedded.midi_set.corpus import describe
-from musicscope.embedded.midi_set.orchestration import draw_plan
-
-TEMPOS = ("slow", "mid-tempo", "fast")
-DENSITIES = ("sparse", "steady", "busy")
-MODES = tuple(f"{k} {m}" for k in KEYS for m in ("major", "minor"))
-PROGRAMS = tuple(p for programs in PROGRAM_NAMES.values() for p in programs)
 
 
 @dataclass(frozen=True)
@@ -41,33 +31,6 @@ class TextConfig:
     steps: int = 900
     batch: int = 96
     learning_rate: float = 1e-3
-
-
-def draw_captions(pieces: list[Composition], count: int, seed: int) -> tuple[list[str], np.ndarray]:
-    """Captions of random plans and what is true of them, bool [count, attributes]."""
-    captions, facts = [], []
-    silent = np.zeros(0, np.float32)
-    rng = np.random.default_rng(seed_for(seed, "captions"))
-    while len(captions) < count:
-        piece = pieces[rng.integers(len(pieces))]
-        try:
-            plan = draw_plan(piece, "timgm6mb", rng)
-        except ValueError:
-            continue
-        clip = describe(piece, plan, silent, np.zeros(len(plan.voices)), 10.0, rng)
-        case = rng.random()
-        text = clip.caption
-        captions.append(text.lower() if case < 0.3 else text.capitalize() if case < 0.4 else text)
-        programs = {v.program for v in plan.voices if v.family in PROGRAM_NAMES}
-        facts.append(
-            [f in plan.families for f in FAMILIES]
-            + [f == plan.target.family for f in FAMILIES]
-            + [p in programs for p in PROGRAMS]
-            + [t == tempo_word(clip.tempo_bpm) for t in TEMPOS]
-            + [d == density_word(clip.density) for d in DENSITIES]
-            + [k == clip.key for k in MODES]
-        )
-    return captions, np.array(facts, bool)
 
 
 def train_tokenizer(captions: Sequence[str], size: int) -> T5Tokenizer:

@@ -1,1 +1,0 @@
-"""The embedded set: pieces, orchestrations, matched pairs, captions, rendered with soundfonts."""
