@@ -1,6 +1,6 @@
 """PNG charts with the same bytes for the same numbers.
 
-Agg canvas, matplotlib's own font, no date or software version in the file. Colours are Okabe and
+Agg canvas, matplotlib's own font, nothing in the file but the picture. Colours are Okabe and
 Ito's (distinct under the common colour-vision deficiencies); bars also carry their value as text
 and lines a marker, so that no reading depends on colour alone.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from musicscope.core.io import atomic_file
 
@@ -48,14 +49,17 @@ def new_figure(
     mpl.rcdefaults()
     mpl.rcParams.update(STYLE)
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
-    """Write a PNG atomically, without matplotlib's version; the report shows the same file."""
+    """Write a PNG atomically, of 256 colours: a third of the bytes."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+        image.quantize(256, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
 
 
 def interval_bars(
