@@ -6,6 +6,7 @@ import argparse
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def listed(key: str, name: str) -> str:
 model_name = functools.partial(listed, "models")
 
 
+def outputs() -> str:
+    """Say what this process wrote in data/, metrics/ and plots/, folders with files and size."""
+    paths = {p for p in io.written if p.parts[0] in ("data", "metrics", "plots") and p.exists()}
+    told = []
+    for path in sorted(p for p in paths if paths.isdisjoint(p.parents)):
+        files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else []
+        size = sum(f.stat().st_size for f in files) / 1e6
+        told.append(f"{path} ({len(files)} files, {size:.1f} MB)" if files else str(path))
+    return ", ".join(told) or "wrote nothing"
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage, alone among processes with the same arguments; errors end in one line.
 
@@ -63,7 +75,9 @@ def run_stage(main: Callable[[], None]) -> None:
 
     def alone() -> None:
         name = "+".join(words).replace("/", "_")[:200]
+        start = time.monotonic()
         with io.sole_user(Path(".dvc/tmp/stages") / name, f"runs {' '.join(words)}"):
             main()
+        print(f"{' '.join(words)}: {time.monotonic() - start:.0f} s; {outputs()}", file=sys.stderr)
 
     command_line.run_program(main if asks or follows else alone)

@@ -137,6 +137,28 @@ def test_a_stage_runs_once_at_a_time_and_other_models_meanwhile():
     assert second.returncode == 130
 
 
+WRITES = """
+import sys
+from musicscope.core import io
+sys.argv = ["probe", "small"]
+from stages import run_stage
+def main():
+    with io.atomic_dir("data/codes") as folder:
+        io.write_json(folder / "a.json", 1)
+        (folder / "b").write_bytes(bytes(1_200_000))
+    io.write_json("metrics/probe.json", 2)
+    io.write_json("elsewhere.json", 3)
+run_stage(main)
+"""
+
+
+def test_a_stage_ends_with_one_line_of_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    text = python(WRITES).communicate(timeout=20)[1]
+    assert text == "probe small: 0 s; data/codes (2 files, 1.2 MB), metrics/probe.json\n"
+
+
 def sources() -> list[Path]:
     return [p for folder in ("src", "stages") for p in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -44,6 +44,10 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, sort_keys=True) + "\n")
 
 
+written: list[Path] = []
+"""What this process has put in its place; a file that is written again is listed again."""
+
+
 def _alive(process: str) -> bool:
     """Tell whether a number may be that of a running process."""
     try:
@@ -73,6 +77,7 @@ def atomic_file(path: str | Path) -> Generator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+        written.append(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -160,6 +165,7 @@ def atomic_dir(path: str | Path) -> Generator[Path]:
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
+        written.append(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -174,6 +180,7 @@ def publish_dir(partial: Path, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     shutil.move(str(partial), str(path))
+    written.append(path)
 
 
 # --- scratch ----------------------------------------------------------------------------------
