@@ -30,7 +30,8 @@ RESULT = "experiments/steering_search.csv"
 MODEL = "nano-small"
 COMMON = (
     "steer.pairs=[]", "steer.validation_prompts=24", "steer.n_prompts=2", "steer.examples=0",
-    "steer.direction_strengths=[0.25,1.0]", "steer.strengths=[0.5,1.0,2.0]", "steer.both_sides=never",
+    "steer.direction_strengths=[0.25,1.0]", "steer.strengths=[0.5,1.0,2.0]",
+    "steer.both_sides=never",
 )  # fmt: skip
 CHANGES = {
     "search-base": (),

@@ -766,7 +766,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
-        steering, headlines, trade_offs, doses, hearing, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
+        steering, headlines, trade_offs, doses, hearing, gaps, costs, joint, search, judges,
+        sae_step, usae_step, extraction, generation,
         full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
         gpu_training,
     )

@@ -42,7 +42,7 @@ def section():
         own, concepts=("guitar", "drums", "piano"), seconds=0.4, n_prompts=100, bootstrap=20,
         pairs=("guitar-off+drums-on", "guitar-off+piano-on"), scores=("effect",),
         strengths=(0.5, 1.0), n_features=(1,), direction_strengths=(0.25, 1.0),
-        validation_prompts=4, gate_features=2, gate_seconds=0.1, examples=1, frechet_budget=1e6,
+        validation_prompts=4, gate_features=2, gate_seconds=0.1, examples=1, distance_budget=1e6,
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_the_stage_finds_the_planted_latents_and_switches_them(world):
             assert methods["sae"]["ce_cost"]["value"] is None
             costs = [methods[m]["spectral_cost"]["value"] for m in ("sae", "reseed")]
             assert costs[0] > costs[1] > 0
-            assert methods["sae"]["frechet"] > 0
+            assert methods["sae"]["distance"]["value"] > 0
             assert set(directions[direction]["chosen"]) == {"sae", "diff_means", "probe_direction"}
             validation = directions[direction]["chosen"]["sae"]["validation"]
             assert validation["ce_cost"] is None

@@ -403,14 +403,30 @@ def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, mo
     assert kept.grounding == pytest.approx(found["grounding"]["guitar"]["auroc"]["value"], rel=1e-5)
     # A cell of the table, from the verdicts of single pieces.
     verdicts = pd.read_parquet("data/steering/tiny/verdicts.parquet")
-    own = verdicts[(verdicts["edit"] == "guitar on") & (verdicts["concept"] == "guitar")]
-    limit = found["thresholds"]["musicnn"]["guitar"]
-    wanted = (own["musicnn"].astype(float) > limit).groupby(own["method"], observed=True).mean()
-    shown = tests[(tests["concept"] == "guitar") & (tests["direction"] == "on")]
-    shown = shown.set_index("method")["success"]
-    assert set(wanted.index) == set(shown.index) | {"plain"}
-    np.testing.assert_allclose(shown, wanted[shown.index] - wanted["reseed"], atol=1e-5)
-    assert (wanted != wanted["reseed"]).any()
+    moved = []
+    for (concept, direction), cell in tests.groupby(["concept", "direction"]):
+        own = verdicts[verdicts["edit"] == f"{concept} {direction}"]
+        means = {}
+        for judge in ("family_judge", "musicnn"):
+            limit = found["thresholds"][judge][concept]
+            heard = own[judge].astype(float)
+            wanted = heard > limit if direction == "on" else heard <= limit
+            by_method = {"heard": heard, "wanted": wanted}
+            means[judge] = pd.DataFrame(by_method).groupby(own["method"], observed=True).mean()
+        cell = cell.set_index("method")
+        assert set(own["method"]) == set(cell.index) | {"plain"}
+        chosen = means["family_judge"].loc[cell.index]
+        again = means["family_judge"].loc["reseed", "wanted"]
+        np.testing.assert_allclose(cell["success_choosing"], chosen["wanted"] - again, atol=1e-5)
+        change = chosen["heard"] - means["family_judge"].loc["plain", "heard"]
+        change *= 1 if direction == "on" else -1
+        np.testing.assert_allclose(cell["change"], change, atol=1e-5)
+        if concept == "guitar":  # the only one that the judge who never chose detects
+            wanted = means["musicnn"]["wanted"]
+            success = wanted[cell.index] - wanted["reseed"]
+            np.testing.assert_allclose(cell["success"], success, atol=1e-5)
+        moved.append(change.abs().max())
+    assert max(moved) > 0.001
     table = pd.read_csv("plots/steer/tiny-search.csv")
     assert (table.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
     talk = pd.read_csv("plots/steer/tiny-crosstalk.csv", index_col=0)
