@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from musicscope.core.audio import spectra, spectral_distance
+from musicscope.core.mmd import paired_mmd
 from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore, known_labels
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.steering import evaluation as ev
-from musicscope.core.mmd import paired_mmd
 from musicscope.steering import search
 from musicscope.steering.conditions import (
     Context,
@@ -154,15 +154,14 @@ def test_ablating_the_planted_latent_takes_its_tone_out_and_leaves_the_rest(cont
         assert steered.spectral[i] == pytest.approx(wanted)
     assert (steered.spectral > 0.05).all()
     # By the judges, too: nothing else changed.
-    scorer = ev.Scorer(
-        tuple(FAMILIES), {"family_judge": dict.fromkeys(FAMILIES, 0.5)}, lambda a, b: 0.0, 20, 1
-    )
+    limits = {"family_judge": dict.fromkeys(FAMILIES, 0.5)}
+    scorer = ev.Scorer(tuple(FAMILIES), limits, {}, None, 20, 1)
     plain, steered = (
         replace(m, probabilities={"family_judge": m.probabilities["family_judge"]})
         for m in (plain, steered)
     )
     found = ev.outcome(scorer, plain, steered, *OFF)
-    assert found["success"]["value"] == 1.0
+    assert found["success_choosing"]["value"] == 1.0
     assert found["others_change"] < 0.01
     assert np.isnan(found["ce_cost"]["value"])
     assert found["spectral_cost"]["value"] == pytest.approx(steered.spectral.mean())
@@ -228,7 +227,7 @@ def test_intervals_resample_groups_of_clips():
     values = np.repeat(np.arange(6.0), 2)
     pieces = {"probabilities": {}, "embeddings": np.zeros((12, 2)), "ce": np.zeros(12),
               "audio": np.zeros((0, 1))}  # fmt: skip
-    scorer = ev.Scorer(("guitar",), {}, lambda a, b: 0.0, 4000, 1)
+    scorer = ev.Scorer(("guitar",), {}, {}, None, 4000, 1)
 
     def estimate(groups) -> Estimate:
         of = scorer.estimates(Measurement(**pieces, groups=groups))

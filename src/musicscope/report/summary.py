@@ -54,12 +54,6 @@ def _steer(direction: str) -> Headline:
     )
 
 
-def _grounding() -> Headline:
-    files = ("steer_full/{model}.json", "steer/{model}.json")
-    at = "grounding.guitar"  # an audio model has no prompts, and may lack clips
-    return Headline("{model}.steer.guitar_grounding", files, f"{at}.auroc", "AUROC", absent=(at,))
-
-
 _SAE, _PROBE = ("train_sae/{model}-{slot}.json",), ("probe/{model}-{slot}.json",)
 _FINDER, _JUDGES = ("find_concept/{model}.json",), ("train_judge.json",)
 _GUITAR = "concepts.guitar"
@@ -101,7 +95,6 @@ HEADLINES: tuple[Headline, ...] = (
              {"shuffled": "musicnn.shuffled.guitar.auroc"}),
     _steer("off"),
     _steer("on"),
-    _grounding(),
 )
 # fmt: on
 

@@ -100,12 +100,17 @@ def open_context(
     section: Steer,
 ) -> Context:  # fmt: skip
     """Open data/models/<model>, the SAE and recipes in these folders, data/clips and data/judge."""
-    loaded = load_model(f"data/models/{model}", device)
+    loaded, judges = load_model(f"data/models/{model}", device), load_judges("data/judge")
+    if not judges.reliability:
+        raise ValueError(
+            "data/judge/reliability.json is missing, and without it no judge has a say: run dvc "
+            "repro -f train_judge"
+        )
     return Context(
         loaded,
         TopKSAE.load(sae, device),
         {concept: load_recipe(recipes, concept) for concept in concepts},
-        load_judges("data/judge"),
+        judges,
         make_subject(loaded, section, seed, ClipStore.open("data/clips")),
         seed,
     )
