@@ -446,8 +446,9 @@ def joint() -> str:
         for name, entry in metrics(f"steer_full/{model}")["joint"].items():
             cells = [estimate(entry[m], "all_wanted", 2)
                      for m in ("sae", "sae_words", "diff_means", "prompt_edit")]  # fmt: skip
-            plain = number(entry["sae"]["all_wanted_plain"], 2)
-            rows.append([f"{model}: {name.replace('+', ', ')}", plain, *cells])
+            cells.insert(0, number(entry["sae"]["all_wanted_plain"], 2))
+            cells = [NOT_JUDGED if cell == "n/a" else cell for cell in cells]
+            rows.append([f"{model}: {name.replace('+', ', ')}", *cells])
     names = [STEERING[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")]
     return table(["both wanted", "unedited", *names], rows)
 

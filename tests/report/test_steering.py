@@ -119,7 +119,7 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
     joint = cells(tables(section)["tiny: several concepts at once"])
     ours = found["joint"]["guitar-off+organ-on"]["sae"]
     row = joint["guitar off, organ on: features"]
-    assert row[1] == Estimate.read(ours["all_wanted"]).text(2)
+    assert row[1] == Estimate.read(ours["all_wanted"]).text(2).replace("n/a", "–")
     assert re.fullmatch(r"guitar \S+ \(\S+\), organ \S+ \(\S+\)", row[2])
     assert [row.split(": ")[1] for row in joint] == [
         METHODS[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")

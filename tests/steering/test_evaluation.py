@@ -172,13 +172,16 @@ def test_a_method_against_itself_and_against_a_worse_one():
     assert 0.2 < gap["low"] < 0.5 < gap["high"]
 
 
-def test_all_fulfilled_must_hold_at_once():
-    plain = measured([0.9, 0.9, 0.1, 0.9], organ=0.2)
-    steered = measured([0.1, 0.9, 0.1, 0.1], organ=0.6)
-    requests = (("guitar", "off"), ("organ", "on"))
+def test_all_fulfilled_must_hold_at_once_by_one_judge_that_never_chose():
+    plain, steered = measured([0.9, 0.9, 0.1, 0.9]), measured([0.1, 0.9, 0.1, 0.1])
+    plain.probabilities["musicnn"][:, 2] = [0.1, 0.1, 0.1, 0.1]
+    steered.probabilities["musicnn"][:, 2] = [0.9, 0.9, 0.9, 0.1]
+    requests = (("guitar", "off"), ("drums", "on"))
     found = ev.all_fulfilled(scorer(), plain, steered, requests)
     assert found["all_wanted_plain"]["value"] == 0.0
-    assert found["all_wanted"]["value"] == 0.75
+    assert found["all_wanted"]["value"] == 0.5
+    unheard = ev.all_fulfilled(scorer(), plain, steered, (("guitar", "off"), ("organ", "on")))
+    assert np.isnan(unheard["all_wanted"]["value"])
 
 
 def test_thresholds_lie_halfway_between_prompts_with_and_without():

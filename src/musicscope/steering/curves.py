@@ -171,15 +171,17 @@ def noise_floor(scorer: Scorer, plains: Sequence[Measurement], concept: str) -> 
     deviation: standard deviation of the change of probability; flipped: share of changed verdicts.
     """
     at, found = scorer.column(concept), {}
-    heard = [m for m in plains if m.again is not None]
+    heard = [(m, m.again) for m in plains if m.again is not None]
     for number, judge in enumerate(plains[0].probabilities):
         threshold = scorer.thresholds[judge][concept]
         if not np.isfinite(threshold) or not heard:
             continue
         found[judge] = {}
         for kind, name in enumerate(AGAIN):
-            second = np.concatenate([m.again[kind, number, :, at] for m in heard])
-            first = np.concatenate([m.probabilities[judge][: m.again.shape[2], at] for m in heard])
+            second = np.concatenate([again[kind, number, :, at] for _, again in heard])
+            first = np.concatenate(
+                [m.probabilities[judge][: again.shape[2], at] for m, again in heard]
+            )
             both = np.isfinite(first) & np.isfinite(second)
             first, second = first[both], second[both]
             flipped = (first > threshold) != (second > threshold)

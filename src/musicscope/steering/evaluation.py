@@ -238,7 +238,7 @@ def distances(
     A piece that is silent in either set leaves both, so both have the same number.
     """
     sounds = np.isfinite(plain.embeddings).all(1) & np.isfinite(steered.embeddings).all(1)
-    groups = np.arange(len(sounds)) if plain.groups is None else plain.groups
+    groups = np.arange(len(plain.ce)) if plain.groups is None else plain.groups
     if scorer.kernel is None or len(set(groups[sounds])) < 2:
         return lambda weights: (np.full(len(weights), np.nan), np.full(len(weights), np.nan))
     sets = (m.embeddings[sounds].astype(float) for m in (plain, steered))
@@ -250,7 +250,7 @@ def harmonic_mean(*parts: np.ndarray) -> np.ndarray:
     """Harmonic mean of shares, each cut to 0..1: 0 where any is 0, NaN where any is unknown."""
     cut = np.clip(np.stack(parts), 0.0, 1.0)
     with np.errstate(divide="ignore"):
-        return len(cut) / (1 / cut).sum(0)
+        return len(cut) / np.reciprocal(cut).sum(0)
 
 
 def outcome(
@@ -337,16 +337,24 @@ def advantage(
 def all_fulfilled(
     scorer: Scorer, plain: Measurement, steered: Measurement, requests: Sequence[Request]
 ) -> dict[str, object]:
-    """Share of samples with every request fulfilled by SPECIFIC_JUDGE, before and after."""
+    """Share of samples with every request fulfilled, before and after.
+
+    Mean over the judges that never choose and have a say on every concept; NaN without any.
+    """
     estimate, fulfilled = scorer.estimates(plain), {}
+    each = [scorer.judges(plain, concept, choosing=False) for concept, _ in requests]
+    judges = [judge for judge in each[0] if all(judge in say for say in each)]
     for name, measured in (("all_wanted_plain", plain), ("all_wanted", steered)):
-        wanted = [
-            _is_wanted(
-                measured.probabilities[SPECIFIC_JUDGE][:, scorer.column(concept)],
-                scorer.thresholds[SPECIFIC_JUDGE][concept],
-                direction,
-            )
-            for concept, direction in requests
-        ]
-        fulfilled[name] = estimate(mean_of(np.all(wanted, axis=0)), "share")
+        by_judge = [
+            np.all([
+                _is_wanted(
+                    measured.probabilities[judge][:, scorer.column(concept)],
+                    scorer.thresholds[judge][concept], direction,
+                )
+                for concept, direction in requests
+            ], axis=0)
+            for judge in judges
+        ]  # fmt: skip
+        shares = np.mean(by_judge, 0) if judges else np.full(len(plain.ce), np.nan)
+        fulfilled[name] = estimate(mean_of(shares), "share")
     return fulfilled

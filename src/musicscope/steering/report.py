@@ -97,6 +97,7 @@ def joint_metrics(result: Result, pair: str) -> dict[str, object]:
     """Per method the share of samples with all requests fulfilled and the costs.
 
     Also success, change and costs per request, fulfilled together and alone, without intervals.
+    Here success is the share with the wanted verdict less that of the unedited pieces.
     """
     metrics: dict[str, object] = {}
     requests = result.requests_of(pair)
