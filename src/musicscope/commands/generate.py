@@ -1,7 +1,7 @@
 """Generate music plain and with concepts switched off or on, with both judges' scores.
 
-    musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
-    musicscope generate --model my-rave --audio song.flac --off guitar
+    musicscope generate --model nano-small --prompt "calm guitar music" --on bass
+    musicscope generate --model my-rave --audio song.flac --on bass
 
 A model that turns audio into audio (RAVE) edits recordings: both sounds are its reconstructions.
 The stages `steer_full` and `steer` learn the concepts. Writes two WAV files and a JSON file with
