@@ -1,6 +1,6 @@
 """Generate the same music twice, as it is and with a concept switched off or on.
 
-    python examples/3_steer.py [--concept guitar] [--on] [--out DIR]
+    python examples/3_steer.py [--concept bass] [--off] [--out DIR]
 
 Uses the difference-of-means direction that the stage `steer_full` learnt, which is in Git for
 nano-small and nano-medium: guitar, drums, bass, brass. Both versions use the same noise. The
@@ -27,8 +27,8 @@ from musicscope.steering.recipes import load_recipe
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default="nano-small", help="nano-small or nano-medium")
-    parser.add_argument("--concept", default="guitar", help="guitar, drums, bass or brass")
-    parser.add_argument("--on", action="store_true", help="switch on instead of off")
+    parser.add_argument("--concept", default="bass", help="guitar, drums, bass or brass")
+    parser.add_argument("--off", action="store_true", help="switch off instead of on")
     parser.add_argument("--prompt", default=None, help="what to generate")
     parser.add_argument("--strength", type=number(), default=0.25, help="times the difference")
     parser.add_argument("--seconds", type=number(above=0), default=3.0)
@@ -42,8 +42,8 @@ def main() -> None:
         sys.exit(f"{error}\nRun from the root of the repository.")
 
     model = load_model(args.model)
-    prompt = args.prompt or f"A calm piece with {'piano' if args.on else args.concept}."
-    direction = recipe.directions["difference"] * args.strength * (1 if args.on else -1)
+    prompt = args.prompt or f"A calm piece with {args.concept if args.off else 'piano'}."
+    direction = recipe.directions["difference"] * args.strength * (-1 if args.off else 1)
 
     def add(activations: Tensor, positions: Tensor) -> Tensor:
         changed = activations.clone()  # [rows, position, d]; a hook must not write into its input
@@ -54,7 +54,7 @@ def main() -> None:
     plain, codes = model.generate([prompt], args.seconds, seed=0)
     steered, changed = model.generate([prompt], args.seconds, seed=0, hooks=hooks)
     args.out.mkdir(parents=True, exist_ok=True)
-    word = f"{args.concept}-{'on' if args.on else 'off'}"
+    word = f"{args.concept}-{'off' if args.off else 'on'}"
     for name, audio in (("plain", plain), (word, steered)):
         path = args.out / f"{args.model}-{name}.wav"
         soundfile.write(path, audio[0].numpy(), model.sample_rate)

@@ -23,7 +23,6 @@ import dvc.api
 import pandas as pd
 
 from benchmarks.records import held_by_git
-from musicscope.config import load_params
 from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import write_text
 
@@ -31,7 +30,8 @@ RESULT = "experiments/steering_search.csv"
 MODEL = "nano-small"
 COMMON = (
     "steer.pairs=[]", "steer.validation_prompts=24", "steer.n_prompts=2", "steer.examples=0",
-    "steer.direction_strengths=[0.5]", "steer.strengths=[0.5,1.0,2.0]", "steer.both_sides=never",
+    "steer.direction_strengths=[0.25,1.0]", "steer.strengths=[0.5,1.0,2.0]",
+    "steer.both_sides=never",
 )  # fmt: skip
 CHANGES = {
     "search-base": (),
@@ -44,7 +44,7 @@ CHANGES = {
     "search-second-layer": ("steer.slot=top2",),
 }
 """Experiment -> what it changes; the base edits 8 latents of layer 1 on the captioned rows."""
-KEPT = ("success", "change", "ce_cost", "frechet_ratio")
+KEPT = ("success_choosing", "change", "ce_cost", "distance")
 
 
 def queue() -> None:
@@ -57,19 +57,20 @@ def queue() -> None:
         )
 
 
-def rows_of(name: str, record: Mapping[str, Any], ce: float, frechet: float) -> list[dict]:
-    """One row a concept and direction of an experiment as `dvc.api.exp_show` gives it; `ce` and
-    `frechet` are the budgets."""
-    head, tail = f"metrics/steer/{MODEL}.json:concepts.", ".chosen.sae.validation.success"
+def rows_of(name: str, record: Mapping[str, Any]) -> list[dict]:
+    """One row a concept and direction of an experiment as `dvc.api.exp_show` gives it."""
+    head, tail = f"metrics/steer/{MODEL}.json:concepts.", ".chosen.sae.validation.success_choosing"
     rows = []
     for key in record:
         if key.startswith(head) and key.endswith(tail):
             wish = key.removeprefix(head).removesuffix(tail)
             concept, direction = wish.rsplit(".", 1)
-            found = {k: _number(record[f"{head}{wish}.chosen.sae.validation.{k}"]) for k in KEPT}
-            kept = abs(found["ce_cost"]) <= ce and found["frechet_ratio"] <= frechet
+            chosen = f"{head}{wish}.chosen.sae"
+            found = {k: _number(record[f"{chosen}.validation.{k}"]) for k in KEPT}
+            within = str(record[f"{chosen}.within_budget"]).lower() == "true"
             at = {"experiment": name, "concept": concept, "direction": direction}
-            rows.append({**at, **found, "within_budget": kept})
+            success = {"success": found.pop("success_choosing")}
+            rows.append({**at, **success, **found, "within_budget": within})
     return rows
 
 
@@ -81,7 +82,6 @@ def _number(value: Any) -> float:
 def table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """The finished experiments of `CHANGES`; a queued one shows its parent's metrics, and stays out
     with a word to stderr."""
-    section = load_params().steer
     rows: list[dict] = []
     for record in records:
         name = record.get("Experiment")
@@ -90,7 +90,7 @@ def table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         if str(record.get("State", "")).lower() in ("queued", "running", "failed"):
             print(f"{name} is {record['State']}: left out", file=sys.stderr)
             continue
-        rows += rows_of(name, record, section.quality_budget, section.frechet_budget)
+        rows += rows_of(name, record)
     found = pd.DataFrame(rows)
     if found.empty:
         sys.exit("no finished experiment: --queue, then dvc exp run --run-all")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def write(
     metrics["training"] = {font: sum(c.count for c in of) for font, of in work.train.items()}
     metrics["training"]["codec"] = sum(len(c.coded) for of in work.train.values() for c in of)
 
-    judges.save("data/judge")
+    replace(judges, reliability=report.reliability(metrics)).save("data/judge")
     table = report.plot_table(metrics)
     write_text("plots/train_judge/auroc.csv", table.to_csv(index=False, float_format="%.6g"))
     write_json("metrics/train_judge.json", metrics)

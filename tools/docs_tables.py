@@ -84,7 +84,7 @@ def capabilities() -> str:
     sae, probe = metrics(f"train_sae/{model}-{slot}"), metrics(f"probe/{model}-{slot}")
     usae, finder = metrics("train_usae"), metrics(f"find_concept/{model}")["sae"]["bass"]
     best = metrics(f"maximize_activation/{model}")["headline"]
-    off = metrics(f"steer_full/{model}")["concepts"]["guitar"]["off"]["methods"]
+    added = metrics(f"steer_full/{model}")["concepts"]["bass"]["on"]["methods"]
     rows = [
         ["Rank layers by ablation", f"KL of layer {chosen}, mean-ablated",
          estimate(ablated[chosen][kind], "kl"), f"weakest inner layer {number(weakest)}"],
@@ -104,10 +104,10 @@ def capabilities() -> str:
         ["Maximise a feature", "activation, as a ratio to the best real clip",
          estimate(best, "heard_reached"),
          f"random direction {number(best['heard_null_reached'])}"],
-        ["Switch a concept off", "share of guitar pieces that lose it",
-         estimate(off["sae"], "success"),
-         f"prompt edit {number(off['prompt_edit']['success'])}, "
-         f"random latents {number(off['random_feature']['success'])}"],
+        ["Switch a concept on", "share of pieces that get bass, less another seed's",
+         estimate(added["sae"], "success"),
+         f"prompt edit {number(added['prompt_edit']['success'])}, "
+         f"random latents {number(added['random_feature']['success'])}"],
     ]  # fmt: skip
     return table(["capability", f"number ({model})", "value [95 %]", "null or control"], rows)
 
@@ -311,15 +311,100 @@ def conditions() -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{model}: {concept} {direction}", entry
 
 
+NOT_JUDGED = "not judged"
+OVER = "no setting within the budget"
+
+
+def outcome(entry: dict[str, Any], method: str, key: str, interval: bool = True) -> str:
+    """Write a number of a method, or why there is none to claim."""
+    of, chosen = entry["methods"][method], entry["chosen"].get(method)
+    if of["not_judged"] and key in ("success", "headline"):
+        return NOT_JUDGED
+    if chosen is not None and not chosen["within_budget"]:
+        return OVER
+    return estimate(of, key, 2) if interval else number(of[key], 2)
+
+
 def steering() -> str:
     """Success of every method by model and condition; intervals for the latents."""
+    ours = ("sae", "sae_words")
+    rows = [
+        [name, *(outcome(entry, m, "success", m in ours) for m in STEERING)]
+        for name, entry in conditions()
+    ]
+    return table(["success", *STEERING.values()], rows)
+
+
+def headlines() -> str:
+    """Harmonic mean of success, what is kept and quality, with its parts for the latents."""
+    others = ("sae_words", "diff_means", "prompt_edit", "random_feature", "random_direction")
+    rows = [
+        [name, outcome(entry, "sae", "headline"),
+         *(outcome(entry, "sae", key, False) for key in ("success", "kept", "quality")),
+         *(outcome(entry, m, "headline", False) for m in others)]
+        for name, entry in conditions()
+    ]  # fmt: skip
+    head = [STEERING["sae"], "its success", "its prompt kept", "its quality"]
+    return table(["headline", *head, *(STEERING[m] for m in others)], rows)
+
+
+def trade_offs() -> str:
+    """Gain within the budget of distance, over whole curves with as many settings per method."""
+    methods, rows = ("sae", "diff_means", "probe_direction"), []
+    for name, entry in conditions():
+        of = entry["curves"]
+        if entry["methods"]["sae"]["not_judged"]:
+            rows.append([name, *[NOT_JUDGED] * 7])
+            continue
+        rows.append([
+            name, *(number(of[m]["area"], 2) for m in methods),
+            *(estimate(of["area_minus"], m, 2) for m in methods[1:]),
+            number(of["sae"]["smoothness"], 2), number(of["sae"]["monotone_share"], 2),
+        ])  # fmt: skip
+    names = [STEERING[m] for m in methods]
+    head = [*(f"area, {n}" for n in names), *(f"latents minus {n}" for n in names[1:])]
+    return table(["", *head, "step of gain (deviation)", "monotone prompts"], rows)
+
+
+def doses() -> str:
+    """Gain per unit of strength on test prompts, against draws of random controls."""
     rows = []
     for name, entry in conditions():
-        of = entry["methods"]
-        cells = [number(of[m]["success"], 2) for m in STEERING]
-        cells[:2] = [estimate(of[m], "success", 2) for m in ("sae", "sae_words")]
+        of = entry["null"]
+        if entry["methods"]["sae"]["not_judged"]:
+            rows.append([name, *[NOT_JUDGED] * 5])
+            continue
+        cells = [estimate(of["sae"], "slope", 2)]
+        for control in ("random_feature", "random_direction"):
+            null = of[control]
+            cells.append(f"{number(null['slope'], 2)} ({number(null['spread'], 2)}, "
+                         f"{number(null['highest'], 2)}; {null['draws']})")  # fmt: skip
+            cells.append(estimate(null, "sae_minus", 2))
         rows.append([name, *cells])
-    return table(["success", *STEERING.values()], rows)
+    head = ["latents"]
+    for control in ("random latents", "random direction"):
+        head += [f"{control}: mean (spread, highest; draws)", f"latents minus {control}"]
+    return table(["gain per strength", *head], rows)
+
+
+def hearing() -> str:
+    """What judges hear in plain music: grounding, and verdicts that change on a second hearing."""
+    rows = []
+    for model in MODELS:
+        of = metrics(f"steer_full/{model}")
+        for concept, found in of["grounding"].items():
+            flipped = ", ".join(
+                f"{judge.replace('_', ' ')} {number(kinds['crop']['flipped'], 2)} / "
+                f"{number(kinds['codec']['flipped'], 2)}"
+                for judge, kinds in of["noise"][concept].items()
+            )
+            alone = ", ".join(
+                f"{judge.replace('_', ' ')} {number(value, 2)}"
+                for judge, value in found.get("judges", {}).items()
+            )
+            rows.append([f"{model}: {concept}", estimate(found, "auroc", 2), alone, flipped])
+    head = ["grounding (AUROC)", "by judge", "verdicts changed by a crop / by the codec"]
+    return table(["", *head], rows)
 
 
 def gaps() -> str:
@@ -330,11 +415,13 @@ def gaps() -> str:
         "random_feature": "random latents",
     }
     with_words = {"prompt_edit": "prompt edit", "diff_means_words": "difference of means and words"}
-    rows = [
-        [name, *(estimate(entry["sae_minus"], m, 2) for m in rivals),
-         *(estimate(entry["sae_words_minus"], m, 2) for m in with_words)]
-        for name, entry in conditions()
-    ]  # fmt: skip
+    rows = []
+    for name, entry in conditions():
+        if entry["methods"]["sae"]["not_judged"]:
+            rows.append([name, *[NOT_JUDGED] * (len(rivals) + len(with_words))])
+            continue
+        rows.append([name, *(estimate(entry["sae_minus"], m, 2) for m in rivals),
+                     *(estimate(entry["sae_words_minus"], m, 2) for m in with_words)])  # fmt: skip
     head = [f"latents minus {name}" for name in rivals.values()]
     return table(["", *head, *(f"latents and words minus {n}" for n in with_words.values())], rows)
 
@@ -342,14 +429,14 @@ def gaps() -> str:
 def costs() -> str:
     """Cost of the same edits."""
     shown = ("sae", "sae_words", "diff_means", "diff_means_words", "prompt_edit", "reseed")
-    keys = {"ce_cost": "+.2f", "frechet": ".1f", "others_change": ".3f"}
+    keys = {"ce_cost": "+.2f", "distance": ".2f", "others_change": ".3f"}
     rows = [
         [name, *(", ".join(format(Estimate.read(e["methods"][m][key]).value, spec)
                            for key, spec in keys.items())
                  for m in shown)]
         for name, e in conditions()
     ]  # fmt: skip
-    return table(["cross-entropy, Fréchet, other families", *(STEERING[m] for m in shown)], rows)
+    return table(["cross-entropy, distance, other families", *(STEERING[m] for m in shown)], rows)
 
 
 def joint() -> str:
@@ -359,8 +446,9 @@ def joint() -> str:
         for name, entry in metrics(f"steer_full/{model}")["joint"].items():
             cells = [estimate(entry[m], "all_wanted", 2)
                      for m in ("sae", "sae_words", "diff_means", "prompt_edit")]  # fmt: skip
-            plain = number(entry["sae"]["all_wanted_plain"], 2)
-            rows.append([f"{model}: {name.replace('+', ', ')}", plain, *cells])
+            cells.insert(0, number(entry["sae"]["all_wanted_plain"], 2))
+            cells = [NOT_JUDGED if cell == "n/a" else cell for cell in cells]
+            rows.append([f"{model}: {name.replace('+', ', ')}", *cells])
     names = [STEERING[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")]
     return table(["both wanted", "unedited", *names], rows)
 
@@ -401,7 +489,7 @@ def judges() -> str:
     rows = []
     for family in (name for name, entry in reports.items() if isinstance(entry, dict)):
         cells = []
-        for judge in ("family_judge", "musicnn"):
+        for judge in ("family_judge", "musicnn", "other_font_judge", "embedding_judge"):
             known = family in of[judge]["codec"]
             cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
         crossed = [
@@ -409,7 +497,9 @@ def judges() -> str:
             for name in ("mixed_to_fluidr3mono", "fluidr3mono_to_mixed")
         ]
         rows.append([family.replace("_", " "), *cells, *crossed])
-    head = ["AUROC, test compositions", "classifier, codec output", "musicnn, codec output"]
+    head = ["AUROC, test compositions", "classifier (chooses), codec output",
+            "musicnn, codec output", "FluidR3Mono classifier, codec output",
+            "embedding distance, codec output"]  # fmt: skip
     fonts = ["classifier of mixed sounds on FluidR3Mono", "FluidR3Mono classifier on mixed sounds"]
     return table([*head, *fonts], rows)
 
@@ -677,7 +767,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
-        steering, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
+        steering, headlines, trade_offs, doses, hearing, gaps, costs, joint, search, judges,
+        sae_step, usae_step, extraction, generation,
         full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
         gpu_training,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
 from musicscope.steering import session
-from musicscope.steering.recipes import load_steering
+from musicscope.steering.recipes import load_recipe, load_steering, save_recipe
 from musicscope.steering.session import Session, Sound, TextInput
 from musicscope.steering.subjects import edit_prompt
 from tests.support.steered import SLOT, StubJudges, make_steerable, other_sae
@@ -149,6 +150,17 @@ def test_both_judges_are_printed_for_what_was_asked_and_the_likeliest_others(fol
         (f for f in family if f not in ("guitar", "organ")), key=lambda f: -max(family[f])
     )
     assert others == most[:3]
+
+
+def test_a_concept_that_the_model_hardly_plays_comes_with_a_warning(folder, capsys):
+    recipes = folder / "data/steering/tiny"
+    held = load_recipe(recipes, "guitar")
+    for grounding, warned in ((None, False), (0.9, False), (0.55, True)):
+        save_recipe(replace(held, grounding=grounding), recipes)
+        capsys.readouterr()
+        cli.main([*BASE, "--on", "guitar", "--out", "out"])
+        assert ("hardly plays guitar on request" in capsys.readouterr().err) == warned, grounding
+    assert made(folder)  # the music is there all the same
 
 
 def test_several_prompts_are_each_what_they_are_alone(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +11,7 @@ import soundfile
 import torch
 
 from musicscope.commands.studio import logic
-from musicscope.steering.recipes import load_sae, load_steering
+from musicscope.steering.recipes import load_recipe, load_sae, load_steering, save_recipe
 from musicscope.steering.session import Session, Sound, TextInput
 from tests.support.steered import StubJudges, make_steerable
 
@@ -56,6 +57,14 @@ def test_a_slider_is_in_units_of_what_was_chosen(folder):
     assert [c.edits for c in steering.concepts] == [c.edits for c in chosen.concepts]
     assert steering.branch == chosen.branch
     assert logic.plan("tiny", two, branch="both")[1].branch == "both"
+
+
+def test_the_page_doubts_a_concept_that_the_model_hardly_plays(folder):
+    assert not [note for note in play().notes if "hardly plays" in note]
+    recipes = folder / "data/steering/tiny"
+    save_recipe(replace(load_recipe(recipes, "guitar"), grounding=0.5), recipes)
+    (note,) = (note for note in play().notes if "hardly plays" in note)
+    assert "grounding 0.50" in note
 
 
 def test_single_features_are_edited_in_units_of_their_usual_value(folder):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from musicscope.core.mmd import Embedded, GaussianKernel
 from musicscope.embedded.pretraining.set_distance import (
-    Embedded,
-    GaussianKernel,
     classify,
     compare,
     frechet_infinity,

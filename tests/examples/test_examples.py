@@ -54,7 +54,7 @@ def test_a_concept_is_found_above_its_null():
 def test_steering_writes_two_different_files(tmp_path):
     result = run("3_steer.py", "--concept", "drums", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    plain, steered = (tmp_path / f"nano-small-{name}.wav" for name in ("plain", "drums-off"))
+    plain, steered = (tmp_path / f"nano-small-{name}.wav" for name in ("plain", "drums-on"))
     assert plain.read_bytes() != steered.read_bytes()
     assert plain.stat().st_size == steered.stat().st_size
 

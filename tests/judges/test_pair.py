@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from musicscope.embedded.clip_set import Job, make_clips
 from musicscope.judges import dataset, training
 from musicscope.judges import pair as judging
 from musicscope.judges import report as judge_report
+from musicscope.judges.embedding_distance import EmbeddingJudge
 from musicscope.judges.instrument_classifier import (
     FamilyJudge,
     FamilyNet,
@@ -97,6 +99,26 @@ def test_saved_judges_are_the_same_and_need_no_wheel(judges, tmp_path, monkeypat
     np.testing.assert_array_equal(loaded.embed(audio), judges.embed(audio))
     with pytest.raises(FileNotFoundError, match="train_judge"):
         judging.load_judges(tmp_path)
+
+
+def test_judges_that_never_choose_are_saved_with_what_they_can_do(judges, tmp_path):
+    labels = np.random.default_rng(0).random((12, len(FAMILIES))) < 0.5
+    embedded = np.random.default_rng(1).standard_normal((12, 200))
+    own = replace(
+        judges, other_font_judge=judges.family_judge,
+        embedding_judge=EmbeddingJudge.fit(embedded, labels),
+        reliability={"musicnn": {"guitar": 0.8}},
+    )  # fmt: skip
+    assert set(judges.predict_all(noise(1))) == set(judging.JUDGES)
+    own.save(tmp_path / "judge")
+    loaded, audio = judging.load_judges(tmp_path / "judge"), noise(2, seed=3)
+    found = loaded.predict_all(audio)
+    assert set(found) == {*judging.CHOOSING, *judging.HELD_OUT}
+    assert not set(judging.CHOOSING) & set(judging.HELD_OUT)
+    for name, values in own.predict_all(audio).items():
+        np.testing.assert_array_equal(found[name], values)
+    assert loaded.reliability == {"musicnn": {"guitar": 0.8}}
+    assert set(loaded.predict(audio)) == set(judging.JUDGES)
 
 
 def without_a_tensor(path):
@@ -325,6 +347,10 @@ def test_the_report_says_what_the_judges_can(report):
     cross = {name: entry["mean_auroc"] for name, entry in metrics["cross_font"].items()}
     assert min(cross["mixed_to_mixed"], cross["fluidr3mono_to_fluidr3mono"]) > 0.9
     assert max(cross["mixed_to_fluidr3mono"], cross["fluidr3mono_to_mixed"]) < 0.7
+    can = judge_report.reliability(metrics)
+    guitar = metrics["family_judge"]["codec"]["guitar"]["auroc"]
+    assert can["family_judge"]["guitar"] == guitar["value"]
+    assert set(can["musicnn"]) == set(judging.TAGS)
     table = judge_report.plot_table(metrics)
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"

@@ -199,16 +199,14 @@ def test_rave_and_musicgen_on_a_folder_of_recordings(tmp_path, monkeypatch):
         assert "prompt_edit" not in methods
         for method in ("sae", "diff_means", "random_feature", "original"):
             numbers = methods[method]
-            judges = [numbers[j] for j in ("family_judge", "musicnn")]
-            shares = [j["success"] for j in judges if j["to_change"]]
-            # A number wherever a judge had the unwanted verdict, which is chance in a random model.
-            success = numbers["success"]["value"]
-            assert (success is None) == (not shares)
-            if shares:
-                assert success == pytest.approx(np.mean(shares))
+            # By judges that detect guitar on codec output; these hardly trained ones may not.
+            assert (numbers["success"]["value"] is None) == numbers["not_judged"]
+            chance = methods["reseed"]["family_judge"]["wanted"]
+            gained = numbers["family_judge"]["wanted"] - chance
+            assert numbers["success_choosing"]["value"] == pytest.approx(gained, abs=1e-5)
             assert numbers["ce_cost"]["value"] is None
             assert np.isfinite(
-                [numbers["change"]["value"], numbers["spectral_cost"]["value"], numbers["frechet"]]
+                [numbers["change"]["value"], numbers["spectral_cost"]["value"]]
             ).all()
         assert methods["sae"]["spectral_cost"]["value"] > 0
     assert steered["skipped"] == 0

@@ -77,7 +77,7 @@ def page(tmp_path_factory) -> str:
     model = {
         "name": LONG, "clips": False, "prompts": "2", "seconds": "3.0", "layer": HOSTILE,
         "joint": None, "players": players, "doses": figure, "advantages": table,
-        **dict.fromkeys(("success", "costs", "cross_talk"), table),
+        **dict.fromkeys(("success", "costs", "curves", "cross_talk"), table),
     }  # fmt: skip
     found = {
         "name": "folded", "numbers": [table], "best": table,

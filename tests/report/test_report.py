@@ -224,7 +224,7 @@ def hostile_sections() -> list[Section]:
     steered = {
         "name": HOSTILE, "clips": True, "prompts": HOSTILE, "seconds": HOSTILE, "layer": HOSTILE,
         "doses": figure, "players": players,
-        **dict.fromkeys(("success", "costs", "joint", "cross_talk", "advantages"), table),
+        **dict.fromkeys(("success", "costs", "curves", "joint", "cross_talk", "advantages"), table),
     }  # fmt: skip
     contents = {
         "data": {

@@ -72,9 +72,8 @@ def run(tiny_musicgen, tmp_path_factory):
     root, context = tmp_path_factory.mktemp("steered"), tiny_context(tiny_musicgen)
     (root / "scratch").mkdir()
     section = type(SECTION)(**{**vars(SECTION), "n_prompts": 2, "examples": 2})
-    spread = lambda a, b: float(np.square(a.mean(0) - b.mean(0)).sum())  # noqa: E731
     learnt = {c: (r, {"gate_auroc": 0.7, "probe_auroc": 0.8}) for c, r in context.recipes.items()}
-    result = steering_search.run(section, lambda: context, root / "scratch", spread, 1, 5)
+    result = steering_search.run(section, lambda: context, root / "scratch", 1, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         names = ("data/steering/tiny", "metrics/steer/tiny.json", "plots/steer/tiny")
@@ -108,7 +107,7 @@ def test_every_method_stands_beside_the_controls_with_its_interval(run):
     cost = cells(tables(section)["tiny: effect and cost"])
     ours = Estimate.read(found["concepts"]["organ"]["on"]["methods"]["sae"]["ce_cost"])
     shown = f"{ours.value:.3f} [{ours.low:.3f}, {ours.high:.3f}]".replace("-", "−")
-    assert cost["organ on: features"][3] == shown
+    assert shown in cost["organ on: features"]
     assert len(cost) == 4 * len(METHODS)
     gaps = cells(tables(section)["tiny: success of features minus success of other methods"])
     assert set(gaps) == set(rows)
@@ -120,7 +119,7 @@ def test_joint_edits_doses_and_cross_talk_are_those_of_the_stage(run):
     joint = cells(tables(section)["tiny: several concepts at once"])
     ours = found["joint"]["guitar-off+organ-on"]["sae"]
     row = joint["guitar off, organ on: features"]
-    assert row[1] == Estimate.read(ours["all_wanted"]).text(2)
+    assert row[1] == Estimate.read(ours["all_wanted"]).text(2).replace("n/a", "–")
     assert re.fullmatch(r"guitar \S+ \(\S+\), organ \S+ \(\S+\)", row[2])
     assert [row.split(": ")[1] for row in joint] == [
         METHODS[m] for m in ("sae", "sae_words", "diff_means", "prompt_edit")

@@ -42,7 +42,7 @@ def section():
         own, concepts=("guitar", "drums", "piano"), seconds=0.4, n_prompts=100, bootstrap=20,
         pairs=("guitar-off+drums-on", "guitar-off+piano-on"), scores=("effect",),
         strengths=(0.5, 1.0), n_features=(1,), direction_strengths=(0.25, 1.0),
-        validation_prompts=4, gate_features=2, gate_seconds=0.1, examples=1, frechet_budget=1e6,
+        validation_prompts=4, gate_features=2, gate_seconds=0.1, examples=1, distance_budget=1e6,
     )  # fmt: skip
 
 
@@ -105,6 +105,24 @@ def test_a_run_beside_another_waits_and_both_end_in_the_same_bytes(world, tmp_pa
     assert [p for p in (tmp_path / ".dvc/tmp/partial").iterdir() if p.suffix != ".lock"] == []
 
 
+def test_a_cell_of_the_table_comes_from_the_verdicts_of_its_pieces(world):
+    """The planted edit moves every piece; a table with shuffled pieces would not say so."""
+    found = read_json(world / OUTS.metrics)
+    path = world / OUTS.folder / "verdicts.parquet"
+    assert path.stat().st_size < 300_000
+    verdicts = pd.read_parquet(path)
+    assert verdicts["other_font_judge"].dtype == np.float16
+    own = verdicts[verdicts["edit"] == "drums off"]
+    limit = found["thresholds"]["other_font_judge"]["drums"]
+    wanted = own["other_font_judge"].astype(float) <= limit
+    shares = wanted.groupby(own["method"], observed=True).mean()
+    methods = found["concepts"]["drums"]["off"]["methods"]
+    for method, one in methods.items():
+        success = shares[method] - shares["reseed"]
+        assert one["success"]["value"] == pytest.approx(success, abs=1e-5), method
+    assert (shares["plain"], shares["sae"], shares["random_feature"]) == (0.0, 1.0, 0.0)
+
+
 def test_the_stage_finds_the_planted_latents_and_switches_them(world):
     found = read_json(world / OUTS.metrics)
     assert found["layer"] == "latent"
@@ -122,7 +140,7 @@ def test_the_stage_finds_the_planted_latents_and_switches_them(world):
             assert methods["sae"]["ce_cost"]["value"] is None
             costs = [methods[m]["spectral_cost"]["value"] for m in ("sae", "reseed")]
             assert costs[0] > costs[1] > 0
-            assert methods["sae"]["frechet"] > 0
+            assert methods["sae"]["distance"]["value"] > 0
             assert set(directions[direction]["chosen"]) == {"sae", "diff_means", "probe_direction"}
             validation = directions[direction]["chosen"]["sae"]["validation"]
             assert validation["ce_cost"] is None
@@ -180,11 +198,13 @@ def test_the_report_shows_clips_and_distances(world):
     assert "prompt edit" not in success.columns
     assert cells(success)["guitar off"][0].startswith("1.00 [")
     costs = tables(page)["tone: effect and cost"]
-    assert costs.columns[4] == "spectral distance"
+    at = costs.columns.index("spectral distance")
     number = read_json(world / OUTS.metrics)["concepts"]["guitar"]["off"]["methods"]["sae"]
     shown = Estimate.read(number["spectral_cost"]).text()
-    assert cells(costs)["guitar off: features"][3] == shown
+    assert cells(costs)["guitar off: features"][at - 1] == shown
     assert "spectral distance" in tables(page)["tone: several concepts at once"].columns
+    curves = tables(page)["tone: whole curves"]
+    assert len(curves.rows) == 4 * 5  # three searched methods and two random controls per request
     assert list(inside(page.content, Players))
 
 

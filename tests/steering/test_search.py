@@ -14,11 +14,13 @@ from tools.import_closure import ROOT
 
 def record(name: str, state: str = "Success", **values: float) -> dict:
     """A row of dvc.api.exp_show."""
-    numbers = {"success": 0.5, "change": 0.1, "ce_cost": -0.2, "frechet_ratio": 2.0, **values}
+    numbers = {"success_choosing": 0.5, "change": 0.1, "ce_cost": -0.2, "distance": 0.1, **values}
+    within = f"metrics/steer/{ss.MODEL}.json:concepts.electric_piano.on.chosen.sae.within_budget"
     head = f"metrics/steer/{ss.MODEL}.json:concepts.electric_piano.on.chosen.sae.validation."
     other = f"metrics/steer/{ss.MODEL}.json:concepts.electric_piano.on.methods.sae.success"
     return {
         "Experiment": name, "State": state, other: 0.9, "seed": 20.0,
+        within: "True" if numbers["distance"] <= 0.2 else False,
         **{head + k: v for k, v in numbers.items()},
     }  # fmt: skip
 
@@ -27,10 +29,10 @@ def test_finished_experiments_stand_in_order_with_what_they_cost(monkeypatch, ca
     monkeypatch.chdir(ROOT)
     found = ss.table([
         {"Experiment": None, "State": None},
-        record("search-guidance", ce_cost=-0.9),
+        record("search-guidance", distance=0.3),
         record("search-closed-loop", "Queued"),
-        record("search-base", success=0.75),
-        record("search-32-latents", frechet_ratio=3.5, success=""),
+        record("search-base", success_choosing=0.75),
+        record("search-32-latents", distance=0.25, success_choosing=""),
         record("another"),
     ])  # fmt: skip
     assert found["experiment"].tolist() == ["search-base", "search-32-latents", "search-guidance"]

@@ -25,8 +25,8 @@ PUSH = 90
 SECTION = SimpleNamespace(
     concepts=("guitar", "organ"), pairs=("guitar-off+organ-on",), strengths=(1.0, 3.0),
     n_features=(2,), scores=("effect",), branches=("conditional",), loops=("open",),
-    direction_strengths=(1.0,), words=True, validation_prompts=2, n_prompts=3,
-    quality_budget=0.1, frechet_budget=9.0, examples=1, bootstrap=30,
+    direction_strengths=(0.5, 2.0), words=True, validation_prompts=2, n_prompts=3,
+    quality_budget=0.1, distance_budget=0.5, examples=1, bootstrap=30,
 )  # fmt: skip
 CHOSEN = {"off": Settings(4.0, 40), "on": Settings(4.0, 4)}
 SLOT = "data/sae/tiny/top1/seed-0"
@@ -46,6 +46,10 @@ class StubJudges:
     """Probabilities out of the levels of bands of the spectrum; musicnn knows three families."""
 
     families = FAMILIES
+    reliability = {"musicnn": dict.fromkeys(FAMILIES, 0.9)}
+
+    def predict_all(self, audio):
+        return self.predict(audio)
 
     def predict(self, audio):
         power = np.abs(np.fft.rfft(audio, axis=1)) ** 2

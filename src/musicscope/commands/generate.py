@@ -1,7 +1,7 @@
 """Generate music plain and with concepts switched off or on, with both judges' scores.
 
-    musicscope generate --model nano-small --prompt "calm guitar music" --off guitar --on brass
-    musicscope generate --model my-rave --audio song.flac --off guitar
+    musicscope generate --model nano-small --prompt "calm guitar music" --on bass
+    musicscope generate --model my-rave --audio song.flac --on bass
 
 A model that turns audio into audio (RAVE) edits recordings: both sounds are its reconstructions.
 The stages `steer_full` and `steer` learn the concepts. Writes two WAV files and a JSON file with
@@ -32,7 +32,7 @@ from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
 from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
-from musicscope.steering.recipes import load_steering, recipe_folder
+from musicscope.steering.recipes import doubts, load_steering, recipe_folder
 from musicscope.steering.session import (
     KINDS,
     MODELS,
@@ -203,6 +203,8 @@ Job = tuple[dict[str, object], str, tuple[Sound, Sound]]
 
 def _steering(args: argparse.Namespace, requests: Mapping[str, str]) -> tuple[str, Steering]:
     check_requests(Path(args.model).name, requests)
+    for doubt in doubts(recipe_folder(Path(args.model).name), requests):
+        print(f"warning: {doubt}", file=sys.stderr)
     schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
     if not 0 <= schedule[0] < schedule[1]:
         raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")

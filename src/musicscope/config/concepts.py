@@ -46,11 +46,11 @@ class Steer(Section):
     loops: Distinct[Literal["open", "closed"]]
     """closed: edit only while a probe on the latents detects something to change."""
     direction_strengths: Distinct[Strength]
-    """Strengths of the difference of means and of the probe direction, in lengths of the
-    difference of means."""
+    """Smallest and largest strength of the difference of means and of the probe direction, in
+    lengths of the difference of means. As many are tried as settings of the latents."""
     words: bool
     """Also try latents and the difference of means on top of the edited prompt, with the first of
-    `n_features` and of `branches`."""
+    `n_features` and of `branches` and every second strength."""
     gate_features: Annotated[int, Field(ge=1, le=4096)]
     """Latents that the probe of the closed loop reads."""
     gate_seconds: Annotated[float, Field(gt=0, le=60)]
@@ -65,20 +65,31 @@ class Steer(Section):
     batch: PositiveInt
     """Prompts generated together."""
     guidance: Annotated[float, Field(gt=1, le=20)]
-    """Scale of classifier-free guidance."""
+    """Scale of classifier-free guidance: that of the models, or the results are of music that
+    nobody hears."""
     quality_budget: PositiveFloat
     """Largest change of the unsteered model's cross-entropy, in nats per code, that a chosen
-    setting may cause. Audio models have no cross-entropy: only `frechet_budget` binds them."""
-    frechet_budget: PositiveFloat
-    """Largest Frechet distance from unedited music of a chosen setting, in multiples of the
-    distance that other noise alone gives. For an audio model: or its codec, if that gives more."""
+    setting may cause. Audio models have no cross-entropy: only `distance_budget` binds them."""
+    distance_budget: PositiveFloat
+    """Largest distance from unedited music of a chosen setting: MMD^2 of musicnn's embeddings,
+    unbiased, so that other noise alone gives 0 on average. Methods are compared up to it."""
     examples: NonNegativeInt
     """Clips per concept, direction and pair whose audio is kept."""
     bootstrap: PositiveInt
     """Bootstrap draws over prompts per interval."""
 
     def check(self, section: str) -> None:
-        """Raise ParamsError, which names keys under `section`, for pairs of unknown concepts."""
+        """Raise ParamsError, which names keys under `section`.
+
+        For pairs of unknown concepts, and for one strength of directions where latents have many.
+        """
+        settings = len(self.strengths) * len(self.n_features) * len(self.scores) * len(self.loops)
+        if settings > 1 and len(self.direction_strengths) < 2:
+            raise ParamsError(
+                f"{section}.direction_strengths = {list(self.direction_strengths)}: give the "
+                f"smallest and the largest, so that directions try {settings} strengths, as many "
+                "as latents try settings"
+            )
         for pair in self.pairs:
             named = [part.rsplit("-", 1)[0] for part in pair.split("+")]
             if len(set(named)) < len(named) or not set(named) <= set(self.concepts):

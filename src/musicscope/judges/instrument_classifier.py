@@ -1,9 +1,9 @@
 """A small CNN that detects the instrument families in a clip, trained on rendered audio only.
 
-The second judge of generated music beside musicnn. Its labels are exact, but soundfonts are its
-only sounds: it is trained on two of them and on their codec reconstructions, and made invariant to
-level, spectral tilt and gaps. It is never trained on generated audio, and must never choose
-features.
+Its labels are exact, but soundfonts are its only sounds: it is trained on two of them and on their
+codec reconstructions, and made invariant to level, spectral tilt and gaps. It is never trained on
+generated audio. Its train clips are those that recipes and SAEs are learnt on, and it chooses the
+settings of steering; so `pair.HELD_OUT` has judges that choose nothing.
 """
 
 from __future__ import annotations

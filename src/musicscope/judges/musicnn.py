@@ -2,7 +2,8 @@
 
 The weights (MTT_musicnn, 792,079 numbers, 50 tags of MagnaTagATune, ISC licence, Jordi Pons 2019)
 are read from the TensorFlow-1 checkpoint inside the PyPI wheel; TensorFlow is not needed. The
-network shares nothing with the models under study, and it must never choose features.
+network shares nothing with the models under study. Its tags choose nothing; distances between sets
+of its embeddings bound the damage that an edit may do.
 
 Differences from the original package: float32 throughout (its float16 mel overflows on loud
 audio); one loudness (a plucked string scores .31 to .67 for guitar by level alone); silence gated

@@ -1,21 +1,30 @@
-"""The two judges of generated music as one object, and the distance between two sets of clips.
+"""The judges of generated music as one object, and the distance between two sets of clips.
 
-The judges share nothing with the models under study nor with each other: musicnn is trained on
-recordings with listeners' tags, the family judge on renderings with exact labels. Neither chooses
-features. metrics/train_judge.json says how far to trust them: means over many clips show the
-direction of a change; for most families a single clip is little better than a guess.
+One judge chooses, the others never do. `CHOOSING`, a classifier of rendered clips, picks settings
+of steering on validation prompts. `HELD_OUT` judges only report: musicnn, trained on recordings
+with listeners' tags; a classifier that heard only the soundfont that no recipe is learnt on; and
+the distance to centroids in musicnn's embedding. What they share with what they judge: the choosing
+classifier and the centroids know the compositions and the codec that recipes are learnt on; the
+centroids also know musicnn's network.
+
+metrics/train_judge.json says how far to trust them. Where a judge's AUROC on codec output is below
+`FIT`, it has no say. Means over many clips show the direction of a change; for most families a
+single clip is little better than a guess.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
 
-from musicscope.core.io import atomic_dir
+from musicscope.core.io import atomic_dir, read_json, write_json
+from musicscope.judges.embedding_distance import EmbeddingJudge, load_embedding_judge
 from musicscope.judges.instrument_classifier import FamilyJudge, load_family_judge
 from musicscope.judges.musicnn import Musicnn, check_audio, silent, whole
 from musicscope.models.checkpoint import read_safetensors
@@ -34,6 +43,11 @@ TAGS: dict[str, tuple[str, ...]] = {
 """Family -> tags of musicnn, chosen by their meaning alone; the highest counts. Other families have
 no tag."""
 JUDGES = ("family_judge", "musicnn")
+"""Judges that `generate` and the studio show."""
+CHOOSING = ("family_judge",)
+HELD_OUT = ("musicnn", "other_font_judge", "embedding_judge")
+FIT = 0.7
+"""Least AUROC on codec output of a judge whose verdict on a family counts."""
 
 
 def family_probabilities(
@@ -49,10 +63,15 @@ def family_probabilities(
 
 @dataclass(frozen=True)
 class Judges:
-    """Both judges. All audio is float [n, samples], 16 kHz, mono; level has no effect."""
+    """All judges. All audio is float [n, samples], 16 kHz, mono; level has no effect."""
 
     family_judge: FamilyJudge
     musicnn: Musicnn
+    other_font_judge: FamilyJudge | None = None
+    """Trained on the soundfont of the held-out clips alone."""
+    embedding_judge: EmbeddingJudge | None = None
+    reliability: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Judge -> family -> AUROC on codec output of test compositions."""
     _last: dict[bytes, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -74,6 +93,15 @@ class Judges:
             "musicnn": family_probabilities(tags, self.musicnn.tags, self.families),
         }
 
+    def predict_all(self, audio: np.ndarray) -> dict[str, np.ndarray]:
+        """Predict as `predict`, by the judges of `HELD_OUT` too as far as they are there."""
+        found = self.predict(audio)
+        if self.other_font_judge is not None:
+            found["other_font_judge"] = self.other_font_judge.predict(audio)
+        if self.embedding_judge is not None:
+            found["embedding_judge"] = self.embedding_judge.predict(self.embed(audio))
+        return found
+
     def embed(self, audio: np.ndarray) -> np.ndarray:
         """Compute musicnn's penultimate layer, float32 [n, 200]; NaN for silent clips."""
         return self._tags(audio)[1]
@@ -88,9 +116,14 @@ class Judges:
         return self._last[key]
 
     def save(self, folder: str | Path = FOLDER) -> None:
-        """Write family_judge/ and musicnn.safetensors, all or nothing."""
+        """Write every judge and reliability.json, all or nothing."""
         with atomic_dir(folder) as temporary:
             self.family_judge.save(temporary / "family_judge")
+            if self.other_font_judge is not None:
+                self.other_font_judge.save(temporary / "other_font_judge")
+            if self.embedding_judge is not None:
+                self.embedding_judge.save(temporary / "embedding_judge.safetensors")
+            write_json(temporary / "reliability.json", self.reliability)
             weights = {name: value.contiguous() for name, value in self.musicnn.weights.items()}
             save_file(weights, temporary / "musicnn.safetensors")
 
@@ -105,7 +138,15 @@ def load_judges(folder: str | Path = FOLDER) -> Judges:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run dvc repro train_judge")
     musicnn = whole(read_safetensors(path), f"{path}", "run dvc repro -f train_judge")
-    return Judges(load_family_judge(folder / "family_judge"), musicnn)
+    family_judge = load_family_judge(folder / "family_judge")
+    more: dict[str, Any] = {}
+    if (folder / "reliability.json").is_file():
+        more["reliability"] = read_json(folder / "reliability.json")
+    if (folder / "other_font_judge").is_dir():
+        more["other_font_judge"] = load_family_judge(folder / "other_font_judge")
+    if (path := folder / "embedding_judge.safetensors").is_file():
+        more["embedding_judge"] = load_embedding_judge(path, family_judge.families)
+    return Judges(family_judge, musicnn, **more)
 
 
 # --- distance of two sets ---------------------------------------------------------------------

@@ -14,9 +14,10 @@ from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.judges.musicnn import silent
-from musicscope.judges.pair import JUDGES, TAGS
+from musicscope.judges.pair import CHOOSING, HELD_OUT, TAGS
 from musicscope.judges.training import FONTS, Predictions, gather
 
+ALL = (*CHOOSING, *HELD_OUT)
 SETS = (*FONTS, "codec_source", "codec")
 """Test clips per soundfont; the clips that go through the codec, before and after it."""
 
@@ -73,7 +74,7 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metri
     permuted = stats.permute_labels(
         single.labels, single.groups, seed_for(seed, "train_judge", "null")
     )
-    for judge in JUDGES:
+    for judge in (j for j in ALL if j in single.scores):
         entry = {name: scored(sets[name], judge) for name in SETS if name in sets}
         entry["shuffled"] = scored(replace(single, labels=permuted), judge)
         if "pairs" in sets:
@@ -84,6 +85,21 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metri
         f"{font}_to_{test}": scored(sets[test], font) for font in FONTS for test in FONTS
     }
     return numbers
+
+
+def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
+    """Judge -> family -> AUROC on codec output, from the numbers of `measure`.
+
+    Without clips through the codec, on the clips of the training soundfont.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for judge in (j for j in ALL if j in metrics):
+        report = metrics[judge].get("codec") or metrics[judge][FONTS[0]]
+        found[judge] = {
+            family: entry["auroc"]["value"]
+            for family, entry in report.items() if isinstance(entry, dict)
+        }  # fmt: skip
+    return found
 
 
 def pair_report(
@@ -105,7 +121,8 @@ def pair_report(
 
 def plot_table(metrics: Metrics) -> pd.DataFrame:
     """Tabulate AUROC with intervals: one row per judge, set and family."""
-    reports = [(judge, name, r) for judge in JUDGES for name, r in metrics[judge].items()]
+    judges = [judge for judge in ALL if judge in metrics]
+    reports = [(judge, name, r) for judge in judges for name, r in metrics[judge].items()]
     reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]
     return pd.DataFrame(
         [

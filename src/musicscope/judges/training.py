@@ -1,4 +1,4 @@
-"""Train the instrument classifier and its two cross-font controls; run all judges on test clips."""
+"""Train the instrument classifiers and the centroids; run all judges on test clips."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ from musicscope.judges.dataset import (
     plan_chunks,
     read_chunk,
 )
+from musicscope.judges.embedding_distance import EmbeddingJudge, load_embedding_judge
 from musicscope.judges.instrument_classifier import (
     FamilyJudge,
     JudgeConfig,
     load_family_judge,
     train_family_judge,
 )
-from musicscope.judges.musicnn import load_musicnn
+from musicscope.judges.musicnn import SAMPLE_RATE, Musicnn, load_musicnn
 from musicscope.judges.pair import Judges
 
 FONTS = (TRAIN_FONT, HELD_OUT_FONT)
 BOTH = "both"
 PAIR_CHUNK = 20
+CENTROIDS = "embedding_judge.safetensors"
+EMBEDDED_SECONDS = 3
+"""Middle part of a clip that the centroids know, as long as steered pieces; musicnn is slow."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Predictions:
     name: str
     """A key of `report.SETS`, or "pairs"."""
     scores: Mapping[str, np.ndarray]
-    """"family_judge", "musicnn" and one name per font -> probabilities [n, F]"""
+    """Judge, or font whose classifier it is -> probabilities [n, F]"""
     labels: np.ndarray
     groups: np.ndarray
     pairs: np.ndarray
@@ -114,10 +118,28 @@ def train_network(inputs: Inputs, network: Network) -> str:
 
 
 @functools.lru_cache(maxsize=1)
+def open_musicnn(wheel: Path) -> Musicnn:
+    """Load musicnn, once per process."""
+    return load_musicnn(wheel)
+
+
+def embed_chunk(inputs: Inputs, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Embed the codec reconstructions of a train chunk: [m, 200], and their labels [m, F]."""
+    torch.set_num_threads(1)
+    data = read_chunk(inputs, chunk)
+    length = min(data.codec.shape[1], EMBEDDED_SECONDS * SAMPLE_RATE)
+    first = (data.codec.shape[1] - length) // 2
+    audio = data.codec[:, first : first + length]
+    return open_musicnn(inputs.musicnn).predict(audio)[1], data.labels[data.coded]
+
+
+@functools.lru_cache(maxsize=1)
 def open_judges(scratch: Path, musicnn: Path) -> tuple[dict[str, FamilyJudge], Judges]:
-    """Load the three classifiers by name, and the pair of judges, once per process."""
+    """Load the three classifiers by name, and all judges, once per process."""
     trained = {name: load_family_judge(scratch / name) for name in (BOTH, *FONTS)}
-    return trained, Judges(trained[BOTH], load_musicnn(musicnn))
+    centroids = load_embedding_judge(scratch / CENTROIDS, trained[BOTH].families)
+    judges = Judges(trained[BOTH], open_musicnn(musicnn), trained[HELD_OUT_FONT], centroids)
+    return trained, judges
 
 
 def predict(inputs: Inputs, job: Chunk | tuple[int, ...]) -> list[Predictions]:
@@ -127,12 +149,14 @@ def predict(inputs: Inputs, job: Chunk | tuple[int, ...]) -> list[Predictions]:
     if isinstance(job, tuple):
         store, rows = open_clips(inputs.clips), list(job)
         groups, pairs = (store.rows[c].iloc[rows].to_numpy(str) for c in ("group", "pair_id"))
-        scores = judges.predict(store.audio(rows))
+        scores = judges.predict_all(store.audio(rows))
         return [Predictions("pairs", scores, labels_of(store, rows), groups, pairs)]
     data = read_chunk(inputs, job)
 
     def scores_of(audio: np.ndarray) -> dict[str, np.ndarray]:
-        return judges.predict(audio) | {font: trained[font].predict(audio) for font in FONTS}
+        scores = judges.predict_all(audio)
+        own = {HELD_OUT_FONT: scores["other_font_judge"]}
+        return scores | own | {TRAIN_FONT: trained[TRAIN_FONT].predict(audio)}
 
     def part(name: str, scores: dict[str, np.ndarray], at: np.ndarray) -> Predictions:
         return Predictions(name, scores, data.labels[at], data.groups[at], np.full(len(at), ""))
@@ -172,6 +196,10 @@ def run(
             progress.update(count)
     trained = each(functools.partial(train_network, inputs), work.networks)
     list(bar(trained, "networks", len(work.networks), unit="network"))
+    coded = [chunk for of in work.train.values() for chunk in of if chunk.coded]
+    embedded = bar(each(functools.partial(embed_chunk, inputs), coded), "centroids", len(coded))
+    arrays = (np.concatenate(part) for part in zip(*embedded, strict=True))
+    EmbeddingJudge.fit(*arrays).save(inputs.scratch / CENTROIDS)
     pairs = [tuple(work.pairs[i : i + PAIR_CHUNK]) for i in range(0, len(work.pairs), PAIR_CHUNK)]
     jobs = [*work.test, *pairs]
     parts = bar(each(functools.partial(predict, inputs), jobs), "test", len(jobs), unit="chunk")

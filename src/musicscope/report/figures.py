@@ -150,7 +150,9 @@ def overview(sources: Sources, kind: str) -> Figure | None:
         return None
     axes[0].set(title="Which layers matter (circles: chosen)", xlabel="layer",
                 ylabel=f"KL, nats per code ({kind} ablation)", yscale="log")  # fmt: skip
-    axes[1].set(title="Guitar off: success on test prompts", ylabel="share (95 %)", ylim=(0, 1.1))
+    axes[1].set(
+        title="Guitar off: success on test prompts", ylabel="share (95 %)", ylim=(-0.5, 1.1)
+    )
     axes[0].legend()
     return figure
 
@@ -429,7 +431,7 @@ def _panels(table: pd.DataFrame, title: str) -> tuple[Figure, list[tuple[Axes, p
     for row, direction in enumerate(("off", "on")):
         for column, concept in enumerate(concepts):
             axis = axes[row, column]
-            axis.set(title=f"{concept} {direction}", ylim=(-0.03, 1.03))
+            axis.set(title=f"{concept} {direction}", ylim=(-0.53, 1.03))
             here = (table["concept"] == concept) & (table["direction"] == direction)
             parts.append((axis, table[here]))
         axes[row, 0].set_ylabel("success")
@@ -465,11 +467,11 @@ def trade(doses: pd.DataFrame, title: str) -> Figure:
     figure, parts = _panels(doses, title)
     for axis, rows in parts:
         for series, method in enumerate(dict.fromkeys(doses["method"])):
-            part = rows[rows["method"] == method].sort_values("strength")
+            part = rows[rows["method"] == method].sort_values("distance")
             colour, marker = plots.COLOURS[series % 8], plots.MARKERS[series % 8]
-            axis.plot(part["frechet"], part["success"], color=colour, marker=marker, ms=5,
+            axis.plot(part["distance"], part["success"], color=colour, marker=marker, ms=5,
                       label=method)  # fmt: skip
-        axis.set(xlabel="Frechet distance from plain")
+        axis.set(xlabel="distance from plain (MMD^2)")
         axis.grid(**GRID)
     _legend_below(figure, parts[0][0], 4)
     return figure

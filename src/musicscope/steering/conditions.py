@@ -26,7 +26,7 @@ from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import Judges, load_judges
-from musicscope.models.interface import Hook, Model
+from musicscope.models.interface import AudioModel, Hook, Model
 from musicscope.models.registry import load_model
 from musicscope.steering.edit import Change, change_hook, code_change
 from musicscope.steering.methods import METHODS, Condition
@@ -38,6 +38,14 @@ AVOID = 4
 """Random latents are drawn from outside the top AVOID x n_features latents."""
 NEAREST = 8
 """Candidates for a random latent: the NEAREST latents closest in mean activation."""
+DRAWS = 10
+"""Draws of the random controls, dealt over prompts: all of them cost as much as one."""
+AGAIN = ("crop", "codec")
+"""How plain test pieces are heard again: without their first part, and through the codec."""
+CROPPED = 0.05
+"""Share of a piece that the crop takes off."""
+HEARD_AGAIN = 4
+"""Pieces per request that are heard again; judges take half the time of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class Measurement:
     """[n] spectral distance from the plain reconstruction of an audio model"""
     groups: np.ndarray | None = None
     """[n] group of each sample; None: every sample is its own group"""
+    again: np.ndarray | None = None
+    """[len(AGAIN), judges, m, families] probabilities of the first m plain test pieces when heard
+    again; judges in the order of `probabilities`"""
 
     def costs(self, plain: Measurement) -> dict[str, np.ndarray]:
         """Cost [n] per name: rise of cross-entropy and, for an audio model, spectral distance."""
@@ -89,12 +100,17 @@ def open_context(
     section: Steer,
 ) -> Context:  # fmt: skip
     """Open data/models/<model>, the SAE and recipes in these folders, data/clips and data/judge."""
-    loaded = load_model(f"data/models/{model}", device)
+    loaded, judges = load_model(f"data/models/{model}", device), load_judges("data/judge")
+    if not judges.reliability:
+        raise ValueError(
+            "data/judge/reliability.json is missing, and without it no judge has a say: run dvc "
+            "repro -f train_judge"
+        )
     return Context(
         loaded,
         TopKSAE.load(sae, device),
         {concept: load_recipe(recipes, concept) for concept in concepts},
-        load_judges("data/judge"),
+        judges,
         make_subject(loaded, section, seed, ClipStore.open("data/clips")),
         seed,
     )
@@ -112,13 +128,16 @@ def condition_hooks(context: Context, condition: Condition) -> dict[str, Hook]:
     elif edit in ("difference", "probe"):
         change = direction_change(_direction(context, condition, edit))
     elif edit in ("latents", "random latents"):
-        change = _latent_change(context, condition, at_random=edit == "random latents")
+        change = _latent_change(context, condition)
+        if edit == "random latents" and change is not None:
+            drawn = [_latent_change(context, condition, draw) for draw in range(DRAWS)]
+            change = dealt_change([c for c in drawn if c is not None])
     elif edit == "random direction":
         change = _latent_change(context, condition)
         if change is not None:
-            seed = seed_for(context.seed, "steer", "random direction", *condition.requests)
-            direction = random_direction(context.sae.width, seed)
-            change = matched_change(change, direction.to(context.model.device))
+            name = (context.seed, "steer", "random direction", *condition.requests)
+            drawn = [random_direction(context.sae.width, seed_for(*name, i)) for i in range(DRAWS)]
+            change = matched_change(change, torch.stack(drawn).to(context.model.device))
     if change is None:
         return {}
     branch = condition.settings[0].branch if condition.settings else "both"
@@ -126,14 +145,14 @@ def condition_hooks(context: Context, condition: Condition) -> dict[str, Hook]:
 
 
 def _latent_change(
-    context: Context, condition: Condition, at_random: bool = False
+    context: Context, condition: Condition, draw: int | None = None
 ) -> Change | None:
-    """Change of the latents for all requests, or of random latents of similar activity."""
+    """Change of the latents for all requests, or of a draw of latents of similar activity."""
     edits = []
     for (concept, direction), settings in zip(condition.requests, condition.settings, strict=True):
         recipe, latents = context.recipes[concept], None
-        if at_random:
-            seed = seed_for(context.seed, "steer", "random", concept, direction)
+        if draw is not None:
+            seed = seed_for(context.seed, "steer", "random", concept, direction, draw)
             latents = control_latents(recipe, direction, settings, seed)
         edits.append(recipe.concept_edit(direction, settings, latents))
     return code_change(context.sae, edits, context.model.frame_rates[context.layer])
@@ -200,15 +219,39 @@ def reconstruction_change(sae: TopKSAE) -> Change:
     return lambda x, positions, conditional: sae.reconstruct(x) - x
 
 
-def matched_change(change: Change, direction: Tensor) -> Change:
-    """Add `direction` [d] with the length, per row and frame, of what `change` adds."""
-    unit = direction / torch.linalg.vector_norm(direction)
+def draw_of(pieces: np.ndarray, batch: int) -> np.ndarray:
+    """Tell which of the `DRAWS` each piece (its number) gets; batches start anew."""
+    return pieces % batch % DRAWS
+
+
+def dealt_change(changes: Sequence[Change]) -> Change:
+    """Give row i of a batch the change number i modulo `len(changes)`, and both halves the same."""
+
+    def dealt(x: Tensor, positions: Tensor, conditional: int) -> Tensor | None:
+        added = torch.zeros_like(x)
+        for number, change in enumerate(changes[:conditional]):
+            rows = torch.arange(len(x), device=x.device) % conditional % len(changes) == number
+            own = int(rows[:conditional].sum())
+            if (difference := change(x[rows], positions, own)) is not None:
+                added[rows] = difference.to(added.dtype)
+        return added
+
+    return dealt
+
+
+def matched_change(change: Change, directions: Tensor) -> Change:
+    """Add directions [draws, d] with the length, per row and frame, of what `change` adds.
+
+    Row i of a batch gets draw i modulo their number, and both halves of guidance the same.
+    """
+    units = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
 
     def matched(x: Tensor, positions: Tensor, conditional: int) -> Tensor | None:
         difference = change(x, positions, conditional)
         if difference is None:
             return None
-        return torch.linalg.vector_norm(difference, dim=-1, keepdim=True) * unit
+        draws = torch.arange(len(x), device=x.device) % conditional % len(units)
+        return torch.linalg.vector_norm(difference, dim=-1, keepdim=True) * units[draws, None]
 
     return matched
 
@@ -227,13 +270,36 @@ def measure(context: Context, condition: Condition) -> Measurement:
     subject, model = context.subject, context.model
     rendering = subject.render(model, condition, condition_hooks(context, condition))
     audio = resample(rendering.audio, model.sample_rate, JUDGE_RATE)
+    plain_test = condition.method == "plain" and condition.selection.split == "test"
     return Measurement(
-        {k: np.asarray(v) for k, v in context.judges.predict(audio).items()},
+        _heard(context, audio),
         np.asarray(context.judges.embed(audio)),
         audio=rendering.audio[: condition.keep].copy(),
         groups=subject.groups(condition.selection),
+        again=_again(context, rendering.audio[:HEARD_AGAIN]) if plain_test else None,
         **subject.costs(model, condition, rendering),
     )
+
+
+def _heard(context: Context, audio: np.ndarray) -> dict[str, np.ndarray]:
+    """Probabilities by judge, rounded as the table of verdicts keeps them."""
+    found = context.judges.predict_all(audio)
+    return {k: np.asarray(v, np.float16).astype(np.float32) for k, v in found.items()}
+
+
+def _again(context: Context, audio: np.ndarray) -> np.ndarray:
+    """Hear pieces [m, samples] again in the ways of `AGAIN`: [2, judges, m, families]."""
+    model = context.model
+    if isinstance(model, AudioModel):
+        coded = model.reconstruct(model.encode(audio))
+    else:
+        coded = model.decode(model.encode(audio, [None] * len(audio)).codes)
+    first = round(CROPPED * audio.shape[1])
+    heard = (
+        _heard(context, resample(sound, model.sample_rate, JUDGE_RATE))
+        for sound in (audio[:, first:], coded.float().cpu().numpy())
+    )
+    return np.stack([np.stack(list(found.values())) for found in heard])
 
 
 def run_condition(open_context: Open, scratch: Path, condition: Condition) -> Measurement:

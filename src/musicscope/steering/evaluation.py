@@ -2,8 +2,15 @@
 
 A judge's verdict is whether its probability for the concept is above a threshold. The threshold is
 fixed on plain validation samples: halfway between the mean over samples that should have the
-concept and the mean over samples that should not. All intervals resample samples (or their groups)
-with the same draws for every method, so that differences between methods are paired.
+concept and the mean over samples that should not. All samples count, whatever the verdict before
+the edit, and the share that another seed gives is subtracted. So regression to the mean cancels.
+
+Judges of `CHOOSING` choose settings; all others never do, and `success` is theirs. A judge that
+does not detect a concept on codec output (AUROC below `FIT`) has no say on it. Without any judge a
+cell is not judged, and its numbers are NaN.
+
+All intervals resample samples (or their groups) with the same draws for every method, so that
+differences between methods are paired.
 """
 
 from __future__ import annotations
@@ -15,7 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from musicscope.core.io import Metrics
+from musicscope.core.mmd import GaussianKernel, paired_mmd
 from musicscope.core.stats import Estimate, Statistic, mean_of, resample_weights
+from musicscope.judges.pair import CHOOSING, FIT
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import Request
 
@@ -32,7 +41,10 @@ class Scorer:
 
     families: tuple[str, ...]
     thresholds: Thresholds
-    frechet: Callable[[np.ndarray, np.ndarray], float]
+    reliability: Mapping[str, Mapping[str, float]]
+    """Judge -> concept -> AUROC on codec output"""
+    kernel: GaussianKernel | None
+    """Of the distance between sets of embeddings; None: they are all the same."""
     bootstrap: int
     seed: int
 
@@ -43,6 +55,18 @@ class Scorer:
                 "params.steer.concepts or retrain the judges"
             )
         return self.families.index(concept)
+
+    def judges(self, of: Measurement, concept: str, choosing: bool) -> list[str]:
+        """Judges with a say on a concept: those that choose, or those that never do.
+
+        A choosing judge that knows the concept always has a say: without one nothing is chosen.
+        """
+        return [
+            judge
+            for judge in of.probabilities
+            if _known(self, judge, concept) and (judge in CHOOSING) == choosing
+            and (choosing or self.reliability.get(judge, {}).get(concept, 0.0) >= FIT)
+        ]  # fmt: skip
 
     def estimates(self, plain: Measurement) -> Callable[[Statistic, str], dict[str, object]]:
         """Make a function of statistic and unit that gives the estimate; NaN if undefined.
@@ -73,7 +97,8 @@ def fix_thresholds(
         at = list(families).index(concept)
         for judge in named.probabilities:
             means = [_mean(m.probabilities[judge][:, at]) for m in (named, absent)]
-            thresholds.setdefault(judge, {})[concept] = float(np.mean(means))
+            # As many digits as metrics/ keeps, so that verdicts can be had from the files again.
+            thresholds.setdefault(judge, {})[concept] = float(f"{np.mean(means):.6g}")
     return thresholds
 
 
@@ -111,26 +136,43 @@ def verdicts(
     return open_, open_ & _is_wanted(after, threshold, direction)
 
 
-def success_of(
-    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
+def wanted_of(
+    scorer: Scorer, steered: Measurement, concept: str, direction: str, choosing: bool = False
 ) -> Statistic:
-    """Share of samples with the unwanted verdict that get the wanted one.
-
-    Mean over the judges that know the concept, as a `Statistic` of weights over samples.
-    """
+    """Share of samples with the wanted verdict, mean over judges with a say; NaN without any."""
+    at, limits = scorer.column(concept), scorer.thresholds
     parts = [
-        verdicts(scorer, plain, steered, concept, direction, judge)
-        for judge in plain.probabilities
-        if _known(scorer, judge, concept)
+        _is_wanted(steered.probabilities[judge][:, at], limits[judge][concept], direction)
+        for judge in scorer.judges(steered, concept, choosing)
     ]
+    return mean_of(np.mean(parts, 0) if parts else np.full(len(steered.ce), np.nan))
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # no judge had a sample to change
-            shares = [(weights @ moved) / (weights @ open_) for open_, moved in parts]
-            return np.nanmean(shares, axis=0) if shares else np.full(len(weights), np.nan)
 
-    return statistic
+def success_of(
+    scorer: Scorer, chance: Measurement, steered: Measurement, concept: str, direction: str,
+    choosing: bool = False,
+) -> Statistic:  # fmt: skip
+    """`wanted_of` the edited samples minus that of `chance`: another seed, or plain."""
+    ours, theirs = (wanted_of(scorer, m, concept, direction, choosing) for m in (steered, chance))
+    return lambda weights: ours(weights) - theirs(weights)
+
+
+def gains(
+    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
+) -> np.ndarray:
+    """Change of the judges that never choose, in their standard deviations over pieces: [n].
+
+    Mean over these judges; NaN for silent samples, and for all if no judge has a say. The
+    deviation is over `plain`, so judges of other calibration count alike.
+    """
+    at, sign = scorer.column(concept), 1 if direction == "on" else -1
+    parts = []
+    for judge in scorer.judges(plain, concept, choosing=False):
+        before, after = (m.probabilities[judge][:, at] for m in (plain, steered))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            parts.append(sign * (after - before) / max(float(np.nanstd(before)), 0.02))
+    return np.mean(parts, 0) if parts else np.full(len(plain.ce), np.nan)
 
 
 def change_of(
@@ -166,46 +208,106 @@ def family_changes(plain: Measurement, steered: Measurement) -> np.ndarray:
     return np.array([_mean(column) for column in change.T])
 
 
-def quality(
-    scorer: Scorer, plain: Measurement, steered: Measurement, estimate: Callable
-) -> dict[str, object]:
-    """Compute the costs of an edit.
+def leaks(plain: Measurement, steered: Measurement, column: int) -> Statistic:
+    """How well other families tell edited from plain samples: |2 AUROC - 1|, mean over families.
 
-    ce_cost: rise of the unsteered model's cross-entropy, nats per code (NaN for an audio model);
-    spectral_cost: distance from plain, of an audio model; silent: share of samples; frechet:
-    distance of musicnn embeddings from plain. For so few samples the latter is above 0 by chance:
-    compare it with reseed. `estimate` is that of `Scorer.estimates`.
+    By SPECIFIC_JUDGE, without samples that are silent in either. Positive by chance: subtract
+    what another seed gives.
     """
-    finite = [m.embeddings[np.isfinite(m.embeddings).all(1)] for m in (plain, steered)]
-    enough = min(map(len, finite)) > 1
-    costs = {k: estimate(mean_of(v), UNITS[k]) for k, v in steered.costs(plain).items()}
-    return costs | {
-        "frechet": float(scorer.frechet(*finite)) if enough else float("nan"),
-        "silent": float(np.isnan(steered.probabilities[SPECIFIC_JUDGE][:, 0]).mean()),
-    }
+    before, after = (
+        np.delete(m.probabilities[SPECIFIC_JUDGE], column, 1) for m in (plain, steered)
+    )
+    sounds = np.isfinite(before).all(1) & np.isfinite(after).all(1)
+    gap = after[sounds, None] - before[sounds]  # [n, n, families]
+    won = np.moveaxis((gap > 0) + 0.5 * (gap == 0), 2, 0)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        own = weights[:, sounds]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.stack([((own @ m) * own).sum(1) for m in won]) / own.sum(1) ** 2
+        return np.abs(2 * share - 1).mean(0)
+
+    return statistic
+
+
+def distances(
+    scorer: Scorer, plain: Measurement, steered: Measurement
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Unbiased MMD^2 of edited from plain samples, and their similarity; see `paired_mmd`.
+
+    A piece that is silent in either set leaves both, so both have the same number.
+    """
+    sounds = np.isfinite(plain.embeddings).all(1) & np.isfinite(steered.embeddings).all(1)
+    groups = np.arange(len(plain.ce)) if plain.groups is None else plain.groups
+    if scorer.kernel is None or len(set(groups[sounds])) < 2:
+        return lambda weights: (np.full(len(weights), np.nan), np.full(len(weights), np.nan))
+    sets = (m.embeddings[sounds].astype(float) for m in (plain, steered))
+    values = paired_mmd(scorer.kernel, *sets, groups[sounds])
+    return lambda weights: values(weights[:, sounds])
+
+
+def harmonic_mean(*parts: np.ndarray) -> np.ndarray:
+    """Harmonic mean of shares, each cut to 0..1: 0 where any is 0, NaN where any is unknown."""
+    cut = np.clip(np.stack(parts), 0.0, 1.0)
+    with np.errstate(divide="ignore"):
+        return len(cut) / np.reciprocal(cut).sum(0)
 
 
 def outcome(
-    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str
-) -> Metrics:
+    scorer: Scorer, plain: Measurement, steered: Measurement, concept: str, direction: str,
+    again: Measurement | None = None,
+) -> Metrics:  # fmt: skip
     """Compute all numbers of one condition for one request.
 
-    success: see `success_of`; wanted (wanted_plain): share of all samples with the wanted verdict
-    after (before) the edit; change: of the judges' probability in the wanted direction;
-    others_change: mean over the other families of |mean change|; and `quality`. The numbers of one
-    judge are under its name.
+    * success: share with the wanted verdict by judges that never choose, minus the share of
+      `again` (other noise; None: of plain). success_choosing: by those that chose. not_judged: no
+      judge has a say, and success is NaN.
+    * change: of the choosing judges' probability in the wanted direction; gain: `gains`.
+    * others_change: mean over the other families of |mean change|. kept: 1 - `leaks`, as far as
+      they exceed those of `again`.
+    * distance: `distances` from plain; quality: similarity to plain. ce_cost: rise of the
+      unsteered model's cross-entropy, nats per code (NaN for an audio model); spectral_cost:
+      distance from plain, of an audio model; silent: share of samples.
+    * headline: harmonic mean of success, kept and quality.
+
+    The numbers of one judge are under its name. There, `moved` is the share of the samples with
+    the unwanted verdict (`to_change`) that got the wanted one.
     """
-    estimate = scorer.estimates(plain)
+    estimate, chance = scorer.estimates(plain), plain if again is None else again
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
-    judges = [j for j in plain.probabilities if _known(scorer, j, concept)]
-    success = success_of(scorer, plain, steered, concept, direction)
-    change = nanmean_of(change_of(plain, steered, at, judges, sign))
+    chosen_by = scorer.judges(plain, concept, choosing=True)
+    success = success_of(scorer, chance, steered, concept, direction)
+    by_choosing = success_of(scorer, chance, steered, concept, direction, choosing=True)
+    leak, by_chance = leaks(plain, steered, at), leaks(plain, chance, at)
+    apart = distances(scorer, plain, steered)
+
+    def kept(w: np.ndarray) -> np.ndarray:
+        floor = 0.0 if again is None else by_chance(w)
+        return 1 - np.maximum(leak(w) - floor, 0.0)
+
+    def quality(w: np.ndarray) -> np.ndarray:
+        return np.clip(apart(w)[1], 0.0, 1.0)
+
+    change = nanmean_of(change_of(plain, steered, at, chosen_by, sign))
+    gain = nanmean_of(gains(scorer, plain, steered, concept, direction))
     others = np.delete(family_changes(plain, steered), at)
     found: Metrics = {
-        "success": estimate(success, "share"), "change": estimate(change, "probability"),
-        "others_change": _mean(np.abs(others)), **quality(scorer, plain, steered, estimate),
+        "success": estimate(success, "share"),
+        "success_choosing": estimate(by_choosing, "share"),
+        "not_judged": not scorer.judges(plain, concept, choosing=False),
+        "change": estimate(change, "probability"),
+        "gain": estimate(gain, "deviations"),
+        "others_change": _mean(np.abs(others)),
+        "kept": estimate(kept, "share"),
+        "distance": estimate(lambda w: apart(w)[0], "MMD^2"),
+        "quality": estimate(quality, "similarity"),
+        "headline": estimate(
+            lambda w: harmonic_mean(success(w), kept(w), quality(w)), "harmonic mean"
+        ),
+        **{k: estimate(mean_of(v), UNITS[k]) for k, v in steered.costs(plain).items()},
+        "silent": float(np.isnan(steered.probabilities[SPECIFIC_JUDGE][:, 0]).mean()),
     }  # fmt: skip
-    for judge in judges:
+    for judge in (j for j in plain.probabilities if _known(scorer, j, concept)):
         open_, moved = verdicts(scorer, plain, steered, concept, direction, judge)
         threshold = scorer.thresholds[judge][concept]
         shares = [
@@ -214,43 +316,45 @@ def outcome(
         ]
         own = change_of(plain, steered, at, [judge], sign)
         found[judge] = {
-            "success": float(moved.sum() / open_.sum()) if open_.any() else float("nan"),
+            "moved": float(moved.sum() / open_.sum()) if open_.any() else float("nan"),
             "to_change": int(open_.sum()),
             "wanted_plain": shares[0],
             "wanted": shares[1],
             "change": estimate(nanmean_of(own), "probability"),
         }
-    found["wanted"] = _mean(np.array([found[j]["wanted"] for j in judges]))
-    found["wanted_plain"] = _mean(np.array([found[j]["wanted_plain"] for j in judges]))
     return found
 
 
 def advantage(
-    scorer: Scorer,
-    plain: Measurement,
-    first: Measurement,
-    second: Measurement,
-    concept: str,
+    scorer: Scorer, plain: Measurement, first: Measurement, second: Measurement, concept: str,
     direction: str,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Success of the first condition minus success of the second, paired over samples."""
-    a, b = (success_of(scorer, plain, m, concept, direction) for m in (first, second))
-    return scorer.estimates(plain)(lambda w: a(w) - b(w), "share")
+    gap = success_of(scorer, second, first, concept, direction)
+    return scorer.estimates(plain)(gap, "share")
 
 
 def all_fulfilled(
     scorer: Scorer, plain: Measurement, steered: Measurement, requests: Sequence[Request]
 ) -> dict[str, object]:
-    """Share of samples with every request fulfilled by SPECIFIC_JUDGE, before and after."""
+    """Share of samples with every request fulfilled, before and after.
+
+    Mean over the judges that never choose and have a say on every concept; NaN without any.
+    """
     estimate, fulfilled = scorer.estimates(plain), {}
+    each = [scorer.judges(plain, concept, choosing=False) for concept, _ in requests]
+    judges = [judge for judge in each[0] if all(judge in say for say in each)]
     for name, measured in (("all_wanted_plain", plain), ("all_wanted", steered)):
-        wanted = [
-            _is_wanted(
-                measured.probabilities[SPECIFIC_JUDGE][:, scorer.column(concept)],
-                scorer.thresholds[SPECIFIC_JUDGE][concept],
-                direction,
-            )
-            for concept, direction in requests
-        ]
-        fulfilled[name] = estimate(mean_of(np.all(wanted, axis=0)), "share")
+        by_judge = [
+            np.all([
+                _is_wanted(
+                    measured.probabilities[judge][:, scorer.column(concept)],
+                    scorer.thresholds[judge][concept], direction,
+                )
+                for concept, direction in requests
+            ], axis=0)
+            for judge in judges
+        ]  # fmt: skip
+        shares = np.mean(by_judge, 0) if judges else np.full(len(plain.ce), np.nan)
+        fulfilled[name] = estimate(mean_of(shares), "share")
     return fulfilled

@@ -7,7 +7,7 @@ and kept in `chosen`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from musicscope.steering.edit import ALWAYS, ConceptEdit, Edit, Gate, Schedule, 
 
 FOLDER, FULL_FOLDER = "data/steering", "data/steering_full"
 FORMAT = 2
+GROUNDED = 0.6
+"""Least grounding of a concept that edits can be trusted with; below it `generate` warns."""
 DIRECTIONS = ("off", "on")
 WORDS = " with words"
 """Suffix of a direction in `Recipe.chosen`: the best settings on top of the edited prompt."""
@@ -69,6 +71,9 @@ class Recipe:
     gate: Gate
     chosen: Mapping[str, Settings] = field(default_factory=dict)
     """By direction, with or without `WORDS`: the best settings on validation data."""
+    grounding: float | None = None
+    """AUROC of judges between plain pieces whose prompts name the concept and pieces whose prompts
+    do not; None: not measured"""
 
     def ranked(self, score: str, sign: int = 1) -> list[int]:
         """Rank latents with evidence for (sign 1) or against (-1) the concept, best first."""
@@ -145,6 +150,7 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
             **{name: getattr(recipe, name) for name in PLAIN},
             "gate_seconds": gate.seconds,
             "chosen": {direction: asdict(s) for direction, s in recipe.chosen.items()},
+            "grounding": recipe.grounding,
         },
     )
 
@@ -177,6 +183,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
                 float(gate["bias"]), found["gate_seconds"],
             ),
             chosen={direction: Settings(**s) for direction, s in found["chosen"].items()},
+            grounding=found.get("grounding"),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error
@@ -224,6 +231,22 @@ def recipe_folder(model: str) -> Path:
         if there.is_dir() and folder_sha256(there) == recipe.sae:
             return full
     return Path(FOLDER) / model
+
+
+def doubts(folder: str | Path, concepts: Iterable[str]) -> list[str]:
+    """Say of each concept that the model hardly plays when asked, or whose judges hardly hear it.
+
+    A recipe without a measured grounding says nothing.
+    """
+    found = []
+    for concept in concepts:
+        recipe = load_recipe(folder, concept)
+        if recipe.grounding is not None and not recipe.grounding >= GROUNDED:
+            found.append(
+                f"{recipe.model} hardly plays {concept} on request, or the judges hardly hear it "
+                f"(grounding {recipe.grounding:.2f}, below {GROUNDED}): the edit may do nothing"
+            )
+    return found
 
 
 def concept_edit(

@@ -13,17 +13,19 @@ import soundfile
 from musicscope.core.io import Metrics, atomic_dir, write_json, write_text
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Context
+from musicscope.steering.curves import grounding, noise_floor, null_slopes
 from musicscope.steering.evaluation import family_changes
 from musicscope.steering.methods import JOINT_METHODS, Request
 from musicscope.steering.recipes import DIRECTIONS, WORDS, Recipe, save_recipe, summary_of
 from musicscope.steering.search import Plan, Result
 
 TEST_KEYS = (
-    "success", "change", "wanted", "wanted_plain", "others_change", "ce_cost", "frechet", "silent",
-    "spectral_cost",
+    "success", "success_choosing", "headline", "kept", "quality", "change", "gain",
+    "others_change", "ce_cost", "distance", "silent", "spectral_cost",
 )  # fmt: skip
 """Numbers of the test table; spectral_cost exists for audio models only."""
-COSTS = ("ce_cost", "spectral_cost", "frechet", "silent")
+COSTS = ("ce_cost", "spectral_cost", "distance", "silent")
+VERDICTS = "verdicts.parquet"
 Learnt = Mapping[str, tuple[Recipe, Mapping[str, float]]]
 """Concept -> recipe and its AUROCs, as `learning.learn_recipe` returns."""
 
@@ -52,26 +54,50 @@ def _chosen(result: Result, method: str, request: Request) -> dict[str, object]:
     search = result.search
     own = (search["concept"] == request[0]) & (search["direction"] == request[1])
     (row,) = search[own & (search["method"] == method) & search["chosen"]].to_dict("records")
-    keys = ("change", "success", "ce_cost", "spectral_cost", "frechet_ratio")
-    return {**asdict(result.choices[method, request]), "validation": _pick(row, keys)}
+    keys = ("change", "success_choosing", "ce_cost", "spectral_cost", "distance")
+    return {
+        **asdict(result.choices[method, request]),
+        "within_budget": bool(row["within_budget"]),
+        "validation": _pick(row, keys),
+    }
 
 
-def concept_metrics(result: Result, request: Request) -> dict[str, object]:
-    """Chosen settings, the outcome of every method, and differences of success."""
+def concept_metrics(result: Result, request: Request, batch: int) -> dict[str, object]:
+    """Chosen settings, the outcome of every method, differences of success, curves and nulls."""
     edit, methods = " ".join(request), result.tests[request]
+    ours, measured = methods["sae"], {m: result.of(edit, m) for m in methods}
     return {
         "chosen": {
             m: _chosen(result, m, request) for m in methods if (m, request) in result.choices
         },
         "methods": {m: result.outcomes[edit, m, request] for m in methods if m != "plain"},
         **result.advantages(request),
+        "curves": result.curves[request],
+        "null": null_slopes(
+            result.scorer, measured["plain"], measured, ours.settings[0].strength, request, batch
+        ),
     }
+
+
+def judge_metrics(result: Result) -> dict[str, object]:
+    """Noise floor and grounding per concept, on plain test pieces."""
+    noise, grounded = {}, {}
+    for concept in result.plan.concepts:
+        plain = {
+            d: result.of(f"{concept} {d}", "plain")
+            for d in DIRECTIONS if (concept, d) in result.tests
+        }  # fmt: skip
+        noise[concept] = noise_floor(result.scorer, list(plain.values()), concept)
+        if len(plain) == len(DIRECTIONS):
+            grounded[concept] = grounding(result.scorer, plain["off"], plain["on"], concept)
+    return {"noise": noise, "grounding": grounded}
 
 
 def joint_metrics(result: Result, pair: str) -> dict[str, object]:
     """Per method the share of samples with all requests fulfilled and the costs.
 
     Also success, change and costs per request, fulfilled together and alone, without intervals.
+    Here success is the share with the wanted verdict less that of the unedited pieces.
     """
     metrics: dict[str, object] = {}
     requests = result.requests_of(pair)
@@ -113,11 +139,20 @@ def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, obje
         "prompts": min(own["plain"].selection.n for own in result.edits.values()),
         "seconds": context.subject.seconds,
         "thresholds": result.scorer.thresholds,
+        "reliability": {
+            judge: {c: known[c] for c in result.plan.concepts if c in known}
+            for judge, known in result.scorer.reliability.items()
+        },
         "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
         "concepts": {
-            c: {d: concept_metrics(result, (c, d)) for d in DIRECTIONS if (c, d) in result.tests}
+            c: {
+                d: concept_metrics(result, (c, d), context.subject.batch)
+                for d in DIRECTIONS
+                if (c, d) in result.tests
+            }
             for c in recipes
         },
+        **judge_metrics(result),
         "joint": {pair: joint_metrics(result, pair) for pair in result.joints},
         **clips,
     }
@@ -136,6 +171,30 @@ def test_table(result: Result) -> pd.DataFrame:
                   "strength": settings[0].strength if settings else np.nan}  # fmt: skip
             rows.append({**at, **columns(_pick(outcome, TEST_KEYS))})
     return pd.DataFrame(rows)
+
+
+def verdict_table(result: Result) -> pd.DataFrame:
+    """One row per edit, method, request and test piece, with every judge's probability, float16.
+
+    With the thresholds in metrics/, any success can be had from it again.
+    """
+    frames = []
+    for edit, conditions in result.edits.items():
+        for method in conditions:
+            measured = result.of(edit, method)
+            for concept, direction in result.requests_of(edit):
+                at = result.scorer.column(concept)
+                own = pd.DataFrame(
+                    {j: p[:, at].astype(np.float16) for j, p in measured.probabilities.items()}
+                )
+                own.insert(0, "piece", np.arange(len(own), dtype=np.int16))
+                frames.append(
+                    own.assign(edit=edit, method=method, concept=concept, direction=direction)
+                )
+    names = ["edit", "method", "concept", "direction"]
+    table = pd.concat(frames, ignore_index=True)
+    judges = [c for c in table if c not in (*names, "piece")]
+    return table[[*names, "piece", *judges]].astype(dict.fromkeys(names, "category"))
 
 
 def dose_table(search: pd.DataFrame) -> pd.DataFrame:
@@ -199,21 +258,26 @@ def write_examples(result: Result, folder: Path, context: Context) -> None:
     )
 
 
-def _write_recipes(result: Result, recipes: Learnt, folder: Path) -> None:
-    """Save the recipes with their chosen settings."""
+def _write_recipes(
+    result: Result, recipes: Learnt, folder: Path, grounded: Mapping[str, float]
+) -> None:
+    """Save the recipes with their chosen settings and the grounding of their concepts."""
     for concept, (recipe, _) in recipes.items():
         chosen = {}
         for suffix, method in (("", "sae"), (WORDS, "sae_words")):
             for d in DIRECTIONS:
                 if (method, (concept, d)) in result.choices:
                     chosen[d + suffix] = result.choices[method, (concept, d)]
-        save_recipe(replace(recipe, chosen=chosen), folder)
+        save_recipe(replace(recipe, chosen=chosen, grounding=grounded.get(concept)), folder)
 
 
 def write(result: Result, recipes: Learnt, context: Context, outs: Outs) -> None:
     """Write all outs of a run."""
+    found: Metrics = metrics(result, recipes, context)
+    grounded = {c: of["auroc"]["value"] for c, of in found["grounding"].items()}
     with atomic_dir(outs.folder) as folder:
-        _write_recipes(result, recipes, folder)
+        _write_recipes(result, recipes, folder, grounded)
+        verdict_table(result).to_parquet(folder / VERDICTS, index=False, compression="zstd")
         write_examples(result, folder / "examples", context)
     frames = {
         "": test_table(result),
@@ -223,7 +287,7 @@ def write(result: Result, recipes: Learnt, context: Context, outs: Outs) -> None
     }
     for suffix, frame in frames.items():
         write_text(f"{outs.plots}{suffix}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    write_json(outs.metrics, metrics(result, recipes, context))
+    write_json(outs.metrics, found)
 
 
 def write_nothing(plan: Plan, outs: Outs) -> None:

@@ -14,7 +14,6 @@ from musicscope.config.concepts import Steer
 from musicscope.core.io import folder_sha256, scratch_dir
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.judges.pair import frechet_distance
 from musicscope.models.registry import load_model
 from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
@@ -57,6 +56,6 @@ def evaluate(
         context = functools.partial(
             open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
         )
-        result = search.run(section, context, scratch, frechet_distance, processes, seed)
+        result = search.run(section, context, scratch, processes, seed)
         report.write(result, recipes, context(), outs)
         shutil.rmtree(scratch)

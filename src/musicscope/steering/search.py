@@ -1,12 +1,13 @@
 """Search on validation data, then test: the evaluation of one model, whatever its subject.
 
-The search sees validation samples only. Every method with settings gets the same search: of its
-settings within the budgets of cost, the one that changes the judges most. So methods are compared
-at equal cost. Controls take the settings of the latents.
+The search sees validation samples only. Every method with settings tries the same number of them:
+of those within the budgets of cost, the one that changes the choosing judge most is taken. Where
+none is, the cheapest is, and the cell says so. Controls take the settings of the latents.
 
-The budgets are the rise of cross-entropy (of a model that generates) and the Frechet distance from
-plain, in multiples of the distance by chance: that of other noise or, for an audio model, of the
-codec if it is larger. Requests with too few samples are skipped and counted.
+The budgets are the rise of cross-entropy (of a model that generates) and the distance from plain,
+an unbiased MMD^2 of musicnn's embeddings with as many pieces on both sides. Methods are compared
+along their whole curves of gain against distance (`curves`), not at the chosen settings alone.
+Requests with too few samples are skipped and counted.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import pdist
 from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
 from musicscope.core.io import Metrics
+from musicscope.core.mmd import GaussianKernel
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Measurement, Open, run_conditions
+from musicscope.steering.curves import curves
 from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
 from musicscope.steering.methods import (
     COMPARED,
@@ -42,8 +46,8 @@ from musicscope.steering.recipes import DIRECTIONS, Settings
 from musicscope.steering.subjects import Subject
 
 SEARCH_KEYS = (
-    "change", "success", "success_low", "success_high", "others_change", "ce_cost", "frechet",
-    "silent",
+    "change", "gain", "success", "success_low", "success_high", "success_choosing",
+    "others_change", "ce_cost", "distance", "silent", "spectral_cost",
 )  # fmt: skip
 Choices = Mapping[tuple[str, Request], Settings]
 """(method, request) -> settings chosen on validation data."""
@@ -102,26 +106,32 @@ def make_plan(subject: Subject, section: Steer) -> Plan:
 
 
 def grid(section: Steer, method: str, guided: bool = True) -> list[Settings]:
-    """List all settings to search for a method.
+    """List all settings to search for a method: per branch as many for every method.
 
-    With words, which ask already, only the first number of latents and the first branch are tried.
-    Without guidance all branches are the same.
+    Directions have no other setting than strength, so they try as many strengths, at equal ratios
+    from the smallest to the largest of `direction_strengths`. With words, which ask already, only
+    the first number of latents and branch and every second strength are tried. Without guidance
+    all branches are the same.
     """
     numbers, branches = section.n_features, section.branches if guided else ("both",)
+    strengths = section.strengths
     if METHODS[method].words:
-        numbers, branches = numbers[:1], branches[:1]
+        numbers, branches, strengths = numbers[:1], branches[:1], strengths[1::2] or strengths
+    each = (strengths, numbers, section.scores, branches, section.loops)
+    latents = [Settings(*values) for values in itertools.product(*each)]
     if METHODS[method].edit == "latents":
-        each = (section.strengths, numbers, section.scores, branches, section.loops)
-        return [Settings(*values) for values in itertools.product(*each)]
-    pairs = itertools.product(section.direction_strengths, branches)
+        return latents
+    ends = min(section.direction_strengths), max(section.direction_strengths)
+    doses = np.geomspace(*ends, len(latents) // len(branches)).tolist()
+    pairs = itertools.product(dict.fromkeys(float(f"{dose:.4g}") for dose in doses), branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
 
 
 def search_conditions(
     section: Steer, subject: Subject, request: Request, selection: Selection
 ) -> dict[str, list[Condition]]:
-    """Make the validation conditions: plain, measures of chance, and one per setting."""
-    conditions = {name: [Condition(selection, name)] for name in ("plain", *subject.chance)}
+    """Make the validation conditions: plain, other noise, and one per setting."""
+    conditions = {name: [Condition(selection, name)] for name in ("plain", "reseed")}
     for method in searched_methods(subject.methods):
         conditions[method] = [
             Condition(selection, method, (request,), (settings,))
@@ -177,17 +187,25 @@ def joint_methods(subject: Subject) -> list[str]:
 # --- search -----------------------------------------------------------------------------------
 
 
-def within_budget(rows: pd.DataFrame, section: Steer) -> pd.Series:
-    """Return the row that changes the judges most within both budgets; the cheapest if none is.
+def costs_in_budgets(rows: pd.DataFrame, section: Steer) -> pd.Series:
+    """Return the larger of both costs, in budgets: above 1 is over budget; unknown is infinite.
 
-    Costs, in budgets: |ce_cost| (a cost below 0 counts too: music that a model predicts too easily
-    has lost something), and the Frechet distance from plain over the distance by chance.
+    |ce_cost| (a cost below 0 counts too: music that a model predicts too easily has lost
+    something), and the distance from plain. An audio model has no cross-entropy to keep.
     """
-    naturalness = rows["ce_cost"].abs() / section.quality_budget
-    cost = np.maximum(naturalness, rows["frechet_ratio"] / section.frechet_budget)
+    ce = rows["ce_cost"].abs() / section.quality_budget
+    if "spectral_cost" in rows:
+        ce = ce * 0.0
+        ce = ce.fillna(0.0)
+    return np.maximum(ce, rows["distance"] / section.distance_budget).fillna(np.inf)
+
+
+def within_budget(rows: pd.DataFrame, section: Steer) -> pd.Series:
+    """Return the row within both budgets that moves the choosing judge most; else the cheapest."""
+    cost = costs_in_budgets(rows, section)
     allowed = rows[cost <= 1]
     if not len(allowed):
-        return rows.loc[cost.fillna(np.inf).idxmin()]
+        return rows.loc[cost.idxmin()]
     return allowed.loc[allowed["change"].fillna(-1.0).idxmax()]
 
 
@@ -197,8 +215,6 @@ def choose(table: pd.DataFrame, section: Steer) -> dict[tuple[str, Request], Set
     A method has one branch for all requests, so that concepts can be edited together: the branch
     with the highest mean change at the best settings per request. Ties go to the first.
     """
-    if "spectral_cost" in table:  # an audio model: there is no cross-entropy to keep within budget
-        table = table.assign(ce_cost=0.0)
     chosen: Choices = {}
     for method, rows in table.groupby("method", sort=False):
         best = {}
@@ -220,11 +236,26 @@ def _settings(row: Mapping | pd.Series) -> Settings:
     return Settings(**values)
 
 
+def fit_kernel(plains: Iterable[Measurement]) -> GaussianKernel | None:
+    """Fit the kernel of the distance: bandwidth = median distance of two plain validation pieces.
+
+    Dimensions are not scaled, as in the Kernel Audio Distance: those that are almost silent in so
+    few plain pieces would outweigh all others in edited ones. None if all pieces sound the same.
+    """
+    values = np.concatenate([m.embeddings for m in plains]).astype(float)
+    values = np.unique(values[np.isfinite(values).all(1)], axis=0)
+    if len(values) < 2:
+        return None
+    return GaussianKernel(np.ones(values.shape[1]), float(np.median(pdist(values))))
+
+
 def search(
-    section: Steer, plan: Plan, open_context: Open, scratch: Path, frechet: Callable,
-    processes: int, seed: int,
-) -> tuple[Scorer, pd.DataFrame, Choices]:  # fmt: skip
-    """Fix thresholds, score all settings and choose, on validation data alone."""
+    section: Steer, plan: Plan, open_context: Open, scratch: Path, processes: int, seed: int
+) -> tuple[Scorer, pd.DataFrame, Choices, dict[Request, Metrics]]:
+    """Fix thresholds, score all settings and choose, on validation data alone.
+
+    The last value has `curves` per request.
+    """
     context = open_context()
     subject, families = context.subject, tuple(context.judges.families)
     conditions = {
@@ -234,34 +265,42 @@ def search(
     flat = [c for own in conditions.values() for part in own.values() for c in part]
     title = f"validation {subject.noun}"
     measured = run_conditions(open_context, scratch, flat, processes, _progress(title))
-    plain = {request: measured[own["plain"][0]] for request, own in conditions.items()}
+    plain, again = (
+        {request: measured[own[name][0]] for request, own in conditions.items()}
+        for name in ("plain", "reseed")
+    )
     thresholds = fix_thresholds(
         families, {c: (plain[c, "off"], plain[c, "on"]) for c in plan.concepts}
     )
     scorer = Scorer(
-        families, thresholds, frechet, section.bootstrap, seed_for(seed, "steer", "bootstrap")
-    )
-    rows = []
+        families, thresholds, context.judges.reliability, fit_kernel(plain.values()),
+        section.bootstrap, seed_for(seed, "steer", "bootstrap"),
+    )  # fmt: skip
+    rows, methods = [], searched_methods(subject.methods)
     for request, own in conditions.items():
-        chance = np.fmax.reduce([
-            outcome(scorer, plain[request], measured[own[name][0]], *request)["frechet"]
-            for name in subject.chance
-        ])  # fmt: skip
-        for method in searched_methods(subject.methods):
+        for method in methods:
             for condition in own[method]:
-                scores = columns(outcome(scorer, plain[request], measured[condition], *request))
-                kept = (k for k in (*SEARCH_KEYS, "spectral_cost") if k in scores)
+                scores = columns(
+                    outcome(scorer, plain[request], measured[condition], *request, again[request])
+                )
                 at = {"concept": request[0], "direction": request[1], "method": method}
-                rows.append({
-                    **at, **asdict(condition.settings[0]), **{k: scores[k] for k in kept},
-                    "frechet_ratio": scores["frechet"] / np.maximum(chance, 1e-12),
-                })  # fmt: skip
+                kept = {k: scores[k] for k in SEARCH_KEYS if k in scores}
+                rows.append({**at, **asdict(condition.settings[0]), **kept})
     table = pd.DataFrame(rows)
     choices = choose(table, section)
+    table["within_budget"] = costs_in_budgets(table, section) <= 1
     table["chosen"] = [
         choices[row["method"], (row["concept"], row["direction"])] == _settings(row) for row in rows
     ]
-    return scorer, table, choices
+    whole = {
+        request: curves(
+            scorer, plain[request],
+            {m: [(c.settings[0], measured[c]) for c in own[m]] for m in methods},
+            {m: choices[m, request] for m in methods}, request, section.distance_budget,
+        )
+        for request, own in conditions.items()
+    }  # fmt: skip
+    return scorer, table, choices, whole
 
 
 def _progress(title: str) -> Callable[[Iterator[Measurement], int], Iterable[Measurement]]:
@@ -279,8 +318,10 @@ class Result:
     scorer: Scorer
     search: pd.DataFrame
     """One row per setting on validation data: concept, direction, method, the settings,
-    `SEARCH_KEYS`, frechet_ratio, chosen. Also the dose response."""
+    `SEARCH_KEYS`, within_budget, chosen. Also the dose response."""
     choices: Choices
+    curves: Mapping[Request, Metrics]
+    """`curves.curves` on validation data"""
     tests: Mapping[Request, Conditions]
     joints: Mapping[str, Conditions]
     measured: Mapping[Condition, Measurement]
@@ -294,8 +335,9 @@ class Result:
                 if method == "plain":
                     continue  # against itself there is no change
                 for request in condition.requests or self.requests_of(edit):
+                    again = self.of(edit, "reseed") if "reseed" in conditions else None
                     table[edit, method, request] = outcome(
-                        self.scorer, self.of(edit, "plain"), self.of(edit, method), *request
+                        self.scorer, self.of(edit, "plain"), self.of(edit, method), *request, again
                     )
         return table
 
@@ -332,19 +374,17 @@ class Result:
         return all_fulfilled(self.scorer, plain, steered, self.requests_of(pair))
 
 
-def run(
-    section: Steer, open_context: Open, scratch: Path, frechet: Callable, processes: int, seed: int
-) -> Result:
+def run(section: Steer, open_context: Open, scratch: Path, processes: int, seed: int) -> Result:
     """Run the whole evaluation; conditions that a killed run finished are read from `scratch`."""
     context = open_context()
     subject, name = context.subject, context.model.name
     plan = make_plan(subject, section)
     for edit, reason in plan.skipped.items():
         print(f"{name}: {edit} is left out: {reason}", file=sys.stderr, flush=True)
-    scorer, table, choices = search(section, plan, open_context, scratch, frechet, processes, seed)
+    scorer, table, choices, whole = search(section, plan, open_context, scratch, processes, seed)
     tests = {r: test_conditions(section, subject, r, s, choices) for r, s in plan.tests.items()}
     joints = {p: joint_conditions(section, subject, p, s, choices) for p, s in plan.joints.items()}
     flat = [c for own in (*tests.values(), *joints.values()) for c in own.values()]
     title = f"test {subject.noun}"
     measured = run_conditions(open_context, scratch, flat, processes, _progress(title))
-    return Result(plan, scorer, table, choices, tests, joints, measured)
+    return Result(plan, scorer, table, choices, whole, tests, joints, measured)

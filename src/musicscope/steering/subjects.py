@@ -2,8 +2,7 @@
 
 A `Subject` chooses samples for requests (`select`), names and groups them (`titles`, `groups`),
 renders them under a condition (`render`) and computes what a change costs (`costs`). It also has
-`methods`, and `chance`: methods whose Frechet distance from plain is the unit of the budget. The
-noise of a sample depends on the sample alone, so only the edit differs from plain.
+`methods`. The noise of a sample depends on the sample alone, so only the edit differs from plain.
 
 * `Prompts`: to switch a concept off, prompts name it; to switch it on, they do not. The cost is the
   cross-entropy of the tokens under the unsteered model.
@@ -151,7 +150,6 @@ class Prompts:
 
     noun: ClassVar[str] = "prompts"
     guided: ClassVar[bool] = True
-    chance: ClassVar[tuple[str, ...]] = ("reseed",)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -231,7 +229,6 @@ class Clips:
 
     noun: ClassVar[str] = "clips"
     guided: ClassVar[bool] = False
-    chance: ClassVar[tuple[str, ...]] = ("reseed", "original")
     methods: ClassVar[tuple[str, ...]] = tuple(n for n, m in METHODS.items() if not m.words)
 
     @property

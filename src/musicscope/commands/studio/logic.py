@@ -25,6 +25,7 @@ from musicscope.report.snippets import spectrogram_levels
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
 from musicscope.steering.recipes import (
     Recipe,
+    doubts,
     load_recipe,
     load_sae,
     load_steering,
@@ -183,7 +184,8 @@ def perform(
     tick: Tick, device: str = "cpu",
 ) -> Outcome:  # fmt: skip
     """Draw both sounds and judge them; `tick` gets the share that is done."""
-    session, notes = open_session(model, device), []
+    session, known = open_session(model, device), known_concepts(model)
+    notes = doubts(recipe_folder(model), [c for c in requests if c in known])
     pair = session.draw_pair(source, layer, steering, lambda share: tick(0.9 * share))
     if pair[0].same_as(pair[1]):
         notes.append("The edit changed nothing: both sounds are the same.")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from musicscope.core.mmd import Embedded, GaussianKernel
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Statistic, auroc, auroc_of
 from musicscope.embedded.pretraining import music_statistics as music
@@ -24,8 +25,6 @@ from musicscope.embedded.pretraining.evidence_rows import (
 )
 from musicscope.embedded.pretraining.set_distance import (
     Comparison,
-    Embedded,
-    GaussianKernel,
     classify,
     compare,
     frechet_infinity,

@@ -1,8 +1,6 @@
 """Compare sets of clips by their embeddings, with estimators that do not depend on n.
 
-The distance is the squared maximum mean discrepancy (MMD; Gretton et al. 2012) under a Gaussian
-kernel, as in the Kernel Audio Distance (Chung et al. 2025, 2502.15602). Clips of one composition
-are alike, so only pairs of clips from different compositions count. Two quantities result:
+The distance is the squared MMD of `musicscope.core.mmd`. Two quantities result:
 
 * `population`: the MMD^2 of the distributions. It is 0 on average for equal distributions,
   whatever the number of clips, so nothing can be divided by it.
@@ -22,110 +20,20 @@ two sets of 10 compositions, interval -0.003 to 0.005).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.distance import cdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from musicscope.core.mmd import Embedded, GaussianKernel, mean_kernel
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate, percentile_interval, resample_weights
 from musicscope.judges.pair import frechet_distance
 
 RATIO = "times real against real"
-SIGNAL_SHARE = 1e-3
-"""Dimensions that vary less than this share of the median dimension are not scaled up further."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Embeddings of clips and the composition of each clip. Silent clips are left out."""
-
-    values: np.ndarray
-    """[clips, dimensions] float64."""
-    groups: np.ndarray
-    """[clips] names of compositions."""
-    silent: int
-    """Clips that were left out, because their embedding is NaN."""
-
-    @classmethod
-    def of(cls, values: np.ndarray, groups: np.ndarray) -> Embedded:
-        """Leave out clips whose embedding is NaN.
-
-        Raises:
-            ValueError: shapes that do not fit, or fewer than two compositions.
-        """
-        values, groups = np.asarray(values, np.float64), np.asarray(groups)
-        if values.ndim != 2 or groups.shape != values.shape[:1]:
-            raise ValueError(f"embeddings {values.shape} and groups {groups.shape} do not fit")
-        sounds = np.isfinite(values).all(1)
-        if len(np.unique(groups[sounds])) < 2:
-            raise ValueError(f"need clips of 2 compositions that sound, got {sounds.sum()} clips")
-        return cls(values[sounds], groups[sounds], int((~sounds).sum()))
-
-
-# --- kernel -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GaussianKernel:
-    """k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)) of embeddings divided by `scale`."""
-
-    scale: np.ndarray
-    """[dimensions]."""
-    bandwidth: float
-
-    @classmethod
-    def fit(cls, reference: Embedded) -> GaussianKernel:
-        """Scale each dimension to unit variance; bandwidth = median distance of two compositions.
-
-        Fit it once, on real clips: values under two kernels do not compare.
-
-        Raises:
-            ValueError: most dimensions are constant over clips.
-        """
-        deviation = reference.values.std(0)
-        if not np.median(deviation) > 0:
-            raise ValueError(f"{len(reference.values)} reference clips have the same embedding")
-        scale = np.maximum(deviation, SIGNAL_SHARE * np.median(deviation))
-        distance = cdist(reference.values / scale, reference.values / scale)
-        different = reference.groups[:, None] != reference.groups
-        return cls(scale, float(np.median(distance[different])))
-
-    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Kernel [n, m] of embeddings [n, d] and [m, d]."""
-        squared = cdist(a / self.scale, b / self.scale, "sqeuclidean")
-        return np.exp(-squared / (2 * self.bandwidth**2))
-
-
-# --- distance ---------------------------------------------------------------------------------
-
-
-MeanKernel = Callable[[np.ndarray], np.ndarray]
-"""Weights of compositions [resamples, G] -> mean kernel of two clips [resamples]."""
-
-
-def mean_kernel(kernel: GaussianKernel, a: Embedded, b: Embedded, names: np.ndarray) -> MeanKernel:
-    """Mean kernel of a clip of `a` and a clip of `b` from two different compositions.
-
-    `names` [G] are all compositions. Without pairs of one composition no clip meets itself, and a
-    composition that is drawn twice does not either.
-    """
-    first, second = ((x.groups[:, None] == names).astype(float) for x in (a, b))
-    apart = 1.0 - np.eye(len(names))
-    sums = first.T @ kernel(a.values, b.values) @ second * apart
-    counts = np.outer(first.sum(0), second.sum(0)) * apart
-
-    def mean(weights: np.ndarray) -> np.ndarray:
-        total, pairs = (((weights @ m) * weights).sum(1) for m in (sums, counts))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return total / pairs
-
-    return mean
 
 
 @dataclass(frozen=True)

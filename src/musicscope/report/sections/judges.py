@@ -5,7 +5,10 @@ from __future__ import annotations
 from musicscope.report.elements import Section, Table
 from musicscope.report.metrics import Sources, Tree, cell, get
 
-JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
+JUDGES = {
+    "family_judge": "family judge", "musicnn": "musicnn",
+    "other_font_judge": "classifier of the other sounds", "embedding_judge": "embedding distance",
+}  # fmt: skip
 SETS = {
     "mixed": "clips, TimGM6mb and synthesis", "fluidr3mono": "clips, FluidR3Mono",
     "codec": "after the codec", "shuffled": "shuffled labels",
@@ -13,7 +16,7 @@ SETS = {
 
 
 def section(sources: Sources) -> Section | None:
-    """Both judges by family and set; None where they were never trained."""
+    """All judges by family and set; None where they were never trained."""
     if (found := sources.metrics("train_judge")) is None:
         return None
     content = {"means": _means(found), "families": _families(found)}
@@ -26,15 +29,16 @@ def _sets(found: Tree) -> list[tuple[str, str]]:
 
 
 def _means(found: Tree) -> Table:
+    there = [judge for judge in JUDGES if get(found, judge)]
     rows = [
-        (SETS[name], *(cell(found, f"{judge}.{name}.mean_auroc") for judge in JUDGES))
+        (SETS[name], *(cell(found, f"{judge}.{name}.mean_auroc") for judge in there))
         for name in dict.fromkeys(name for _, name in _sets(found))
     ]
-    if any(get(found, f"{judge}.pairs") is not None for judge in JUDGES):
-        cells = (cell(found, f"{judge}.pairs.accuracy") for judge in JUDGES)
+    if any(get(found, f"{judge}.pairs") is not None for judge in there):
+        cells = (cell(found, f"{judge}.pairs.accuracy") for judge in there)
         rows.append(("matched pairs, guitar: share right", *cells))
     caption = "Judges on unseen compositions (AUROC, mean over families)"
-    return Table(caption, ("set", *JUDGES.values()), tuple(rows))
+    return Table(caption, ("set", *(JUDGES[judge] for judge in there)), tuple(rows))
 
 
 def _families(found: Tree) -> Table:

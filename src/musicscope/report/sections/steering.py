@@ -78,6 +78,7 @@ def _numbers(sources: Sources, stage: str, model: str, found: Tree) -> dict[str,
         "seconds": plain(get(found, "seconds"), 1),
         "layer": str(get(found, "layer") or "unknown").removeprefix("layers."),
         "success": _success(model, found),
+        "curves": _curves(model, found),
         "costs": _costs(model, found),
         "joint": _joint(model, found["joint"], _cost_of(found)) if get(found, "joint") else None,
         "doses": None if doses is None else _doses(sources, stage, model, doses, found),
@@ -124,18 +125,39 @@ def _success(model: str, found: Tree) -> Table:
     return Table(f"{model}: success", columns, tuple(rows))
 
 
+def _curves(model: str, found: Tree) -> Table | None:
+    """Whole curves of the searched methods, and latents against draws of random controls."""
+    rows = []
+    for label, one in _entries(found):
+        for method, of in (get(one, "curves") or {}).items():
+            if method != "area_minus":
+                null = get(one, f"null.{method}")
+                rows.append((
+                    f"{label}: {_name(method)}", cell(of, "area", 2), cell(of, "slope", 2),
+                    plain(of["smoothness"], 2), plain(of["monotone_share"], 2),
+                    cell(null, "slope", 2),
+                ))  # fmt: skip
+        for method in ("random_feature", "random_direction"):
+            if (null := get(one, f"null.{method}")) is not None:
+                rows.append((f"{label}: {_name(method)}", *[DASH] * 4, cell(null, "slope", 2)))
+    columns = ("", "area of gain", "dose slope", "deviation of steps", "monotone prompts",
+               "slope on test prompts")  # fmt: skip
+    return Table(f"{model}: whole curves", columns, tuple(rows)) if rows else None
+
+
 def _costs(model: str, found: Tree) -> Table:
     cost = _cost_of(found)
-    columns = {"success": "success", "change": "change of the judges",
+    columns = {"success": "success", "success_choosing": "success by the choosing judge",
+               "headline": "headline", "kept": "prompt kept", "quality": "quality",
                "others_change": "change of other families", cost.key: cost.title}  # fmt: skip
     rows = []
     for label, one in _entries(found):
         for method in _methods(found):
             numbers = one["methods"].get(method)
             cells = [cell(numbers, key) for key in columns]
-            rows.append((f"{label}: {_name(method)}", *cells, cell(numbers, "frechet", 1)))
+            rows.append((f"{label}: {_name(method)}", *cells, cell(numbers, "distance", 2)))
     caption = f"{model}: effect and cost"
-    return Table(caption, ("", *columns.values(), "Fréchet distance"), tuple(rows))
+    return Table(caption, ("", *columns.values(), "distance"), tuple(rows))
 
 
 def _joint(model: str, joint: Tree, cost: Cost) -> Table:
@@ -153,10 +175,10 @@ def _joint(model: str, joint: Tree, cost: Cost) -> Table:
             rows.append((
                 f"{pair.replace('+', ', ').replace('-', ' ')}: {_name(method)}",
                 cell(numbers, "all_wanted_plain", 2), cell(numbers, "all_wanted", 2),
-                ", ".join(single), cell(numbers, cost.key, 2), cell(numbers, "frechet", 1),
+                ", ".join(single), cell(numbers, cost.key, 2), cell(numbers, "distance", 2),
             ))  # fmt: skip
     columns = ("", "all requests hold before", "and after", "success of each (features, alone)",
-               cost.title, "Fréchet distance")  # fmt: skip
+               cost.title, "distance")  # fmt: skip
     return Table(f"{model}: several concepts at once", columns, tuple(rows))
 
 
