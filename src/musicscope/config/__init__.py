@@ -18,6 +18,7 @@ from musicscope.config.analysis import (
     Gallery,
     MatchFeatures,
     MaximizeActivation,
+    MeasureEffects,
     Probe,
     Report,
     SelectLayers,
@@ -84,6 +85,7 @@ class Params(Section):
     select_layers: SelectLayers
     extract_activations: ExtractActivations
     train_sae: TrainSae
+    measure_effects: MeasureEffects
     probe: Probe
     maximize_activation: MaximizeActivation
     match_features: MatchFeatures

@@ -57,6 +57,26 @@ class ExtractActivations(Section):
 
 
 @dataclass(frozen=True)
+class MeasureEffects(Section):
+    """What each latent does at the logits of teacher-forced music."""
+
+    clips: PositiveInt
+    """Validation clips for KL and confidence."""
+    train_clips: PositiveInt
+    """Train clips for the usual value of a latent, and for likelihoods with and without a
+    concept."""
+    seconds: Annotated[float, Field(ge=0.1, le=30)]
+    """Middle part of each clip that is used."""
+    draws: PositiveInt
+    """Sets of codes drawn per validation clip; KL has a relative error of
+    sqrt(2 / (clips * draws))."""
+    checked: Annotated[int, Field(ge=3)]
+    """Latents whose first-order effect is compared with a true edit."""
+    batch: PositiveInt
+    """Clips per pass."""
+
+
+@dataclass(frozen=True)
 class Probe(Section):
     """Concept classifiers on SAE latents and on every baseline."""
 

@@ -150,6 +150,9 @@ class LanguageModel(MusicModel[Batch], Protocol):
     ) -> Tensor | None:
         """Logits [B, K, T, card]; [b, k, t] predicts codes[b, k, t]. None if stopped early."""
 
+    def differentiable(self, batch: Batch, hooks: Hooks) -> Tensor:
+        """Logits as in `forward`, with gradients with respect to what the hooks add."""
+
     def layer_inputs(self, batch: Batch) -> list[Tensor]:
         """Input of each layer [B, S, d] over all positions, then the last layer's output."""
 

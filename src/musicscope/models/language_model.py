@@ -257,6 +257,9 @@ class LayerwiseModel(Generic[D]):
         hidden = self._run(batch, self.known(hooks), last)
         return self._logits(hidden, batch) if stop_after is None else None
 
+    def differentiable(self, batch: Batch, hooks: Hooks) -> Tensor:
+        return self._logits(self._run(batch, self.known(hooks)), batch)
+
     def capture(self, batch: Batch, names: Sequence[str], hooks: Hooks = None) -> dict[str, Tensor]:
         """Read activations {name: [B, T, d]} in one pass that ends after the deepest layer named.
 

@@ -14,6 +14,7 @@ from musicscope.config.concepts import Steer
 from musicscope.core.io import folder_sha256, scratch_dir
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
+from musicscope.features import output_effects
 from musicscope.judges.pair import frechet_distance
 from musicscope.models.registry import load_model
 from musicscope.steering import report, search
@@ -45,10 +46,12 @@ def evaluate(
     options = {key: getattr(section, key) for key in shared}
     options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
                 "sae": folder_sha256(dictionary)}  # fmt: skip
-    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
+    effects = output_effects.read(name, section.slot)
+    recipes = {c: learn_recipe(train, c, **options, effects=effects) for c in plan.concepts}
     del train, model
 
-    inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
+    inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge",
+              f"data/effects/{name}")  # fmt: skip
     key = {"stage": "steer", "seed": seed, **asdict(section)}
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:
