@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from musicscope.config.schema import Distinct, FolderName, Section
+from musicscope.config.schema import (
+    Distinct,
+    DistinctOrNone,
+    FolderName,
+    ParamsError,
+    Section,
+)
 
 Ablation = Literal["skip", "zero", "mean"]
 
@@ -23,8 +29,20 @@ class Ablate(Section):
     kinds: Distinct[Ablation]
     """Ablations to run: skip leaves out the layer's update, mean replaces it by its mean, zero sets
     the layer's whole output to zero."""
+    concepts: DistinctOrNone[FolderName]
+    """Instrument families to find the layers of, by patching cross-attention between captions that
+    differ in one of them; the next one is the control. None: nothing is patched."""
+    concept_clips: PositiveInt
+    """Clips per concept."""
+    concept_seconds: Annotated[float, Field(ge=0.1, le=30)]
+    """Beginning of each of these clips that is used."""
     bootstrap: PositiveInt
     """Bootstrap draws over compositions per interval."""
+
+    def check(self, section: str) -> None:
+        """Raise ParamsError for a single concept, which has no control."""
+        if len(self.concepts) == 1:
+            raise ParamsError(f"{section}.concepts = {list(self.concepts)}: name none, or two")
 
 
 @dataclass(frozen=True)
