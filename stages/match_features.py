@@ -4,7 +4,7 @@ data/features/{features,top_clips,moments}.parquet and plots/match_features/.
 Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls,
 on common frames (those of the slowest model, where frame rates differ).
 Reads data/clips, data/usae/seed-0 and, for every model in params.yaml, its folders
-data/activations/<model>/<slot> and data/sae/<model>/<slot>, and data/effects/<model>/<slot>.parquet.
+data/activations/<model>/<slot>, data/sae/<model>/<slot> and data/effects/<model>/<slot>.parquet.
 """
 
 from __future__ import annotations

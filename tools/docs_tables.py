@@ -258,8 +258,8 @@ def latent_choice() -> str:
         pooled = part[part["concept"] == "all"].iloc[0]
         single = part[part["concept"] != "all"]
         means = [single.loc[single["direction"] == d, "change"].mean() for d in ("off", "on")]
-        chosen = data[(data["model"] == model) & (data["score"] == score) &
-                      (data["split"] == "validation") & (data["concept"] == "all")].iloc[0]  # fmt: skip
+        same = (data["model"] == model) & (data["score"] == score) & (data["concept"] == "all")
+        chosen = data[same & (data["split"] == "validation")].iloc[0]
 
         def interval(key: str, row: pd.Series = pooled) -> str:
             return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
@@ -746,10 +746,10 @@ def gpu_training() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        capabilities, features, models, cues, ablation, carried, effects, shared, matched, sets, maximised, found,
-        steering, gaps, costs, joint, search, latent_choice, judges, sae_step, usae_step, extraction, generation,
-        full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
-        gpu_training,
+        capabilities, features, models, cues, ablation, carried, effects, shared, matched, sets,
+        maximised, found, steering, gaps, costs, joint, search, latent_choice, judges, sae_step,
+        usae_step, extraction, generation, full_size, synthetic_features, gpu_goals,
+        gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip
 

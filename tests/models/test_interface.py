@@ -205,6 +205,21 @@ def test_strength_0_is_byte_equal_at_every_hook_point(checkpoints, models, famil
         assert not torch.equal(model.forward(batch, hook_at(model, point, 1.0)), logits)
 
 
+def test_an_edit_by_nothing_is_byte_equal_with_the_librarys_own_cache(models, monkeypatch):
+    """Models spread over devices generate with transformers' layers and cache."""
+    model = models["musicgen"]
+    monkeypatch.setattr(model.hf, "hf_device_map", {"": "cpu"}, raising=False)
+    made = model.generate([CAPTIONS[0]], SECONDS, 5, guidance_scale=3.0)
+    for point in places(model):
+        for branch in steering.BRANCHES:
+            for size in (0.0, 5.0):
+                direction = torch.linspace(-size, size, point.width)
+                hook = steering.change_hook(model, direction_change(direction), branch)
+                so = model.generate([CAPTIONS[0]], SECONDS, 5, {point.name: hook}, 3.0)
+                same = all(map(torch.equal, so, made))
+                assert same == (size == 0), (point.name, branch, size)
+
+
 @pytest.mark.parametrize("family", LANGUAGE)
 def test_an_edit_by_nothing_is_byte_equal_in_each_half(models, family):
     """A change of 0 goes all the way through the hook, unlike strength 0, which makes no hook."""

@@ -49,8 +49,9 @@ COLUMNS = (
     "kind", "model", "feature", "energy", "firing_rate", "fires", "firing_entropy", "cofires",
     "cofire_proportion", "set", "partner_model", "partner", "partner_correlation",
     "partner_repaired", "best_model", "best", "best_correlation", "seed_correlation", "counterpart",
-    "counterpart_cosine", "output_kl", "output_confidence", "concept", "concept_pooling", "concept_auroc", "concept_heldout_auroc",
-    "concept_p", "top_clip", "top_frame", "top_seconds", "top_value",
+    "counterpart_cosine", "output_kl", "output_confidence", "concept", "concept_pooling",
+    "concept_auroc", "concept_heldout_auroc", "concept_p", "top_clip", "top_frame", "top_seconds",
+    "top_value",
 )  # fmt: skip
 TOP_COLUMNS = ("kind", "model", "feature", "rank", "clip", "frame", "seconds", "value")
 TEXT = ("set", "partner_model", "best_model", "concept", "concept_pooling", "top_clip")
