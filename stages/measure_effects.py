@@ -8,7 +8,7 @@ no logits: its table has no rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -49,7 +49,7 @@ def main() -> None:
     sae = TopKSAE.load(f"data/sae/{name}/{slot}/seed-0", device)
     samples = round(section.seconds * model.sample_rate)
 
-    def batches(rows: Sequence[int]) -> Iterator[Batch]:
+    def batches(rows: np.ndarray) -> Iterator[Batch]:
         for first in range(0, len(rows), section.batch):
             part = rows[first : first + section.batch]
             captions = clips.rows["caption"].iloc[part].tolist()
@@ -65,9 +65,12 @@ def main() -> None:
     train = spread("train", section.train_clips)
     codes = encode_clips(store, train, sae.encode, sae.n_latents, 1, device)
     labels = {
-        concept: clips.rows[f"has_{concept}"].iloc[train].to_numpy(bool)
+        concept: clips.rows[f"has_{concept}"]
+        .iloc[train]
+        .astype("boolean")
+        .to_numpy(float, na_value=np.nan)
         for concept in FAMILIES
-        if f"has_{concept}" in clips.rows and clips.rows[f"has_{concept}"].iloc[train].notna().all()
+        if f"has_{concept}" in clips.rows
     }
     table, metrics = output_effects.measure(
         model, store.config["layer"], sae, output_effects.usual_values(codes),

@@ -228,7 +228,8 @@ def effects() -> str:
     """Effects of latents at the logits: how exact, and how they spread."""
     rows = []
     for model, slot in ((m, s) for m in MODELS for s in SLOTS):
-        of = metrics(f"measure_effects/{model}-{slot}")
+        name = f"measure_effects/{model}-{slot}"
+        of = metrics(name) if (ROOT / f"metrics/{name}.json").is_file() else {}
         if "kl" not in of:
             continue
         rows.append([

@@ -310,3 +310,8 @@ def test_missing_output_scores_are_named(case):
         )
     found, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, effects=pd.DataFrame())
     assert set(found.statistics) == set(plain.statistics)  # an audio model
+
+
+def test_without_logits_only_input_scores_are_searched():
+    assert recipes.input_parts(("share", "share+toward", "partial+output")) == ("share", "partial")
+    assert recipes.input_parts(("toward", "output")) == ("share",)

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from musicscope.core.stats import Estimate, estimate, ratio_of
+from musicscope.core.stats import Estimate, Statistic, estimate, ratio_of
 from musicscope.models.interface import Batch, Hook, LanguageModel
 
 
@@ -114,22 +114,24 @@ def localisation(
 
     kl: KL of the whole change in nats per code, of the concept and of the control.
     """
-    at = np.asarray(groups)
 
-    def number(statistic: object, unit: str) -> Estimate:
-        return estimate(statistic, at, n, seed, unit)  # type: ignore[arg-type]
+    def number(statistic: Statistic) -> Estimate:
+        return estimate(statistic, groups, n, seed, "share")
 
-    layers: dict[str, dict[str, object]] = {}
-    for i in range(own.left.shape[1]):
-        mine = ratio_of(own.whole - own.left[:, i], own.whole)
-        other = ratio_of(control.whole - control.left[:, i], control.whole)
-        layers[str(i)] = {
-            "share": number(mine, "share").as_dict(),
-            "control": number(other, "share").as_dict(),
-            "specific": number(lambda w, a=mine, b=other: a(w) - b(w), "share").as_dict(),
+    found = [
+        [ratio_of(p.whole - p.left[:, i], p.whole) for p in (own, control)]
+        for i in range(own.left.shape[1])
+    ]
+    shares = [number(mine) for mine, _ in found]
+    layers = {
+        str(i): {
+            "share": shares[i].as_dict(), "control": number(other).as_dict(),
+            "specific": number(lambda w, a=mine, b=other: a(w) - b(w)).as_dict(),
         }
-    best = max(layers, key=lambda layer: layers[layer]["share"]["value"])  # type: ignore[index]
+        for i, (mine, other) in enumerate(found)
+    }  # fmt: skip
     return {
-        "clips": len(at), "kl": float(own.whole.mean()), "kl_control": float(control.whole.mean()),
-        "best": int(best), "layers": layers,
+        "clips": len(groups), "kl": float(own.whole.mean()),
+        "kl_control": float(control.whole.mean()),
+        "best": max(range(len(shares)), key=lambda i: shares[i].value), "layers": layers,
     }  # fmt: skip

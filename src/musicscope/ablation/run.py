@@ -101,13 +101,11 @@ def localise(
             control = patching.control_of(concept, section.concepts)
             at = main_clips(clips.rows, section.split)
             for absent in (concept, control):
-                if f"has_{absent}" not in clips.rows:
-                    raise ValueError(
-                        f"ablate.concepts has {absent}, which data/clips has no labels of: take it "
-                        "out, or name none"
-                    )
-                at, has = known_labels(clips.rows, absent, at)
-                at = at[~has]
+                if f"has_{absent}" in clips.rows:
+                    at, has = known_labels(clips.rows, absent, at)
+                    at = at[~has]
+                else:
+                    at = at[:0]
             groups = clips.rows["group"]
             if groups.iloc[at].nunique() < 2:
                 found[concept] = {"clips": len(at)}

@@ -38,7 +38,7 @@ from musicscope.models.interface import Batch, LanguageModel, on_frames
 AGREES = 0.9
 """Least rank correlation of first-order KL and the KL of true edits."""
 TOWARD = "toward_"
-FEWEST = 4
+FEWEST = 2
 """Fewest clips with and without a concept for its column."""
 
 
@@ -147,7 +147,8 @@ def measure(
     """Measure every latent: the table, and how exact it is.
 
     `values` [F] as `usual_values`; `batches`: clips for kl and confidence; `labelled`: clips for
-    toward_*, in the order of `labels` (concept -> bool [clips]); `checked`: latents of the sample.
+    toward_*, in the order of `labels` (concept -> [clips], 1, 0 or NaN: not known); `checked`:
+    latents of the sample.
     """
     rows = sae.W_dec.detach().to(model.device, torch.float64)
     slopes = first_order(model, layer, batches, draws, seed)
@@ -178,8 +179,9 @@ def measure(
                "confidence_per_unit": per_unit(confidence)}  # fmt: skip
     gradients = likelihood_gradients(model, layer, labelled)
     for concept, has in labels.items():
-        if min(has.sum(), (~has).sum()) >= FEWEST:
-            difference = gradients[has].mean(0) - gradients[~has].mean(0)
+        sides = [np.flatnonzero(has == side) for side in (1, 0)]
+        if min(map(len, sides)) >= FEWEST:
+            difference = gradients[sides[0]].mean(0) - gradients[sides[1]].mean(0)
             columns[TOWARD + concept] = (rows @ difference).cpu().numpy()
     metrics: Metrics = {
         "latents": len(values), "live": len(live), "checked": len(sample), **quality,
@@ -210,9 +212,14 @@ def write(path: str | Path, table: pd.DataFrame) -> None:
         table.to_parquet(temporary, index=False)
 
 
-def read(model: str, slot: str, folder: str | Path = "data/effects") -> pd.DataFrame:
+def path_of(model: str, slot: str) -> Path:
+    """Table of a model and slot."""
+    return Path("data/effects") / model / f"{slot}.parquet"
+
+
+def read(model: str, slot: str) -> pd.DataFrame:
     """Read the table of a model and slot; FileNotFoundError names the stage to run."""
-    path = Path(folder) / model / f"{slot}.parquet"
+    path = path_of(model, slot)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run dvc repro measure_effects")
     return pd.read_parquet(path)

@@ -7,7 +7,7 @@ and kept in `chosen`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +32,12 @@ SHORTLIST = 32
 """Latents that the input score of "share+output" and the like hands to the output score."""
 PLAIN = ("model", "slot", "layer", "sae", "concept", "target", "both_sides")
 MEANS = ("mean_with", "mean_without", "active_with", "active_without")
+
+
+def input_parts(scores: Sequence[str]) -> tuple[str, ...]:
+    """Input scores of a search for a model without logits, each once; share if there is none."""
+    parts = (score.partition("+")[0] for score in scores)
+    return tuple(dict.fromkeys(p for p in parts if p in SCORES)) or SCORES[:1]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class Recipe:
         if missing := {first, second} & set(OUTPUT_SCORES) - set(self.statistics):
             raise ValueError(
                 f"{self.model}, {self.concept}: no {', '.join(missing)} is measured, which score "
-                f"{score!r} needs: run dvc repro measure_effects and steer; an audio model has none"
+                f"{score!r} needs: run dvc repro measure_effects and steer, with more of "
+                "measure_effects.train_clips if few have the concept; an audio model has none"
             )
 
         def by(name: str, among: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from musicscope.steering.methods import (
     parse_pair,
     searched_methods,
 )
-from musicscope.steering.recipes import DIRECTIONS, Settings
+from musicscope.steering.recipes import DIRECTIONS, Settings, input_parts
 from musicscope.steering.subjects import Subject
 
 SEARCH_KEYS = (
@@ -105,13 +105,14 @@ def grid(section: Steer, method: str, guided: bool = True) -> list[Settings]:
     """List all settings to search for a method.
 
     With words, which ask already, only the first number of latents and the first branch are tried.
-    Without guidance all branches are the same.
+    Without guidance all branches are the same, and there are no logits for output scores.
     """
     numbers, branches = section.n_features, section.branches if guided else ("both",)
     if METHODS[method].words:
         numbers, branches = numbers[:1], branches[:1]
     if METHODS[method].edit == "latents":
-        each = (section.strengths, numbers, section.scores, branches, section.loops)
+        scores = section.scores if guided else input_parts(section.scores)
+        each = (section.strengths, numbers, scores, branches, section.loops)
         return [Settings(*values) for values in itertools.product(*each)]
     pairs = itertools.product(section.direction_strengths, branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
