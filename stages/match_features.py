@@ -4,7 +4,7 @@ data/features/{features,top_clips,moments}.parquet and plots/match_features/.
 Matches SAE against SAE between models and SAE against universal SAE within each, with their nulls,
 on common frames (those of the slowest model, where frame rates differ).
 Reads data/clips, data/usae/seed-0 and, for every model in params.yaml, its folders
-data/activations/<model>/<slot> and data/sae/<model>/<slot>.
+data/activations/<model>/<slot>, data/sae/<model>/<slot> and data/effects/<model>/<slot>.parquet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
-from musicscope.features import moments, report, table
+from musicscope.features import moments, output_effects, report, table
 from musicscope.features.run import REPORT, Inputs, ModelSAEs, compare, describe_features
 from stages import run_stage, stage_args
 
@@ -44,6 +44,8 @@ def main() -> None:
         rate,
         params.seed,
     )
+    effects = {model: output_effects.read(model, slot) for model in params.models}
+    features = table.with_effects(features, effects)
     table.write("data/features", features, top)
     codes = {key: sets[REPORT] for key, sets in comparison.codes.items()}
     ids = clips.rows["id"].to_numpy(str)[inputs.clips[REPORT]]

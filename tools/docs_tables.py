@@ -203,6 +203,77 @@ def ablation() -> str:
     return table(["KL, nats per code", "mean", "skip", "zero", "slot"], rows)
 
 
+def carried() -> str:
+    """Share of a concept in the caption that each layer's cross-attention carries, and control."""
+    rows = []
+    for model in MODELS:
+        for concept, entry in metrics(f"ablate/{model}").get("concepts", {}).items():
+            if "layers" not in entry:
+                continue
+            layers = entry["layers"]
+            best = str(entry["best"])
+            each = ", ".join(
+                number(layers[i]["share"]["value"], 2) for i in sorted(layers, key=int)
+            )
+            rows.append([
+                f"{model}: {concept}", each, best, estimate(layers[best], "share", 2),
+                estimate(layers[best], "specific", 2), entry["control"].replace("_", " "),
+                number(entry["kl"], 4),
+            ])  # fmt: skip
+    head = ["concept in the caption", "share by layer, from 0", "best layer", "its share"]
+    return table([*head, "less the control's", "control", "KL of all layers"], rows)
+
+
+def effects() -> str:
+    """Effects of latents at the logits: how exact, and how they spread."""
+    rows = []
+    for model, slot in ((m, s) for m in MODELS for s in SLOTS):
+        name = f"measure_effects/{model}-{slot}"
+        of = metrics(name) if (ROOT / f"metrics/{name}.json").is_file() else {}
+        if "kl" not in of:
+            continue
+        rows.append([
+            f"{model}, {slot}", str(of["live"]), number(of["kl"]["median"], 4),
+            number(of["kl"]["q95"], 4), number(of["kl"]["top_tenth_share"], 2),
+            number(of["kl_rank_correlation"], 3), number(of["kl_ratio"], 2),
+            number(of["confidence_rank_correlation"], 3), of["method"],
+        ])  # fmt: skip
+    head = ["latents at their usual value", "that fire", "KL, median", "95th percentile"]
+    head += ["share of the strongest tenth", "rank correlation with true edits: KL", "KL, ratio"]
+    return table([*head, "confidence", "method"], rows)
+
+
+RANKINGS = {
+    "share": "input score alone (share)", "output": "output score alone (KL)",
+    "toward": "output score alone (pull towards the concept)",
+    "share+output": "both: share, then KL", "share+toward": "both: share, then pull",
+}  # fmt: skip
+
+
+def latent_choice() -> str:
+    """Input score, output score and both, from experiments/latent_choice.csv."""
+    data = pd.read_csv(ROOT / "experiments/latent_choice.csv")
+    test = data[data["split"] == "test"]
+    rows = []
+    for (model, score), part in test.groupby(["model", "score"], sort=False):
+        pooled = part[part["concept"] == "all"].iloc[0]
+        single = part[part["concept"] != "all"]
+        means = [single.loc[single["direction"] == d, "change"].mean() for d in ("off", "on")]
+        same = (data["model"] == model) & (data["score"] == score) & (data["concept"] == "all")
+        chosen = data[same & (data["split"] == "validation")].iloc[0]
+
+        def interval(key: str, row: pd.Series = pooled) -> str:
+            return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
+
+        rows.append([
+            f"{model}: {RANKINGS[str(score)]}", f"{chosen['change']:.3f}", interval("change"),
+            "" if score == "share" else interval("minus_share"),
+            *(f"{mean:.3f}" for mean in means), f"{pooled['ce_cost']:+.2f}",
+        ])  # fmt: skip
+    head = ["latents ranked by", "change, validation", "change, test", "less share's", "off", "on"]
+    return table([*head, "cross-entropy"], rows)
+
+
 def shared() -> str:
     """The universal SAE: each number beside its nulls."""
     usae = metrics("train_usae")
@@ -766,11 +837,10 @@ def gpu_training() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
-        steering, headlines, trade_offs, doses, hearing, gaps, costs, joint, search, judges,
-        sae_step, usae_step, extraction, generation,
-        full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
-        gpu_training,
+        capabilities, features, models, cues, ablation, carried, effects, shared, matched, sets,
+        maximised, found, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
+        search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
+        synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip
 

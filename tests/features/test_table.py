@@ -27,6 +27,19 @@ def dense_codes(seed: int = 0, F: int = 6) -> tuple[np.ndarray, Codes]:
     return dense, Codes(csr_array(dense), frames)
 
 
+def test_effects_fill_the_rows_of_their_models_sae():
+    rows = pd.DataFrame(
+        {"kind": ["sae", "sae", "usae", "sae"], "model": ["a", "a", "a", "b"],
+         "feature": [1, 0, 0, 0], "output_kl": np.nan, "output_confidence": np.nan}
+    )  # fmt: skip
+    effects = pd.DataFrame({"feature": [0, 1], "kl": [0.5, 2.0], "confidence": [0.1, -0.1]})
+    found = feature_table.with_effects(rows, {"a": effects, "b": effects.head(0)})
+    assert found["output_kl"].fillna(-1).tolist() == [2.0, 0.5, -1, -1]
+    assert found["output_confidence"].fillna(-1).tolist() == [-0.1, 0.1, -1, -1]
+    with pytest.raises(ValueError, match="b: output effects of 2 latents for 1"):
+        feature_table.with_effects(rows, {"b": effects})
+
+
 def test_pools_equal_those_of_dense_frames():
     dense, codes = dense_codes()
     found = pool_clips(codes)

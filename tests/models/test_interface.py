@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicscope.core.precision import tf32
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.interface import AudioModel, LanguageModel, points_of
 from musicscope.models.language_model import by_clip
 from musicscope.steering import edit as steering
+from musicscope.steering.conditions import direction_change
 from tests.conftest import CAPTIONS
 from tests.models.conftest import FAMILIES, load
 
@@ -135,15 +136,62 @@ def hook_at(model, point, strength: float, branch: str = "conditional"):
     return {point.name: steering.steering_hook(model, made, frame_rate=point.rate)}
 
 
+def places(model) -> list:
+    """All hook points of a language model."""
+    return list(points_of(model).values())
+
+
+@pytest.mark.parametrize("family", ["musicgen", "audiocraft"])
+def test_cross_attention_outputs_are_hook_points(models, family):
+    model = models[family]
+    batch = model.encode(noise(model), [CAPTIONS[0], None])
+    names = [point.name for point in model.cross_points]
+    assert names == [f"layers.{i}.cross_attention" for i in range(model.num_layers)]
+    found = model.capture(batch, names)
+    for name in names:
+        assert found[name][0].abs().max() > 1e-4, name
+        assert not found[name][1].any(), name  # a clip without a caption: nothing is added
+    # Without them a captioned clip is predicted as if it had no caption.
+    silent = dict.fromkeys(names, lambda x, positions: torch.zeros_like(x))
+    bare = model.with_captions(batch.codes, [None, None])
+    torch.testing.assert_close(model.forward(batch, silent), model.forward(bare))
+    first = {names[0]: lambda x, positions: x * 2}
+    assert torch.equal(model.capture(batch, names[:1], first)[names[0]], 2 * found[names[0]])
+    with pytest.raises(ValueError, match=r"layers\.0\.cross_attention cannot act"):
+        model.forward_from(batch, 1, model.layer_inputs(batch)[1], first)
+
+
+def test_yue_has_no_cross_attention(models):
+    assert models["yue"].cross_points == ()
+
+
+@pytest.mark.parametrize("family", ["musicgen", "audiocraft"])
+def test_steps_read_the_cross_attention_of_teacher_forcing(models, family):
+    """Both halves of guidance, with the cache of generation and without any."""
+    model = models[family]
+    for point in model.cross_points:
+        seen = []
+
+        def read(x, positions, seen=seen):
+            seen.append(x.clone())
+            return x
+
+        _, codes = model.generate([CAPTIONS[0]], SECONDS, 5, {point.name: read}, 3.0)
+        both = model.with_captions(codes.repeat(2, 1, 1), [CAPTIONS[0], None])
+        forced = model.capture(both, [point.name])[point.name]
+        stepped = torch.cat(seen, 1)[:, 1 : codes.shape[-1] + 1]
+        torch.testing.assert_close(stepped, forced, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", LANGUAGE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strength_0_is_byte_equal_at_every_hook_point(checkpoints, models, family, dtype):
     model = models[family] if dtype == torch.float32 else load(checkpoints[family], dtype=dtype)
     batch = model.encode(noise(model), [CAPTIONS[0], None])
-    names = [point.name for point in model.hook_points]
+    names = [point.name for point in places(model)]
     logits, streams, loss = model.forward(batch), model.capture(batch, names), model.loss(batch)
     made = model.generate([CAPTIONS[0]], SECONDS, 5, guidance_scale=3.0)
-    for point in model.hook_points:
+    for point in places(model):
         nothing = hook_at(model, point, 0.0)
         assert torch.equal(model.forward(batch, nothing), logits), point.name
         assert torch.equal(model.loss(batch, nothing), loss)
@@ -155,6 +203,56 @@ def test_strength_0_is_byte_equal_at_every_hook_point(checkpoints, models, famil
             assert all(map(torch.equal, same, made)), (point.name, branch)
         # The same edit at strength 1 is no edit of nothing.
         assert not torch.equal(model.forward(batch, hook_at(model, point, 1.0)), logits)
+
+
+def test_an_edit_by_nothing_is_byte_equal_with_the_librarys_own_cache(models, monkeypatch):
+    """Models spread over devices generate with transformers' layers and cache."""
+    model = models["musicgen"]
+    monkeypatch.setattr(model.hf, "hf_device_map", {"": "cpu"}, raising=False)
+    made = model.generate([CAPTIONS[0]], SECONDS, 5, guidance_scale=3.0)
+    for point in places(model):
+        for branch in steering.BRANCHES:
+            for size in (0.0, 5.0):
+                direction = torch.linspace(-size, size, point.width)
+                hook = steering.change_hook(model, direction_change(direction), branch)
+                so = model.generate([CAPTIONS[0]], SECONDS, 5, {point.name: hook}, 3.0)
+                same = all(map(torch.equal, so, made))
+                assert same == (size == 0), (point.name, branch, size)
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_an_edit_by_nothing_is_byte_equal_in_each_half(models, family):
+    """A change of 0 goes all the way through the hook, unlike strength 0, which makes no hook."""
+    model = models[family]
+    batch = model.encode(noise(model), [CAPTIONS[0], None])
+    logits = model.forward(batch)
+    made = model.generate([CAPTIONS[0]], SECONDS, 5, guidance_scale=3.0)
+    for point in places(model):
+        changed = {}
+        for size in (0.0, 5.0):
+            direction = torch.full((point.width,), size)
+            direction[::2] *= -1
+            for branch in steering.BRANCHES:
+                halves = []
+                edit = steering.change_hook(model, direction_change(direction), branch)
+
+                def both(x, positions, edit=edit, halves=halves):
+                    edited = edit(x, positions)
+                    halves.append([not torch.equal(a, b) for a, b in zip(edited, x, strict=True)])
+                    return edited
+
+                hooks = {point.name: both}
+                made_so = model.generate([CAPTIONS[0]], SECONDS, 5, hooks, guidance_scale=3.0)
+                changed[size, branch] = torch.tensor(halves).any(0).tolist()
+                if size == 0:
+                    assert all(map(torch.equal, made_so, made)), (point.name, branch)
+            if size == 0:
+                edit = steering.change_hook(model, direction_change(direction), "both")
+                assert torch.equal(model.forward(batch, {point.name: edit}), logits), point.name
+        assert {b: changed[5.0, b] for b in steering.BRANCHES} == {
+            "conditional": [True, False], "both": [True, True], "guidance": [False, True]
+        }  # fmt: skip
+        assert not any(any(changed[0.0, b]) for b in steering.BRANCHES)
 
 
 def test_strength_0_is_byte_equal_at_every_hook_point_of_rave(models):

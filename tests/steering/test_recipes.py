@@ -65,10 +65,14 @@ def best(n: int) -> recipes.Settings:
     return recipes.Settings(1.0, n)
 
 
+def read_planted() -> tuple[pd.DataFrame, Store, learning.Clips]:
+    rows, store = plant()
+    return rows, store, learning.read_clips(store, sae(), rows)
+
+
 @pytest.fixture(scope="module")
 def case():
-    rows, store = plant()
-    clips = learning.read_clips(store, sae(), rows)
+    rows, store, clips = read_planted()
     return rows, store, clips, *learning.learn_recipe(clips, "guitar", **OPTIONS)
 
 
@@ -273,3 +277,41 @@ def test_the_best_threshold_is_that_of_an_exhaustive_search():
         return (scores[labels] > cut).mean() + (scores[~labels] <= cut).mean()
 
     assert accuracy(best) == max(accuracy(c) for c in np.linspace(-4, 4, 4001))
+
+
+def test_output_scores_rank_within_the_shortlist(case, monkeypatch):
+    *_, clips, plain, _ = case
+    kl = np.arange(F, dtype=float)
+    table = pd.DataFrame({"feature": range(F), "kl": kl, "toward_guitar": 5.0 - kl})
+    found, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, effects=table)
+    order = plain.ranked("share")
+    assert found.ranked("share") == order  # the evidence itself is as before
+    assert found.ranked("share+output") == sorted(order, reverse=True)
+    assert found.ranked("output") == sorted(order, reverse=True)
+    assert found.ranked("toward") == [0, 1, 2, 3, 4]
+    assert found.ranked("toward", -1) == list(range(F - 1, 5, -1))
+    assert found.ranked("share+toward") == sorted(order)
+    against = plain.ranked("share", -1)
+    assert found.ranked("share+toward", -1) == sorted(against, reverse=True)
+    monkeypatch.setattr(recipes, "SHORTLIST", 2)
+    assert found.ranked("share+output") == [*sorted(order[:2], reverse=True), *order[2:]]
+
+
+def test_missing_output_scores_are_named(case):
+    *_, clips, plain, _ = case
+    with pytest.raises(ValueError, match="no output is measured.*dvc repro measure_effects"):
+        plain.ranked("share+output")
+    for score in ("output+share", "share+", "share+effect", "loudness"):
+        with pytest.raises(ValueError, match="known share"):
+            plain.ranked(score)
+    with pytest.raises(ValueError, match="3 latents for a dictionary of 12"):
+        learning.learn_recipe(
+            clips, "guitar", **OPTIONS, effects=pd.DataFrame({"kl": [1.0, 2.0, 3.0]})
+        )
+    found, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, effects=pd.DataFrame())
+    assert set(found.statistics) == set(plain.statistics)  # an audio model
+
+
+def test_without_logits_only_input_scores_are_searched():
+    assert recipes.input_parts(("share", "share+toward", "partial+output")) == ("share", "partial")
+    assert recipes.input_parts(("toward", "output")) == ("share",)

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
-from musicscope.ablation import audio, language
+from musicscope.ablation import audio, language, patching
 from musicscope.ablation.scores import (
     Scores,
     Sums,
@@ -22,8 +22,14 @@ from musicscope.ablation.scores import (
 from musicscope.config.analysis import Ablate
 from musicscope.core.parallel import Run, workers
 from musicscope.core.seeding import seed_for
-from musicscope.data.clips import main_clips
-from musicscope.models.interface import AudioModel, MusicModel
+from musicscope.data.clips import known_labels, main_clips
+from musicscope.models.interface import (
+    AudioModel,
+    Batch,
+    MusicModel,
+    language_model,
+    points_of,
+)
 from musicscope.models.registry import Sources, open_sources
 
 BATCH = 4  # the logits of a batch, 4 x 4 x 500 x 1024 floats, are held three times
@@ -75,6 +81,68 @@ def spread_clips(rows: pd.DataFrame, split: str, count: int, seed: int) -> np.nd
     shuffled = np.random.default_rng(seed).permutation(positions)
     turn = rows["group"].iloc[shuffled].groupby(rows["group"].iloc[shuffled]).cumcount()
     return np.sort(shuffled[np.argsort(turn.to_numpy(), kind="stable")[:count]])
+
+
+def localise(
+    name: str, section: Ablate, seed: int, device: str, processes: int
+) -> dict[str, object]:
+    """Find the layers that carry each of `section.concepts`: {concept: `patching.localisation`}.
+
+    Clips of `section.split` whose labels lack the concept and its control. {} for a model without
+    cross-attention; a concept with too few clips is left out with a count of them.
+    """
+    sources = functools.partial(open_sources, f"data/models/{name}", "data/clips", device)
+    model, clips = sources()
+    if not points_of(model).keys() - {point.name for point in model.hook_points}:
+        return {}
+    found: dict[str, object] = {}
+    with workers(processes) as run_each:
+        for concept in section.concepts:
+            control = patching.control_of(concept, section.concepts)
+            at = main_clips(clips.rows, section.split)
+            for absent in (concept, control):
+                if f"has_{absent}" in clips.rows:
+                    at, has = known_labels(clips.rows, absent, at)
+                    at = at[~has]
+                else:
+                    at = at[:0]
+            groups = clips.rows["group"]
+            if groups.iloc[at].nunique() < 2:
+                found[concept] = {"clips": len(at)}
+                continue
+            rng = np.random.default_rng(seed_for(seed, "ablate", "patches", concept))
+            at = rng.permutation(at)
+            turn = groups.iloc[at].groupby(groups.iloc[at]).cumcount().to_numpy()
+            at = np.sort(at[np.argsort(turn, kind="stable")[: section.concept_clips]])
+            batches = [at[start : start + BATCH] for start in range(0, len(at), BATCH)]
+            job = functools.partial(patch_batch, sources, concept, control, section.concept_seconds)
+            own, other = zip(*run_each(job, batches), strict=True)
+            found[concept] = {"control": control} | patching.localisation(
+                functools.reduce(patching.Patches.__add__, own),
+                functools.reduce(patching.Patches.__add__, other),
+                groups.iloc[at].tolist(), section.bootstrap,
+                seed_for(seed, "ablate", "patches", "bootstrap"),
+            )  # fmt: skip
+    return found
+
+
+def patch_batch(
+    sources: Sources, concept: str, control: str, seconds: float, rows: np.ndarray
+) -> tuple[patching.Patches, patching.Patches]:
+    """Patch one batch of clips, for the concept and for its control."""
+    model, clips = sources()
+    model = language_model(model)
+    samples = round(seconds * model.sample_rate)
+    captions = patching.caption_pairs(clips.rows.iloc[rows], concept, control)
+    encoded = model.encode(clips.audio(rows)[:, :samples], [None] * len(rows))
+    count, three = len(rows), encoded.codes.repeat(3, 1, 1)
+    # One batch of all captions, so that padding is the same for each.
+    text = model.with_captions(three, [c for part in captions for c in part])
+    parts = (text.codes.split(count), text.text.split(count), text.text_mask.split(count))
+    without, with_, other = (
+        Batch(*each, tuple(own)) for *each, own in zip(*parts, captions, strict=True)
+    )
+    return patching.patch(model, without, with_), patching.patch(model, without, other)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -122,6 +123,11 @@ def ablation_metrics(
     return {"clips": len(groups), "groups": n, "layers": layers}
 
 
+NAMED_SLOT = re.compile(r"(layer|cross)(\d+)$")
+NAMED = {"layer": "layers.{}", "cross": "layers.{}.cross_attention"}
+"""Slots that name their hook point."""
+
+
 def select_layers(
     metrics: Metrics,
     slots: Sequence[str],
@@ -129,8 +135,11 @@ def select_layers(
     score: str,
     skip_first: bool = True,
     skip_last: bool = True,
-) -> dict[str, int]:
+) -> dict[str, int | str]:
     """Fill slots with layers, the highest `score` under `kind` first; of equals the earlier layer.
+
+    Slots named layer<i> and cross<i> are not ranked: they are the output of layer i, and what its
+    cross-attention adds to the stream. For these the value is the name of the hook point.
 
     In an audio model layers are numbers of hook points, and `score` stands for its counterpart
     (``counterparts`` in the metrics).
@@ -141,6 +150,8 @@ def select_layers(
     output goes straight to the heads, so its features are next codes and no layer is left to act on
     an edit. ValueError for a kind that was not run, and for more slots than layers.
     """
+    fixed = {slot: NAMED[m[1]].format(m[2]) for slot in slots if (m := NAMED_SLOT.match(slot))}
+    slots = [slot for slot in slots if slot not in fixed]
     score = metrics.get("counterparts", {}).get(score, score)
     if absent := [layer for layer, entry in metrics["layers"].items() if kind not in entry]:
         known = sorted(metrics["layers"][absent[0]])
@@ -153,4 +164,4 @@ def select_layers(
             "select_layers.skip_first or select_layers.skip_last to false"
         )
     ranked = sorted(allowed, key=lambda layer: (-values[layer], layer))
-    return dict(zip(slots, ranked, strict=False))
+    return dict(zip(slots, ranked, strict=False)) | fixed

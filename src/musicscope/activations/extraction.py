@@ -34,7 +34,8 @@ from musicscope.core.distributed import ALONE, Ranks, Workers, scratch_of
 from musicscope.core.io import publish_dir
 from musicscope.core.parallel import workers
 from musicscope.data.clips import Clips
-from musicscope.models.interface import AudioModel, MusicModel, language_model
+from musicscope.models.interface import AudioModel, MusicModel, language_model, points_of
+from musicscope.models.language_model import CROSS
 from musicscope.models.registry import Sources
 
 
@@ -89,18 +90,20 @@ class Plan:
         return "\n".join([*lines, f"  in all {total / 1e9:.3f} GB"])
 
 
-def hook_names(model: MusicModel, chosen: Mapping[str, int]) -> dict[str, str]:
-    """Turn slot -> number of a hook point (metrics/layers) into slot -> its name.
+def hook_names(model: MusicModel, chosen: Mapping[str, int | str]) -> dict[str, str]:
+    """Turn slot -> number or name of a hook point (metrics/layers) into slot -> its name.
 
-    ValueError for a number that the model does not have.
+    ValueError for a number that the model does not have; `plan` refuses unknown names.
     """
     names = [point.name for point in model.hook_points]
+    named = {slot: i for slot, i in chosen.items() if isinstance(i, str)}
+    chosen = {slot: i for slot, i in chosen.items() if slot not in named}
     if wrong := {slot: i for slot, i in chosen.items() if not 0 <= int(i) < len(names)}:
         raise ValueError(
             f"{model.name} has hook points 0 to {len(names) - 1}, not {wrong}: run dvc repro "
             "select_layers"
         )
-    return {slot: names[int(i)] for slot, i in chosen.items()}
+    return {slot: names[int(i)] for slot, i in chosen.items()} | named
 
 
 def plan(
@@ -121,9 +124,13 @@ def plan(
     `captions` mean nothing to an audio model. ValueError for an unknown hook point or for clips at
     another sample rate than the model's.
     """
-    points = {point.name: point for point in model.hook_points}
+    points = points_of(model)
     if unknown := sorted(set(layers.values()) - set(points)):
         raise ValueError(f"{model.name} has no {unknown}; its hook points are {list(points)}")
+    if not captions and (silent := [name for name in layers.values() if name.endswith(CROSS)]):
+        raise ValueError(
+            f"{silent} add nothing without captions: set extract_activations.captions to true"
+        )
     if not layers or batch_clips < 1:
         raise ValueError(f"need slots and batch_clips >= 1, got {layers} and {batch_clips}")
     if clips.sample_rate != model.sample_rate:

@@ -18,6 +18,7 @@ from musicscope.config.analysis import (
     Gallery,
     MatchFeatures,
     MaximizeActivation,
+    MeasureEffects,
     Probe,
     Report,
     SelectLayers,
@@ -84,6 +85,7 @@ class Params(Section):
     select_layers: SelectLayers
     extract_activations: ExtractActivations
     train_sae: TrainSae
+    measure_effects: MeasureEffects
     probe: Probe
     maximize_activation: MaximizeActivation
     match_features: MatchFeatures
@@ -138,7 +140,7 @@ def _check_together(params: Params) -> None:
             raise ParamsError(
                 f"{section}.slot = {slot!r} is not among slots = {list(params.slots)}"
             )
-    for section in ("train_sae", "train_usae", "train_crosscoder", "steer", "steer_full"):
+    for section in ("ablate", "train_sae", "train_usae", "train_crosscoder", "steer", "steer_full"):
         getattr(params, section).check(section)
     find, usae = params.find_concept, params.train_usae
     if find.universal and find.slot != usae.slot:

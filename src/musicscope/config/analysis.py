@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from musicscope.config.schema import Distinct, FolderName, Section
+from musicscope.config.schema import (
+    Distinct,
+    DistinctOrNone,
+    FolderName,
+    ParamsError,
+    Section,
+)
 
 Ablation = Literal["skip", "zero", "mean"]
 
@@ -23,8 +29,20 @@ class Ablate(Section):
     kinds: Distinct[Ablation]
     """Ablations to run: skip leaves out the layer's update, mean replaces it by its mean, zero sets
     the layer's whole output to zero."""
+    concepts: DistinctOrNone[FolderName]
+    """Instrument families to find the layers of, by patching cross-attention between captions that
+    differ in one of them; the next one is the control. None: nothing is patched."""
+    concept_clips: PositiveInt
+    """Clips per concept."""
+    concept_seconds: Annotated[float, Field(ge=0.1, le=30)]
+    """Beginning of each of these clips that is used."""
     bootstrap: PositiveInt
     """Bootstrap draws over compositions per interval."""
+
+    def check(self, section: str) -> None:
+        """Raise ParamsError for a single concept, which has no control."""
+        if len(self.concepts) == 1:
+            raise ParamsError(f"{section}.concepts = {list(self.concepts)}: name none, or two")
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,26 @@ class ExtractActivations(Section):
     """Largest shard in MB; tens of MB suit DVC best."""
     batch_clips: PositiveInt
     """Clips per forward pass."""
+
+
+@dataclass(frozen=True)
+class MeasureEffects(Section):
+    """What each latent does at the logits of teacher-forced music."""
+
+    clips: PositiveInt
+    """Validation clips for KL and confidence."""
+    train_clips: PositiveInt
+    """Train clips for the usual value of a latent, and for likelihoods with and without a
+    concept."""
+    seconds: Annotated[float, Field(ge=0.1, le=30)]
+    """Middle part of each clip that is used."""
+    draws: PositiveInt
+    """Sets of codes drawn per validation clip; KL has a relative error of
+    sqrt(2 / (clips * draws))."""
+    checked: Annotated[int, Field(ge=3)]
+    """Latents whose first-order effect is compared with a true edit."""
+    batch: PositiveInt
+    """Clips per pass."""
 
 
 @dataclass(frozen=True)

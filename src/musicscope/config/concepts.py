@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from musicscope.config.schema import (
+    LATENT_SCORE,
     PAIR,
     Distinct,
     DistinctOrNone,
@@ -30,8 +31,11 @@ class Steer(Section):
     """Instrument families, each to be switched off and on."""
     pairs: DistinctOrNone[Annotated[str, Field(pattern=PAIR)]]
     """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
-    scores: Distinct[Literal["share", "effect", "partial", "auroc"]]
-    """Scores that rank latents on train clips; see musicscope.steering.learning."""
+    scores: Distinct[Annotated[str, Field(pattern=LATENT_SCORE)]]
+    """What ranks latents. Input scores share, effect, partial, auroc: what makes a latent fire on
+    train clips (musicscope.steering.learning). Output scores: output, KL at the logits; toward,
+    pull towards codes of clips with the concept (musicscope.features.output_effects). With both,
+    as in share+output, the best 32 by the first are ranked by the second."""
     target: Literal["active", "mean"]
     """Value that latents are raised to: their mean where they fire, or over all frames."""
     both_sides: Literal["never", "when_off", "when_on", "always"]

@@ -54,10 +54,12 @@ FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SECTION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # DVC would read a dot as the end of the name
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 PAIR = r"^\w+-(on|off)(\+\w+-(on|off))+$"
+LATENT_SCORE = r"^(output|toward|(share|effect|partial|auroc)(\+(output|toward))?)$"
 ALLOWED = {
     FOLDER_NAME: "letters, digits, '_', '.', '-' only (it becomes a folder name)",
     SECTION_NAME: "a name of letters, digits, '_', '-'",
     DEVICE: "auto, cpu, cuda or cuda:<index>",
+    LATENT_SCORE: "share, effect, partial, auroc, output, toward, or two such as share+output",
     PAIR: "<concept>-off+<concept>-on and the like",
 }
 """What each pattern means, for error messages."""

@@ -21,6 +21,7 @@ best_model, best, best_correlation   SAE: the latent with the highest test corre
 seed_correlation   SAE: test correlation with its partner in the SAE of seed 1 of the same model
 counterpart, counterpart_cosine   its partner in the other dictionary of the same model: a USAE
                    latent for "sae", an SAE latent for "usae", by decoder cosine
+output_kl, output_confidence   SAE: effect of the latent at the logits (output_effects.py)
 concept, concept_pooling, concept_auroc, concept_heldout_auroc, concept_p   association.py
 top_clip, top_frame, top_seconds, top_value   the test clip, and the exact frame in it, on which the
                    latent is highest; "" and -1 if it never fires
@@ -32,7 +33,7 @@ Frames count from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ COLUMNS = (
     "kind", "model", "feature", "energy", "firing_rate", "fires", "firing_entropy", "cofires",
     "cofire_proportion", "set", "partner_model", "partner", "partner_correlation",
     "partner_repaired", "best_model", "best", "best_correlation", "seed_correlation", "counterpart",
-    "counterpart_cosine", "concept", "concept_pooling", "concept_auroc", "concept_heldout_auroc",
-    "concept_p", "top_clip", "top_frame", "top_seconds", "top_value",
+    "counterpart_cosine", "output_kl", "output_confidence", "concept", "concept_pooling",
+    "concept_auroc", "concept_heldout_auroc", "concept_p", "top_clip", "top_frame", "top_seconds",
+    "top_value",
 )  # fmt: skip
 TOP_COLUMNS = ("kind", "model", "feature", "rank", "clip", "frame", "seconds", "value")
 TEXT = ("set", "partner_model", "best_model", "concept", "concept_pooling", "top_clip")
@@ -179,6 +181,27 @@ def table(parts: Sequence[tuple[str, str, dict[str, np.ndarray]]]) -> pd.DataFra
         elif name not in ("kind", "model"):
             whole[name] = whole[name].astype(np.float64)
     return whole
+
+
+def with_effects(features: pd.DataFrame, effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Fill the output_* columns of SAE latents from tables of `output_effects`, by model.
+
+    ValueError for a table of another number of latents; one without rows (audio models) is left.
+    """
+    features = features.copy()
+    for model, table_of in effects.items():
+        own = (features["kind"] == "sae") & (features["model"] == model)
+        if table_of.empty:
+            continue
+        if len(table_of) != own.sum():
+            raise ValueError(
+                f"{model}: output effects of {len(table_of)} latents for {own.sum()}: run dvc "
+                "repro measure_effects"
+            )
+        by_feature = table_of.set_index("feature").loc[features.loc[own, "feature"]]
+        for name in ("kl", "confidence"):
+            features.loc[own, f"output_{name}"] = by_feature[name].to_numpy(np.float64)
+    return features
 
 
 def write(folder: str | Path, features: pd.DataFrame, top: pd.DataFrame) -> None:

@@ -120,6 +120,10 @@ class LanguageModel(MusicModel[Batch], Protocol):
     """Its weights and settings decide the codes of a clip."""
     num_codebooks: int
     card: int
+    cross_points: tuple[HookPoint, ...]
+    """Hook points of what each layer's cross-attention adds to the stream, such as
+    "layers.3.cross_attention"; none in a model without it. All zero for a clip without a caption.
+    """
     layer_calls: int
     """Layer evaluations since loading."""
     num_position_groups: int
@@ -145,6 +149,9 @@ class LanguageModel(MusicModel[Batch], Protocol):
         self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
     ) -> Tensor | None:
         """Logits [B, K, T, card]; [b, k, t] predicts codes[b, k, t]. None if stopped early."""
+
+    def differentiable(self, batch: Batch, hooks: Hooks) -> Tensor:
+        """Logits as in `forward`, with gradients with respect to what the hooks add."""
 
     def layer_inputs(self, batch: Batch) -> list[Tensor]:
         """Input of each layer [B, S, d] over all positions, then the last layer's output."""
@@ -235,6 +242,12 @@ def audio_model(model: Model) -> AudioModel:
     if not isinstance(model, AudioModel):
         raise ValueError(f"{model.name} generates tokens: it does not turn audio into audio")
     return model
+
+
+def points_of(model: MusicModel) -> dict[str, HookPoint]:
+    """Give all hook points by name: those of layers, then those inside them."""
+    inner = () if isinstance(model, AudioModel) else getattr(model, "cross_points", ())
+    return {point.name: point for point in (*model.hook_points, *inner)}
 
 
 def check_audio(audio: Tensor | np.ndarray) -> Tensor:

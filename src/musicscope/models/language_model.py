@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -42,36 +42,52 @@ class Decoder(Protocol[C]):
         """Turn input ids into the input of layer 0 [rows, S, d]."""
 
     def layer(self, index: int, hidden: Tensor, context: C) -> Tensor:
-        """Run layer `index` on hidden [rows, S, d]."""
+        """Run layer `index` on hidden [rows, S, d].
+
+        Where `LayerwiseModel.cross_points` are named, a fourth argument `cross` replaces the output
+        of cross-attention [rows, S, d] before it is added to the stream.
+        """
 
     def logits(self, hidden: Tensor, frames: int) -> Tensor:
         """Run final norm and heads: [rows, S, d] to [rows, K, frames, card], aligned to codes."""
 
 
 D = TypeVar("D", bound=Decoder)
+CROSS = ".cross_attention"
+"""Hook point "layers.3.cross_attention": what the cross-attention of layer 3 adds to the stream."""
+
+
+def bound(
+    hooks: Mapping[str, Hook], name: str, positions: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """Make the function of activations that the hook at `name` is, if there is one."""
+    if (hook := hooks.get(name)) is None:
+        return None
+    return lambda activations: apply_hook(name, hook, activations, positions.to(activations.device))
 
 
 def run_layers(
     decoder: Decoder,
     hidden: Tensor,
     context: Context,
-    hooks: Mapping[int, Hook],
+    hooks: Mapping[str, Hook],
     first: int = 0,
     last: int | None = None,
     inputs: list[Tensor] | None = None,
 ) -> Tensor:
     """Run layers `first` to `last` (inclusive) on hidden [rows, S, d]; append to `inputs` if given.
 
-    Hooks are by layer number. Each layer counts in `decoder.calls`.
+    Hooks are by hook point. Each layer counts in `decoder.calls`.
     """
     for i in range(first, decoder.num_layers if last is None else last + 1):
         if inputs is not None:
             inputs.append(hidden)
-        hidden = decoder.layer(i, hidden, context)
+        point = f"layers.{i}"
+        cross = bound(hooks, point + CROSS, context.positions)
+        hidden = decoder.layer(i, hidden, context, *([] if cross is None else [cross]))
         decoder.calls += 1
-        if i in hooks:
-            positions = context.positions.to(hidden.device)
-            hidden = apply_hook(f"layers.{i}", hooks[i], hidden, positions)
+        if (edit := bound(hooks, point, context.positions)) is not None:
+            hidden = edit(hidden)
     return hidden
 
 
@@ -96,6 +112,7 @@ class LayerwiseModel(Generic[D]):
 
     loss_name = "ce"
     first_encoded = 0
+    has_cross_attention = False
     num_position_groups: int
     plain_sampling: Mapping[str, float]
 
@@ -118,9 +135,16 @@ class LayerwiseModel(Generic[D]):
         self.hook_points = tuple(
             HookPoint(f"layers.{i}", width, frame_rate) for i in range(self.num_layers)
         )
-        self.frame_rates = {point.name: point.rate for point in self.hook_points}
+        self.cross_points = tuple(
+            HookPoint(f"layers.{i}{CROSS}", width, frame_rate)
+            for i in range(self.num_layers if self.has_cross_attention else 0)
+        )
+        self._index = {
+            point.name: i
+            for points in (self.hook_points, self.cross_points) for i, point in enumerate(points)
+        }  # fmt: skip
+        self.frame_rates = dict.fromkeys(self._index, frame_rate)
         self.conditional_rows = slice(None)
-        self._index = {point.name: i for i, point in enumerate(self.hook_points)}
 
     # ---- parts that a family gives, beside the methods of `interface.LanguageModel`
 
@@ -208,13 +232,15 @@ class LayerwiseModel(Generic[D]):
             raise ValueError(f"{self.name} has no hook point {name!r}; known: {list(self._index)}")
         return self._index[name]
 
-    def by_layer(self, hooks: Hooks) -> dict[int, Hook]:
-        """Key hooks by layer number. ValueError for an unknown hook point."""
-        return {self._layer(name): hook for name, hook in (hooks or {}).items()}
+    def known(self, hooks: Hooks) -> dict[str, Hook]:
+        """Give the hooks by hook point. ValueError for an unknown one."""
+        for name in hooks or {}:
+            self._layer(name)
+        return dict(hooks or {})
 
     # ---- teacher forcing
 
-    def _run(self, batch: Batch, hooks: Mapping[int, Hook], last: int | None = None,
+    def _run(self, batch: Batch, hooks: Mapping[str, Hook], last: int | None = None,
              inputs: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         hidden = self.decoder.embed(self.sequence(batch))
         context = self.context(hidden, batch)
@@ -228,8 +254,11 @@ class LayerwiseModel(Generic[D]):
         self, batch: Batch, hooks: Hooks = None, stop_after: str | None = None
     ) -> Tensor | None:
         last = None if stop_after is None else self._layer(stop_after)
-        hidden = self._run(batch, self.by_layer(hooks), last)
+        hidden = self._run(batch, self.known(hooks), last)
         return self._logits(hidden, batch) if stop_after is None else None
+
+    def differentiable(self, batch: Batch, hooks: Hooks) -> Tensor:
+        return self._logits(self._run(batch, self.known(hooks)), batch)
 
     def capture(self, batch: Batch, names: Sequence[str], hooks: Hooks = None) -> dict[str, Tensor]:
         """Read activations {name: [B, T, d]} in one pass that ends after the deepest layer named.
@@ -238,11 +267,11 @@ class LayerwiseModel(Generic[D]):
         """
         if not names:
             raise ValueError("capture needs at least one hook point")
-        wanted = self.by_layer(hooks)
+        wanted = self.known(hooks)
         found: dict[str, Tensor] = {}
 
         def reader(name: str) -> Hook:
-            edit = wanted.get(self._layer(name))
+            edit = wanted.get(name)
 
             def read(activations: Tensor, positions: Tensor) -> Tensor:
                 if edit is not None:
@@ -271,16 +300,16 @@ class LayerwiseModel(Generic[D]):
         """
         if not 0 <= layer <= self.num_layers:
             raise ValueError(f"{self.name} has layers 0..{self.num_layers - 1}, got {layer}")
-        wanted = self.by_layer(hooks)
-        if wanted and min(wanted) < layer:
-            raise ValueError(f"a hook at layers.{min(wanted)} cannot act: starting at {layer}")
+        wanted = self.known(hooks)
+        if early := [name for name in wanted if self._layer(name) < layer]:
+            raise ValueError(f"a hook at {early[0]} cannot act: starting at {layer}")
         context = self.context(hidden, batch)
         hidden = run_layers(self.decoder, hidden, context, wanted, first=layer)
         return self._logits(hidden, batch)
 
     @torch.no_grad()
     def cross_entropy(self, batch: Batch, hooks: Hooks = None) -> Tensor:
-        logits = self._logits(self._run(batch, self.by_layer(hooks)), batch).float()
+        logits = self._logits(self._run(batch, self.known(hooks)), batch).float()
         return F.cross_entropy(logits.flatten(0, 2), batch.codes.flatten(), reduction="none").view(
             batch.codes.shape
         )

@@ -29,6 +29,7 @@ from musicscope.dictionaries.codes import Codes, by_batch, encode_clips, pool_cl
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
+from musicscope.features.output_effects import TOWARD
 from musicscope.steering.edit import Gate
 from musicscope.steering.recipes import SCORES, Recipe
 
@@ -188,11 +189,33 @@ def learn_gate(
     return gate, quality
 
 
+def output_scores(
+    effects: pd.DataFrame | None, concept: str, latents: int
+) -> dict[str, np.ndarray]:
+    """Read `recipes.OUTPUT_SCORES` [F] from a table of effects, as far as it has them.
+
+    ValueError for a table of another number of latents; one without rows (audio models) has none.
+    """
+    if effects is None or effects.empty:
+        return {}
+    if len(effects) != latents:
+        raise ValueError(
+            f"output effects of {len(effects)} latents for a dictionary of {latents}: run dvc "
+            "repro measure_effects"
+        )
+    columns = {"output": "kl", "toward": f"{TOWARD}{concept}"}
+    return {k: effects[c].to_numpy(np.float64) for k, c in columns.items() if c in effects}
+
+
 def learn_recipe(
     clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
     both_sides: str, gate_features: int, gate_seconds: float, frame_rate: float,
+    effects: pd.DataFrame | None = None,
 ) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
-    """Learn the recipe of a concept; also return the validation AUROC of its gate and its probe."""
+    """Learn the recipe of a concept; also return the validation AUROC of its gate and its probe.
+
+    `effects`: table of `features.output_effects`, whose KL and pull become output scores.
+    """
     at, labels, train = clips.labelled(concept)
     learns = at[train]
     known = labels[train]
@@ -204,6 +227,7 @@ def learn_recipe(
         mask[members] = True
         statistics[f"mean_{side}"] = clips.means[members].mean(0, dtype=np.float64)
         statistics[f"active_{side}"] = active_means(clips.codes, mask)
+    statistics |= output_scores(effects, concept, clips.codes.n_latents)
     difference = clips.dense[sides["with"]].mean(0) - clips.dense[sides["without"]].mean(0)
     weights, _, probe_auroc = best_logistic(clips.dense[at], labels, train)
     probe = weights * np.linalg.norm(difference) / max(np.linalg.norm(weights), 1e-12)

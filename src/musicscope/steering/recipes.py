@@ -7,7 +7,7 @@ and kept in `chosen`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,8 +27,19 @@ DIRECTIONS = ("off", "on")
 WORDS = " with words"
 """Suffix of a direction in `Recipe.chosen`: the best settings on top of the edited prompt."""
 SCORES = ("share", "effect", "partial", "auroc")
+"""Input scores: evidence for the concept in what makes a latent fire."""
+OUTPUT_SCORES = ("output", "toward")
+"""Scores of what a latent does at the logits; see `musicscope.features.output_effects`."""
+SHORTLIST = 32
+"""Latents that the input score of "share+output" and the like hands to the output score."""
 PLAIN = ("model", "slot", "layer", "sae", "concept", "target", "both_sides")
 MEANS = ("mean_with", "mean_without", "active_with", "active_without")
+
+
+def input_parts(scores: Sequence[str]) -> tuple[str, ...]:
+    """Input scores of a search for a model without logits, each once; share if there is none."""
+    parts = (score.partition("+")[0] for score in scores)
+    return tuple(dict.fromkeys(p for p in parts if p in SCORES)) or SCORES[:1]
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Settings:
     strength: float
     n_features: int
     score: str = "effect"
-    """Which of `SCORES` ranks the latents; see `musicscope.steering.learning`."""
+    """What ranks the latents: one of `SCORES` or `OUTPUT_SCORES`, or one of each, such as
+    share+output; see `Recipe.ranked`."""
     branch: str = "conditional"
     loop: str = "open"
     """closed: edit only while the gate detects something to change."""
@@ -64,7 +76,8 @@ class Recipe:
     statistics: Mapping[str, Tensor]
     """[F] float32 each. `SCORES`: evidence for the concept, above 0 if for it. `MEANS`: mean_* over
     all frames of clips with and without it; active_* over frames where the latent fires, 0 if it
-    never does."""
+    never does. `OUTPUT_SCORES`, where they were measured: output, KL at the logits; toward, the
+    pull towards codes of clips with the concept."""
     directions: Mapping[str, Tensor]
     """[d] each, towards the concept: difference of the classes' mean activations, and probe, the
     weights of a logistic probe scaled to the same length."""
@@ -76,12 +89,35 @@ class Recipe:
     do not; None: not measured"""
 
     def ranked(self, score: str, sign: int = 1) -> list[int]:
-        """Rank latents with evidence for (sign 1) or against (-1) the concept, best first."""
-        if score not in SCORES:
-            raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
-        evidence = sign * self.statistics[score]
-        order = torch.argsort(-evidence, stable=True)
-        return order[evidence[order] > 0].tolist()
+        """Rank latents with evidence for (sign 1) or against (-1) the concept, best first.
+
+        output, which knows no concept, ranks latents with evidence by share. With two scores, as in
+        share+output, the best `SHORTLIST` by the first come in the order of the second.
+
+        ValueError: an unknown score, or no output effects of this model and concept.
+        """
+        first, both, second = score.partition("+")
+        known = (*SCORES, *OUTPUT_SCORES)
+        if first not in known or (both and (first not in SCORES or second not in OUTPUT_SCORES)):
+            raise ValueError(
+                f"score {score!r}: known {', '.join(known)}, or two such as share+output"
+            )
+        if missing := {first, second} & set(OUTPUT_SCORES) - set(self.statistics):
+            raise ValueError(
+                f"{self.model}, {self.concept}: no {', '.join(missing)} is measured, which score "
+                f"{score!r} needs: run dvc repro measure_effects and steer, with more of "
+                "measure_effects.train_clips if few have the concept; an audio model has none"
+            )
+
+        def by(name: str, among: Tensor) -> Tensor:
+            values = self.statistics[name][among] * (1 if name == "output" else sign)
+            return among[torch.argsort(-values, stable=True)]
+
+        evidence = sign * self.statistics["share" if first == "output" else first]
+        order = by(first, (evidence > 0).nonzero()[:, 0])
+        if both:
+            order = torch.cat([by(second, order[:SHORTLIST]), order[SHORTLIST:]])
+        return order.tolist()
 
     def latents(self, direction: str, settings: Settings) -> tuple[tuple[int, ...], ...]:
         """Return the best latents for the concept and, depending on `both_sides`, against it."""

@@ -11,9 +11,11 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
-from musicscope.core.io import folder_sha256, scratch_dir
+from musicscope.core.io import folder_sha256, scratch_dir, sha256
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries.core import TopKSAE
+from musicscope.features import output_effects
+from musicscope.models.interface import AudioModel
 from musicscope.models.registry import load_model
 from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
@@ -44,11 +46,14 @@ def evaluate(
     options = {key: getattr(section, key) for key in shared}
     options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
                 "sae": folder_sha256(dictionary)}  # fmt: skip
-    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
+    effects = None if isinstance(model, AudioModel) else output_effects.read(name, section.slot)
+    recipes = {c: learn_recipe(train, c, **options, effects=effects) for c in plan.concepts}
     del train, model
 
     inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
+    if effects is not None:
+        key["effects"] = sha256(output_effects.path_of(name, section.slot))
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:
         for recipe, _ in recipes.values():

@@ -42,7 +42,7 @@ from musicscope.steering.methods import (
     parse_pair,
     searched_methods,
 )
-from musicscope.steering.recipes import DIRECTIONS, Settings
+from musicscope.steering.recipes import DIRECTIONS, Settings, input_parts
 from musicscope.steering.subjects import Subject
 
 SEARCH_KEYS = (
@@ -111,13 +111,14 @@ def grid(section: Steer, method: str, guided: bool = True) -> list[Settings]:
     Directions have no other setting than strength, so they try as many strengths, at equal ratios
     from the smallest to the largest of `direction_strengths`. With words, which ask already, only
     the first number of latents and branch and every second strength are tried. Without guidance
-    all branches are the same.
+    all branches are the same, and there are no logits for output scores.
     """
     numbers, branches = section.n_features, section.branches if guided else ("both",)
     strengths = section.strengths
     if METHODS[method].words:
         numbers, branches, strengths = numbers[:1], branches[:1], strengths[1::2] or strengths
-    each = (strengths, numbers, section.scores, branches, section.loops)
+    scores = section.scores if guided else input_parts(section.scores)
+    each = (strengths, numbers, scores, branches, section.loops)
     latents = [Settings(*values) for values in itertools.product(*each)]
     if METHODS[method].edit == "latents":
         return latents

@@ -21,7 +21,15 @@ from musicscope.core.audio import resample
 from musicscope.core.io import read_json
 from musicscope.data.audio_files import AudioFile
 from musicscope.judges.pair import Judges
-from musicscope.models.interface import AudioModel, Hook, Model, audio_model, chain, language_model
+from musicscope.models.interface import (
+    AudioModel,
+    Hook,
+    Model,
+    audio_model,
+    chain,
+    language_model,
+    points_of,
+)
 from musicscope.models.registry import load_model
 from musicscope.steering.conditions import JUDGE_RATE
 from musicscope.steering.edit import Steering, steering_hook
@@ -220,16 +228,16 @@ class Session:
         self, source: Input, layer: str, steering: Steering | None, tick: Tick | None
     ) -> dict[str, Hook]:
         model, hooks = self.model, []
-        width = {point.name: point.width for point in model.hook_points}.get(layer)
-        if width is None:
+        point = points_of(model).get(layer)
+        if point is None:
             raise ValueError(f"{model.name} has no {layer}; it has {model.hook_points[0].name} ...")
         if tick is not None and isinstance(source, TextInput):
             hooks.append(_progress_hook(tick, source.seconds * model.frame_rate))
         if steering is not None:
-            if steering.sae.width != width:
+            if steering.sae.width != point.width:
                 raise ValueError(
-                    f"the SAE has width {steering.sae.width}, {layer} of {model.name} {width}: "
-                    "they are not of one model; run dvc repro steer"
+                    f"the SAE has width {steering.sae.width}, {layer} of {model.name} "
+                    f"{point.width}: they are not of one model; run dvc repro steer"
                 )
             hooks.append(steering_hook(model, steering, model.frame_rates[layer]))
         return {layer: chain(*hooks)} if hooks else {}

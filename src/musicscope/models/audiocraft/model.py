@@ -32,6 +32,7 @@ from musicscope.models.interface import Hook
 from musicscope.models.language_model import by_clip, run_layers
 from musicscope.models.musicgen.delay_pattern import (
     Context,
+    Cross,
     DelayDecoder,
     DelayPatternModel,
     Step,
@@ -154,7 +155,7 @@ class AudiocraftDecoder(DelayDecoder):
         past = 0
         first: list[Context] = []
 
-        def step(ids: Tensor, hooks: Mapping[int, Hook]) -> Tensor:
+        def step(ids: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
             nonlocal past
             hidden = self.embed(ids, past=past)
             if not first:
@@ -166,15 +167,21 @@ class AudiocraftDecoder(DelayDecoder):
         with self._transformer.streaming():
             yield step
 
-    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
+    def layer(
+        self, index: int, hidden: Tensor, context: Context, cross: Cross | None = None
+    ) -> Tensor:
         block, mask = cast("StreamingTransformerLayer", self.layers[index]), context.text_mask
-        if not isinstance(mask, Tensor):
+        if not isinstance(mask, Tensor) and cross is None:
             return block(hidden, cross_attention_src=context.text)
-        # The same three steps, with the mask that audiocraft's cross-attention does not take.
+        # The same three steps, with the hook, and the mask that audiocraft's attention lacks.
         hidden = hidden + block.layer_scale_1(block._sa_block(block.norm1(hidden), None, None))
         attention = cast("StreamingMultiheadAttention", block.cross_attention)
-        mixed = _attend(attention, block.norm_cross(hidden), context.text, mask)
-        hidden = hidden + block.layer_scale_cross(mixed)
+        if isinstance(mask, Tensor):
+            mixed = _attend(attention, block.norm_cross(hidden), context.text, mask)
+        else:
+            mixed = block._cross_attention_block(block.norm_cross(hidden), context.text)
+        mixed = block.layer_scale_cross(mixed)
+        hidden = hidden + (mixed if cross is None else cross(mixed))
         return hidden + block.layer_scale_2(block._ff_block(block.norm2(hidden)))
 
 

@@ -25,9 +25,9 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
-from musicscope.models.interface import Hook, apply_hook
-from musicscope.models.language_model import run_layers
-from musicscope.models.musicgen.delay_pattern import Context, DelayDecoder, Step, modules_of
+from musicscope.models.interface import Hook
+from musicscope.models.language_model import CROSS, bound, run_layers
+from musicscope.models.musicgen.delay_pattern import Context, Cross, DelayDecoder, Step, modules_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -94,7 +94,7 @@ class LayerwiseDecoder(DelayDecoder):
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         first: list[Context] = []
 
-        def step(ids: Tensor, hooks: Mapping[int, Hook]) -> Tensor:
+        def step(ids: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
             past = cache.get_seq_length()
             hidden = self.embed(ids, past=past)
             if not first:
@@ -109,15 +109,25 @@ class LayerwiseDecoder(DelayDecoder):
 
         return step
 
-    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        output = self.layers[index](
-            hidden,
-            context.causal_mask,
-            context.text,
-            encoder_attention_mask=context.text_mask,
-            past_key_values=context.cache,
-            use_cache=context.cache is not None,
-        )
+    def layer(
+        self, index: int, hidden: Tensor, context: Context, cross: Cross | None = None
+    ) -> Tensor:
+        layer = self.layers[index]
+        with contextlib.ExitStack() as stack:
+            if cross is not None:
+                (block,) = modules_of(MusicgenDecoderLayer, [layer])
+                handle = block.encoder_attn.register_forward_hook(
+                    lambda module, arguments, output: (cross(output[0]), *output[1:])
+                )
+                stack.callback(handle.remove)
+            output = layer(
+                hidden,
+                context.causal_mask,
+                context.text,
+                encoder_attention_mask=context.text_mask,
+                past_key_values=context.cache,
+                use_cache=context.cache is not None,
+            )
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -169,20 +179,29 @@ class Steps:
         """[rows, S, d] to [rows, heads, S, d / heads]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def __call__(self, ids: Tensor, hooks: Mapping[int, Hook]) -> Tensor:
+    def __call__(self, ids: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
         """Run ids [rows, K, 1] of the next position: the last layer's output [rows, 1, d]."""
         hidden = self.decoder.embed(ids, past=self.position)
         where = torch.tensor([self.position], device=hidden.device)
         for i, layer in enumerate(self.layers):
             hidden = hidden + self._self_attention(i, layer.self_attn_layer_norm(hidden))
+            point = f"layers.{i}"
+            cross = bound(hooks, point + CROSS, where)
             if len(self.captioned):
                 asking = layer.encoder_attn_layer_norm(hidden[self.captioned])
-                hidden = hidden.index_add(0, self.captioned, self._cross_attention(i, asking))
+                added = self._cross_attention(i, asking)
+                if cross is None:
+                    hidden = hidden.index_add(0, self.captioned, added)
+                else:
+                    none = torch.zeros_like(hidden)
+                    hidden = hidden + cross(none.index_copy(0, self.captioned, added))
+            elif cross is not None:
+                hidden = hidden + cross(torch.zeros_like(hidden))
             inner = layer.fc1(layer.final_layer_norm(hidden))
             hidden = hidden + layer.fc2(layer.activation_fn(inner))
             self.decoder.calls += 1
-            if i in hooks:
-                hidden = apply_hook(f"layers.{i}", hooks[i], hidden, where)
+            if (edit := bound(hooks, point, where)) is not None:
+                hidden = edit(hidden)
         self.position += 1
         return hidden
 

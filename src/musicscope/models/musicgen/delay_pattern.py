@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 M = TypeVar("M", bound=nn.Module)
+Cross = Callable[[Tensor], Tensor]
+"""Output of cross-attention [rows, S, d] -> what is added to the stream in its place."""
 
 GUIDANCE = 3.0
 """Scale of the released models (Copet et al. 2023), where a folder names none."""
@@ -86,8 +88,8 @@ class Context:
     cache: Cache | None = None
 
 
-Step = Callable[[Tensor, Mapping[int, Hook]], Tensor]
-"""(ids [rows, K, 1] of the next position, hooks by layer) -> the last layer's output [rows, 1, d];
+Step = Callable[[Tensor, Mapping[str, Hook]], Tensor]
+"""(ids [rows, K, 1] of the next position, hooks by hook point) -> last layer output [rows, 1, d];
 called for positions 0, 1, 2 ... in turn."""
 
 
@@ -123,8 +125,10 @@ class DelayDecoder:
         """Prepare masks, positions and T5 states [rows, L, d_text] for hidden [rows, S, d]."""
         raise NotImplementedError
 
-    def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Run layer `index` on hidden [rows, S, d]."""
+    def layer(
+        self, index: int, hidden: Tensor, context: Context, cross: Cross | None = None
+    ) -> Tensor:
+        """Run layer `index` on hidden [rows, S, d]; `cross` edits its cross-attention output."""
         raise NotImplementedError
 
     def steps(
@@ -163,6 +167,7 @@ class DelayPatternModel(LayerwiseModel[DelayDecoder]):
 
     tokenizer: PreTrainedTokenizerBase
     text_encoder: PreTrainedModel
+    has_cross_attention = True
     num_position_groups = 2
     plain_sampling = {"guidance_scale": 1.0, "top_k": 0}
 
@@ -258,7 +263,7 @@ class DelayPatternModel(LayerwiseModel[DelayDecoder]):
         if guided:
             text = torch.cat([text, torch.zeros_like(text)])
             text_mask = torch.cat([text_mask, torch.zeros_like(text_mask)])
-        decoder, wanted, books = self.decoder, self.by_layer(hooks), self.num_codebooks
+        decoder, wanted, books = self.decoder, self.known(hooks), self.num_codebooks
         sequence = torch.full(
             (len(captions), books, frames + books), self.special, device=self.device
         )

@@ -372,7 +372,7 @@ class YueModel(LayerwiseModel[LayerwiseLlama]):
         valid = torch.cat([valid, valid.new_ones(len(valid), 2 * frames)], 1)
         labels = frame_labels(prompt, 2 * frames).to(ids.device)
         generator = torch.Generator(self.device).manual_seed(seed)
-        decoder, wanted = self.decoder, self.by_layer(hooks)
+        decoder, wanted = self.decoder, self.known(hooks)
         cache = DynamicCache(config=self.hf.config)
         seen = torch.zeros(count, tokens.CARD, dtype=torch.bool, device=ids.device)
         written: list[Tensor] = []
