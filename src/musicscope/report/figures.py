@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.stats import Estimate
-from musicscope.data.splits import CLASS_SETS, HELDOUT_FONT, MAIN, TRAIN_FONT
+from musicscope.data.splits import HELDOUT_FONT, MAIN, TRAIN_FONT
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.report.metrics import Sources, Tree
 from musicscope.report.sections.probes import REPRESENTATIONS
@@ -267,7 +267,7 @@ def probes(table: pd.DataFrame, title: str) -> Figure:
     labels = {"sae": labels["sae"], middle: f"SAE k={int(middle[5:])}", **labels}
     names, k = list(labels), [int(name[5:]) for name in sparse]
     figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.4), width_ratios=[1.7, 1], sharey=True)
-    sets = [name for name in CLASS_SETS if name in table.index.get_level_values(0)]
+    sets = [name for name in TEST_SETS if name in table.index.get_level_values(0)]
     for series, clip_set in enumerate(sets):
         part = table.loc[clip_set]
         label = TEST_SETS[clip_set] if len(sets) > 1 else "unheard compositions"
