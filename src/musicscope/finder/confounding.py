@@ -24,8 +24,8 @@ TOGETHER = "all cues together"
 MARGIN = 0.02
 """A cue that is this much below the best feature's AUROC still separates as well."""
 LEVEL = 0.01
-PERMUTATIONS = 199
-FOLDS, C = 5, 1.0
+PERMUTATIONS = 99
+FOLDS, C, TOLERANCE = 5, 1.0, 1e-2
 """Of the cross-validated probe on all cues."""
 LEAST = 3
 """Fewest recordings with a value of a label, such as a style, for it to be a cue."""
@@ -68,13 +68,13 @@ class Confounding:
         )
 
     def as_metrics(self) -> Metrics:
-        """Plain values for a metrics file or report.json."""
+        """Plain values for a metrics file or report.json; of the cues those beyond chance."""
         worst = self.worst
         return {
             "warns": self.warns, "worst": worst or "none",
             "separation": self.separation[worst] if worst else None,
             "best_feature": self.best_feature,
-            "cues": {n: {"auroc": self.separation[n], "p": p} for n, p in self.p.items()},
+            "cues": {n: self.separation[n] for n, p in self.p.items() if p <= LEVEL},
         }  # fmt: skip
 
 
@@ -148,6 +148,6 @@ def _out_of_sample(
             continue
         standardise = Standardiser.fit(values[fitted])
         c = np.full(targets.shape[1], C)
-        weights, _ = fit_logistic(standardise(values[fitted]), targets[fitted], c)
+        weights, _ = fit_logistic(standardise(values[fitted]), targets[fitted], c, TOLERANCE)
         logits[rest] = standardise(values[rest]) @ weights
     return np.round(logits, 6)

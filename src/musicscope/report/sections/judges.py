@@ -8,7 +8,7 @@ from musicscope.report.metrics import Sources, Tree, cell, get
 JUDGES = {"family_judge": "family judge", "musicnn": "musicnn"}
 SETS = {
     "mixed": "clips, TimGM6mb and synthesis", "fluidr3mono": "clips, FluidR3Mono",
-    "codec": "after the codec", "shuffled": "shuffled labels",
+    "codec_source": "before the codec", "codec": "after the codec", "shuffled": "shuffled labels",
 }  # fmt: skip
 
 
