@@ -242,8 +242,9 @@ def _choose_kept(
 ) -> np.ndarray:
     """Logits [clips, m] of probes that are chosen on the `kept` clips alone, both [clips, m]."""
     train, validation = sets["train"], sets["validation"]
-    targets = (labels[train], labels[validation])
-    return choose(pools, *targets, train, validation, section.c_grid, kept).scores
+    return choose(
+        pools, labels[train], labels[validation], train, validation, section.c_grid, kept
+    ).scores
 
 
 def _probe_labelled(
@@ -273,8 +274,8 @@ def _probe_labelled(
     m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
-        targets = (dealt(at, name == "sae") for at in (train, validation))
-        fits[name] = choose(pools, *targets, train, validation, section.c_grid)
+        fitted, chosen = (dealt(at, name == "sae") for at in (train, validation))
+        fits[name] = choose(pools, fitted, chosen, train, validation, section.c_grid)
 
     def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Metrics:
         result: Metrics = evaluate.classes(fit.scores[:, j], has)

@@ -58,12 +58,13 @@ class Confounding:
 
     def text(self) -> str:
         """One line for the user; empty if there is nothing to warn of."""
-        if not self.warns:
+        worst = self.worst
+        if worst is None or not self.warns:
             return ""
-        verb = "separate" if self.worst == TOGETHER else "separates"
+        verb = "separate" if worst == TOGETHER else "separates"
         return (
-            f"warning: {self.worst} {verb} the two sides as well as the best feature does (AUROC "
-            f"{self.separation[self.worst]:.2f} against {self.best_feature:.2f}); the features "
+            f"warning: {worst} {verb} the two sides as well as the best feature does (AUROC "
+            f"{self.separation[worst]:.2f} against {self.best_feature:.2f}); the features "
             "may follow that instead of the concept"
         )
 
