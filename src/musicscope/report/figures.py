@@ -334,7 +334,7 @@ def finder(metrics: Tree, model: str) -> Figure | None:
         labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
         offset = width * (series - (len(metrics) - 1) / 2)
         best = [Estimate.from_dict(concepts[c]["test"]["best_auroc"]) for c in labels]
-        few = [concepts[c]["few"]["any_discovery"] for c in labels]
+        few = [concepts[c]["few"]["any_discovery"] or 0.0 for c in labels]
         null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
         ends = [b.value for b in best], [b.low for b in best], [b.high for b in best]
         for axis, values in zip(axes, (ends, (few, None, None)), strict=True):
