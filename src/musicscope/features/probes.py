@@ -240,8 +240,9 @@ def run_probes(
 def _choose_kept(
     sets: dict[str, np.ndarray], labels: np.ndarray, section: Probe, pools: Pools, kept: np.ndarray
 ) -> np.ndarray:
-    """Logits [clips, m] of probes that are chosen on the `kept` clips alone, both [clips, m]."""
+    """Logits of probes for labels [clips, m] on the `kept` clips alone, both [clips, n * m]."""
     train, validation = sets["train"], sets["validation"]
+    labels = np.tile(labels, (1, kept.shape[1] // labels.shape[1]))
     return choose(
         pools, labels[train], labels[validation], train, validation, section.c_grid, kept
     ).scores

@@ -106,8 +106,8 @@ def leave_one_out(
     means are over families, then over concepts with at least two families.
 
     Args:
-        fit: logits [clips, concepts] of probes on pools, fitted and chosen on the clips that a bool
-            [clips, concepts] keeps.
+        fit: logits [clips, n * concepts] of probes on pools, fitted and chosen on the clips that a
+            bool [clips, n * concepts] keeps.
         fits: logits of the probes on all families, for the held-out soundfont.
         labels: bool [clips, concepts].
         sounds: family that plays each concept [clips, concepts].
@@ -121,13 +121,18 @@ def leave_one_out(
     scores: dict[str, dict[str, np.ndarray]] = {
         HELDOUT_FONT: {name: fits[name] for name in compared}
     }
-    for family in np.unique(sounds[train][labels[train]]):
-        kept = ~(labels & (sounds == family))
-        scores[family] = {name: fit(representations[name], kept) for name in compared}
+    families = np.unique(sounds[train][labels[train]])
+    if len(families):
+        # All families in one call: they share inputs, and so the solver's costly parts.
+        kept = np.concatenate([~(labels & (sounds == family)) for family in families], 1)
+        for name in compared:
+            parts = np.split(fit(representations[name], kept), len(families), axis=1)
+            for family, part in zip(families, parts, strict=True):
+                scores.setdefault(family, {})[name] = part
     result, means = {}, []
     for j, concept in enumerate(concepts):
         least = 1 if concept == MAIN else max(1, min_positive // FEWEST)
-        families, values = {}, []
+        found, values = {}, []
         for family, of in sorted(scores.items()):
             in_test = np.arange(len(items)) < len(test)
             inside = ~in_test if family == HELDOUT_FONT else in_test
@@ -141,17 +146,17 @@ def leave_one_out(
                 {k: s[items[use], j] for k, s in of.items()}, has[use], weights[:, use]
             )
             n = len(np.unique(groups[items[use]]))
-            families[family] = {"positives": counts[0]} | _with_differences(aurocs, n)
+            found[family] = {"positives": counts[0]} | _with_differences(aurocs, n)
             values.append(aurocs)
-        if families:
+        if found:
             mean = {k: np.mean([v[k] for v in values], 0) for k in compared}
             n = len(np.unique(groups[items]))
-            result[concept] = {"families": families, "mean": _with_differences(mean, n)}
-            if len(families) > 1:
+            result[concept] = {"families": found, "mean": _with_differences(mean, n)}
+            if len(found) > 1:
                 means.append(mean)
-    found: Metrics = {"concepts": result}
+    whole: Metrics = {"concepts": result}
     if means:
         over = {k: np.mean([mean[k] for mean in means], 0) for k in compared}
         n = len(np.unique(groups[items]))
-        found["mean"] = {"concepts": len(means)} | _with_differences(over, n)
-    return found
+        whole["mean"] = {"concepts": len(means)} | _with_differences(over, n)
+    return whole
