@@ -21,6 +21,7 @@ def case():
     family = np.where(rows["font"] == "fluidr3mono", "fluidr3mono", mixed)
     for concept in ("guitar", "reed"):
         rows[f"sound_{concept}"] = np.where(rows[f"has_{concept}"], family, "")
+    rows.loc[rows.index[rows["has_reed"] & (rows["split"] == "train")][0], "sound_reed"] = ""
     rows["source"] = np.where(rows["split"] == "test", "new", "old")
     rows.loc[rows["group"] == "test3", "source"] = "old"
     noise = rng.normal(size=(4, len(rows), 6))

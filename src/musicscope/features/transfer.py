@@ -121,7 +121,7 @@ def leave_one_out(
     scores: dict[str, dict[str, np.ndarray]] = {
         HELDOUT_FONT: {name: fits[name] for name in compared}
     }
-    families = np.unique(sounds[train][labels[train]])
+    families = [family for family in np.unique(sounds[train][labels[train]]) if family]
     if len(families):
         # All families in one call: they share inputs, and so the solver's costly parts.
         kept = np.concatenate([~(labels & (sounds == family)) for family in families], 1)
@@ -136,7 +136,8 @@ def leave_one_out(
         for family, of in sorted(scores.items()):
             in_test = np.arange(len(items)) < len(test)
             inside = ~in_test if family == HELDOUT_FONT else in_test
-            has, played = labels[items, j], sounds[items, j] == family
+            has = labels[items, j]
+            played = has & (sounds[items, j] == family)
             use = np.flatnonzero(inside & (played | ~has))
             rest = labels[:, j] & (sounds[:, j] != family)
             counts = [int(each.sum()) for each in (inside & played, rest[train], rest[validation])]
