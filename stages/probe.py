@@ -38,7 +38,7 @@ def main() -> None:
     store = ActivationStore.open(f"data/activations/{model}/{slot}")
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
-    used = np.sort(np.concatenate(list(clip_sets(clips.rows).values())))
+    used = np.unique(np.concatenate(list(clip_sets(clips.rows).values())))
     rows = clips.rows.iloc[used].reset_index(drop=True)
     sae = TopKSAE.load(f"data/sae/{model}/{slot}/seed-0", device)
     pools = pool_store(store, used, sae, workers, device)

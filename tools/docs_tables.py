@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from musicscope.core.io import read_json
 from musicscope.core.stats import Estimate
 from musicscope.report.metrics import short
 from musicscope.report.sections.data import measure_name, row_estimate, target_text
+from musicscope.report.sections.probes import goals
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PARAMS = load_params(ROOT / "params.yaml")
 MODELS, SLOTS = PARAMS.models, PARAMS.slots
+UNMEASURED = "not yet measured"
 
 
 @cache
@@ -60,6 +62,14 @@ def number(entry: Any, digits: int = 3) -> str:
 def estimate(tree: dict[str, Any], dotted: str, digits: int = 3) -> str:
     """Write the number at a dotted path, with its 95 % interval where the file has one."""
     return Estimate.read(look(tree, dotted)).text(digits)
+
+
+def measured(tree: dict[str, Any], dotted: str, digits: int = 3) -> str:
+    """Write as `estimate` does, or that the number is not yet measured."""
+    try:
+        return estimate(tree, dotted, digits)
+    except KeyError:
+        return UNMEASURED
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,6 +162,96 @@ def features() -> str:
         for label, key in probe.items()
     ]
     return table(["", *(f"{m} {s} (layer {layer(m, s)})" for m, s in columns)], rows)
+
+
+REPRESENTATIONS = {
+    "sae": "SAE codes", "dense": "activations", "logmel": "log-mel statistics",
+    "codec": "codec latents", "trivial": "seven trivial cues", "sae_minus_dense":
+    "SAE minus activations", "sae_minus_logmel": "SAE minus log-mel",
+}  # fmt: skip
+CONTROLLED = {
+    "test": "test", "heldout_source": "held-out source", "heldout_font": "held-out soundfont",
+    "pairs_mixed": "matched pairs", "pairs_fluidr3mono": "matched pairs, held-out soundfont",
+}  # fmt: skip
+
+
+def _by_slot(rows: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """Table with one column per model and slot, of functions of metrics/probe."""
+    columns = [(m, s) for m in MODELS for s in SLOTS]
+    cells = [
+        [label, *(of(metrics(f"probe/{m}-{s}")) for m, s in columns)] for label, of in rows.items()
+    ]
+    return table(["", *(f"{m} {s}" for m, s in columns)], cells)
+
+
+def controls() -> str:
+    """Guitar, and the mean over concepts, on every test set: the controls beside the codes."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {}
+    for clip_set, label in CONTROLLED.items():
+        pairs = clip_set.startswith("pairs")
+        for key, name in REPRESENTATIONS.items():
+            number = "accuracy" if pairs else "auroc"
+            if key.startswith("sae_minus"):
+                number = "difference"
+            if number != "difference" or not pairs:
+                path = f"concepts.guitar.{key}.{clip_set}.{number}"
+                rows[f"{label}, guitar: {name}"] = partial(measured, dotted=path)
+        for key in () if pairs else ("sae", "dense", "logmel", "trivial", "sae_minus_logmel"):
+            name = f"{label}, mean over concepts: {REPRESENTATIONS[key]}"
+            rows[name] = partial(measured, dotted=f"mean.{clip_set}.{key}")
+    return _by_slot(rows)
+
+
+def transfer() -> str:
+    """Probes on a family of sounds that was left out of their training."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {}
+    paths = {"mean over concepts": "transfer.mean", "guitar": "transfer.concepts.guitar.mean"}
+    for font, name in (("timgm6mb", "TimGM6mb"), ("synthesis", "synthesis"),
+                       ("fluidr3mono", "FluidR3Mono")):  # fmt: skip
+        paths[f"guitar, {name} left out"] = f"transfer.concepts.guitar.families.{font}"
+    for label, path in paths.items():
+        for key in ("sae", "dense", "logmel", "sae_minus_dense", "sae_minus_logmel"):
+            rows[f"{label}: {REPRESENTATIONS[key]}"] = partial(measured, dotted=f"{path}.{key}")
+    return _by_slot(rows)
+
+
+def transfer_goals() -> str:
+    """Goals for transfer, each with value and verdict per model and slot."""
+    labels = [(label, target) for label, _, target, _ in goals({})]
+    return _by_slot({
+        f"{label} {target}": lambda found, i=i: " ".join(
+            (goals(found)[i][1].text(), f"({goals(found)[i][3]})")
+        )
+        for i, (label, target) in enumerate(labels)
+    })  # fmt: skip
+
+
+def dictionary_cost() -> str:
+    """What replacing a layer by its SAE costs, in nats, beside the recovered share."""
+    columns = [(m, s) for m in MODELS for s in SLOTS]
+
+    def row(label: str, of: Callable[[dict[str, Any], float], str]) -> list[str]:
+        cells = []
+        for m, s in columns:
+            gain = metrics(f"pretrain/{m}")["rows"]["decoder.gain_over_counts"]["estimate"]
+            cells.append(of(metrics(f"train_sae/{m}-{s}"), gain["value"]))
+        return [label, *cells]
+
+    def added(sae: dict[str, Any]) -> float:
+        return sae["ce_sae"] - sae["ce_clean"]
+
+    rows = [
+        row("cross-entropy added, nats per code", lambda sae, _: number(added(sae))),
+        row("the same, share of the model's gain over a count model",
+            lambda sae, gain: number(added(sae) / gain)),
+        row("cross-entropy recovered, against mean ablation",
+            lambda sae, _: estimate(sae, "ce_recovered")),
+        row("active latents, share of the layer's dimensions",
+            lambda sae, _: number(sae["l0"] / sae["width"])),
+        row("stability between seeds, mean cosine", lambda sae, _: number(sae["stability"])),
+        row("null of stability", lambda sae, _: number(sae["stability_null"])),
+    ]  # fmt: skip
+    return table(["", *(f"{m} {s}" for m, s in columns)], rows)
 
 
 def models() -> str:
@@ -347,16 +447,47 @@ def found() -> str:
     rows = []
     for model in MODELS:
         for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
-            test = entry["test"]
+            test, font = entry["test"], entry.get("heldout_font", {})
             rows.append([
                 f"{model}: {concept}", str(entry["discoveries"]),
-                str(entry["null"]["discoveries"]), number(test["found_above_half"], 2),
-                estimate(test, "best_auroc", 2), number(test["tested_auroc"], 2),
+                str(entry["null"]["discoveries"]), number(test.get("found_above_half"), 2),
+                number(font.get("found_above_half"), 2),
+                estimate(test, "best_auroc", 2), measured(entry, "heldout_font.best_auroc", 2),
+                measured(entry, "heldout_source.best_auroc", 2), number(test["tested_auroc"], 2),
                 number(entry["few"]["any_discovery"], 2), number(entry["null"]["any_discovery"], 2),
             ])  # fmt: skip
-    head = ["", "features found", "null", "same side in test", "best feature, test AUROC"]
+    head = ["", "features found", "null", "same side in test", "the same, held-out soundfont",
+            "best feature, test AUROC", "held-out soundfont", "held-out source"]  # fmt: skip
     few = ["draws of ten that find any", "the same without a concept"]
     return table([*head, "all features, test AUROC", *few], rows)
+
+
+def confounding() -> str:
+    """Simple cues beside the finder's best feature, and sides without a concept that differ."""
+    rows = []
+    for model in MODELS:
+        for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
+            if "confounding" not in entry:
+                rows.append([f"{model}: {concept}", *[UNMEASURED] * 7])
+                continue
+            cue, null = entry["confounding"], entry["null"]
+            worst = "none" if cue["separation"] is None else (
+                f"{cue['worst'].replace('_', ' ')} {number(cue['separation'], 2)}")  # fmt: skip
+            shares = [
+                f"{number(null['confounded'][name]['any_discovery'], 2)} "
+                f"({number(null['confounded'][name]['warned'], 2)})"
+                for name in ("rms", "centroid")
+            ]
+            rows.append([
+                f"{model}: {concept}", number(cue["best_feature"], 2), worst,
+                "yes" if cue["warns"] else "no", number(entry["few"]["warned"], 2),
+                number(null["warned"], 2), *shares,
+            ])  # fmt: skip
+    head = ["AUROC on train clips", "best feature", "best simple cue beyond chance", "warning",
+            "draws of ten that warn", "the same without a concept"]  # fmt: skip
+    pairs = [f"{name} sides without a concept: found any (warned)"
+             for name in ("loud and quiet", "bright and dull")]  # fmt: skip
+    return table([*head, *pairs], rows)
 
 
 STEERING = {
@@ -562,15 +693,19 @@ def judges() -> str:
         cells = []
         for judge in ("family_judge", "musicnn", "other_font_judge", "embedding_judge"):
             known = family in of[judge]["codec"]
-            cells.append(estimate(of[judge]["codec"], f"{family}.auroc", 2) if known else "no tag")
+            for clips in ("codec_source", "codec"):
+                cells.append(
+                    estimate(of[judge][clips], f"{family}.auroc", 2) if known else "no tag"
+                )
         crossed = [
             number(of["cross_font"][name][family]["auroc"], 2)
             for name in ("mixed_to_fluidr3mono", "fluidr3mono_to_mixed")
         ]
         rows.append([family.replace("_", " "), *cells, *crossed])
-    head = ["AUROC, test compositions", "classifier (chooses), codec output",
-            "musicnn, codec output", "FluidR3Mono classifier, codec output",
-            "embedding distance, codec output"]  # fmt: skip
+    head = ["AUROC, test compositions"]
+    for judge in ("classifier (chooses)", "musicnn", "FluidR3Mono classifier",
+                  "embedding distance"):  # fmt: skip
+        head += [f"{judge}, before the codec", "after it"]
     fonts = ["classifier of mixed sounds on FluidR3Mono", "FluidR3Mono classifier on mixed sounds"]
     return table([*head, *fonts], rows)
 
@@ -692,7 +827,6 @@ def synthetic_features() -> str:
 GPU = "gpu-nvidia-h200"
 SAE, USAE = "sae d1536 F24576 k64 B8192", "usae 2 models d1536 F24576 k64 B8192"
 GOAL, SMALL_GOAL = "sae goal d1536 F12288 k64 B4096", "sae goal d768 F4096 k25 B1024"
-UNMEASURED = "not yet measured"
 
 
 def gpu(part: str) -> dict[str, Any]:
@@ -837,9 +971,10 @@ def gpu_training() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        capabilities, features, models, cues, ablation, carried, effects, shared, matched, sets,
-        maximised, found, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
-        search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
+        capabilities, features, controls, transfer, transfer_goals, dictionary_cost, models, cues,
+        ablation, carried, effects, shared, matched, sets, maximised, found, confounding, steering,
+        headlines, trade_offs, doses, hearing, gaps, costs, joint, search, latent_choice, judges,
+        sae_step, usae_step, extraction, generation, full_size,
         synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip

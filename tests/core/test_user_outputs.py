@@ -26,6 +26,7 @@ from musicscope.core import command_line, user_outputs
 from musicscope.core.io import read_json, write_json
 from musicscope.core.user_outputs import OutputError, add_files, new_folder
 from musicscope.dictionaries.core import TopKSAE
+from musicscope.finder.confounding import Confounding
 from musicscope.finder.recordings import Plan
 from musicscope.finder.run import ConceptReport
 from musicscope.models.audiocraft import convert as audiocraft_convert
@@ -44,8 +45,8 @@ def report() -> ConceptReport:
     table = pd.DataFrame({"feature": [4], "q": [0.01]})
     excerpts = {"sae-4-1.wav": np.zeros(80, np.float32)}
     return ConceptReport(
-        {"sae": table}, table, {"with": 2, "without": 2}, (), Plan((), 1.0, 1), {}, 0.05, 0.01,
-        excerpts, 8000,
+        {"sae": table}, table, {"with": 2, "without": 2}, (), Plan((), 1.0, 1), {},
+        Confounding({}, {}, 0.9), 0.05, 0.01, excerpts, 8000,
     )  # fmt: skip
 
 

@@ -81,6 +81,9 @@ def test_labels_are_what_plays_and_energy_is_shared_among_it():
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
         assert all((share > 0) == row[f"has_{c}"] for c, share in shares.items())
         assert row[f"has_{row['target_family']}"]
+        sounds = {c: row[f"sound_{c}"] for c in FAMILIES}
+        assert all((sounds[c] != "") == row[f"has_{c}"] for c in FAMILIES)
+        assert set(sounds.values()) <= {"", "timgm6mb", "fluidr3mono", "synthesis"}
         assert (row["group"], row["source"]) == ("book/tune", "book")
 
 
@@ -140,7 +143,8 @@ def test_rows_make_disjoint_sets(monkeypatch):
     rows = pd.DataFrame([row for one in jobs for _, row in clip_set.run_job(one)])
     assert rows["id"].is_unique
     sets = {name: len(at) for name, at in clip_sets(rows).items()}
-    assert sets == {**splits, "heldout_font": 4, "pairs_mixed": 4, "pairs_fluidr3mono": 0}
+    held_out = {"heldout_font": 4, "heldout_source": 4}
+    assert sets == {**splits, **held_out, "pairs_mixed": 4, "pairs_fluidr3mono": 0}
 
 
 def test_rendering_does_not_depend_on_what_came_before():

@@ -14,6 +14,7 @@ import yaml
 
 from musicscope.commands import cli
 from musicscope.config import ParamsError, load_params
+from musicscope.core.io import read_json
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import concept_sets, examine, select_query
@@ -117,6 +118,8 @@ def test_the_planted_feature_is_found_in_any_format(found):
     assert set(report.discoveries()["feature"]) <= {CONCEPT - 1, CONCEPT, CONCEPT + 1}
     assert report.recordings == {"with": 10, "without": 10}
     assert f"{len(report.discoveries())} of {len(report.table)} features found" in report.text()
+    assert not report.confounding.warns
+    assert "as well as the best feature" not in report.text()
 
 
 def test_files_of_no_use_are_named_with_the_reason(found):
@@ -151,6 +154,10 @@ def test_loudness_of_a_folder_changes_nothing(found, tmp_path):
     )
     first, second = find(a, without), find(b, without)
     assert len(first.discoveries())
+    # The other folder is as loud as the first, so that only the second is confounded.
+    assert not first.confounding.warns
+    assert second.confounding.warns
+    assert "warning: loudness separates the two sides as well as" in second.text()
     pd.testing.assert_frame_equal(first.table, second.table, rtol=1e-3)
     # And where nothing is to be found, a quiet folder is no finding.
     quiet = folder(tmp_path / "quiet", 6, False, gain=0.02)
@@ -276,6 +283,7 @@ def test_the_command_prints_and_saves(found, tmp_path, monkeypatch, capsys):
     cli.main(words)
     printed = capsys.readouterr().out
     assert f"sae: {len(report.discoveries())} of {len(report.table)} features found" in printed
+    assert read_json("out/report.json")["confounding"]["warns"] is False
     table = pd.read_csv("out/features.csv")
     assert table["feature"].iloc[0] == CONCEPT
     for name in pd.read_csv("out/moments.csv")["file"]:
@@ -311,16 +319,19 @@ def test_queries_select_what_they_say():
 
 def test_clips_are_found_on_train_and_confirmed_on_test():
     rows = pd.concat(
-        [clip_rows(per_group=12, seed=s).assign(split=split)[lambda r: r["font"] == "mixed"]
+        [clip_rows(24, 4, seed=s).assign(split=split)[lambda r: r["font"] == "mixed"]
          for s, split in ((0, "train"), (1, "test"))], ignore_index=True,
     )  # fmt: skip
     rows["group"] = rows["split"] + rows["group"]
     rng = np.random.default_rng(0)
     means = rng.exponential(size=(len(rows), 60))
     means[:, 7] += 3 * rows["has_guitar"].to_numpy()
+    cues = pd.DataFrame({"rms": rng.random(len(rows)), "centroid": rng.random(len(rows))})
+    rows["source"] = np.where(rows["group"] < "test4", "old", rows["split"])
     sets = concept_sets(rows, "clips:has_guitar", "clips:not has_guitar")
     section = find_concept_section()
-    table, found = examine(means, rows["group"].to_numpy(str), sets, section, 0, "m")
+    groups = rows["group"].to_numpy(str)
+    table, found = examine(means, groups, sets, section, 0, "m", cues=cues)
     assert table["feature"].iloc[0] == 7
     assert found["discoveries"] == 1
     best = found["test"]["best_auroc"]
@@ -332,6 +343,15 @@ def test_clips_are_found_on_train_and_confirmed_on_test():
     assert found["few"]["agree"] > 0.8
     assert found["null"]["any_discovery"] <= 0.3
     assert found["null"]["discoveries"] == 0
+    new = rows["source"].iloc[sets.tests["heldout_source"][0]]
+    assert set(new) == {"test"}
+    assert found["heldout_source"]["best_auroc"]["value"] > 0.9
+    assert not found["confounding"]["warns"]
+    loud = cues.assign(rms=cues["rms"] + 5 * rows["has_guitar"])
+    _, found = examine(means, groups, sets, section, 0, "m", cues=loud)
+    assert found["confounding"]["warns"]
+    assert found["confounding"]["worst"] == "rms"
+    assert found["few"]["warned"] > 0.8
     with pytest.raises(ValueError, match="share"):
         concept_sets(rows, "clips:has_guitar", "clips:has_guitar")
     assert "guitar" in FAMILIES

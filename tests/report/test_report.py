@@ -234,7 +234,7 @@ def hostile_sections() -> list[Section]:
         "gallery": {"models": [{"name": HOSTILE, "players": some} for some in (players, None)]},
         "layers": {"figures": [figure, HOSTILE], "tables": [table]},
         "dictionaries": {"table": table},
-        "probes": {"figures": [figure], "tables": [table, table]},
+        "probes": {"figures": [figure], "tables": [table, table], "details": [table]},
         "sharing": {
             **dict.fromkeys(names, HOSTILE), **dict.fromkeys(("r2", "measures", "joint"), table),
             "entropy": figure, "norms": [figure],

@@ -266,10 +266,12 @@ def test_judges_stand_beside_shuffled_labels(judged, tmp_path):  # noqa: F811
 
 def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     rows = pd.concat(
-        [clip_rows(per_group=12, seed=s).assign(split=split)[lambda r: r["font"] == "mixed"]
+        [clip_rows(24, 4, seed=s).assign(split=split)[lambda r: r["font"] == "mixed"]
          for s, split in ((0, "train"), (1, "test"))], ignore_index=True,
     )  # fmt: skip
     rows["group"] = rows["split"] + rows["group"]
+    rows["source"] = rows["split"]
+    cues = pd.DataFrame({"rms": 1.0 + rows["has_guitar"]})
     rng = np.random.default_rng(0)
     means = rng.exponential(size=(len(rows), 30))
     means[:, 7] += 3 * rows["has_guitar"].to_numpy()
@@ -277,7 +279,8 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     section = find_concept_section(
         permutations=99, stability_draws=5, few=5, few_draws=5, bootstrap=20
     )
-    table, numbers = examine(means, rows["group"].to_numpy(str), sets, section, 0, "m")
+    groups = rows["group"].to_numpy(str)
+    table, numbers = examine(means, groups, sets, section, 0, "m", cues=cues)
     write_json(tmp_path / "metrics/find_concept/tiny.json", {"sae": {"guitar": numbers}})
     folder = tmp_path / "data/find_concept/tiny"
     folder.mkdir(parents=True)
@@ -293,7 +296,15 @@ def test_found_features_stand_beside_what_is_found_in_nothing(tmp_path):
     assert row[1] == f"{numbers['discoveries']} of 30"
     assert row[2] == "7"
     assert row[7] == Estimate.read(numbers["test"]["best_auroc"]).text()
-    assert row[9:] == [f"{numbers[k]['any_discovery']:.2f}" for k in ("few", "null")]
+    columns = tables(section)["tiny, sae: concepts"].columns
+    named = dict(zip(columns[1:], row, strict=True))
+    for key, shown in (("few", "ten recordings"), ("null", "the null")):
+        column = next(name for name in columns if shown in name)
+        assert named[column] == f"{numbers[key]['any_discovery']:.2f}"
+    assert named["best on the held-out source"] == (
+        Estimate.read(numbers["heldout_source"]["best_auroc"]).text()
+    )
+    assert named["best simple cue"] == "rms 1.00: warning"
     best = cells(tables(section)["Best features"])
     assert list(best)[0] == "guitar: sae 7"
     assert len(best) == 3

@@ -115,6 +115,7 @@ def save_report(report: ConceptReport, folder: Path) -> None:
         "window_seconds": report.plan.seconds,
         "windows": report.plan.windows,
         "cues": dict(report.cues),
+        "confounding": report.confounding.as_metrics(),
         "q": report.q,
         "smallest_p": report.smallest_p,
         "discoveries": {n: len(report.discoveries(n)) for n in report.tables},

@@ -105,7 +105,7 @@ class Probe(Section):
     min_positive: PositiveInt
     """Fewest positive and negative clips per split for a concept to be probed."""
     null_seeds: PositiveInt
-    """Permutations of the training labels that the null is averaged over."""
+    """Permutations of the training and validation labels that the null is averaged over."""
     bootstrap: PositiveInt
     """Bootstrap draws over compositions per interval."""
 

@@ -48,9 +48,10 @@ class ClipStore:
     folder: Path
     rows: pd.DataFrame
     """id, group, split, kind, pair_id, font, caption, target_family, families, has_<family>,
-    tempo_bpm, key, source; of rendered clips also programs, density and energy_<family>, of
-    recordings recording, start, artist, captions. Where a label is unknown, has_<family> is of
-    pandas' nullable type and holds NA there: see `known_labels`."""
+    tempo_bpm, key, source; of rendered clips also programs, density, energy_<family> and
+    sound_<family> (soundfont or synthesis that plays it, "" if it does not play), of recordings
+    recording, start, artist, captions. Where a label is unknown, has_<family> is of pandas'
+    nullable type and holds NA there: see `known_labels`."""
     sample_rate: int
     samples: int
     """Samples per clip."""

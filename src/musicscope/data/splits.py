@@ -16,19 +16,21 @@ from musicscope.data.clips import HELD_OUT_FONT, known_labels, main_clips
 TRAIN_FONT, HELDOUT_FONT = "mixed", HELD_OUT_FONT
 MAIN = "guitar"
 """The concept of the headline numbers: always probed, and the only one with matched pairs."""
-CLASS_SETS = ("test", "heldout_font")
+CLASS_SETS = ("test", "heldout_font", "heldout_source")
 PAIR_SETS = {f"pairs_{font}": font for font in (TRAIN_FONT, HELDOUT_FONT)}
 
 
 def clip_sets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Positions in a clip table of train, validation, test, heldout_font and the pair sets.
+    """Positions in a clip table of train, validation and the test sets.
 
-    Train and validation are of the training soundfont (or recordings) only. The last three sets may
-    be empty. ValueError if a composition of the test sets is also in train or validation.
+    Train and validation are of the training soundfont (or recordings) only. heldout_source is the
+    part of test whose source (book of compositions) has no train or validation clip. All sets after
+    test may be empty. ValueError if a composition of the test sets is also in train or validation.
     """
     sets = {split: main_clips(rows, split) for split in ("train", "validation", "test")}
     test, held_out = rows["split"] == "test", rows["font"] == HELD_OUT_FONT
     sets["heldout_font"] = np.flatnonzero((rows["kind"] == "clip") & held_out & test)
+    sets["heldout_source"] = sets["test"][_new_sources(rows, sets)]
     for name, font in PAIR_SETS.items():
         of = held_out if font == HELD_OUT_FONT else ~held_out
         sets[name] = np.flatnonzero((rows["kind"] == "pair") & of & test)
@@ -36,6 +38,15 @@ def clip_sets(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     if shared := sorted(learnt & set(rows["group"][test])):
         raise ValueError(f"composition {shared[0]!r} is both in test and in train or validation")
     return sets
+
+
+def _new_sources(rows: pd.DataFrame, sets: dict[str, np.ndarray]) -> np.ndarray:
+    """Tell which test clips come from a source without train and validation clips, bool [test]."""
+    if "source" not in rows:
+        return np.zeros(len(sets["test"]), bool)
+    source = rows["source"].to_numpy(str)
+    learnt = np.concatenate([sets["train"], sets["validation"]])
+    return ~np.isin(source[sets["test"]], source[learnt])
 
 
 def label_matrix(rows: pd.DataFrame, concepts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

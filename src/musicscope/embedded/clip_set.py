@@ -150,8 +150,11 @@ def mix_clips(
         heard = np.flatnonzero(mixes.rows[i] >= 0)
         shares = loud[i, heard] * _share_played(mixes, i, heard, seconds)
         energy = dict.fromkeys((*FAMILIES, VOCALS), 0.0)
+        sounds = dict.fromkeys(FAMILIES, "")
         for stem, share in zip(heard, shares / shares.sum(), strict=True):
             energy[scene.stems[stem].concept] += float(share)
+            if scene.stems[stem].concept in sounds:
+                sounds[scene.stems[stem].concept] = scene.stems[stem].source
         singers = {p.singer for p in about.players}
         row = {
             "group": scene.group, "font": font, "source": scene.group.split("/")[0],
@@ -164,6 +167,7 @@ def mix_clips(
             **{f"has_{c}": c in about.concepts for c in (*FAMILIES, VOCALS)},
             **{f"has_{sex}_vocal": sex in singers for sex in SINGERS},
             **{f"energy_{c}": round(share, 6) for c, share in energy.items()},
+            **{f"sound_{c}": source for c, source in sounds.items()},
         }  # fmt: skip
         clips.append(Clip(audio[i], row))
     return clips

@@ -110,7 +110,7 @@ def rank_by_auroc(
     x = np.asarray(means, np.float64)[:, tested]
     ranks = standard_ranks(x)
     z = rank_z(ranks, labels[:, None])[0] - stats.SLACK
-    permuted = _permutations(labels, groups, permutations, seed_for(seed, "permutations"))
+    permuted = label_permutations(labels, groups, permutations, seed_for(seed, "permutations"))
     maxima, exceeded = permutation_null(
         [ranks], lambda i: permuted[:, [i]], permutations, RANK_BLOCK, z
     )
@@ -136,7 +136,9 @@ def rank_by_auroc(
     return table.iloc[order].reset_index(drop=True)
 
 
-def _permutations(labels: np.ndarray, groups: np.ndarray | None, n: int, seed: int) -> np.ndarray:
+def label_permutations(
+    labels: np.ndarray, groups: np.ndarray | None, n: int, seed: int
+) -> np.ndarray:
     """Permute labels [items] `n` times, bool [items, n]; with groups, block by block."""
     if groups is None or len(np.unique(groups)) == len(groups):
         rng = np.random.default_rng(seed)

@@ -58,6 +58,7 @@ def fit_logistic(
     c: np.ndarray,
     tolerance: float = 1e-4,
     iterations: int = 5000,
+    kept: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise sum(log loss) + |w|^2 / (2 C) for every column of labels; intercept not penalised.
 
@@ -70,6 +71,7 @@ def fit_logistic(
         x: inputs [n, p]; columns should be standardised.
         labels: bool [n, m], one column a problem.
         c: inverse regularisation strength [m].
+        kept: bool [n, m], rows that a problem is fitted on; all by default.
     Returns:
         weights float64 [p, m] and intercepts float64 [m].
     """
@@ -85,12 +87,19 @@ def fit_logistic(
     penalty = torch.cat([ridge.expand(len(square), m), torch.zeros(1, m, dtype=torch.float64)])
 
     solution = torch.zeros(len(bound), m, dtype=torch.float64)
-    solution[-1] = torch.logit(target.mean(0), eps=1e-6)
+    share = target.mean(0)
+    rows = None if kept is None else torch.from_numpy(np.asarray(kept).astype(np.float64))
+    if rows is not None:
+        share = (target * rows).sum(0) / rows.sum(0)
+    solution[-1] = torch.logit(share, eps=1e-6)
     active = torch.arange(m)
     current, ahead = solution.clone(), solution.clone()
     momentum = torch.ones(m, dtype=torch.float64)
     for _ in range(iterations):
-        gradient = z.T @ (torch.sigmoid(z @ ahead) - target[:, active]) + penalty * ahead
+        residual = torch.sigmoid(z @ ahead) - target[:, active]
+        if rows is not None:  # fewer rows have a smaller Hessian: the bound still holds
+            residual *= rows[:, active]
+        gradient = z.T @ residual + penalty * ahead
         step = gradient / bound
         done = (gradient * step).sum(0) < tolerance**2
         following = ahead - step

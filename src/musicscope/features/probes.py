@@ -3,9 +3,11 @@
 For every concept and representation: an L2 logistic probe on pooled features, standardised on
 train, with pooling and C chosen by validation AUROC alone; k-sparse probes on SAE codes (the k
 latents with the largest |difference of class means| of standardised pooled codes: SAE-Probes,
-arXiv 2502.16681; SAEBench); and a null whose training labels are permuted between compositions.
-Reported on test clips of unseen compositions, on the held-out soundfont, and on matched pairs, with
-bootstrap intervals over compositions.
+arXiv 2502.16681; SAEBench); and a null whose training and validation labels are permuted between
+compositions, so that pooling and C are chosen on permuted labels too. Reported on test clips of
+unseen compositions, on those of unseen sources and of the held-out soundfont, and on matched pairs,
+with bootstrap intervals over compositions; `musicscope.features.transfer` leaves out whole families
+of sounds.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -32,6 +35,7 @@ from musicscope.data.splits import (
     select_concepts,
 )
 from musicscope.dictionaries.codes import Pools
+from musicscope.features import transfer
 from musicscope.features.association import rank_by_difference
 from musicscope.features.logistic import Standardiser, fit_logistic
 
@@ -62,6 +66,7 @@ def choose(
     train: np.ndarray,
     validation: np.ndarray,
     c_grid: Sequence[float],
+    kept: np.ndarray | None = None,
 ) -> Chosen:
     """Fit every pooling x C on train and keep, for each column of labels, the best on validation.
 
@@ -70,28 +75,41 @@ def choose(
     Args:
         pools: features of all clips; `train` and `validation` are positions in them.
         train_labels: bool [train, m]; `validation_labels`: bool [validation, m].
+        kept: bool [clips, m], clips that a column is fitted and chosen on; all by default.
     """
     grid = np.sort(np.asarray(c_grid, dtype=np.float64))
     m = train_labels.shape[1]
     best = np.full(m, -1.0)
     pooling, c = [""] * m, np.zeros(m)
     scores = np.zeros((len(next(iter(pools.values()))), m))
+    fitted = None if kept is None else np.repeat(kept[train], len(grid), 1)
     for name, features in pools.items():
         standardise = Standardiser.fit(features[train])
         weights, intercepts = fit_logistic(
-            standardise(features[train]), np.repeat(train_labels, len(grid), 1), np.tile(grid, m)
-        )
+            standardise(features[train]), np.repeat(train_labels, len(grid), 1), np.tile(grid, m),
+            kept=fitted,
+        )  # fmt: skip
         # Clips with the same features must tie, whatever the order of summation did to them.
         logits = np.round(standardise(features) @ weights + intercepts, 5)
-        quality = stats.auroc_columns(
-            logits[validation], np.repeat(validation_labels, len(grid), 1)
+        quality = _quality(
+            logits[validation], validation_labels, None if kept is None else kept[validation]
         )
-        quality = np.nan_to_num(quality, nan=0.0).reshape(m, len(grid))
         pick = quality.argmax(1)
         for j in np.flatnonzero(quality.max(1) > best):
             best[j], pooling[j], c[j] = quality[j, pick[j]], name, grid[pick[j]]
             scores[:, j] = logits[:, j * len(grid) + pick[j]]
     return Chosen(scores, pooling, c, best)
+
+
+def _quality(logits: np.ndarray, labels: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    """AUROC [m, C] of logits [n, m * C] for labels [n, m] over the kept rows; 0 where undefined."""
+    n, m = labels.shape
+    if kept is None:
+        auroc = stats.auroc_columns(logits, np.repeat(labels, logits.shape[1] // m, 1))
+        return np.nan_to_num(auroc, nan=0.0).reshape(m, -1)
+    columns = logits.reshape(n, m, -1)
+    of = [stats.auroc_columns(columns[kept[:, j], j], labels[kept[:, j], j]) for j in range(m)]
+    return np.nan_to_num(np.stack(of), nan=0.0)
 
 
 def choose_sparse(
@@ -115,15 +133,15 @@ class Evaluator:
         self.sets, self.groups = sets, rows["group"].to_numpy(str)
         self.pairs = rows["pair_id"].to_numpy(str)
         self.n, self.seed = n, seed_for(seed, "probe", "bootstrap")
-        self.weights = {s: self._weights(self.groups[sets[s]]) for s in CLASS_SETS if len(sets[s])}
+        self.weights = {s: self.resample(self.groups[sets[s]]) for s in CLASS_SETS if len(sets[s])}
 
-    def _weights(self, groups: np.ndarray) -> np.ndarray:
+    def resample(self, groups: np.ndarray) -> np.ndarray:
         """Weights [1 + n, items]: all ones (the clips as they are), then the resamples."""
         resamples = stats.resample_weights(groups, self.n, self.seed)
         return np.concatenate([np.ones((1, len(groups))), resamples])
 
     def _entry(self, values: np.ndarray, name: str, clip_set: str) -> Metrics:
-        """A statistic with its interval, from its values [1 + n] under `_weights`."""
+        """A statistic with its interval, from its values [1 + n] under `resample`."""
         n = len(np.unique(self.groups[self.sets[clip_set]]))
         return {name: Estimate.from_resamples(values[0], values[1:], n, UNITS[name]).as_dict()}
 
@@ -158,7 +176,7 @@ class Evaluator:
             if len(at := self.sets[name]):
                 pairs, groups = self.pairs[at], self.groups[at]
                 wins, groups = stats.pair_wins(scores[at], labels[at], pairs, groups)
-                values = stats.mean_of(wins)(self._weights(groups))
+                values = stats.mean_of(wins)(self.resample(groups))
                 result[name] = self._entry(values, "accuracy", name)
         return result
 
@@ -176,6 +194,8 @@ def run_probes(
     A concept's entry also has "shuffled" (SAE probes on permuted labels, mean over null_seeds),
     "k_sparse" and, for each other representation, "sae_minus_<representation>". Its numbers are of
     the labelled clips; where some have no label, "unknown" has {concept: {set: clips left out}}.
+    If all concepts have labels on the same clips, "mean" has the means over them, and "transfer",
+    where it is known which sound plays each concept, what `transfer.leave_one_out` gives.
 
     Args:
         rows: clip table.
@@ -185,14 +205,24 @@ def run_probes(
     sets = clip_sets(rows)
     concepts, skipped = select_concepts(rows, sets, concepts, section.min_positive)
     has, labelled = label_matrix(rows, concepts)
-    tables, unknown = {}, {}
-    for _, columns in label_blocks(labelled):
+    tables, unknown, carried = {}, {}, {}
+    blocks = label_blocks(labelled)
+    for _, columns in blocks:
         names = [concepts[j] for j in columns]
         usable = {name: at[labelled[at, columns[0]]] for name, at in sets.items()}
         evaluate = Evaluator(rows, usable, section.bootstrap, seed)
-        tables |= _probe_labelled(
+        block, fits = _probe_labelled(
             evaluate, representations, names, has[:, columns], section, seed, workers
         )
+        tables |= block
+        if len(blocks) == 1:
+            carried["mean"] = transfer.mean_over_concepts(evaluate, fits, has[:, columns])
+            sounds = transfer.sounds_of(rows, names)
+            if sounds is not None:
+                carried["transfer"] = transfer.leave_one_out(
+                    evaluate, partial(_choose_kept, evaluate.sets, has[:, columns], section),
+                    representations, fits, names, has[:, columns], sounds, section.min_positive,
+                )  # fmt: skip
         left_out = {s: len(at) - len(usable[s]) for s, at in sets.items()}
         if any(left_out.values()):
             unknown |= dict.fromkeys(names, {s: n for s, n in left_out.items() if n})
@@ -200,10 +230,22 @@ def run_probes(
         "clips": {name: len(at) for name, at in sets.items()},
         "skipped": skipped,
         "concepts": {concept: tables[concept] for concept in concepts},
+        **carried,
     }
     return result | (
         {"unknown": {c: unknown[c] for c in concepts if c in unknown}} if unknown else {}
     )
+
+
+def _choose_kept(
+    sets: dict[str, np.ndarray], labels: np.ndarray, section: Probe, pools: Pools, kept: np.ndarray
+) -> np.ndarray:
+    """Logits of probes for labels [clips, m] on the `kept` clips alone, both [clips, n * m]."""
+    train, validation = sets["train"], sets["validation"]
+    labels = np.tile(labels, (1, kept.shape[1] // labels.shape[1]))
+    return choose(
+        pools, labels[train], labels[validation], train, validation, section.c_grid, kept
+    ).scores
 
 
 def _probe_labelled(
@@ -214,22 +256,27 @@ def _probe_labelled(
     section: Probe,
     seed: int,
     workers: int,
-) -> dict[str, Metrics]:
-    """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for."""
+) -> tuple[dict[str, Metrics], dict[str, np.ndarray]]:
+    """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for.
+
+    Also returns the logits of the probes [clips, m] by representation.
+    """
     sets = evaluate.sets
     train, validation = sets["train"], sets["validation"]
-    groups = evaluate.groups[train]
-    shuffles = [
-        stats.permute_labels(labels[train], groups, seed_for(seed, "probe", "null", i))
-        for i in range(section.null_seeds)
-    ]
+
+    def dealt(at: np.ndarray, null: bool) -> np.ndarray:
+        """Labels of clips, and in the null's columns those permuted between their compositions."""
+        groups, parts = evaluate.groups[at], [labels[at]]
+        for i in range(section.null_seeds if null else 0):
+            stream = seed_for(seed, "probe", "null", i)
+            parts.append(stats.permute_labels(labels[at], groups, stream))
+        return np.concatenate(parts, 1)
+
     m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
-        targets = [labels[train], *(shuffles if name == "sae" else [])]
-        repeated = np.tile(labels[validation], (1, len(targets)))
-        targets = np.concatenate(targets, 1)
-        fits[name] = choose(pools, targets, repeated, train, validation, section.c_grid)
+        fitted, chosen = (dealt(at, name == "sae") for at in (train, validation))
+        fits[name] = choose(pools, fitted, chosen, train, validation, section.c_grid)
 
     def numbers(fit: Chosen, j: int, has: np.ndarray, concept: str) -> Metrics:
         result: Metrics = evaluate.classes(fit.scores[:, j], has)
@@ -250,4 +297,5 @@ def _probe_labelled(
         return entry
 
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(concepts, pool.map(table, range(m)), strict=True))
+        tables = dict(zip(concepts, pool.map(table, range(m)), strict=True))
+    return tables, {name: fit.scores[:, :m] for name, fit in fits.items()}

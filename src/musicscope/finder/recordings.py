@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import soundfile
 
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.stats import auroc_columns, rank_z, standard_ranks
 from musicscope.data.audio_files import AudioFile, Problem, Spec, decode, list_files, plain
+from musicscope.finder.confounding import indicators
 from musicscope.judges.musicnn import level, repeat_to
 
 SIDES = ("with", "without")
@@ -148,6 +150,14 @@ def read_windows(
 
     w is 0 if nothing of the file can be used; the problems say why.
     """
+    audio, starts, problems = read_unlevelled(recording, plan, rate)
+    return (level(audio)[0] if len(audio) else audio), starts, problems
+
+
+def read_unlevelled(
+    recording: Recording, plan: Plan, rate: int
+) -> tuple[np.ndarray, list[float], list[Problem]]:
+    """Read windows as `read_windows` does, as loud as they are in the file."""
     seconds = min(plan.seconds, recording.seconds)
     decoded = decode(recording.path, Spec(seconds, rate, plan.windows, 0.0))
     problems = [Problem(str(recording.path), reason, detail) for reason, detail in decoded.problems]
@@ -157,7 +167,7 @@ def read_windows(
         reason = problems or [Problem(str(recording.path), "no audio", "")]
         return np.zeros((0, 1), np.float32), [], reason
     audio = repeat_to(np.stack([clip for _, clip in decoded.clips]), round(plan.seconds * rate))
-    audio, sounds = level(audio)
+    _, sounds = level(audio)
     starts = [start for (start, _), kept in zip(decoded.clips, sounds, strict=True) if kept]
     if len(starts) < len(sounds):
         problems.append(Problem(str(recording.path), "silent", "but for an offset"))
@@ -165,12 +175,28 @@ def read_windows(
 
 
 def window_cues(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Compute the mean trivial cues of a recording's windows [w, samples]: float64 [7]."""
-    return trivial_cues(audio, rate).mean(0)
+    """Compute cues of a recording's windows [w, samples] as they are in the file: float64 [8].
+
+    The mean trivial cues of the windows at one level, and the mean level of the file.
+    """
+    loudness = np.sqrt(np.square(audio, dtype=np.float64).mean(1)).mean()
+    return np.append(trivial_cues(level(audio)[0], rate).mean(0), loudness)
+
+
+def recording_cues(recordings: Sequence[Recording], cues: np.ndarray) -> pd.DataFrame:
+    """Tabulate all cues of recordings that could separate the folders, one row per recording.
+
+    `cues` [n, 8]: `window_cues` and the level of the file. The level of the windows was made equal
+    and is left out; length and type of the file are added.
+    """
+    table = pd.DataFrame(cues, columns=[*TRIVIAL_CUES, "loudness"]).drop(columns="rms")
+    table["length"] = [recording.seconds for recording in recordings]
+    types = pd.Series([recording.path.suffix.lower() for recording in recordings], dtype=str)
+    return pd.concat([table, indicators("file type", types)], axis=1)
 
 
 def differing_cues(cues: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Select the cues of [recordings, 7] in which the folders differ beyond chance, with AUROC.
+    """Select the cues of [recordings, 8] in which the folders differ beyond chance, with AUROC.
 
     Features found may follow these instead of the concept. The level is left out: it was made
     equal.

@@ -2,9 +2,9 @@
 
 `find_concept` is the library's and the command's entry, `find_all` the stage's. The latter writes
 data/find_concept/<model>: features.parquet (dictionary, concept and `association.COLUMNS`; for
-clips also test_auroc and heldout_font_auroc; all tested features, best first), moments.parquet
-(concept and `scores.MOMENTS`; recording is a clip's id or a file) and the WAV files in its column
-file.
+clips also test_auroc, heldout_font_auroc and heldout_source_auroc; all tested features, best
+first), moments.parquet (concept and `scores.MOMENTS`; recording is a clip's id or a file) and the
+WAV files in its column file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ import soundfile
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Concept, FindConcept
+from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.seeding import seed_for
 from musicscope.data.audio_files import Problem
 from musicscope.data.clips import ClipStore
+from musicscope.dictionaries.codes import by_batch
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features.association import rank_by_auroc, smallest_p
-from musicscope.finder.evaluation import concept_sets, examine, is_query
-from musicscope.finder.recordings import Plan, differing_cues, plan_recordings
+from musicscope.finder.confounding import Confounding, known_cues, measure
+from musicscope.finder.evaluation import Sets, concept_sets, examine, is_query
+from musicscope.finder.recordings import (
+    Plan,
+    differing_cues,
+    plan_recordings,
+    recording_cues,
+)
 from musicscope.finder.scores import (
     MOMENTS,
     dictionary,
@@ -55,6 +63,8 @@ class ConceptReport:
     plan: Plan
     cues: Mapping[str, float]
     """AUROC of trivial cues in which the folders differ too"""
+    confounding: Confounding
+    """Whether cues separate the folders as well as the best feature does"""
     q: float
     smallest_p: float
     excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -79,6 +89,7 @@ class ConceptReport:
             f"up to {plan.windows} windows of {plan.seconds:.3g} s each"
         ]
         lines += [f"left out: {p.name}: {p.reason} {p.detail}".rstrip() for p in self.problems]
+        lines += [self.confounding.text()] if self.confounding.warns else []
         for name, value in self.cues.items():
             lines.append(
                 f"warning: the folders also differ in {name.replace('_', ' ')} (AUROC {value:.2f});"
@@ -156,6 +167,8 @@ def find_concept(
         )
         for name, of in scored.scores.items()
     }
+    best = max((t["auroc"].iloc[0] for t in tables.values() if len(t)), default=float("nan"))
+    cues = recording_cues(scored.recordings, scored.cues)
     table, excerpts = recording_moments(scored, tables, plan, model.sample_rate, audible, moments)
     return ConceptReport(
         tables,
@@ -164,6 +177,7 @@ def find_concept(
         tuple(problems),
         plan,
         differing_cues(scored.cues, labels),
+        measure(cues, labels, float(best), seed),
         q,
         smallest_p(labels),
         excerpts,
@@ -205,6 +219,18 @@ def _find_in_folders(
         )  # fmt: skip
 
 
+def clip_cues(clips: ClipStore, sets: Mapping[str, Sets], workers: int) -> pd.DataFrame:
+    """Tabulate trivial and known cues of all clips; trivial ones are NaN outside train sets."""
+    learnt = np.unique(np.concatenate([of.train for of in sets.values()]))
+    trivial = np.full((len(clips), len(TRIVIAL_CUES)), np.nan)
+    trivial[learnt] = np.concatenate(
+        by_batch(lambda at: trivial_cues(clips.audio(at), clips.sample_rate), learnt, workers)
+    )
+    return pd.concat(
+        [pd.DataFrame(trivial, columns=list(TRIVIAL_CUES)), known_cues(clips.rows)], axis=1
+    )
+
+
 def find_all(
     subject: Subject, section: FindConcept, seed: int, out: Path
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, object]]]:
@@ -229,13 +255,14 @@ def find_all(
     tables, moments, metrics = [], [], {name: {} for name in subject.features}
     used = np.unique(np.concatenate([np.zeros(0, int), *(of.used for of in sets.values())]))
     hop = clips.samples / clips.sample_rate / int(store.frames[0])
+    cues = clip_cues(clips, sets, subject.workers) if sets else pd.DataFrame()
     for name, features in subject.features.items() if sets else ():
         encoder = dictionary(features, subject.name)
         pools = pool_all(store, encoder, used, subject.workers, subject.device)
         times = pools.frame * hop
         for concept, of in sets.items():
             table, metrics[name][concept] = examine(
-                pools.mean, groups, of, section, seed, subject.name, name, concept
+                pools.mean, groups, of, section, seed, subject.name, name, concept, cues=cues
             )
             tables.append(table.assign(dictionary=name, concept=concept))
             best, with_ = table["feature"].head(section.features), of.train[of.labels]
@@ -253,7 +280,7 @@ def find_all(
                 **{k: report.recordings[k] for k in ("with", "without")},
                 "tested": len(table), "discoveries": len(report.discoveries(name)),
                 "left_out": {"files": len({p.name for p in report.problems})},
-                "cues": dict(report.cues),
+                "cues": dict(report.cues), "confounding": report.confounding.as_metrics(),
             }  # fmt: skip
             tables.append(table.assign(dictionary=name, concept=c.name))
         files = {f"{c.name}-{file}": audio for file, audio in report.excerpts.items()}

@@ -15,7 +15,15 @@ from musicscope.activations.store import ActivationStore
 from musicscope.data.audio_files import Problem
 from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
-from musicscope.finder.recordings import SIDES, Plan, Recording, read_windows, window_cues
+from musicscope.finder.recordings import (
+    SIDES,
+    Plan,
+    Recording,
+    read_unlevelled,
+    read_windows,
+    window_cues,
+)
+from musicscope.judges.musicnn import level
 from musicscope.models.interface import MusicModel
 
 EXCERPT = 3.0
@@ -69,7 +77,7 @@ class ScoredRecordings:
     scores: Mapping[str, Scores]
     """By dictionary"""
     cues: np.ndarray
-    """[n, 7] trivial cues"""
+    """[n, 8] `recordings.window_cues`"""
 
 
 @torch.no_grad()
@@ -108,13 +116,13 @@ def score_recordings(
     bar = tqdm(plan.recordings, desc="listening", unit="recording", file=sys.stderr, mininterval=1)
     for number, recording in enumerate(bar):
         tick(number / len(plan.recordings))
-        audio, _, wrong = read_windows(recording, plan, model.sample_rate)
+        raw, _, wrong = read_unlevelled(recording, plan, model.sample_rate)
         problems += wrong
-        if not len(audio):
+        if not len(raw):
             continue
         usable.append(recording)
-        cues.append(window_cues(audio, model.sample_rate))
-        for name, of in score_windows(model, layer, dictionaries, audio).items():
+        cues.append(window_cues(raw, model.sample_rate))
+        for name, of in score_windows(model, layer, dictionaries, level(raw)[0]).items():
             scores[name].append(of)
     stacked = {
         name: Scores(*(np.concatenate([getattr(s, f.name) for s in of]) for f in fields(Scores)))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.stats import Estimate
-from musicscope.data.splits import CLASS_SETS, HELDOUT_FONT, MAIN, TRAIN_FONT
+from musicscope.data.splits import HELDOUT_FONT, MAIN, TRAIN_FONT
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.report.metrics import Sources, Tree
 from musicscope.report.sections.probes import REPRESENTATIONS
@@ -269,7 +269,7 @@ def probes(table: pd.DataFrame, title: str) -> Figure:
     labels = {"sae": labels["sae"], middle: f"SAE k={int(middle[5:])}", **labels}
     names, k = list(labels), [int(name[5:]) for name in sparse]
     figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.4), width_ratios=[1.7, 1], sharey=True)
-    sets = [name for name in CLASS_SETS if name in table.index.get_level_values(0)]
+    sets = [name for name in TEST_SETS if name in table.index.get_level_values(0)]
     for series, clip_set in enumerate(sets):
         part = table.loc[clip_set]
         label = TEST_SETS[clip_set] if len(sets) > 1 else "unheard compositions"
@@ -336,7 +336,7 @@ def finder(metrics: Tree, model: str) -> Figure | None:
         labels = [c for c in concepts if "best_auroc" in concepts[c].get("test", {})]
         offset = width * (series - (len(metrics) - 1) / 2)
         best = [Estimate.from_dict(concepts[c]["test"]["best_auroc"]) for c in labels]
-        few = [concepts[c]["few"]["any_discovery"] for c in labels]
+        few = [concepts[c]["few"]["any_discovery"] or 0.0 for c in labels]
         null = [concepts[c]["null"]["any_discovery"] or 0.0 for c in labels]
         ends = [b.value for b in best], [b.low for b in best], [b.high for b in best]
         for axis, values in zip(axes, (ends, (few, None, None)), strict=True):

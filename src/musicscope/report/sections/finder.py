@@ -15,6 +15,7 @@ TOP, MOMENTS = 3, 2
 COLUMNS = {
     "effect_size": "effect size", "auroc": "AUROC", "q": "q", "stability": "stability",
     "test_auroc": "AUROC on test", "heldout_font_auroc": "on the held-out soundfont",
+    "heldout_source_auroc": "on the held-out source",
     "fires": "fires in",
 }  # fmt: skip
 """Columns of features.parquet."""
@@ -61,16 +62,32 @@ def _numbers(model: str, dictionary: str, concepts: Tree) -> Table:
             cell(entry, "best.stability", 2),
             cell(entry, "test.best_auroc"),
             cell(entry, "test.tested_auroc"),
+            cell(entry, "heldout_font.best_auroc"),
+            cell(entry, "heldout_source.best_auroc"),
+            _confounding(entry),
             cell(entry, "few.any_discovery", 2),
             cell(entry, "null.any_discovery", 2),
+            cell(entry, "null.confounded.rms.any_discovery", 2),
+            cell(entry, "null.confounded.rms.warned", 2),
         ))  # fmt: skip
     return Table(
         f"{model}, {dictionary}: concepts",
         ("concept", "recordings with / without", "features found", "best feature", "effect size",
          "AUROC", "q", "stability", "AUROC on test", "all features on test",
-         "any found from ten recordings", "any found in the null"),
+         "best on the held-out soundfont", "best on the held-out source", "best simple cue",
+         "any found from ten recordings", "any found in the null",
+         "any found between loud and quiet", "warned there"),
         tuple(rows),
     )  # fmt: skip
+
+
+def _confounding(entry: Tree) -> str:
+    """The cue that separates best beyond chance, its AUROC, and whether that is a warning."""
+    found = get(entry, "confounding")
+    if not found or found["separation"] is None:
+        return DASH
+    text = f"{found['worst'].replace('_', ' ')} {plain(found['separation'], 2)}"
+    return f"{text}: warning" if found["warns"] else text
 
 
 def _features(best: pd.DataFrame) -> Table:

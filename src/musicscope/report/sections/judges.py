@@ -11,7 +11,7 @@ JUDGES = {
 }  # fmt: skip
 SETS = {
     "mixed": "clips, TimGM6mb and synthesis", "fluidr3mono": "clips, FluidR3Mono",
-    "codec": "after the codec", "shuffled": "shuffled labels",
+    "codec_source": "before the codec", "codec": "after the codec", "shuffled": "shuffled labels",
 }  # fmt: skip
 
 
