@@ -176,6 +176,7 @@ def paired_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small |= {"null_seeds": 2, "bootstrap": 30, "learning_rate": 0.01}
     for section in ("train_usae", "train_crosscoder"):
         params[section] |= small
+    params["train_usae"]["control_clips"] = 0  # there are no models
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 

@@ -431,6 +431,12 @@ def random_shared(usae: UniversalSAE, sample: Sequence[np.ndarray], seed: int) -
     for side, row in zip(usae.weights, rows, strict=True):
         W = torch.from_numpy(row).to(side.W_dec)
         weights.append(replace(side, W_enc=W, b_enc=torch.zeros_like(side.b_enc), W_dec=W))
+    if joint:  # a row that is 0 belongs to the other model
+        kept = [torch.from_numpy(d.any(1)).to(usae.weights[0].W_dec)[:, None] for d in dictionaries]
+        weights = [
+            replace(side, W_enc=side.W_enc * keep, W_dec=side.W_dec * keep)
+            for side, keep in zip(weights, kept, strict=True)
+        ]
     control = replace(usae, weights=tuple(weights))
     xs = [torch.from_numpy(x).to(usae.weights[0].mean) for x in sample]
     fitted: list[ModelWeights] = []
