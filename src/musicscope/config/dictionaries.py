@@ -106,4 +106,4 @@ class TrainUsae(TrainShared):
     rule: Literal["paper", "all_decoders"]
     """What a step updates: encoder and decoder of the model drawn, or also all decoders."""
     control_clips: NonNegativeInt
-    """Train clips of the ridge regressions that cross R2 is compared with; 0 for none."""
+    """Train and test clips of the ridge regressions beside cross R2; 0 for none."""

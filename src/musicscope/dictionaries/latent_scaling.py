@@ -5,8 +5,9 @@ decoder row shrank, or other latents stand in for it. So each model's activation
 reconstruction errors with the latent's own contribution added back, are regressed on the latent's
 values f. The paper scales one decoder row, since its two models share their dimensions. Models of
 different widths do not, so the direction v = sum(f y) / sum(f^2) is fitted in each model's own
-space. Its squared norm is taken as the product of the fits on two halves of the compositions,
-whose noise is independent: it is unbiased, and 0 on average where y has nothing to do with f.
+space, with f about its mean in each clip. Its squared norm is taken as the product of the fits on
+two halves of the compositions, whose noise is independent: it is unbiased, and 0 on average where
+y has nothing to do with f.
 
 nu is the root of the ratio of the other model's squared norm (of several models: the largest) to
 that of the model that the latent belongs to; 0: the other model lacks it, 1: it has as much of it.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from musicscope.core.io import Metrics
 from musicscope.core.stats import estimate, mean_of
-from musicscope.dictionaries.core import SparseCode, UniversalSAE
+from musicscope.dictionaries.core import UniversalSAE
 
 NU_ERROR, NU_ACTIVATION = 0.2, 0.5
 """The paper's limits, below which both a latent counts as one model's own."""
@@ -57,15 +57,15 @@ class Scaling:
 def scale_latents(
     usae: UniversalSAE,
     clips: Iterable[Sequence[np.ndarray]],
+    others: Iterable[Sequence[np.ndarray]],
     groups: Sequence[str] | np.ndarray,
     latents: np.ndarray,
     model: int = 0,
-    others: Iterable[Sequence[np.ndarray]] | None = None,
-) -> Scaling:
+) -> tuple[Scaling, Scaling]:
     """Regress every model's errors and activations on latents [n], in one pass over paired clips.
 
-    The code is of `model` (usae) or joint (crosscoder). With `others`, the null: all models but
-    `model` take activations and errors from those paired clips, which are of other compositions.
+    The code is of `model` (usae) or joint (crosscoder). The second result is the null: all models
+    but `model` take activations and errors from `others`, paired clips of other compositions.
     """
     device = usae.weights[0].mean.device
     _, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -73,41 +73,48 @@ def scale_latents(
     place = torch.full((usae.n_latents,), len(latents), device=device)
     place[chosen] = torch.arange(len(latents), device=device)
 
-    def values_of(code: SparseCode) -> Tensor:
-        """Values [N, n] of the latents examined."""
-        f = code[0].new_zeros(len(code[0]), len(latents) + 1)
-        return f.scatter_add_(1, place[code[1]], code[0])[:, :-1]
-
-    def read(clip: Sequence[np.ndarray]) -> tuple[list[Tensor], SparseCode, Tensor]:
+    def read(clip: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Values [T, n] of the latents; errors and activations of each model, normalised."""
         xs = [torch.from_numpy(np.asarray(x, dtype=np.float32)).to(device) for x in clip]
-        code = usae.encode_all(xs) if usae.joint else usae.encode(xs[model], model)
-        return xs, code, values_of(code)
+        values, indices = usae.encode_all(xs) if usae.joint else usae.encode(xs[model], model)
+        f = values.new_zeros(len(values), len(latents) + 1)
+        f.scatter_add_(1, place[indices], values)
+        ys = [
+            ((x - usae.decode(values, indices, j)) / side.scale, (x - side.mean) / side.scale)
+            for j, (x, side) in enumerate(zip(xs, usae.weights, strict=True))
+        ]
+        return f[:, :-1], ys
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(2, *shape, dtype=torch.float64, device=device)
 
-    squares = zeros(len(latents), 1)
-    products = [zeros(len(latents), 1) for _ in usae.names]
-    sums = [zeros(2, len(latents), width) for width in usae.widths]
-    for g, clip, other in zip(member, clips, others or repeat(None), strict=others is not None):
-        own = read(clip)
-        apart = own if other is None else read(other)
-        half, f = int(g) % 2, own[2]
-        squares[half] += f.square().sum(0).double().unsqueeze(1)
-        for j, side in enumerate(usae.weights):
-            xs, code, theirs = own if j == model else apart
-            frames = min(len(f), len(theirs))
-            products[j][half] += (f[:frames] * theirs[:frames]).sum(0).double().unsqueeze(1)
-            error = (xs[j] - usae.decode(*code, j)) / side.scale
-            for kind, y in enumerate((error, (xs[j] - side.mean) / side.scale)):
-                sums[j][half, kind] += (f[:frames].T @ y[:frames]).double()
+    squares = zeros(len(latents))
+    # Of real and null: latents times their values where y is from; latents times errors and y.
+    products = [[zeros(len(latents)) for _ in usae.names] for _ in range(2)]
+    sums = [[zeros(2, len(latents), width) for width in usae.widths] for _ in range(2)]
+    for g, clip, other in zip(member, clips, others, strict=True):
+        own, apart = read(clip), read(other)
+        half = int(g) % 2
+        f = own[0] - own[0].mean(0)  # about each clip's mean: levels of whole clips do not count
+        squares[half] += f.square().sum(0).double()
+        for kind, source in enumerate((own, apart)):
+            for j in range(len(usae.names)):
+                theirs, ys = own if j == model else source
+                frames = min(len(f), len(theirs))
+                products[kind][j][half] += (f[:frames] * theirs[:frames]).sum(0).double()
+                for n, y in enumerate(ys[j]):
+                    sums[kind][j][half, n] += (f[:frames].T @ y[:frames]).double()
     found = []
-    for side, total, product in zip(usae.weights, sums, products, strict=True):
-        total[:, 0] += product * side.W_dec[chosen].double()  # the latent's own part of y
-        fits = total / squares.clamp(min=1e-12).unsqueeze(1)
-        found.append((fits[0] * fits[1]).sum(-1).cpu().numpy())
-    error, activation = np.stack(found, axis=-1)
-    return Scaling(error, activation)
+    for product, total in zip(products, sums, strict=True):
+        norms = []
+        for side, p, t in zip(usae.weights, product, total, strict=True):
+            own_part = p.unsqueeze(-1) * side.W_dec[chosen].double()
+            t[:, 0] += own_part  # which is no error
+            fits = t / squares.clamp(min=1e-12)[:, None, :, None]
+            norms.append((fits[0] * fits[1]).sum(-1).cpu().numpy())
+        error, activation = np.stack(norms, axis=-1)
+        found.append(Scaling(error, activation))
+    return found[0], found[1]
 
 
 def exclusive_sets(

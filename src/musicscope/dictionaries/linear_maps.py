@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from musicscope.activations import token_cache
 from musicscope.activations.alignment import align, frame_rate
+from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import Estimate, estimate, ratio_of
+from musicscope.data.clips import Clips
 from musicscope.dictionaries.data import Paired
-from musicscope.models.interface import AudioModel, LanguageModel
+from musicscope.models.interface import AudioModel, Batch, LanguageModel, Model, language_model
 from musicscope.models.registry import open_sources
 
 INPUT, BEFORE, LAYER, REDRAWN = SOURCES = ("input", "before", "layer", "redrawn")
@@ -117,19 +119,23 @@ class ModelStreams:
     seed: int
     redraw: bool = False
 
+    def sources(self, model: int) -> tuple[Model, Clips]:
+        """Open a model and the clips at its sample rate, once per process."""
+        return open_sources(self.folders[model], self.clips, self.device)
+
     def available(self, model: int) -> bool:
         """Tell whether the model has embedded codes: an audio model has none."""
-        return not isinstance(self._open(model)[0], AudioModel)
+        return not isinstance(self.sources(model)[0], AudioModel)
 
-    def _open(self, model: int):  # noqa: ANN202  a pair of the registry's
-        return open_sources(self.folders[model], self.clips, self.device)
+    def layer(self, lm: LanguageModel, store: ActivationStore) -> int:
+        """Number of the layer that a store holds."""
+        return [point.name for point in lm.hook_points].index(store.config["layer"])
 
     @torch.no_grad()
     def __call__(self, paired: Paired, model: int) -> Iterator[dict[str, np.ndarray]]:
-        lm, clips = self._open(model)
-        assert not isinstance(lm, AudioModel)
-        store = paired.stores[model]
-        layer = [point.name for point in lm.hook_points].index(store.config["layer"])
+        opened, clips = self.sources(model)
+        lm, store = language_model(opened), paired.stores[model]
+        layer = self.layer(lm, store)
         place = {name: row for row, name in enumerate(clips.rows["id"].tolist())}
         rows = [place[store.ids[i]] for i in paired.members[:, model]]
         captions = clips.rows["caption"].tolist() if store.config["captions"] else None
@@ -153,8 +159,10 @@ class ModelStreams:
                     for name, x in streams.items()
                 }
 
-    def _streams(self, lm: LanguageModel, batch, layer: int) -> Iterator[dict[str, np.ndarray]]:
-        inputs = lm.layer_inputs(batch, layer)
+    def _streams(
+        self, lm: LanguageModel, batch: Batch, layer: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        inputs = lm.layer_inputs(batch, layer if self.redraw else layer - 1)
         wanted = {REDRAWN: layer + 1} if self.redraw else {INPUT: 0, BEFORE: layer}
         found = {
             name: lm.at_frames(inputs[i], batch.frames).float().cpu().numpy()
@@ -184,66 +192,43 @@ def _errors_from(sets: Sets, streams: Streams, model: int) -> dict[str, np.ndarr
 
 
 def control_errors(sets: Sets, streams: ModelStreams) -> Errors:
-    """Compute squared errors [G, M, M] of model j's layer from each source of model i."""
-    M = len(sets.test.stores)
-    found: Errors = {}
-    available = [streams.available(i) for i in range(M)]
-    by_source: dict[str, list[np.ndarray]] = {
-        LAYER: [_errors_from(sets, layers_of, i)[LAYER] for i in range(M)]
-    }
-    permuted = ModelStreams(
-        streams.folders, streams.clips, streams.device, streams.seed, redraw=True
-    )
-    unknown = np.full((len(sets.groups), M), np.nan)
-    for i in range(M):
-        of: dict[str, np.ndarray] = {}
-        if available[i]:
-            lm, _ = streams._open(i)
-            names = [point.name for point in lm.hook_points]
-            layer = names.index(sets.test.stores[i].config["layer"])
-            of = _errors_from(sets, streams, i)
-            with lm.redrawn(streams.seed + i, layer):
-                of |= _errors_from(sets, permuted, i)
-        for name in (INPUT, BEFORE, REDRAWN):
-            by_source.setdefault(name, []).append(of.get(name, unknown))
-    for name in SOURCES:
-        errors = np.stack(by_source[name], axis=1)
-        found[name] = None if np.isnan(errors).all() else errors
-    return found
+    """Compute squared errors [G, M, M] of model j's layer from each source of model i.
+
+    NaN in the rows of a model without the source, None where no model has it.
+    """
+    stores = sets.test.stores
+    unknown = np.full((len(sets.groups), len(stores)), np.nan)
+    by_model = []
+    for i, store in enumerate(stores):
+        of = dict.fromkeys(SOURCES, unknown) | _errors_from(sets, layers_of, i)
+        if streams.available(i):
+            lm = language_model(streams.sources(i)[0])
+            of |= _errors_from(sets, streams, i)
+            with lm.redrawn(streams.seed + i, streams.layer(lm, store)):
+                of |= _errors_from(sets, replace(streams, redraw=True), i)
+        by_model.append(of)
+    found = {name: np.stack([of[name] for of in by_model], axis=1) for name in SOURCES}
+    return {name: None if np.isnan(e).all() else e for name, e in found.items()}
 
 
 def r2_estimates(
     errors: np.ndarray, squares: np.ndarray, groups: np.ndarray, n: int, seed: int
 ) -> dict[str, Estimate]:
     """Compute r2_<i>_<j> with intervals from errors [G, M, M] and squares [G, M]."""
-    M = squares.shape[1]
-    return {
-        f"r2_{i}_{j}": _r2(errors[:, i, j], squares[:, j], groups, n, seed)
-        for i in range(M)
-        for j in range(M)
-    }
-
-
-def _r2(errors: np.ndarray, squares: np.ndarray, groups: np.ndarray, n: int, seed: int) -> Estimate:
-    if np.isnan(errors).any():
-        return Estimate(float("nan"), unit="R2")
-    unexplained = ratio_of(errors, squares)
-    return estimate(lambda w: 1 - unexplained(w), groups, n, seed, "R2")
+    return margins(
+        errors, np.broadcast_to(squares[:, None], errors.shape), squares, groups, n, seed
+    )
 
 
 def margins(
     errors: np.ndarray, control: np.ndarray, squares: np.ndarray, groups: np.ndarray,
     n: int, seed: int,
 ) -> dict[str, Estimate]:  # fmt: skip
-    """Compute by how much R2 with `errors` [G, M, M] exceeds that of a control, paired."""
-    M = squares.shape[1]
+    """Compute by how much R2 with `errors` [G, M, M] exceeds R2 with those of a control, paired."""
     found = {}
-    for i in range(M):
-        for j in range(M):
-            more = control[:, i, j] - errors[:, i, j]
-            if np.isnan(more).any():
-                found[f"r2_{i}_{j}"] = Estimate(float("nan"), unit="R2")
-                continue
-            gain = ratio_of(more, squares[:, j])
-            found[f"r2_{i}_{j}"] = estimate(gain, groups, n, seed, "R2")
+    for i, j in np.ndindex(errors.shape[1:]):
+        less, one = control[:, i, j] - errors[:, i, j], Estimate(float("nan"), unit="R2")
+        if not np.isnan(less).any():
+            one = estimate(ratio_of(less, squares[:, j]), groups, n, seed, "R2")
+        found[f"r2_{i}_{j}"] = one
     return found

@@ -104,8 +104,8 @@ class SharedOutcome(Outcome):
     """FIRST only: [M, F] row norms of the random control, drawn with those of the decoders."""
     independent: dict[str, float]
     """FIRST only: explained variance of each model's own SAE on the same clips."""
-    linear: linear_maps.Errors
-    """FIRST of universal SAEs only: squared errors of ridge regressions on the same clips."""
+    linear: Metrics
+    """FIRST of universal SAEs only: R2 of ridge regressions, see `sharing.linear_metrics`."""
     scaling: Metrics
     """FIRST and DEDICATED only: set of latents -> its `latent_scaling`."""
     owners: np.ndarray
@@ -408,7 +408,8 @@ class SharedPlan(Plan[SharedOutcome]):
         """Evaluate on paired clips of held-out compositions; for FIRST also the controls."""
         test, usae = pair(self.open_stores(), TEST), UniversalSAE.load(folder, self.device)
         measure = partial(evaluation.evaluate_shared, tau=self.config.fire_threshold)
-        controls, norms, independent, linear = {}, None, {}, {}
+        controls, norms, independent = {}, None, {}
+        linear: Metrics = {}
         found = measure(usae, test.clips(), test.groups)
         if name in (DEDICATED, DEDICATED_MISPAIRED):
             shared = sharing.without_own(usae)
@@ -425,8 +426,13 @@ class SharedPlan(Plan[SharedOutcome]):
                 sae = TopKSAE.load(own_folder, self.device)
                 own = evaluation.evaluate(sae, (clip[j] for clip in test.clips()))
                 independent[str(j)] = own.explained_variance
-            if isinstance(self.config, TrainUsae) and self.config.control_clips:
-                linear = linear_maps.control_errors(self._control_sets(test), self._streams())
+        if name == FIRST and isinstance(self.config, TrainUsae) and self.config.control_clips:
+            sets = self._control_sets(self.config.control_clips)
+            linear = sharing.linear_metrics(
+                linear_maps.control_errors(sets, self._streams()),
+                measure(usae, sets.test.clips(), sets.test.groups),
+                self.config.bootstrap, seed_for(self.seed, "bootstrap"),
+            )  # fmt: skip
         scaling: Metrics = {}
         if name in (FIRST, DEDICATED):
             seed = seed_for(self.seed, "latent scaling")
@@ -436,15 +442,15 @@ class SharedPlan(Plan[SharedOutcome]):
             linear, scaling, usae.owners,
         )  # fmt: skip
 
-    def _control_sets(self, test: Paired) -> linear_maps.Sets:
-        """Clips on which the ridge regressions are fitted, chosen and tested."""
-        assert isinstance(self.config, TrainUsae)
-        stores, clips = self.open_stores(), self.config.control_clips
-        drawn = [
+    def _control_sets(self, clips: int) -> linear_maps.Sets:
+        """Draw clips for the ridge regressions: `clips` of train and test, half of validation."""
+        stores = self.open_stores()
+        numbers = {TRAIN: clips, VALIDATION: max(1, clips // 2), TEST: clips}
+        drawn = (
             linear_maps.thinned(pair(stores, part), n, seed_for(self.seed, "controls", part))
-            for part, n in ((TRAIN, clips), (VALIDATION, max(1, clips // 2)))
-        ]
-        return linear_maps.Sets(*drawn, test)
+            for part, n in numbers.items()
+        )
+        return linear_maps.Sets(*drawn)
 
     def _streams(self) -> linear_maps.ModelStreams:
         folders = tuple(f"data/models/{name}" for name in self.names)
@@ -501,10 +507,9 @@ class SharedPlan(Plan[SharedOutcome]):
         }
 
     def _further(self, outcomes: dict[str, SharedOutcome]) -> Metrics:
-        """Return the ridge controls of universal SAEs, and the crosscoder with dedicated latents."""
-        n, seed, out = self.config.bootstrap, seed_for(self.seed, "bootstrap"), {}
-        if (first := outcomes[FIRST]).linear:
-            out |= sharing.linear_metrics(first.linear, first.test, n, seed)
+        """Return the ridge controls, and the crosscoder with dedicated latents, where there are."""
+        n, seed = self.config.bootstrap, seed_for(self.seed, "bootstrap")
+        out: Metrics = dict(outcomes[FIRST].linear)
         if DEDICATED in outcomes:
             real, null = outcomes[DEDICATED], outcomes[DEDICATED_MISPAIRED]
             tested = sharing.Dedicated(real.owners, real.test, real.controls[sharing.WITHOUT_OWN])

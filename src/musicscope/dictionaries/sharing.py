@@ -8,7 +8,6 @@ Latent Scaling tells whether the other model has the direction after all.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from musicscope.dictionaries import evaluation, latent_scaling, linear_maps
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import Paired, mispair
 
+SCALED_CLIPS = 128
+"""Test clips of Latent Scaling, at most."""
 WITHOUT_OWN = "without own"
 """The control whose dedicated latents write nothing."""
 
@@ -137,16 +138,23 @@ def scale_sets(
     if usae.joint:
         shares = np.where(fires.sum(0) > 0, evaluation.relative_norms(found.norms), np.nan)
     sets = latent_scaling.exclusive_sets(shares, evaluation.OWN_NORM, evaluation.SHARED_NORM, seed)
+    test = linear_maps.thinned(test, SCALED_CLIPS, seed)
     others = test.take(other_compositions(test, seed))
     out: Metrics = {}
-    for key, latents in sets.items():
-        owner = int(key.rsplit("_", 1)[1]) if key.startswith("own") else 0
-        measure = partial(
-            latent_scaling.scale_latents, usae, groups=test.groups, latents=latents, model=owner
+    for owner in range(len(usae.names)):
+        names = [f"own_{owner}"] + ["shared"] * (owner == 0)
+        latents = np.concatenate([sets[name] for name in names])
+        real, null = (
+            one.nu(owner)
+            for one in latent_scaling.scale_latents(
+                usae, test.clips(), others.clips(), test.groups, latents, owner
+            )
         )
-        real = measure(clips=test.clips()).nu(owner)
-        null = measure(clips=test.clips(), others=others.clips()).nu(owner)
-        out[key] = latent_scaling.summarise(real, null, n, seed)
+        start = 0
+        for name in names:
+            span = slice(start, start := start + len(sets[name]))
+            parts = ((nu[0][span], nu[1][span]) for nu in (real, null))
+            out[name] = latent_scaling.summarise(*parts, n, seed)
     return out
 
 

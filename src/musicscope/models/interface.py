@@ -150,7 +150,7 @@ class LanguageModel(MusicModel[Batch], Protocol):
     def layer_inputs(self, batch: Batch, last: int | None = None) -> list[Tensor]:
         """Input of each layer [B, S, d] over all positions, then the last layer's output.
 
-        The first is the embedded codes. With `last` no layer behind that number runs.
+        The first is the embedded codes. With `last` no layer behind that number runs; -1: none.
         """
 
     def redrawn(self, seed: int, last: int) -> AbstractContextManager[None]:
