@@ -383,18 +383,88 @@ def shared() -> str:
         f"R2 of {second} from {second}'s code": "r2_1_1",
         f"R2 of {second} from {first}'s code": "r2_0_1",
         f"R2 of {first} from {second}'s code": "r2_1_0",
-        "firing entropy, median": "firing_entropy_median",
-        f"co-fires, share of {first}'s firings": "cofire_proportion_0",
-        f"co-fires, share of {second}'s firings": "cofire_proportion_1",
+        **{f"co-fires, mean over latents, {m}": f"cofire_proportion_mean_{i}"
+           for i, m in enumerate(MODELS)},
+        **{f"co-fires, median over latents, {m}": f"cofire_proportion_median_{i}"
+           for i, m in enumerate(MODELS)},
+        **{f"co-fires, all firings pooled, {m}": f"cofire_proportion_{i}"
+           for i, m in enumerate(MODELS)},
+        **{f"share of latents with 90 % of the firings, {m}": f"firing_concentration_{i}"
+           for i, m in enumerate(MODELS)},
         "log energy against log co-fires, r": "energy_cofire_correlation",
-    }
+        "firing entropy, median": "firing_entropy_median",
+    }  # fmt: skip
     rows = []
     for label, key in named.items():
         seeds = "{mean:.3f} ± {sd:.3f}".format(**usae["over_seeds"][key])
         nulls = [number(usae["null"][n][key]) for n in ("mispaired", "shuffled", "random")]
         rows.append([label, estimate(usae["headline"], key), seeds, *nulls])
+    at = next(n for n, row in enumerate(rows) if row[0].startswith("co-fires"))
+    rows[at:at] = [
+        [f"R2 of {b} from {a}'s {label}, ridge", estimate(usae["linear"], f"{source}.{key}"),
+         "", "", "", ""]
+        for source, label in RIDGE.items()
+        for key, a, b in (("r2_0_1", first, second), ("r2_1_0", second, first))
+    ]  # fmt: skip
     head = ["", "paired", "over seeds", "trained on mispaired clips", "tested on mispaired clips"]
     return table([*head, "random dictionary"], rows)
+
+
+RIDGE = {
+    "input": "embedded codes",
+    "before": "layer before",
+    "layer": "same layer",
+    "redrawn": "same layer, weights permuted",
+}
+
+
+def linear() -> str:
+    """By how much cross R2 of the universal SAE exceeds each ridge regression."""
+    above, (first, second) = metrics("train_usae")["r2_above_linear"], MODELS
+    rows = [
+        [label, *(estimate(above[source], key) for key in ("r2_0_1", "r2_1_0"))]
+        for source, label in RIDGE.items()
+    ]
+    head = ["cross R2 of the code, less that of a ridge regression from the other model's"]
+    return table([*head, f"{second} from {first}", f"{first} from {second}"], rows)
+
+
+def dedicated() -> str:
+    """The crosscoder with latents dedicated to one model each, beside its nulls."""
+    found = metrics("train_crosscoder")["dedicated"]
+    named = {"shared latents, shared by norm": "norm_shared"}
+    for i, m in enumerate(MODELS):
+        named |= {
+            f"R2 of {m}": f"r2_{i}",
+            f"R2 of {m} without dedicated latents": f"r2_shared_{i}",
+            f"dedicated latents of {m} that fire, per frame": f"active_own_{i}",
+            f"their share of the energy in {m}": f"energy_own_{i}",
+        }
+    rows = []
+    for label, key in named.items():
+        nulls = [number(found["null"][n].get(key)) for n in ("mispaired", "random")]
+        rows.append([label, estimate(found["headline"], key), *nulls])
+    return table(["", "paired", "trained on mispaired clips", "random dictionary"], rows)
+
+
+def scaling() -> str:
+    """Latent Scaling of latents that seem exclusive to one model, and of shared ones."""
+    parts = {
+        "universal SAE": metrics("train_usae")["latent_scaling"],
+        "dedicated crosscoder": metrics("train_crosscoder")["dedicated"]["latent_scaling"],
+    }
+    sets = {f"own_{i}": f"{m} alone" for i, m in enumerate(MODELS)} | {"shared": "shared"}
+    rows = []
+    for part, of in parts.items():
+        for name, label in sets.items():
+            found = of[name]
+            cells = [str(found["latents"]), str(found["scored"])]
+            for key in ("nu_error_median", "nu_activation_median", "genuine"):
+                value = Estimate.read(found.get(key)).text(2)
+                cells.append(f"{value} ({number(found.get(f'null_{key}'), 2)})")
+            rows.append([f"{part}: {label}", *cells])
+    head = ["latents", "examined", "scored", "nu of errors, median (unrelated music)"]
+    return table([*head, "nu of activations, median", "exclusive by both"], rows)
 
 
 def matched() -> str:
@@ -972,9 +1042,9 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, controls, transfer, transfer_goals, dictionary_cost, models, cues,
-        ablation, carried, effects, shared, matched, sets, maximised, found, confounding, steering,
-        headlines, trade_offs, doses, hearing, gaps, costs, joint, search, latent_choice, judges,
-        sae_step, usae_step, extraction, generation, full_size,
+        ablation, carried, effects, shared, linear, dedicated, scaling, matched, sets, maximised,
+        found, confounding, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
+        search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
         synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip

@@ -176,6 +176,7 @@ def paired_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small |= {"null_seeds": 2, "bootstrap": 30, "learning_rate": 0.01}
     for section in ("train_usae", "train_crosscoder"):
         params[section] |= small
+    params["train_usae"]["control_clips"] = 0  # there are no models
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 
@@ -239,6 +240,26 @@ def test_shared_structure_shows_against_every_null(paired_workspace, monkeypatch
     cofire = found["headline"]["cofire_proportion_0"]["value"]
     assert cofire > null["shuffled"]["cofire_proportion_0"] + 0.1
     assert cofire > null["mispaired"]["cofire_proportion_0"] + 0.1
+    scaled = found["latent_scaling"]["shared"]
+    assert scaled["nu_error_median"] > 2 * scaled["null_nu_error_median"]
+
+
+def test_dedicated_crosscoder_stands_beside_its_nulls(paired_workspace, monkeypatch):
+    """Two thirds of each model are noise of its own."""
+    first = run_shared("crosscoder", paired_workspace, monkeypatch)
+    found = json.loads(first[Path("metrics/train_crosscoder.json")])["dedicated"]
+    assert found["latents"] == {"shared": 28, "own_0": 2, "own_1": 2}
+    head, null = found["headline"], found["null"]
+    assert set(null) == {"mispaired", "random"}
+    for key in ("r2_0", "r2_shared_1", "active_own_0", "energy_own_1"):
+        assert head[key]["low"] <= head[key]["value"] <= head[key]["high"]
+        assert key in null["mispaired"]
+    assert head["r2_shared_0"]["value"] <= head["r2_0"]["value"]
+    assert set(found["latent_scaling"]) == {"own_0", "own_1", "shared"}
+    assert found["latent_scaling"]["own_0"]["latents"] <= 2
+    loaded = UniversalSAE.load(paired_workspace / "data/crosscoder/dedicated")
+    assert (loaded.owners == -1).sum() == 28
+    assert (UniversalSAE.load(paired_workspace / "data/crosscoder/seed-0").owners == -1).all()
 
 
 def test_one_model_alone_and_too_large_a_k_are_errors(paired_workspace, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
-from musicscope.dictionaries import data, evaluation
+from musicscope.dictionaries import data, evaluation, sharing
 from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import TEST, TRAIN, pair
@@ -21,6 +21,7 @@ from musicscope.dictionaries.evaluation import evaluate
 from musicscope.dictionaries.step import initial_state, step
 from musicscope.dictionaries.training import (
     count_latents,
+    count_own,
     learning_rate,
     live_logger,
     normalisation,
@@ -31,6 +32,7 @@ from tests.support.dictionaries import PAIRED_WIDTHS as WIDTHS
 from tests.support.dictionaries import SHARED_FACTORS as SHARED
 from tests.support.dictionaries import (
     WIDTH,
+    crosscoder_section,
     planted_frames,
     sae_section,
     sae_weights,
@@ -309,10 +311,59 @@ def test_crosscoder_tells_shared_from_own_factors(stores):
         assert np.median(shares[j, best[SHARED:]]) > 0.85
 
 
-@pytest.mark.parametrize("method", ["paper", "all_decoders", "crosscoder"])
+def test_dedicated_latents_find_own_factors_and_read_no_other_model(stores):
+    """Planted: 12 factors in both models, 6 in each alone; 16 latents shared, 16 of each alone.
+
+    On a shared factor a shared latent explains twice as much, so own factors are left to the rest.
+    """
+    paired = data.pair(stores[:2], TRAIN)
+    section = crosscoder_section(
+        own_share=16 / 48, expansion=2, learning_rate=1e-2, decay_fraction=0.4, k=4,
+        samples=900 * 128, dead_after_samples=4000,
+    )  # fmt: skip
+    usae = train(paired, section, "dedicated", 0, ["m0", "m1"], "top1").dictionary
+    assert usae.owners.tolist() == [-1] * 16 + [0] * 16 + [1] * 16
+    test = data.pair(stores[:2], TEST)
+    found = evaluation.evaluate_shared(usae, test.clips(), test.groups, tau=0.1)
+    fires = found.fires.sum((0, 1))
+    for j, side in enumerate(usae.weights):
+        other = usae.owners == 1 - j
+        assert not side.W_enc[other].any()
+        assert not side.W_dec[other].any()
+        directions = np.random.default_rng([99, j]).standard_normal((SHARED + OWN, WIDTHS[j]))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        is_own = (side.W_dec.numpy() @ directions.T).argmax(1) >= SHARED
+        # Share of the firings of a partition that are of own factors.
+        share = {
+            owner: fires[members & is_own].sum() / fires[members].sum()
+            for owner in (j, -1)
+            for members in [usae.owners == owner]
+        }
+        assert share[j] > 0.7
+        assert share[-1] < 0.25
+    whole = sharing.Dedicated(
+        usae.owners, found,
+        evaluation.evaluate_shared(sharing.without_own(usae), test.clips(), test.groups, 0.1),
+    )  # fmt: skip
+    numbers = whole.numbers()
+    assert numbers["r2_0"] > 0.9
+    assert 0.3 < numbers["r2_shared_0"] < numbers["r2_0"] - 0.2  # two of three factors are shared
+    assert numbers["active_own_0"] == pytest.approx(1, abs=0.4)
+    assert 0 < numbers["energy_own_0"] < 0.7
+
+
+def test_dedicated_latents_must_leave_some_to_share():
+    with pytest.raises(ParamsError, match=r"own_share = 0.001 gives each of 2 models 0 of 96"):
+        count_own(crosscoder_section(own_share=0.001), [24, 32])
+    with pytest.raises(ParamsError, match=r"own_share = 0.4 gives each of 3 models 38 of 96"):
+        count_own(crosscoder_section(own_share=0.4), [24, 32, 24])
+
+
+@pytest.mark.parametrize("method", ["paper", "all_decoders", "crosscoder", "dedicated"])
 def test_three_widths_train_and_resume_to_the_bit(stores, tmp_path: Path, method):
     paired = data.pair(stores, TRAIN)
-    settings = shared_section(dead_after_samples=1000)
+    section = crosscoder_section if method == "dedicated" else shared_section
+    settings = section(dead_after_samples=1000)
     names = ["a", "b", "c"]
     whole = train(paired, settings, method, 5, names, "top1")
     assert whole.dictionary.widths == WIDTHS
@@ -331,7 +382,7 @@ def test_three_widths_train_and_resume_to_the_bit(stores, tmp_path: Path, method
         assert other.dead_fraction == whole.dead_fraction
         for a, b in zip(other.dictionary.weights, whole.dictionary.weights, strict=True):
             assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in vars(a))
-    if method != "crosscoder":
+    if method in ("paper", "all_decoders"):
         assert {row["drawn"] for row in whole.history} == {0, 1, 2}
 
 

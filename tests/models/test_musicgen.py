@@ -203,6 +203,10 @@ def test_forward_from_any_layer_is_forward(model, batch):
     expected = model.forward(batch)
     inputs = model.layer_inputs(batch)
     assert len(inputs) == 5
+    before = model.layer_calls
+    first = model.layer_inputs(batch, last=1)
+    assert model.layer_calls - before == 2
+    assert all(torch.equal(a, b) for a, b in zip(first, inputs[:3], strict=True))
     for layer, hidden in enumerate(inputs):
         before = model.layer_calls
         assert torch.equal(model.forward_from(batch, layer, hidden), expected)
@@ -216,6 +220,21 @@ def test_forward_from_any_layer_is_forward(model, batch):
         model.forward_from(batch, 1, inputs[1], {"layers.0": lambda x, _: x})
     with pytest.raises(ValueError, match=r"layers 0\.\.3"):
         model.forward_from(batch, 5, inputs[4])
+
+
+def test_redrawn_weights_are_a_permutation_and_come_back(model, batch):
+    layers, expected = model.decoder.layers, model.layer_inputs(batch)
+    before = [[p.clone() for p in layer.parameters()] for layer in layers]
+    with contextlib.suppress(InterruptedError), model.redrawn(3, last=1):
+        for i, (layer, old) in enumerate(zip(layers, before, strict=True)):
+            for p, kept in zip(layer.parameters(), old, strict=True):
+                assert torch.equal(p, kept) == (i > 1 or p.ndim < 2)
+                assert torch.equal(p.flatten().sort()[0], kept.flatten().sort()[0])
+        first = model.layer_inputs(batch, last=1)
+        assert torch.equal(first[0], expected[0])
+        assert (first[1] - expected[1]).abs().max() > 0.1
+        raise InterruptedError
+    assert all(map(torch.equal, model.layer_inputs(batch), expected))
 
 
 def test_capture_reads_the_frames_and_stops_after_the_deepest(model, batch):

@@ -26,7 +26,7 @@ PER_MODEL = {
 GLOBAL = {
     "usae.r2_first_to_second": ["mispaired"],
     "usae.r2_second_to_first": ["mispaired"],
-    "usae.cofire_proportion": ["mispaired"],
+    "usae.cofire_proportion_mean": ["mispaired"],
     "crosscoder.r2": ["mispaired"],
     "match.common": ["null"],
     "judge.classifier_guitar_auroc": ["shuffled"],
@@ -77,7 +77,7 @@ def metrics(tmp_path):
         write_json(tmp_path / f"steer/{model}.json", steer_metrics(0.4))
     write_json(tmp_path / "steer_full/nano-small.json", steer_metrics(0.6))
     entry = estimate(0.6, 0.5, 0.7)
-    for name, keys in (("usae", ("r2_0_1", "r2_1_0", "cofire_proportion_0")),
+    for name, keys in (("usae", ("r2_0_1", "r2_1_0", "cofire_proportion_mean_0")),
                        ("crosscoder", ("r2_0",))):  # fmt: skip
         numbers = {"headline": dict.fromkeys(keys, entry)}
         numbers["null"] = {"mispaired": dict.fromkeys(keys, 0.1)}
@@ -111,7 +111,7 @@ def test_values_come_from_their_files(metrics):
     assert found["nano-medium.probe.guitar_auroc_activations"] == pytest.approx(0.80)
     assert found["nano-medium.probe.guitar_auroc_shuffled"] == pytest.approx(0.76)
     assert found["usae.r2_first_to_second"] == 0.6
-    assert found["usae.cofire_proportion_mispaired"] == 0.1
+    assert found["usae.cofire_proportion_mean_mispaired"] == 0.1
     assert found["match.common"] == 7
     assert found["nano-medium.maximise.sound"] == 2.5
     assert found["nano-medium.maximise.sound_random_direction"] == 0.9

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from musicscope.activations.store import ActivationStore, StoreWriter
-from musicscope.config.dictionaries import TrainSae, TrainUsae
+from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
 from musicscope.data.clips import ClipStore, write_clips
 from musicscope.models.registry import load_model
 
@@ -28,7 +28,7 @@ OPTIONS = {
     "activation": "topk", "ce_clips": 1, "matryoshka": (), "resample_every": 0, "bandwidth": 0.5,
     "sparsity_weight": 0.01,
 }  # fmt: skip
-SHARED = {"slot": "top1", "null_seeds": 1, "fire_threshold": 0.1, "bootstrap": 20, "rule": "paper"}
+SHARED = {"slot": "top1", "null_seeds": 1, "fire_threshold": 0.1, "bootstrap": 20}
 
 
 def sae_section(**changes) -> TrainSae:
@@ -38,7 +38,13 @@ def sae_section(**changes) -> TrainSae:
 
 def usae_section(**changes) -> TrainUsae:
     """A small section train_usae, also for crosscoders."""
-    return TrainUsae(**{**TRAINING, **SHARED, **changes})
+    own = {"rule": "paper", "control_clips": 0}
+    return TrainUsae(**{**TRAINING, **SHARED, **own, **changes})
+
+
+def crosscoder_section(**changes) -> TrainCrosscoder:
+    """A small section train_crosscoder."""
+    return TrainCrosscoder(**{**TRAINING, **SHARED, "own_share": 0.1, **changes})
 
 
 def sae_weights(sae) -> list[torch.Tensor]:

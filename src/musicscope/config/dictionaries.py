@@ -78,8 +78,8 @@ class TrainSae(Training):
 
 
 @dataclass(frozen=True)
-class TrainCrosscoder(Training):
-    """The crosscoders: one code computed from all models together."""
+class TrainShared(Training):
+    """Settings of a code that several models share."""
 
     slot: FolderName
     """Layer taken from every model; one of `slots`."""
@@ -92,8 +92,18 @@ class TrainCrosscoder(Training):
 
 
 @dataclass(frozen=True)
-class TrainUsae(TrainCrosscoder):
+class TrainCrosscoder(TrainShared):
+    """The crosscoders: one code computed from all models together."""
+
+    own_share: Annotated[float, Field(ge=0, lt=0.5)]
+    """Share of latents dedicated to each model in a further crosscoder; 0 for none."""
+
+
+@dataclass(frozen=True)
+class TrainUsae(TrainShared):
     """The universal SAEs: one code for all models, computed from any one of them."""
 
     rule: Literal["paper", "all_decoders"]
     """What a step updates: encoder and decoder of the model drawn, or also all decoders."""
+    control_clips: NonNegativeInt
+    """Train and test clips of the ridge regressions beside cross R2; 0 for none."""

@@ -433,6 +433,13 @@ class UniversalSAE(SparseDictionary):
         """Whether one code is computed from all models together (a crosscoder)."""
         return self.kind == CROSSCODER
 
+    @property
+    def owners(self) -> np.ndarray:
+        """Model [F] to which a latent is dedicated: the other decoders' rows are 0; else -1."""
+        absent = np.stack([~side.W_dec.any(1).cpu().numpy() for side in self.weights])
+        alone = absent.sum(0) == len(self.weights) - 1
+        return np.where(alone & (len(self.weights) > 1), absent.argmin(0), -1)
+
     def to(self, device: str | torch.device) -> Self:
         """Copy the dictionary with its weights on `device`."""
         moved = (

@@ -16,7 +16,7 @@ from musicscope.activations.store import STORAGE, ActivationStore, StoreError, d
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import HELD_OUT_FONT, main_clips
 
-TRAIN, TEST = "train", "test"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 HELDOUT_FONT = "heldout_font"
 
 
@@ -39,6 +39,11 @@ class Paired:
     def widths(self) -> tuple[int, ...]:
         """Dimensions of each model's activations."""
         return tuple(store.width for store in self.stores)
+
+    def take(self, chosen: np.ndarray) -> Paired:
+        """Keep the clips at the positions `chosen`."""
+        kept = (self.members[chosen], self.frames[chosen], self.groups[chosen])
+        return Paired(self.stores, *kept)
 
     def clip(self, n: int) -> list[np.ndarray]:
         """Read clip n in every store, float32 [frames, d_j] each."""

@@ -31,6 +31,7 @@ UNITS = {
     "r2": "R2",
     "firing_entropy": "share of the maximum",
     "cofire_proportion": "share of firings",
+    "firing_concentration": "share of latents",
     "energy_cofire_correlation": "Pearson r",
 }
 """Units by the start of the keys of `headline` that have an interval."""
@@ -297,6 +298,13 @@ def cofire_proportion(cofires: np.ndarray, fires: np.ndarray) -> np.ndarray:
         return np.asarray(cofires, dtype=np.float64)[..., None, :] / fires
 
 
+def concentration(fires: np.ndarray, held: float = 0.9) -> np.ndarray:
+    """Compute the smallest share of latents that hold `held` of the firings [..., F]."""
+    falling = np.sort(fires, -1)[..., ::-1].cumsum(-1)
+    few = (falling < held * falling[..., -1:]).sum(-1) + 1
+    return few / fires.shape[-1]
+
+
 def energy(mean_codes: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """Compute ||E[Z_k] D_k||^2 summed over models, [..., F]: codes [..., M, F], norms [M, F]."""
     return np.square(mean_codes * norms).sum(-2)
@@ -324,9 +332,11 @@ def headline(found: SharedEvaluation, weights: np.ndarray | None = None) -> dict
 
     r2_<i>_<j>: model j's activations from model i's code (r2_<j> for a crosscoder). l0_<i>.
     dead_fraction: latents that fire in no code. And for a usae: firing_entropy_median and _mean
-    over latents that fire, _weighted by firings; cofire_proportion_<i>: share of all firings of
-    model i that are co-fires; _mean_<i>: the mean over its latents of their own share; _top_<i>:
-    the same over the 100 latents of highest energy; energy_cofire_correlation.
+    over latents that fire, _weighted by firings; cofire_proportion_mean_<i>: the mean over the
+    latents of model i of the share of their firings that are co-fires; _median_<i>: the median;
+    _top_<i>: the mean over the 100 latents of highest energy; cofire_proportion_<i>: the share of
+    all firings, which few latents may decide; firing_concentration_<i>: share of latents that hold
+    90 % of the firings; energy_cofire_correlation.
     """
     if weights is None:
         weights = np.ones((1, len(found.groups)))
@@ -364,6 +374,8 @@ def _rows(found: SharedEvaluation, weights: np.ndarray, C: int, F: int) -> dict[
         alive = fires[:, i] > 0
         out[f"cofire_proportion_{i}"] = cofires.sum(-1) / fires[:, i].sum(-1)
         out[f"cofire_proportion_mean_{i}"] = _means(proportion[:, i], alive)
+        out[f"cofire_proportion_median_{i}"] = np.nanmedian(proportion[:, i], -1)
+        out[f"firing_concentration_{i}"] = concentration(fires[:, i])
         out[f"cofire_proportion_top_{i}"] = _means(proportion[:, i], alive & top)
     out["energy_cofire_correlation"] = log_correlation(power, cofires)
     return out
@@ -431,6 +443,12 @@ def random_shared(usae: UniversalSAE, sample: Sequence[np.ndarray], seed: int) -
     for side, row in zip(usae.weights, rows, strict=True):
         W = torch.from_numpy(row).to(side.W_dec)
         weights.append(replace(side, W_enc=W, b_enc=torch.zeros_like(side.b_enc), W_dec=W))
+    if joint:  # a row that is 0 belongs to the other model
+        kept = [torch.from_numpy(d.any(1)).to(usae.weights[0].W_dec)[:, None] for d in dictionaries]
+        weights = [
+            replace(side, W_enc=side.W_enc * keep, W_dec=side.W_dec * keep)
+            for side, keep in zip(weights, kept, strict=True)
+        ]
     control = replace(usae, weights=tuple(weights))
     xs = [torch.from_numpy(x).to(usae.weights[0].mean) for x in sample]
     fitted: list[ModelWeights] = []

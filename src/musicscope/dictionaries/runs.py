@@ -19,18 +19,25 @@ from tqdm import tqdm
 
 from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
-from musicscope.config.dictionaries import TrainCrosscoder, Training, TrainSae
+from musicscope.config.dictionaries import (
+    TrainCrosscoder,
+    Training,
+    TrainSae,
+    TrainShared,
+    TrainUsae,
+)
 from musicscope.core import io
 from musicscope.core.distributed import ALONE, Engine, Ranks, Workers, scratch_of
 from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
-from musicscope.dictionaries import evaluation
+from musicscope.dictionaries import evaluation, linear_maps, sharing
 from musicscope.dictionaries.core import JUMPRELU, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import (
     HELDOUT_FONT,
     TEST,
     TRAIN,
+    VALIDATION,
     Paired,
     clip_rows,
     mispair,
@@ -38,6 +45,7 @@ from musicscope.dictionaries.data import (
 )
 from musicscope.dictionaries.fidelity import CE, Losses, ce_recovered, measure_losses
 from musicscope.dictionaries.training import (
+    DEDICATED,
     SAE,
     Config,
     LogRow,
@@ -55,6 +63,7 @@ CONTROL_BATCH, CONTROL_FRAMES = 2048, 32 * 2048
 FIRST = "seed-0"
 """The run that has the controls and is used downstream."""
 MISPAIRED = "mispaired"
+DEDICATED_MISPAIRED = f"{DEDICATED}-{MISPAIRED}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,12 @@ class SharedOutcome(Outcome):
     """FIRST only: [M, F] row norms of the random control, drawn with those of the decoders."""
     independent: dict[str, float]
     """FIRST only: explained variance of each model's own SAE on the same clips."""
+    linear: Metrics
+    """FIRST of universal SAEs only: R2 of ridge regressions, see `sharing.linear_metrics`."""
+    scaling: Metrics
+    """FIRST and DEDICATED only: set of latents -> its `latent_scaling`."""
+    owners: np.ndarray
+    """[F] model to which a latent is dedicated, or -1"""
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,10 @@ class Plan(Generic[Out]):
         """Return the training clips of one run."""
         return pair(self.open_stores(), TRAIN)
 
+    def method_of(self, name: str) -> str:
+        """Return how one run is trained, one of training.METHODS."""
+        return self.method
+
     def on_log(self, name: str) -> Callable[[LogRow], None] | None:
         """Return a further consumer of one run's history."""
         return None
@@ -180,7 +199,7 @@ def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
 
     with bar:
         trained = train(
-            data, plan.config, plan.method, plan.seed_of(name), plan.names, plan.slot,
+            data, plan.config, plan.method_of(name), plan.seed_of(name), plan.names, plan.slot,
             plan.device, scratch / f"{name}.pt", on_log=on_log, ranks=ranks,
         )  # fmt: skip
     if not ranks.leads:
@@ -358,32 +377,44 @@ def _single(data: Paired) -> Iterator[np.ndarray]:
 class SharedPlan(Plan[SharedOutcome]):
     """Universal SAEs or crosscoders, and the same trained on mispaired clips."""
 
-    config: TrainCrosscoder
+    config: TrainShared
     independent: tuple[str, ...]
     """Folder of each model's own SAE, for comparison."""
 
     def runs(self) -> list[str]:
-        return super().runs() + [f"{MISPAIRED}-{i}" for i in range(self.config.null_seeds)]
+        runs = super().runs() + [f"{MISPAIRED}-{i}" for i in range(self.config.null_seeds)]
+        if isinstance(self.config, TrainCrosscoder) and self.config.own_share:
+            runs += [DEDICATED, DEDICATED_MISPAIRED]
+        return runs
+
+    def method_of(self, name: str) -> str:
+        return DEDICATED if name.startswith(DEDICATED) else self.method
 
     def seed_of(self, name: str) -> int:
         return seed_for(self.seed, self.method, name)
 
     def data(self, name: str) -> Paired:
         paired = super().data(name)
-        if name.startswith(MISPAIRED):
+        if MISPAIRED in name:
             return mispair(paired, seed_for(self.seed, self.method, name, "pairs"))
         return paired
 
     def trainer(self, name: str) -> dict[str, object]:
         layers = [store.config["layer"] for store in self.open_stores()]
-        return super().trainer(name) | {"method": self.method, "name": name, "layers": layers}
+        method = self.method_of(name)
+        return super().trainer(name) | {"method": method, "name": name, "layers": layers}
 
     def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SharedOutcome:
         """Evaluate on paired clips of held-out compositions; for FIRST also the controls."""
         test, usae = pair(self.open_stores(), TEST), UniversalSAE.load(folder, self.device)
         measure = partial(evaluation.evaluate_shared, tau=self.config.fire_threshold)
         controls, norms, independent = {}, None, {}
-        if name == FIRST:
+        linear: Metrics = {}
+        found = measure(usae, test.clips(), test.groups)
+        if name in (DEDICATED, DEDICATED_MISPAIRED):
+            shared = sharing.without_own(usae)
+            controls[sharing.WITHOUT_OWN] = measure(shared, test.clips(), test.groups)
+        if name in (FIRST, DEDICATED):
             sample = control_sample(data, self.seed)
             random = evaluation.random_shared(usae, sample, seed_for(self.seed, "random"))
             norms = np.stack([side.W_enc.norm(dim=1).cpu().numpy() for side in random.weights])
@@ -391,14 +422,40 @@ class SharedPlan(Plan[SharedOutcome]):
             if not usae.joint:
                 crossed = mispair(test, seed_for(self.seed, "shuffled"))
                 controls["shuffled"] = measure(usae, crossed.clips(), crossed.groups)
-            for j, own_folder in enumerate(self.independent):
+            for j, own_folder in enumerate(self.independent if name == FIRST else ()):
                 sae = TopKSAE.load(own_folder, self.device)
                 own = evaluation.evaluate(sae, (clip[j] for clip in test.clips()))
                 independent[str(j)] = own.explained_variance
+        if name == FIRST and isinstance(self.config, TrainUsae) and self.config.control_clips:
+            sets = self._control_sets(self.config.control_clips)
+            linear = sharing.linear_metrics(
+                linear_maps.control_errors(sets, self._streams()),
+                measure(usae, sets.test.clips(), sets.test.groups),
+                self.config.bootstrap, seed_for(self.seed, "bootstrap"),
+            )  # fmt: skip
+        scaling: Metrics = {}
+        if name in (FIRST, DEDICATED):
+            seed = seed_for(self.seed, "latent scaling")
+            scaling = sharing.scale_sets(usae, test, found, self.config.bootstrap, seed)
         return SharedOutcome(
-            name, trained.history, trained.dead_fraction,
-            measure(usae, test.clips(), test.groups), controls, norms, independent,
+            name, trained.history, trained.dead_fraction, found, controls, norms, independent,
+            linear, scaling, usae.owners,
         )  # fmt: skip
+
+    def _control_sets(self, clips: int) -> linear_maps.Sets:
+        """Draw clips for the ridge regressions: `clips` of train and test, half of validation."""
+        stores = self.open_stores()
+        numbers = {TRAIN: clips, VALIDATION: max(1, clips // 2), TEST: clips}
+        drawn = (
+            linear_maps.thinned(pair(stores, part), n, seed_for(self.seed, "controls", part))
+            for part, n in numbers.items()
+        )
+        return linear_maps.Sets(*drawn)
+
+    def _streams(self) -> linear_maps.ModelStreams:
+        folders = tuple(f"data/models/{name}" for name in self.names)
+        seed = seed_for(self.seed, "redrawn")
+        return linear_maps.ModelStreams(folders, "data/clips", self.device, seed)
 
     def report(self, outcomes: Sequence[SharedOutcome]) -> Metrics:
         """Return the metrics. ``headline``: of FIRST, with intervals; ``over_seeds``: mean and sd.
@@ -408,7 +465,7 @@ class SharedPlan(Plan[SharedOutcome]):
         models get different clips: what co-fires by chance) and random (random dictionaries of
         equal statistics).
         """
-        real = [o for o in outcomes if not o.name.startswith(MISPAIRED)]
+        real = [o for o in outcomes if o.name.startswith("seed-")]
         nulls = [o for o in outcomes if o.name.startswith(MISPAIRED)]
         first, per_seed = real[0], {o.name: _numbers(o.test) for o in real}
         estimates = evaluation.estimates(
@@ -441,11 +498,31 @@ class SharedPlan(Plan[SharedOutcome]):
             "headline": head,
             "over_seeds": over_seeds,
             "null": null,
+            "latent_scaling": first.scaling,
+            **self._further({o.name: o for o in outcomes}),
             "independent_r2": first.independent,
             "dead_fraction_train": first.dead_fraction,
             "seeds": per_seed,
             "null_seeds": per_null,
         }
+
+    def _further(self, outcomes: dict[str, SharedOutcome]) -> Metrics:
+        """Return the ridge controls, and the crosscoder with dedicated latents, where there are."""
+        n, seed = self.config.bootstrap, seed_for(self.seed, "bootstrap")
+        out: Metrics = dict(outcomes[FIRST].linear)
+        if DEDICATED in outcomes:
+            real, null = outcomes[DEDICATED], outcomes[DEDICATED_MISPAIRED]
+            tested = sharing.Dedicated(real.owners, real.test, real.controls[sharing.WITHOUT_OWN])
+            mispaired = sharing.Dedicated(
+                null.owners, null.test, null.controls[sharing.WITHOUT_OWN]
+            )
+            random = sharing.Dedicated(
+                real.owners, real.controls["random"], None, real.random_norms
+            )
+            found = sharing.dedicated_metrics(tested, n, seed)
+            found["null"] = {MISPAIRED: mispaired.numbers(), "random": random.numbers()}
+            out["dedicated"] = found | {"latent_scaling": real.scaling}
+        return out
 
 
 def _numbers(
@@ -477,7 +554,7 @@ def sae_plan(
 
 
 def shared_plan(
-    section: TrainCrosscoder, method: str, models: Sequence[str], seed: int, device: str
+    section: TrainShared, method: str, models: Sequence[str], seed: int, device: str
 ) -> SharedPlan:
     """Plan the dictionaries of several models; paths are relative to the repository root.
 

@@ -348,6 +348,8 @@ class State:
     """[n] int64 latents that counted as dead when they were last listed"""
     dead_age: int = 0
     """Steps since then."""
+    mask: Tensor | None = None
+    """[F, d] 0 where encoder and decoder of the one (joined) model are held at 0, else 1"""
 
 
 def initial_state(
@@ -356,15 +358,17 @@ def initial_state(
     seed: int,
     device: str | torch.device,
     threshold: float | None = None,
+    mask: Tensor | None = None,
 ) -> State:
     """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0.
 
-    `threshold` is where every threshold of a JumpReLU starts.
+    `threshold` is where every threshold of a JumpReLU starts; `mask` as in `State`.
     """
     weights = []
     for j, width in enumerate(widths):
         generator = torch.Generator().manual_seed(seed + j)
         W = torch.randn(n_latents, width, generator=generator)
+        W = W if mask is None else W * mask
         W = (W / torch.linalg.vector_norm(W, dim=1, keepdim=True)).to(device)
         b_enc, b_dec = torch.zeros(n_latents, device=device), torch.zeros(width, device=device)
         weights.append(Weights(W.clone(), b_enc, W, b_dec))
@@ -374,7 +378,9 @@ def initial_state(
     adam = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), fused=True)
     unfired = torch.zeros(n_latents, dtype=torch.int64, device=device)
     own = None if threshold is None else parameters[-1]
-    return State(tuple(weights), adam, unfired, threshold=own)
+    if mask is not None:
+        mask = mask.to(device)
+    return State(tuple(weights), adam, unfired, threshold=own, mask=mask)
 
 
 @torch.no_grad()
@@ -429,6 +435,10 @@ def step(
         state.threshold.grad = result.threshold
         present.append(result.threshold)
     ranks.average_(*present, result.losses, result.aux_loss)
+    if state.mask is not None:  # Adam never moves what has had no gradient
+        for gradient in (result.gradients[0].W_enc, result.gradients[0].W_dec):
+            if gradient is not None:
+                gradient.mul_(state.mask)
     for gradient, (_, _, W_dec, _) in zip(result.gradients, weights, strict=True):
         if (W_grad := gradient.W_dec) is not None:
             along = torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1)
@@ -496,6 +506,20 @@ def resample(
             if name != "step":
                 moment[dead] = 0.0
     state.unfired[dead] = 0
+
+
+def own_mask(n_latents: int, widths: Sequence[int], own: int) -> Tensor:
+    """Mask [F, sum d] of a dedicated-feature crosscoder (arXiv 2602.11729).
+
+    The first latents are shared; the last M x `own` belong to one model each, in the order of the
+    models, and neither read nor write the others.
+    """
+    mask = torch.ones(n_latents, sum(widths))
+    for j, columns in enumerate(mask.split(list(widths), dim=1)):
+        first = n_latents - own * (len(widths) - j)
+        columns[n_latents - own * len(widths) : first] = 0.0
+        columns[first + own :] = 0.0
+    return mask
 
 
 def join(xs: Sequence[Tensor]) -> Tensor:

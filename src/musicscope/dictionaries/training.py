@@ -20,7 +20,7 @@ from torch import Tensor
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
-from musicscope.config.dictionaries import TrainCrosscoder, TrainSae
+from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainShared
 from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import atomic_file
 from musicscope.core.precision import tf32
@@ -33,14 +33,17 @@ from musicscope.dictionaries.step import (
     State,
     initial_state,
     join,
+    own_mask,
     resample,
     split,
     step,
 )
 
 SAE = "sae"
-METHODS = (SAE, *RULES, CROSSCODER)
-"""An SAE of one model; a universal SAE by the name of its update rule; a crosscoder."""
+DEDICATED = "dedicated"
+METHODS = (SAE, *RULES, CROSSCODER, DEDICATED)
+"""An SAE of one model; a universal SAE by the name of its update rule; a crosscoder, without or
+with latents dedicated to one model each (arXiv 2602.11729)."""
 LOG_ROWS = {SAE: 50}
 """Rows in a run's history; SHARED_LOG_ROWS for every other method."""
 SHARED_LOG_ROWS = 100
@@ -49,7 +52,7 @@ CALIBRATION_BATCHES = 32
 RESAMPLE_UNTIL = 0.8
 """Share of the steps after which no dead latent restarts: it would not be learnt in time."""
 
-Config = TrainSae | TrainCrosscoder
+Config = TrainSae | TrainShared
 
 
 class LogRow(TypedDict):
@@ -109,6 +112,18 @@ def count_latents(config: Config, widths: Sequence[int]) -> int:
     return latents
 
 
+def count_own(config: TrainCrosscoder, widths: Sequence[int]) -> int:
+    """Return the number of latents dedicated to each model; ParamsError if none is or all are."""
+    latents = count_latents(config, widths)
+    own = round(config.own_share * latents)
+    if own < 1 or own * len(widths) >= latents:
+        raise ParamsError(
+            f"train_crosscoder.own_share = {config.own_share} gives each of {len(widths)} models "
+            f"{own} of {latents} latents: allowed is at least 1, with some left to share"
+        )
+    return own
+
+
 def selection(config: Config) -> str:
     """Return the sparsity rule: topk, or for an SAE also batchtopk or jumprelu."""
     return config.activation if isinstance(config, TrainSae) else "topk"
@@ -162,7 +177,7 @@ def train(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: known {', '.join(METHODS)}")
-    joint, widths = method == CROSSCODER, data.widths
+    joint, widths = method in (CROSSCODER, DEDICATED), data.widths
     means, scales = normalisation(data.stores)
     shifts = [torch.tensor(mean, dtype=torch.float32, device=device) for mean in means]
 
@@ -176,10 +191,13 @@ def train(
     threshold = None
     if isinstance(config, TrainSae) and config.activation == JUMPRELU:
         threshold = config.bandwidth
+    latents, mask = count_latents(config, widths), None
+    if method == DEDICATED:
+        assert isinstance(config, TrainCrosscoder)
+        mask = own_mask(latents, widths, count_own(config, widths))
     state = initial_state(
-        count_latents(config, widths), [sum(widths)] if joint else widths,
-        seed_for(seed, "initial"), device,
-        threshold,
+        latents, [sum(widths)] if joint else widths, seed_for(seed, "initial"), device,
+        threshold, mask,
     )  # fmt: skip
     steps, models = count_steps(config), len(state.weights)
     draws = np.random.default_rng(seed_for(seed, "draws")).integers(models, size=steps)

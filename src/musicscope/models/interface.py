@@ -7,6 +7,7 @@ Frame t of a stream at rate r covers the seconds t / r to (t + 1) / r. Code outs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -153,8 +154,17 @@ class LanguageModel(MusicModel[Batch], Protocol):
     def differentiable(self, batch: Batch, hooks: Hooks) -> Tensor:
         """Logits as in `forward`, with gradients with respect to what the hooks add."""
 
-    def layer_inputs(self, batch: Batch) -> list[Tensor]:
-        """Input of each layer [B, S, d] over all positions, then the last layer's output."""
+    def layer_inputs(self, batch: Batch, last: int | None = None) -> list[Tensor]:
+        """Input of each layer [B, S, d] over all positions, then the last layer's output.
+
+        The first is the embedded codes. With `last` no layer behind that number runs; -1: none.
+        """
+
+    def redrawn(self, seed: int, last: int) -> AbstractContextManager[None]:
+        """Permute the entries of every matrix in layers 0 to `last`, until the block ends.
+
+        A control: the architecture, the embeddings and the distribution of weights stay.
+        """
 
     def forward_from(self, batch: Batch, layer: int, hidden: Tensor, hooks: Hooks = None) -> Tensor:
         """Logits as in `forward`, from the input `hidden` [B, S, d] of layer number `layer`."""

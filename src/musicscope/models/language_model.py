@@ -38,6 +38,10 @@ class Decoder(Protocol[C]):
     calls: int
     """Layer evaluations since loading."""
 
+    @property
+    def layers(self) -> Sequence[torch.nn.Module] | torch.nn.ModuleList:
+        """The modules with the weights of each layer."""
+
     def embed(self, ids: Tensor) -> Tensor:
         """Turn input ids into the input of layer 0 [rows, S, d]."""
 
@@ -286,10 +290,25 @@ class LayerwiseModel(Generic[D]):
         return {name: found[name] for name in names}
 
     @torch.no_grad()
-    def layer_inputs(self, batch: Batch) -> list[Tensor]:
+    def layer_inputs(self, batch: Batch, last: int | None = None) -> list[Tensor]:
         inputs: list[Tensor] = []
-        output = self._run(batch, {}, inputs=inputs)
+        output = self._run(batch, {}, last, inputs)
         return [stream.to(self.device) for stream in [*inputs, output]]
+
+    @contextlib.contextmanager
+    def redrawn(self, seed: int, last: int) -> Generator[None]:
+        layers = list(self.decoder.layers)[: last + 1]
+        matrices = [p.data for layer in layers for p in layer.parameters() if p.ndim > 1]
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(m.numel(), generator=generator).to(m.device) for m in matrices]
+        kept = [matrix.clone() for matrix in matrices]
+        try:
+            for matrix, order in zip(matrices, orders, strict=True):
+                matrix.copy_(matrix.reshape(-1)[order].view_as(matrix))
+            yield
+        finally:
+            for matrix, before in zip(matrices, kept, strict=True):
+                matrix.copy_(before)
 
     @torch.no_grad()
     def forward_from(self, batch: Batch, layer: int, hidden: Tensor, hooks: Hooks = None) -> Tensor:

@@ -199,6 +199,7 @@ def _dictionaries(
     section, total = getattr(params, stage), sum(widths)
     latents = section.expansion * max(widths)
     count = section.seeds + getattr(section, "null_seeds", 0)
+    count += 2 if getattr(section, "own_share", 0) else 0  # with dedicated latents, and its null
     weights = 4 * (2 * latents * total + latents * len(widths) + total)
     # Weights, gradients and Adam's two moments; pre-activations of a batch; the shuffle's window.
     memory = 4 * weights + 4 * section.batch_size * latents + SHUFFLE_BYTES

@@ -51,6 +51,7 @@ NOT_OFFERED = {
     "forward": "an autoencoder has no logits; use reconstruct",
     "forward_from": "layers cannot be run from the middle; use latents and decode",
     "layer_inputs": "use capture with the names of hook points",
+    "redrawn": "it has no layers that take one stream",
     "cross_entropy": "it predicts no codes; use loss, a spectral distance",
     "generate": "it makes audio from audio only, not from captions; use encode and reconstruct",
     "with_captions": "it has neither codes nor captions; use encode",

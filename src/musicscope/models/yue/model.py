@@ -81,6 +81,7 @@ class LayerwiseLlama:
     def __init__(self, hf: LlamaForCausalLM) -> None:
         self.hf = hf
         self.num_layers: int = hf.config.num_hidden_layers
+        self.layers = hf.model.layers
         self.calls = 0
 
     def check_length(self, prompt: int, frames: int) -> None:

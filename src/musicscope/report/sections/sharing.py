@@ -12,6 +12,13 @@ NULLS = {
     "shuffled": "other clips for each model",
     "random": "random dictionaries",
 }
+LINEAR = {
+    "input": "embedded codes",
+    "before": "the layer before",
+    "layer": "the same layer",
+    "redrawn": "the same layer, weights permuted",
+}
+"""Sources of the ridge regressions, from floor to ceiling and a network without training."""
 
 
 def section(sources: Sources) -> Section:
@@ -26,7 +33,8 @@ def section(sources: Sources) -> Section:
             "method": universal.get("method", "unknown"), "slot": universal.get("slot", "unknown"),
             "frames": plain(universal.get("test_frames")),
             "compositions": plain(universal.get("test_compositions")),
-            "r2": _r2(universal), "measures": _measures(universal),
+            "r2": _r2(universal), "linear": _linear(universal), "measures": _measures(universal),
+            "scaling": _scaling(universal, "latent_scaling"),
             "entropy": _histogram(
                 sources, "train_usae/firing_entropy", "Firing entropy",
                 "firing entropy (0: one model only, 1: all equally often)",
@@ -39,7 +47,8 @@ def section(sources: Sources) -> Section:
     else:
         last = _models(joint)[-1:]
         content |= {
-            "joint": _joint(joint),
+            "joint": _joint(joint), "dedicated": _dedicated(joint),
+            "dedicated_scaling": _scaling(joint, "dedicated.latent_scaling"),
             "norms": [
                 _histogram(
                     sources, "train_crosscoder/relative_norm", f"Share of {name}",
@@ -100,9 +109,11 @@ def _measures(found: Tree) -> Table:
             ("firing entropy, mean", "firing_entropy_mean"),
             ("firing entropy, weighted by firings", "firing_entropy_weighted")]  # fmt: skip
     for what, key in (
-        ("co-fires / fires, {}", "cofire_proportion_{}"),
-        ("the same, mean over features, {}", "cofire_proportion_mean_{}"),
+        ("co-fires / fires, mean over features, {}", "cofire_proportion_mean_{}"),
+        ("the same, median, {}", "cofire_proportion_median_{}"),
         ("the same, 100 features of highest energy, {}", "cofire_proportion_top_{}"),
+        ("the same, all firings pooled, {}", "cofire_proportion_{}"),
+        ("share of features with 90 % of the firings, {}", "firing_concentration_{}"),
         ("active per frame, {}", "l0_{}"),
     ):
         rows += [(what.format(name), key.format(i)) for i, name in enumerate(_models(found))]
@@ -112,6 +123,59 @@ def _measures(found: Tree) -> Table:
     return Table(
         "Universal SAE: for which models a feature fires", columns, _rows(found, rows, NULLS)
     )
+
+
+def _linear(found: Tree) -> Table | None:
+    """R2 by ridge regression, and by how much the universal code exceeds it, between models."""
+    if not get(found, "linear"):
+        return None
+    names, rows = _models(found), []
+    for i, source in enumerate(names):
+        for j, target in enumerate(names):
+            if i != j:
+                for stream, label in LINEAR.items():
+                    rows.append((
+                        f"{target} from {label} of {source}",
+                        cell(found, f"linear.{stream}.r2_{i}_{j}", shaded=True),
+                        cell(found, f"r2_above_linear.{stream}.r2_{i}_{j}"),
+                    ))  # fmt: skip
+    columns = ("", "R2 of a ridge regression", "universal code less that")
+    return Table("What a linear map gives without a shared code", columns, tuple(rows))
+
+
+def _scaling(found: Tree, at: str) -> Table | None:
+    """Latent Scaling: nu of the sets of latents, beside unrelated music."""
+    if not get(found, at):
+        return None
+    sets = {f"own_{i}": f"{name} alone" for i, name in enumerate(_models(found))}
+    keys = ("latents", "scored", "nu_error_median", "null_nu_error_median",
+            "nu_activation_median", "null_nu_activation_median", "genuine",
+            "null_genuine")  # fmt: skip
+    rows = tuple(
+        (label, *(cell(found, f"{at}.{name}.{key}") for key in keys))
+        for name, label in (sets | {"shared": "shared"}).items()
+    )
+    columns = ("features that seem of", "features", "scored", "nu of errors", "unrelated music",
+               "nu of activations", "unrelated music", "exclusive by both",
+               "unrelated music")  # fmt: skip
+    return Table("Latent Scaling: does the other model have the feature?", columns, rows)
+
+
+def _dedicated(found: Tree) -> Table | None:
+    """The crosscoder with latents of one model each, beside its nulls."""
+    if not get(found, "dedicated"):
+        return None
+    rows = [("features shared by norm, of the shared ones", "norm_shared"),
+            ("dead features", "dead_fraction")]  # fmt: skip
+    for i, name in enumerate(_models(found)):
+        rows += [(f"R2 of {name}", f"r2_{i}"),
+                 (f"R2 of {name} without dedicated features", f"r2_shared_{i}"),
+                 (f"dedicated features of {name} that fire, per frame", f"active_own_{i}"),
+                 (f"share of their energy in {name}", f"energy_own_{i}")]  # fmt: skip
+    columns = ("", "paired", NULLS["mispaired"], NULLS["random"])
+    at = [f"dedicated.{part}" for part in ("headline", "null.mispaired", "null.random")]
+    body = tuple((label, *(cell(found, f"{part}.{key}") for part in at)) for label, key in rows)
+    return Table("Crosscoder with features dedicated to one model each", columns, body)
 
 
 def _joint(found: Tree) -> Table:
