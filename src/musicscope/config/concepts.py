@@ -32,6 +32,9 @@ class Steer(Section):
     """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
     scores: Distinct[Literal["share", "effect", "partial", "auroc"]]
     """Scores that rank latents on train clips; see musicscope.steering.learning."""
+    stable_only: bool
+    """Edit only latents that return in the other seeds (train_sae.stable_cosine), unless a concept
+    has fewer of them than `n_features`; the metrics name the pool of each concept."""
     target: Literal["active", "mean"]
     """Value that latents are raised to: their mean where they fire, or over all frames."""
     both_sides: Literal["never", "when_off", "when_on", "always"]

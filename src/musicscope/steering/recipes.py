@@ -69,12 +69,19 @@ class Recipe:
     gate: Gate
     chosen: Mapping[str, Settings] = field(default_factory=dict)
     """By direction, with or without `WORDS`: the best settings on validation data."""
+    pool: Tensor | None = None
+    """[F] bool: latents that may be edited, those that return in other seeds; None: all."""
 
-    def ranked(self, score: str, sign: int = 1) -> list[int]:
-        """Rank latents with evidence for (sign 1) or against (-1) the concept, best first."""
+    def ranked(self, score: str, sign: int = 1, every: bool = False) -> list[int]:
+        """Rank latents with evidence for (sign 1) or against (-1) the concept, best first.
+
+        Of `pool`, or of `every` latent.
+        """
         if score not in SCORES:
             raise ValueError(f"score {score!r}: known {', '.join(SCORES)}")
         evidence = sign * self.statistics[score]
+        if self.pool is not None and not every:
+            evidence = evidence * self.pool
         order = torch.argsort(-evidence, stable=True)
         return order[evidence[order] > 0].tolist()
 
@@ -134,6 +141,7 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
         "gate.features": torch.tensor(gate.features),
         "gate.weights": torch.tensor(gate.weights, dtype=torch.float64),
         "gate.bias": torch.tensor(gate.bias, dtype=torch.float64),
+        **({} if recipe.pool is None else {"pool": recipe.pool.contiguous()}),
     }
     path = folder / f"{recipe.concept}.safetensors"
     with atomic_file(path) as temporary:
@@ -177,6 +185,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
                 float(gate["bias"]), found["gate_seconds"],
             ),
             chosen={direction: Settings(**s) for direction, s in found["chosen"].items()},
+            pool=tensors.get("pool"),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error

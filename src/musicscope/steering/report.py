@@ -102,6 +102,14 @@ def plan_metrics(plan: Plan) -> dict[str, object]:
     }
 
 
+def pool_of(recipe: Recipe) -> dict[str, object]:
+    """Latents that could be edited: those that return in other seeds, or all; and their number."""
+    latents = len(recipe.statistics["mean_with"])
+    if recipe.pool is None:
+        return {"of": "all", "latents": latents}
+    return {"of": "returning", "latents": int(recipe.pool.sum())}
+
+
 def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, object]:
     """All numbers of metrics/steer/<model>.json.
 
@@ -113,7 +121,9 @@ def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, obje
         "prompts": min(own["plain"].selection.n for own in result.edits.values()),
         "seconds": context.subject.seconds,
         "thresholds": result.scorer.thresholds,
-        "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
+        "recipes": {
+            c: {**aurocs, "pool": pool_of(r), **summary_of(r)} for c, (r, aurocs) in recipes.items()
+        },
         "concepts": {
             c: {d: concept_metrics(result, (c, d)) for d in DIRECTIONS if (c, d) in result.tests}
             for c in recipes

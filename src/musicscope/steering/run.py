@@ -13,6 +13,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
 from musicscope.core.io import folder_sha256, scratch_dir
 from musicscope.data.clips import ClipStore
+from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import frechet_distance
 from musicscope.models.registry import load_model
@@ -44,11 +45,15 @@ def evaluate(
     shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
     options = {key: getattr(section, key) for key in shared}
     options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
-                "sae": folder_sha256(dictionary)}  # fmt: skip
+                "sae": folder_sha256(dictionary),
+                "n_features": max(section.n_features)}  # fmt: skip
+    if section.stable_only:
+        options["returning"] = stability.read(dictionary.parent)["returns"].to_numpy(bool)
     recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
     del train, model
 
-    inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
+    saes = dictionary.parent  # all seeds, as they decide which latents return
+    inputs = ("data/clips", f"data/models/{name}", store.folder, saes, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:

@@ -1,0 +1,190 @@
+"""The search for a recipe of the SAEs: reconstruction against agreement between seeds.
+
+python -m experiments.dictionary_search --run [NAME ...]   train on data/activations, add rows to
+                                                           experiments/dictionary_search.csv
+python -m experiments.dictionary_search --queue            queue them as experiments of train_sae;
+                                                           then: dvc exp run --run-all
+
+Explained variance, dead latents, L0 and the guitar AUROC are of validation clips; test clips are
+not read. The AUROC is of one latent, chosen on half of the compositions, scored on the other half.
+A row that is there stays; delete it to train it again. Seeds are those of the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from musicscope.activations.store import ActivationStore
+from musicscope.config import load_params
+from musicscope.config.dictionaries import TrainSae
+from musicscope.core.command_line import Parser, run_program
+from musicscope.core.io import write_text
+from musicscope.core.seeding import seed_for
+from musicscope.core.stats import auroc, auroc_columns
+from musicscope.data.clips import known_labels
+from musicscope.dictionaries import evaluation, stability
+from musicscope.dictionaries.codes import encode_clips, pool_clips
+from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.data import pair
+from musicscope.dictionaries.runs import SaePlan
+from musicscope.dictionaries.training import SAE, train
+
+RESULT = Path("experiments/dictionary_search.csv")
+STORES = "data/activations"
+BASE: dict[str, Any] = {
+    "k": 16, "expansion": 4, "samples": 1_000_000, "activation": "topk", "matryoshka": (),
+    "learning_rate": 0.003, "batch_size": 1024, "decay_fraction": 0.4, "resample_every": 0,
+    "seeds": 2,
+}  # fmt: skip
+NESTED = (40, 80, 160, 320)
+FIRST = ("nano-small", "top1")
+LONG = {"samples": 4_000_000}
+RECIPES = {"k16": LONG, "k20": LONG | {"k": 20}}
+"""Recipes that the other slots and models confirm."""
+OTHERS = (("nano-small", "top2"), ("nano-medium", "top1"), ("nano-medium", "top2"))
+
+
+def cells() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Experiment -> model, slot and what it changes of `BASE`."""
+    changes: dict[str, dict[str, Any]] = {f"k{k}": {"k": k} for k in (4, 8, 16, 24, 32, 48)}
+    changes |= {f"expansion{x}": {"expansion": x} for x in (8, 16, 32)}
+    changes |= {
+        "former": {"k": 48, "expansion": 8},
+        "batchtopk": {"activation": "batchtopk"},
+        "matryoshka": {"matryoshka": NESTED},
+        "batchtopk-matryoshka": {"activation": "batchtopk", "matryoshka": NESTED},
+        "slow": {"learning_rate": 0.001},
+        "small-batch": {"batch_size": 512},
+        "resample": {"resample_every": 250},
+    }
+    changes |= {f"{n}M": {"samples": n * 1_000_000} for n in (2, 4, 8)}
+    changes |= {"k20-4M": RECIPES["k20"], "k24-4M": LONG | {"k": 24}}
+    found = {name: (*FIRST, of) for name, of in changes.items()}
+    for model, slot in OTHERS:
+        seeds = {"seeds": 3} if model != FIRST[0] else {}
+        for name, recipe in RECIPES.items():
+            found[f"{model}-{slot}-{name}"] = (model, slot, recipe | seeds)
+    return found
+
+
+CELLS = cells()
+
+
+def queue() -> None:
+    """Queue all experiments of `CELLS`."""
+    for name, (model, slot, changed) in CELLS.items():
+        values = {
+            key: list(v) if isinstance(v, tuple) else v for key, v in (BASE | changed).items()
+        }
+        sets = [
+            word for key, value in values.items() for word in ("-S", f"train_sae.{key}={value}")
+        ]
+        target = f"train_sae@{model}-{slot}"
+        subprocess.run(
+            ["dvc", "exp", "run", "--queue", "-s", "-n", f"dictionary-{name}", *sets, target],
+            check=True,
+        )
+
+
+def single_latent_auroc(sae: TopKSAE, store: ActivationStore, concept: str = "guitar") -> float:
+    """AUROC of the best latent's clip average on validation clips, chosen on other compositions."""
+    at, labels = known_labels(store.rows, concept, pair([store], "validation").members[:, 0])
+    means = pool_clips(encode_clips(store, at, sae.encode, sae.n_latents, 1, "cpu")).mean
+    groups = store.rows["group"].to_numpy(str)[at]
+    halves = np.unique(groups, return_inverse=True)[1] % 2 == 0
+    scores = []
+    for chosen in (halves, ~halves):
+        each = np.nan_to_num(auroc_columns(means[chosen], labels[chosen]), nan=0.5)
+        best = int(np.abs(each - 0.5).argmax())
+        sign = np.sign(each[best] - 0.5)
+        scores.append(auroc(sign * means[~chosen, best], labels[~chosen]))
+    return float(np.mean(scores))
+
+
+def scores(saes: Sequence[TopKSAE], store: ActivationStore, section: TrainSae) -> dict[str, float]:
+    """Score the seeds of one cell; all but the agreement is of the first."""
+    clips: Iterator[np.ndarray] = (x for (x,) in pair([store], "validation").clips())
+    found = evaluation.evaluate(saes[0], clips)
+    rows = [sae.W_dec.numpy() for sae in saes]
+    agreement, _ = stability.metrics(
+        rows, [found.fired] * len(rows), section.stable_cosine, seed_for(0, "search")
+    )
+    return {
+        "explained_variance": found.explained_variance,
+        **evaluation.stability(rows, seed_for(0, "search")),
+        "returning": agreement["returning"]["share"],
+        "share_of_firings": agreement["returning"]["share_of_firings"],
+        "decoder_cosine": agreement["decoder_cosine"],
+        "dead_fraction": found.dead_fraction,
+        "l0": found.l0,
+        "guitar_auroc": single_latent_auroc(saes[0], store),
+    }
+
+
+def run_cell(name: str, stores: str) -> dict[str, Any]:
+    """Train and score one experiment."""
+    model, slot, changed = CELLS[name]
+    params = load_params()
+    section = replace(params.train_sae, **(BASE | changed))
+    plan = SaePlan(
+        (model,), slot, (f"{stores}/{model}/{slot}",), section, SAE, params.seed, "cpu", ""
+    )
+    data, saes = plan.data("seed-0"), []
+    for run in plan.runs():
+        trained = train(data, section, SAE, plan.seed_of(run)).dictionary
+        assert isinstance(trained, TopKSAE)
+        saes.append(trained)
+    settings = {key: getattr(section, key) for key in BASE}
+    settings["matryoshka"] = "+".join(map(str, section.matryoshka))
+    store = plan.open_stores()[0]
+    return {"experiment": name, "model": model, "slot": slot, **settings} | dict(
+        scores(saes, store, section)
+    )
+
+
+def read() -> pd.DataFrame:
+    """Read the rows that are there."""
+    if not RESULT.is_file():
+        return pd.DataFrame({"experiment": []})
+    return pd.read_csv(RESULT, keep_default_na=False)
+
+
+def add(row: Mapping[str, Any]) -> None:
+    """Add one experiment to the table, in the order of `CELLS`."""
+    order = {name: i for i, name in enumerate(CELLS)}
+    table = pd.concat([read(), pd.DataFrame([row])], ignore_index=True)
+    table = table.sort_values("experiment", key=lambda names: names.map(order), kind="stable")
+    write_text(RESULT, table.to_csv(index=False, float_format="%.4g"))
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queue", action="store_true", help="queue the experiments")
+    parser.add_argument("--run", metavar="NAME", nargs="*", help="train these, or all that lack")
+    parser.add_argument("--activations", default=STORES, help="folder of the activation stores")
+    args = parser.parse_args()
+    if args.queue == (args.run is not None):
+        parser.error("give --queue or --run")
+    if args.queue:
+        queue()
+        return
+    if unknown := set(args.run) - set(CELLS):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; known {', '.join(CELLS)}")
+    torch.set_num_threads(1)
+    for name in tqdm(args.run or list(CELLS), unit="experiment"):
+        if name not in set(read()["experiment"]):
+            add(run_cell(name, args.activations))
+
+
+if __name__ == "__main__":
+    run_program(main)
