@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import write_text
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc, auroc_columns
-from musicscope.data.clips import known_labels
+from musicscope.data.clips import ClipStore, known_labels, main_clips
 from musicscope.dictionaries import evaluation, stability
 from musicscope.dictionaries.codes import encode_clips, pool_clips
 from musicscope.dictionaries.core import TopKSAE
@@ -40,7 +41,6 @@ from musicscope.dictionaries.runs import SaePlan
 from musicscope.dictionaries.training import SAE, train
 
 RESULT = Path("experiments/dictionary_search.csv")
-STORES = "data/activations"
 BASE: dict[str, Any] = {
     "k": 16, "expansion": 4, "samples": 1_000_000, "activation": "topk", "matryoshka": (),
     "learning_rate": 0.003, "batch_size": 1024, "decay_fraction": 0.4, "resample_every": 0,
@@ -48,9 +48,8 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 NESTED = (40, 80, 160, 320)
 FIRST = ("nano-small", "top1")
-LONG = {"samples": 4_000_000}
-RECIPES = {"k16": LONG, "k20": LONG | {"k": 20}}
-"""Recipes that the other slots and models confirm."""
+RECIPES = {k: {"k": k, "samples": 2_000_000, "batch_size": 512} for k in (16, 20)}
+"""Recipes by k that the other slots and models confirm."""
 OTHERS = (("nano-small", "top2"), ("nano-medium", "top1"), ("nano-medium", "top2"))
 
 
@@ -64,16 +63,18 @@ def cells() -> dict[str, tuple[str, str, dict[str, Any]]]:
         "matryoshka": {"matryoshka": NESTED},
         "batchtopk-matryoshka": {"activation": "batchtopk", "matryoshka": NESTED},
         "slow": {"learning_rate": 0.001},
-        "small-batch": {"batch_size": 512},
+        "batch512": {"batch_size": 512},
+        "batch256": {"batch_size": 256},
         "resample": {"resample_every": 250},
     }
     changes |= {f"{n}M": {"samples": n * 1_000_000} for n in (2, 4, 8)}
-    changes |= {"k20-4M": RECIPES["k20"], "k24-4M": LONG | {"k": 24}}
+    changes["expansion2"] = RECIPES[20] | {"expansion": 2}
+    changes |= {f"recipe{k}": recipe for k, recipe in RECIPES.items()}
     found = {name: (*FIRST, of) for name, of in changes.items()}
     for model, slot in OTHERS:
         seeds = {"seeds": 3} if model != FIRST[0] else {}
-        for name, recipe in RECIPES.items():
-            found[f"{model}-{slot}-{name}"] = (model, slot, recipe | seeds)
+        for k, recipe in RECIPES.items():
+            found[f"{model}-{slot}-recipe{k}"] = (model, slot, recipe | seeds)
     return found
 
 
@@ -96,11 +97,16 @@ def queue() -> None:
         )
 
 
-def single_latent_auroc(sae: TopKSAE, store: ActivationStore, concept: str = "guitar") -> float:
-    """AUROC of the best latent's clip average on validation clips, chosen on other compositions."""
-    at, labels = known_labels(store.rows, concept, pair([store], "validation").members[:, 0])
+def single_latent_auroc(
+    sae: TopKSAE, store: ActivationStore, rows: pd.DataFrame, concept: str = "guitar"
+) -> float:
+    """AUROC of the best latent's clip average on validation clips, chosen on other compositions.
+
+    `rows`: the clip table of the store.
+    """
+    at, labels = known_labels(rows, concept, main_clips(rows, "validation"))
     means = pool_clips(encode_clips(store, at, sae.encode, sae.n_latents, 1, "cpu")).mean
-    groups = store.rows["group"].to_numpy(str)[at]
+    groups = rows["group"].to_numpy(str)[at]
     halves = np.unique(groups, return_inverse=True)[1] % 2 == 0
     scores = []
     for chosen in (halves, ~halves):
@@ -111,59 +117,70 @@ def single_latent_auroc(sae: TopKSAE, store: ActivationStore, concept: str = "gu
     return float(np.mean(scores))
 
 
-def scores(saes: Sequence[TopKSAE], store: ActivationStore, section: TrainSae) -> dict[str, float]:
+def scores(
+    saes: Sequence[TopKSAE], store: ActivationStore, rows: pd.DataFrame, section: TrainSae
+) -> dict[str, float]:
     """Score the seeds of one cell; all but the agreement is of the first."""
     clips: Iterator[np.ndarray] = (x for (x,) in pair([store], "validation").clips())
     found = evaluation.evaluate(saes[0], clips)
-    rows = [sae.W_dec.numpy() for sae in saes]
+    decoders = [sae.W_dec.numpy() for sae in saes]
     agreement, _ = stability.metrics(
-        rows, [found.fired] * len(rows), section.stable_cosine, seed_for(0, "search")
+        decoders, [found.fired] * len(saes), section.stable_cosine, seed_for(0, "search")
     )
     return {
         "explained_variance": found.explained_variance,
-        **evaluation.stability(rows, seed_for(0, "search")),
+        **evaluation.stability(decoders, seed_for(0, "search")),
         "returning": agreement["returning"]["share"],
         "share_of_firings": agreement["returning"]["share_of_firings"],
         "decoder_cosine": agreement["decoder_cosine"],
         "dead_fraction": found.dead_fraction,
         "l0": found.l0,
-        "guitar_auroc": single_latent_auroc(saes[0], store),
+        "guitar_auroc": single_latent_auroc(saes[0], store, rows),
     }
 
 
-def run_cell(name: str, stores: str) -> dict[str, Any]:
+def run_cell(name: str, data: str) -> dict[str, Any]:
     """Train and score one experiment."""
     model, slot, changed = CELLS[name]
     params = load_params()
     section = replace(params.train_sae, **(BASE | changed))
     plan = SaePlan(
-        (model,), slot, (f"{stores}/{model}/{slot}",), section, SAE, params.seed, "cpu", ""
+        (model,),
+        slot,
+        (f"{data}/activations/{model}/{slot}",),
+        section,
+        SAE,
+        params.seed,
+        "cpu",
+        "",
     )
-    data, saes = plan.data("seed-0"), []
+    clips, saes = plan.data("seed-0"), []
     for run in plan.runs():
-        trained = train(data, section, SAE, plan.seed_of(run)).dictionary
+        trained = train(clips, section, SAE, plan.seed_of(run)).dictionary
         assert isinstance(trained, TopKSAE)
         saes.append(trained)
     settings = {key: getattr(section, key) for key in BASE}
     settings["matryoshka"] = "+".join(map(str, section.matryoshka))
-    store = plan.open_stores()[0]
-    return {"experiment": name, "model": model, "slot": slot, **settings} | dict(
-        scores(saes, store, section)
-    )
+    store, rows = plan.open_stores()[0], ClipStore.open(f"{data}/clips").rows
+    if store.ids != rows["id"].tolist():
+        sys.exit(f"{store.folder} holds other clips than {data}/clips: run dvc repro")
+    found = scores(saes, store, rows, section)
+    return {"experiment": name, "model": model, "slot": slot, **settings, **found}
 
 
-def read() -> pd.DataFrame:
+def read() -> list[dict[str, Any]]:
     """Read the rows that are there."""
     if not RESULT.is_file():
-        return pd.DataFrame({"experiment": []})
-    return pd.read_csv(RESULT, keep_default_na=False)
+        return []
+    return pd.read_csv(RESULT, keep_default_na=False).to_dict("records")
 
 
 def add(row: Mapping[str, Any]) -> None:
     """Add one experiment to the table, in the order of `CELLS`."""
-    order = {name: i for i, name in enumerate(CELLS)}
-    table = pd.concat([read(), pd.DataFrame([row])], ignore_index=True)
-    table = table.sort_values("experiment", key=lambda names: names.map(order), kind="stable")
+    order = list(CELLS)
+    table = pd.DataFrame(sorted([*read(), row], key=lambda r: order.index(r["experiment"])))
+    whole = [key for key, value in BASE.items() if isinstance(value, int)]
+    table[whole] = table[whole].astype(int)
     write_text(RESULT, table.to_csv(index=False, float_format="%.4g"))
 
 
@@ -171,7 +188,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queue", action="store_true", help="queue the experiments")
     parser.add_argument("--run", metavar="NAME", nargs="*", help="train these, or all that lack")
-    parser.add_argument("--activations", default=STORES, help="folder of the activation stores")
+    parser.add_argument("--data", default="data", help="folder with activations/ and clips/")
     args = parser.parse_args()
     if args.queue == (args.run is not None):
         parser.error("give --queue or --run")
@@ -182,8 +199,8 @@ def main() -> None:
         parser.error(f"unknown {', '.join(sorted(unknown))}; known {', '.join(CELLS)}")
     torch.set_num_threads(1)
     for name in tqdm(args.run or list(CELLS), unit="experiment"):
-        if name not in set(read()["experiment"]):
-            add(run_cell(name, args.activations))
+        if name not in {row["experiment"] for row in read()}:
+            add(run_cell(name, args.data))
 
 
 if __name__ == "__main__":

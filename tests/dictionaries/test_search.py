@@ -13,7 +13,8 @@ import torch
 
 from experiments import dictionary_search as search
 from musicscope.dictionaries.core import TopKSAE
-from tests.support.dictionaries import ROOT, make_workspace, write_embedded
+from tests.dictionaries.test_runs import write_folder
+from tests.support.dictionaries import ROOT, make_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -45,29 +46,22 @@ def test_the_latent_is_chosen_and_scored_on_different_compositions(monkeypatch):
     rng = np.random.default_rng(0)
     labels = rng.random(80) < 0.5
     means = rng.random((80, 300))
-    rows = pd.DataFrame({"group": [f"g{i // 4}" for i in range(80)], "has_guitar": labels})
-
-    class Members:
-        members = np.arange(80)[:, None]
-
-    class Store:
-        pass
-
-    store = Store()
-    store.rows = rows
-    monkeypatch.setattr(search, "pair", lambda stores, split: Members)
+    groups = [f"g{i // 4}" for i in range(80)]
+    rows = pd.DataFrame({"group": groups, "has_guitar": labels})
+    monkeypatch.setattr(search, "main_clips", lambda rows, split: np.arange(80))
     monkeypatch.setattr(search, "encode_clips", lambda *arguments: None)
     pools = type("Pools", (), {"mean": means})
     monkeypatch.setattr(search, "pool_clips", lambda codes: pools)
     eye = torch.eye(300)
     sae = TopKSAE(eye, torch.zeros(300), eye, torch.zeros(300), 1)
-    assert abs(search.single_latent_auroc(sae, store) - 0.5) < 0.15
-    means[:, 0] = -labels  # fires less with guitar
-    assert search.single_latent_auroc(sae, store) == 1
+    assert abs(search.single_latent_auroc(sae, None, rows) - 0.5) < 0.15
+    means[:, 0] = ~labels  # fires less with guitar
+    assert search.single_latent_auroc(sae, None, rows) == 1
 
 
 def test_a_cell_is_trained_scored_and_kept(tiny_musicgen: Path, tmp_path, monkeypatch):
-    root = make_workspace(tmp_path, tiny_musicgen, write_embedded)
+    root = make_workspace(tmp_path, tiny_musicgen, write_folder)
+    monkeypatch.setenv("DVC_ROOT", str(root))
     small = {"k": 3, "expansion": 2, "samples": 640, "batch_size": 64}
     cells = {name: ("tiny", "top1", small | {"k": k}) for name, k in (("a", 3), ("b", 4))}
     monkeypatch.setattr(search, "CELLS", cells)
@@ -78,7 +72,8 @@ def test_a_cell_is_trained_scored_and_kept(tiny_musicgen: Path, tmp_path, monkey
     first = (root / search.RESULT).read_bytes()
     monkeypatch.setattr(sys, "argv", ["dictionary_search", "--run"])
     search.main()
-    table = search.read()
+    table = pd.DataFrame(search.read())
+    assert table["samples"].tolist() == [640, 640]
     assert table["experiment"].tolist() == ["a", "b"]
     assert table["l0"].tolist() == pytest.approx([3, 4])
     assert (table["stability"] > table["stability_null"]).all()

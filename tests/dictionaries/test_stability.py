@@ -50,7 +50,7 @@ def test_one_seed_says_nothing(tmp_path):
     assert not table["returns"].any()
     found, _ = stability.metrics(planted(seeds=1), [np.ones(80)], 0.7, 0)
     assert "returning" not in found
-    assert found["subspaces"] == {"used": None, "unstable": None}
+    assert [of["overlap"] for of in found["subspaces"].values()] == [None, None]
 
 
 def test_the_table_survives_the_disk_and_its_lack_names_the_stage(tmp_path):
@@ -88,7 +88,6 @@ def test_unstable_latents_may_span_a_stable_subspace():
     found = stability.subspaces(both, fired, threshold=0.999, seed=0)
     for name in ("used", "unstable"):
         of = found[name]
-        assert of is not None
         assert of["latents"] == 4
         assert of["overlap"] > 0.9
         assert of["null"] < 0.5

@@ -93,12 +93,12 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 def subspaces(
     dictionaries: Sequence[np.ndarray], fired: Sequence[np.ndarray], threshold: float, seed: int
-) -> dict[str, dict[str, float | int] | None]:
+) -> dict[str, dict[str, float | int | None]]:
     """Compare subspaces between seeds: of the latents used most, and of unstable ones used most.
 
     `fired` [F] per seed orders the latents. {"used", "unstable": {"latents", "overlap", "null"}}:
-    mean over pairs of seeds of `overlap`; null: one side drawn by `random_like`. None with one seed
-    or with fewer than two unstable latents.
+    mean over pairs of seeds of `overlap`; null: one side drawn by `random_like`. Both are None with
+    one seed or with fewer than two unstable latents.
     """
     most = max(2, round(SUBSPACE * dictionaries[0].shape[1]))
     tables = [
@@ -107,7 +107,7 @@ def subspaces(
     ]
     unstable = [~table["returns"].to_numpy() for table in tables]
     chosen = {"used": [np.ones(len(f), bool) for f in fired], "unstable": unstable}
-    found: dict[str, dict[str, float | int] | None] = {}
+    found: dict[str, dict[str, float | int | None]] = {}
     for name, masks in chosen.items():
         n = min(most, *(int(mask.sum()) for mask in masks))
         rows = [
@@ -116,7 +116,7 @@ def subspaces(
         ]
         pairs = [(i, j) for i in range(len(rows)) for j in range(i)]
         if n < 2 or not pairs:
-            found[name] = None
+            found[name] = {"latents": n, "overlap": None, "null": None}
             continue
         drawn = [random_like(d, seed_for(seed, name, i))[:n] for i, d in enumerate(dictionaries)]
         found[name] = {
