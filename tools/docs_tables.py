@@ -394,7 +394,8 @@ def dictionaries() -> str:
     """Reconstruction and agreement by cell of experiments/dictionary_search.csv."""
     data = pd.read_csv(ROOT / "experiments/dictionary_search.csv", keep_default_na=False)
     head = ["model, slot", "k", "expansion", "M frames", "batch", "other", "explained variance",
-            "stability (null)", "return", "their firings", "c_dec", "dead", "guitar AUROC"]  # fmt: skip
+            "stability (null)", "return", "their firings", "c_dec", "dead",
+            "guitar AUROC"]  # fmt: skip
     rows = []
     for row in data.to_dict("records"):
         other = [row["activation"]] if row["activation"] != "topk" else []

@@ -170,7 +170,7 @@ def metrics(
     for kind, model in features[["kind", "model"]].drop_duplicates().itertuples(index=False):
         part = features[(features["kind"] == kind) & (features["model"] == model)]
         significant = part["concept_p"] <= LEVEL
-        aligned[f"{kind}_{model}"] = {
+        entry: Metrics = {
             "latents": len(part),
             "tested": part["concept_p"].notna().sum(),
             "aligned": significant.sum(),
@@ -179,10 +179,11 @@ def metrics(
         if kind == "sae":
             back = part["returns"] == 1
             unstable = part["concept"][significant & ~back]
-            aligned[f"{kind}_{model}"] |= {
+            entry |= {
                 "returning": back.sum(),
                 "named_by_all": sorted(set(unstable)) if section.stable_only else [],
             }
+        aligned[f"{kind}_{model}"] = entry
     codes = next(iter(comparison.codes.values()))
     return {
         "slot": section.slot,
