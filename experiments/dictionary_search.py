@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from musicscope.config import load_params
 from musicscope.config.dictionaries import TrainSae
 from musicscope.core.command_line import Parser, run_program
 from musicscope.core.io import write_text
+from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc, auroc_columns
 from musicscope.data.clips import ClipStore, known_labels, main_clips
@@ -47,8 +49,9 @@ BASE: dict[str, Any] = {
     "seeds": 2,
 }  # fmt: skip
 NESTED = (40, 80, 160, 320)
+CONCEPT = "guitar"
 FIRST = ("nano-small", "top1")
-RECIPES = {k: {"k": k, "samples": 2_000_000, "batch_size": 512} for k in (16, 20)}
+RECIPES = {k: {"k": k, "samples": 2_000_000, "learning_rate": 0.006} for k in (20, 24)}
 """Recipes by k that the other slots and models confirm."""
 OTHERS = (("nano-small", "top2"), ("nano-medium", "top1"), ("nano-medium", "top2"))
 
@@ -63,18 +66,21 @@ def cells() -> dict[str, tuple[str, str, dict[str, Any]]]:
         "matryoshka": {"matryoshka": NESTED},
         "batchtopk-matryoshka": {"activation": "batchtopk", "matryoshka": NESTED},
         "slow": {"learning_rate": 0.001},
+        "fast": {"learning_rate": 0.006},
+        "faster": {"learning_rate": 0.012},
+        "fast-matryoshka": {"learning_rate": 0.006, "matryoshka": NESTED},
         "batch512": {"batch_size": 512},
         "batch256": {"batch_size": 256},
         "resample": {"resample_every": 250},
     }
     changes |= {f"{n}M": {"samples": n * 1_000_000} for n in (2, 4, 8)}
     changes["expansion2"] = RECIPES[20] | {"expansion": 2}
+    changes["recipe24-4M"] = RECIPES[24] | {"samples": 4_000_000}
     changes |= {f"recipe{k}": recipe for k, recipe in RECIPES.items()}
     found = {name: (*FIRST, of) for name, of in changes.items()}
     for model, slot in OTHERS:
-        seeds = {"seeds": 3} if model != FIRST[0] else {}
         for k, recipe in RECIPES.items():
-            found[f"{model}-{slot}-recipe{k}"] = (model, slot, recipe | seeds)
+            found[f"{model}-{slot}-recipe{k}"] = (model, slot, recipe)
     return found
 
 
@@ -97,16 +103,8 @@ def queue() -> None:
         )
 
 
-def single_latent_auroc(
-    sae: TopKSAE, store: ActivationStore, rows: pd.DataFrame, concept: str = "guitar"
-) -> float:
-    """AUROC of the best latent's clip average on validation clips, chosen on other compositions.
-
-    `rows`: the clip table of the store.
-    """
-    at, labels = known_labels(rows, concept, main_clips(rows, "validation"))
-    means = pool_clips(encode_clips(store, at, sae.encode, sae.n_latents, 1, "cpu")).mean
-    groups = rows["group"].to_numpy(str)[at]
+def single_latent_auroc(means: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
+    """AUROC of the best latent by its clip averages [clips, F], chosen on other compositions."""
     halves = np.unique(groups, return_inverse=True)[1] % 2 == 0
     scores = []
     for chosen in (halves, ~halves):
@@ -123,6 +121,9 @@ def scores(
     """Score the seeds of one cell; all but the agreement is of the first."""
     clips: Iterator[np.ndarray] = (x for (x,) in pair([store], "validation").clips())
     found = evaluation.evaluate(saes[0], clips)
+    at, labels = known_labels(rows, CONCEPT, main_clips(rows, "validation"))
+    codes = encode_clips(store, at, saes[0].encode, saes[0].n_latents, 1, "cpu")
+    groups = rows["group"].to_numpy(str)[at]
     decoders = [sae.W_dec.numpy() for sae in saes]
     agreement, _ = stability.metrics(
         decoders, [found.fired] * len(saes), section.stable_cosine, seed_for(0, "search")
@@ -135,8 +136,15 @@ def scores(
         "decoder_cosine": agreement["decoder_cosine"],
         "dead_fraction": found.dead_fraction,
         "l0": found.l0,
-        "guitar_auroc": single_latent_auroc(saes[0], store, rows),
+        "guitar_auroc": single_latent_auroc(pool_clips(codes).mean, labels, groups),
     }
+
+
+def train_one(plan: SaePlan, name: str) -> TopKSAE:
+    """Train one seed of a plan."""
+    trained = train(plan.data(name), plan.config, SAE, plan.seed_of(name)).dictionary
+    assert isinstance(trained, TopKSAE)
+    return trained
 
 
 def run_cell(name: str, data: str) -> dict[str, Any]:
@@ -144,21 +152,11 @@ def run_cell(name: str, data: str) -> dict[str, Any]:
     model, slot, changed = CELLS[name]
     params = load_params()
     section = replace(params.train_sae, **(BASE | changed))
-    plan = SaePlan(
-        (model,),
-        slot,
-        (f"{data}/activations/{model}/{slot}",),
-        section,
-        SAE,
-        params.seed,
-        "cpu",
-        "",
-    )
-    clips, saes = plan.data("seed-0"), []
-    for run in plan.runs():
-        trained = train(clips, section, SAE, plan.seed_of(run)).dictionary
-        assert isinstance(trained, TopKSAE)
-        saes.append(trained)
+    folder = f"{data}/activations/{model}/{slot}"
+    plan = SaePlan((model,), slot, (folder,), section, SAE, params.seed, "cpu", live="")
+    runs = plan.runs()
+    with workers(min(params.compute.processes, len(runs))) as each:
+        saes = list(each(partial(train_one, plan), runs))
     settings = {key: getattr(section, key) for key in BASE}
     settings["matryoshka"] = "+".join(map(str, section.matryoshka))
     store, rows = plan.open_stores()[0], ClipStore.open(f"{data}/clips").rows
