@@ -18,6 +18,7 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
+from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.finder.run import Subject, find_all
 from stages import run_stage, stage_args
@@ -37,7 +38,8 @@ def main() -> None:
     if section.universal:
         features["usae"] = UniversalSAE.load("data/usae/seed-0", device)
 
-    subject = Subject(name, clips, store, features, device, params.compute.processes)
+    seeds = stability.read(f"data/sae/{name}/{section.slot}")
+    subject = Subject(name, clips, store, features, device, params.compute.processes, seeds)
     with atomic_dir(f"data/find_concept/{name}") as out:
         tables, metrics = find_all(subject, section, params.seed, out)
         write_json(f"metrics/find_concept/{name}.json", metrics)

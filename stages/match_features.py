@@ -15,6 +15,7 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
+from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import moments, output_effects, report, table
 from musicscope.features.run import REPORT, Inputs, ModelSAEs, compare, describe_features
@@ -31,7 +32,8 @@ def main() -> None:
     for model, store in zip(params.models, stores, strict=True):
         folders = [f"data/sae/{model}/{slot}/seed-{i}" for i in range(params.train_sae.seeds)]
         saes = [TopKSAE.load(folder, device) for folder in folders]
-        models.append(ModelSAEs(model, ActivationStore.open(store), saes))
+        returning = stability.read(f"data/sae/{model}/{slot}")
+        models.append(ModelSAEs(model, ActivationStore.open(store), saes, returning))
     usae = UniversalSAE.load("data/usae/seed-0", device)
     inputs = Inputs(models, usae, clips.rows, slot)
     comparison = compare(inputs, section, params.seed, params.compute.processes, device)

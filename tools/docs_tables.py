@@ -125,6 +125,18 @@ def capabilities() -> str:
 # --- results ------------------------------------------------------------------------------------
 
 
+AGREEMENT = {
+    "latents that return in other seeds": "returning.share",
+    "the same of random rows": "returning.null_share",
+    "their share of all firings": "returning.share_of_firings",
+    "mean cosine of different rows (c_dec)": "decoder_cosine",
+    "overlap of subspaces between seeds, latents used most": "subspaces.used.overlap",
+    "its null": "subspaces.used.null",
+    "overlap, unstable latents used most": "subspaces.unstable.overlap",
+    "null of that": "subspaces.unstable.null",
+}
+
+
 def features() -> str:
     """SAEs and guitar probes, one column per model and slot."""
     columns = [(m, s) for m in MODELS for s in SLOTS]
@@ -136,6 +148,7 @@ def features() -> str:
         "cross-entropy recovered": "ce_recovered",
         "stability between seeds": "stability",
         "null of stability": "stability_null",
+        **AGREEMENT,
     }
     probe = {
         "guitar AUROC: SAE codes": "sae.test.auroc",
@@ -737,6 +750,30 @@ SEARCH = {
 }
 
 
+def dictionaries() -> str:
+    """Reconstruction and agreement by cell of experiments/dictionary_search.csv."""
+    data = pd.read_csv(ROOT / "experiments/dictionary_search.csv", keep_default_na=False)
+    head = ["model, slot", "k", "expansion", "M frames", "batch", "other", "explained variance",
+            "stability (null)", "return", "their firings", "c_dec", "dead",
+            "guitar AUROC"]  # fmt: skip
+    rows = []
+    for row in data.to_dict("records"):
+        other = [row["activation"]] if row["activation"] != "topk" else []
+        other += ["nested"] if row["matryoshka"] else []
+        other += ["resampled"] if row["resample_every"] else []
+        other += [f"rate {row['learning_rate']:g}"] if row["learning_rate"] != 0.003 else []
+        rows.append(
+            [f"{row['model']}, {row['slot']}", str(row["k"]), str(row["expansion"]),
+             f"{row['samples'] / 1e6:g}", str(row["batch_size"]), ", ".join(other),
+             f"{row['explained_variance']:.3f}",
+             f"{row['stability']:.2f} ({row['stability_null']:.2f})",
+             f"{row['returning']:.2f}", f"{row['share_of_firings']:.2f}",
+             f"{row['decoder_cosine']:.3f}", f"{row['dead_fraction']:.3f}",
+             f"{row['guitar_auroc']:.2f}"]
+        )  # fmt: skip
+    return table(head, rows)
+
+
 def search() -> str:
     """Success on validation prompts by experiment of experiments/steering_search.csv."""
     data = pd.read_csv(ROOT / "experiments/steering_search.csv")
@@ -1041,8 +1078,8 @@ def gpu_training() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        capabilities, features, controls, transfer, transfer_goals, dictionary_cost, models, cues,
-        ablation, carried, effects, shared, linear, dedicated, scaling, matched, sets, maximised,
+        capabilities, features, dictionaries, controls, transfer, transfer_goals, dictionary_cost,
+        models, cues, ablation, carried, effects, shared, linear, dedicated, scaling, matched, sets, maximised,
         found, confounding, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
         search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
         synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,

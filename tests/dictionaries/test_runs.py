@@ -17,7 +17,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
-from musicscope.dictionaries import runs, tables
+from musicscope.dictionaries import runs, stability, tables
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from tests.support.dictionaries import (
     ROOT,
@@ -115,6 +115,11 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
     assert explained["n"] == rows.loc[test, "group"].nunique()
     assert found["explained_variance_heldout_font"] < 1
     assert {"ce_clean", "ce_ablated", "ce_sae", "ce_recovered", "stability"} <= set(found)
+    returning = stability.read(workspace / "data/sae/tiny/top1")["returns"]
+    assert found["returning"]["share"] == pytest.approx(returning.mean(), abs=1e-6)
+    assert len(returning) == 96
+    assert 0 < found["decoder_cosine"] < 1
+    assert found["subspaces"]["used"]["latents"] >= 2
     sae = TopKSAE.load(workspace / "data/sae/tiny/top1/seed-0")
     store = ActivationStore.open(workspace / "data/activations/tiny/top1")
     assert sae.width == store.width

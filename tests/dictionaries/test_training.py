@@ -13,11 +13,12 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
-from musicscope.dictionaries import data, evaluation, sharing
+from musicscope.dictionaries import data, evaluation, sharing, training
 from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import TEST, TRAIN, pair
 from musicscope.dictionaries.evaluation import evaluate
+from musicscope.dictionaries.runs import sae_plan
 from musicscope.dictionaries.step import initial_state, step
 from musicscope.dictionaries.training import (
     count_latents,
@@ -66,6 +67,29 @@ def test_recovers_a_planted_dictionary(store: ActivationStore):
     assert test.explained_variance > 0.9
     assert test.l0 == pytest.approx(3, abs=0.01)
     assert result.history[-1]["loss"] < 0.1 < result.history[0]["loss"]
+
+
+def test_seeds_differ_in_first_weights_and_in_the_order_of_the_frames(store, monkeypatch):
+    def start_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = []
+
+        def watch(state, xs, **options):
+            seen.append((state.weights[0].W_dec.clone(), xs[0].clone()))
+            return step(state, xs, **options)
+
+        monkeypatch.setattr(training, "step", watch)
+        fit_sae(store, seed, samples=256)
+        return seen[0][0], torch.cat([x for _, x in seen])
+
+    plan = sae_plan(sae_section(seeds=2), "m", "top1", 20, "cpu", "")
+    seeds = [plan.seed_of(name) for name in plan.runs()]
+    assert len(set(seeds)) == 2
+    first, again, other = (start_of(seed) for seed in (seeds[0], *seeds))
+    for mine, same, new in zip(first, again, other, strict=True):
+        assert torch.equal(mine, same)
+        assert not torch.equal(mine, new)
+    shared = (first[1][:, None] == other[1][None]).all(-1).any(1).float().mean()
+    assert shared < 0.6  # not the same 256 frames in another order either
 
 
 def test_saved_decoder_has_unit_norm_and_bias_is_in_activation_units(store: ActivationStore):

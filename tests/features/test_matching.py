@@ -256,6 +256,12 @@ def test_sets_of_two_models():
     sets = matching.name_sets(clock, highest, reproduced, active, 0.5)
     assert sets["a"].tolist() == ["positional", "own", "unmatched", "unmatched", "silent", "own"]
     assert sets["b"].tolist() == ["own", "unmatched", "positional"]
+    returning = {"a": np.array([1, 0, 0, 0, 0, 1], bool), "b": np.array([1, 1, 0], bool)}
+    sets = matching.name_sets(matches, highest, reproduced, active, 0.5, returning)
+    assert sets["a"].tolist() == [
+        "unstable", "unstable", "unmatched", "unmatched", "silent", "own",
+    ]  # fmt: skip
+    assert sets["b"].tolist() == ["own", "unmatched", "unstable"]
 
 
 def test_common_of_three_models_needs_all_three_pairs():

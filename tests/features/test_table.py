@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -107,21 +109,27 @@ def test_top_clips_give_the_exact_frame():
 
 SECTION = MatchFeatures(
     slot="top1", threshold=0.5, null_draws=2, permutations=99, bootstrap=50, min_clips=4,
-    top_clips=3,
+    top_clips=3, stable_only=True,
 )  # fmt: skip
 
 
-def inputs(planted, **changes):
+def returning(latents: int, lost: tuple[int, ...] = ()) -> pd.DataFrame:
+    """Table of dictionaries.stability in which all latents but `lost` return."""
+    back = ~np.isin(np.arange(latents), lost)
+    return pd.DataFrame({"seed_cosine": np.where(back, 0.9, 0.3), "returns": back})
+
+
+def inputs(planted, lost=(), **changes):
     models = [
-        ModelSAEs(name, store, saes)
+        ModelSAEs(name, store, saes, returning(saes[0].n_latents, lost))
         for name, store, saes in zip("ab", planted.stores, planted.saes, strict=True)
     ]
     values = {"models": models, "usae": planted.usae, "rows": planted.rows, "slot": "top1"}
     return Inputs(**values | changes)
 
 
-def compare_planted(planted, workers=1):
-    of = inputs(planted)
+def compare_planted(planted, workers=1, lost=()):
+    of = inputs(planted, lost)
     comparison = compare(of, SECTION, 0, workers)
     features, top, skipped = describe_features(of, comparison, SECTION, 0.1, 50.0, 0)
     return comparison, features, top, report.metrics(comparison, features, skipped, SECTION)
@@ -212,6 +220,42 @@ def test_the_guitar_latent_is_credited_with_the_guitar(compared):
     assert (features["concept_p"] <= 0.05).sum() <= 8  # four are planted
 
 
+def test_latents_that_do_not_return_are_neither_named_nor_matched():
+    """Two shared factors, of which one is the guitar's, and one own factor are lost."""
+    planted = plant()
+    whole = compare_planted(planted)
+    guitar, other, own = (planted.latent[0][f] for f in (GUITAR, GUITAR + 1, BOTH))
+    lost = (int(other), int(own))
+    _, features, _, metrics = compare_planted(planted, lost=lost)
+    row = features.set_index(["kind", "model", "feature"]).loc["sae", "a"]
+    assert row.loc[list(lost), "set"].tolist() == ["unstable", "unstable"]
+    assert row.loc[list(lost), "returns"].tolist() == [0, 0]
+    assert (row.loc[list(lost), "concept"] == "").all()
+    assert row.loc[list(lost), "concept_p"].isna().all()
+    gone = {f for f in range(BOTH) for m in (0, 1) if planted.latent[m][f] in lost}
+    assert metrics["sets"]["common"]["value"] == SHARED - len(gone - set(range(SHARED, BOTH)))
+    assert (row.loc[guitar, "set"], row.loc[guitar, "concept"]) == ("common", "guitar")
+    assert metrics["concepts"]["sae_a"]["named_by_all"] == []
+    assert metrics["concepts"]["sae_a"]["returning"] == WIDTH - 2
+    # Nothing but the guitar's latent follows the guitar: then it keeps its name, and this is said.
+    _, features, _, metrics = compare_planted(planted, lost=(int(guitar),))
+    row = features.set_index(["kind", "model", "feature"]).loc["sae", "a"]
+    assert (row.loc[guitar, "set"], row.loc[guitar, "concept"]) == ("unstable", "guitar")
+    assert "guitar" in metrics["concepts"]["sae_a"]["named_by_all"]
+    assert whole[3]["sets"]["unstable_a"] == 0
+
+
+def test_with_the_switch_off_every_latent_is_named():
+    planted = plant()
+    section = replace(SECTION, stable_only=False)
+    of = inputs(planted, lost=range(WIDTH))
+    found = compare(of, section, 0)
+    features, _, _ = describe_features(of, found, section, 0.1, 50.0, 0)
+    first = compare_planted(planted)[1]
+    for column in ("set", "concept", "concept_p"):
+        pd.testing.assert_series_equal(features[column], first[column])
+
+
 def test_tables_survive_the_disk_and_have_their_columns(compared, tmp_path):
     planted, _, features, top, _ = compared
     feature_table.write(tmp_path / "features", features, top)
@@ -263,7 +307,7 @@ def test_same_numbers_and_same_bytes_with_any_number_of_threads(compared, tmp_pa
 def test_what_does_not_belong_together_is_an_error():
     planted = plant()
     models = inputs(planted).models
-    lone = [ModelSAEs(m.name, m.store, m.saes[:1]) for m in models]
+    lone = [ModelSAEs(m.name, m.store, m.saes[:1], m.stability) for m in models]
     for changes, message in (
         ({"models": models[:1]}, "at least two"),
         ({"slot": "top2"}, "of a, b at top1, params ask for a usae of a, b at top2"),

@@ -19,7 +19,7 @@ from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import concept_sets, examine, select_query
 from musicscope.finder.recordings import plan_recordings, read_windows
-from musicscope.finder.run import find_concept
+from musicscope.finder.run import Subject, find_concept
 from tests.support.planted import clip_rows, find_concept_section
 from tools.import_closure import ROOT
 
@@ -374,3 +374,17 @@ def test_params_name_concepts_as_a_list_of_sections(tmp_path):
     ):
         with pytest.raises(ParamsError, match=message):
             load(**change)
+
+
+def test_found_features_say_whether_they_return_in_other_seeds():
+    seeds = pd.DataFrame(
+        {"feature": [0, 1, 2], "seed_cosine": [0.9, 0.2, 0.8], "returns": [True, False, True]}
+    )
+    subject = Subject("m", None, None, {}, stability=seeds)
+    ranked = pd.DataFrame({"feature": [2, 1, 0], "q": [0.01, 0.02, 0.5]})
+    table, numbers = subject.describe(ranked, "sae", "guitar", 0.05)
+    assert table["seed_cosine"].tolist() == [0.8, 0.2, 0.9]
+    assert numbers == {"discoveries_returning": 1}
+    table, numbers = subject.describe(ranked, "usae", "guitar", 0.05)
+    assert "returns" not in table
+    assert numbers == {}

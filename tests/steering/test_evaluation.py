@@ -316,6 +316,13 @@ def test_random_latents_stand_in_for_both_sides(context):
     ops = [edit.op for edit in found.edits("off", settings, theirs)]
     assert ops == ["ablate", "clamp_min"]
     assert [len(side) for side in conditions.control_latents(found, "on", settings, 1)] == [3]
+    free = (found.statistics["mean_with"] > 0).nonzero().flatten().tolist()
+    pool = torch.zeros(len(found.statistics["mean_with"]), dtype=torch.bool)
+    pool[free[::2]] = True
+    few = replace(found, pool=pool, both_sides="never")
+    drawn = conditions.control_latents(few, "on", settings, 1)[0]
+    assert pool[list(drawn)].all()
+    assert not set(drawn) & set(few.ranked("effect", every=True)[:12])
 
 
 def test_steered_tokens_are_less_natural_to_the_plain_model(context):

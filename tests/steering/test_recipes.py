@@ -13,7 +13,7 @@ import torch
 from musicscope.core.io import folder_sha256
 from musicscope.core.stats import auroc
 from musicscope.dictionaries.core import TopKSAE
-from musicscope.steering import learning, recipes
+from musicscope.steering import learning, recipes, report
 
 F, FRAMES, RATE = 12, 40, 50.0
 FOR, AGAINST, RARE, DEAD = 3, 7, 5, 11
@@ -105,6 +105,26 @@ def test_the_partial_score_is_the_t_of_a_regression_and_sees_through_company():
     simple = learning.latent_scores(means, guitar, "effect", drums[:, None])
     assert simple[0] > simple[1]
     assert found[0] < 2 < found[1]
+
+
+def test_only_latents_that_return_are_edited_unless_too_few_do(case, tmp_path):
+    clips = case[2]
+    returning = np.ones(F, bool)
+    returning[FOR] = False
+    stable, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, returning=returning)
+    assert stable.pool is not None
+    assert FOR not in stable.ranked("auroc")
+    assert stable.ranked("auroc", every=True)[0] == FOR
+    assert FOR not in stable.latents("off", best(4))[0]
+    recipes.save_recipe(stable, tmp_path)
+    assert torch.equal(recipes.load_recipe(tmp_path, "guitar").pool, stable.pool)
+    assert report.pool_of(stable) == {"of": "returning", "latents": F - 1}
+    one = np.arange(F) == FOR
+    few, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, returning=one, n_features=2)
+    assert few.pool is None
+    assert report.pool_of(few) == {"of": "all", "latents": F}
+    enough, _ = learning.learn_recipe(clips, "guitar", **OPTIONS, returning=one, n_features=1)
+    assert enough.ranked("share") == [FOR]
 
 
 def test_targets_are_the_means_of_train_clips(case):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from musicscope.activations import extraction
 from musicscope.core.io import atomic_dir
 from musicscope.data.clips import ClipStore, at_rate, write_clips
 from musicscope.data.taxonomy import FAMILIES
+from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.models.registry import load_model
 from musicscope.steering.conditions import Context
@@ -145,6 +147,9 @@ def write_world(root: Path, rows: list[dict], noise: float = NOISE) -> None:
     folder = root / "data/activations/tone/top1"
     extraction.extract(plans, lambda: (model, view), {"top1": folder})
     tone_sae().save(root / "data/sae/tone/top1/seed-0", {"layer": "latent"})
+    latents = np.arange(tone_sae().n_latents)
+    every = pd.DataFrame({"feature": latents, "seed_cosine": 1.0, "returns": True})
+    stability.write(root / "data/sae/tone/top1", every)
     (root / "data/judge").mkdir()
     (root / "data/judge/none").write_text("the tests' judges are in tone_rave.py")
 

@@ -167,6 +167,9 @@ class MatchFeatures(Section):
     """Fewest clips with and without a concept, in validation and in test, to test for it."""
     top_clips: PositiveInt
     """Best clips listed per feature."""
+    stable_only: bool
+    """Name SAE latents by a concept, and call them common or own, only if they return in the other
+    seeds (train_sae.stable_cosine). A concept that no such latent follows is named by all."""
 
 
 @dataclass(frozen=True)

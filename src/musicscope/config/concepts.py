@@ -36,6 +36,9 @@ class Steer(Section):
     train clips (musicscope.steering.learning). Output scores: output, KL at the logits; toward,
     pull towards codes of clips with the concept (musicscope.features.output_effects). With both,
     as in share+output, the best 32 by the first are ranked by the second."""
+    stable_only: bool
+    """Edit only latents that return in the other seeds (train_sae.stable_cosine), unless a concept
+    has fewer of them than `n_features`; the metrics name the pool of each concept."""
     target: Literal["active", "mean"]
     """Value that latents are raised to: their mean where they fire, or over all frames."""
     both_sides: Literal["never", "when_off", "when_on", "always"]

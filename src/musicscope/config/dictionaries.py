@@ -70,6 +70,8 @@ class TrainSae(Training):
     """Width of jumprelu's window, and where its thresholds start, in normalised units."""
     sparsity_weight: NonNegativeFloat
     """Weight of jumprelu's loss on the number of active latents."""
+    stable_cosine: Annotated[float, Field(ge=0, lt=1)]
+    """A latent returns in the other seeds above this cosine and the null's 99th percentile."""
 
     def check(self, section: str) -> None:
         super().check(section)

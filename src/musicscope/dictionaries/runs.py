@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from musicscope.activations.alignment import common_frames
@@ -31,7 +32,7 @@ from musicscope.core.distributed import ALONE, Engine, Ranks, Workers, scratch_o
 from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
-from musicscope.dictionaries import evaluation, linear_maps, sharing
+from musicscope.dictionaries import evaluation, linear_maps, sharing, stability
 from musicscope.dictionaries.core import JUMPRELU, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import (
     HELDOUT_FONT,
@@ -169,6 +170,9 @@ class Plan(Generic[Out]):
         """Return the stage's metrics."""
         raise NotImplementedError
 
+    def write(self, outcomes: Sequence[Out], folder: Path) -> None:
+        """Write what all dictionaries together give into the stage's output folder."""
+
 
 @dataclass(frozen=True)
 class Job(Generic[Out]):
@@ -261,6 +265,7 @@ def execute(
             return
         found = plan.report(outcomes)
         write_tables(outcomes, found)
+        plan.write(outcomes, scratch / "out")
         io.publish_dir(scratch / "out", out)
         io.write_json(metrics, found)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -352,6 +357,7 @@ class SaePlan(Plan[SaeOutcome]):
             **evaluation.stability(
                 [o.sae.W_dec.numpy() for o in outcomes], seed_for(self.seed, "stability")
             ),
+            **self.agreement(outcomes)[0],
             "seeds": {o.name: numbers(o) for o in outcomes},
         }
         if first.heldout_font is not None:
@@ -362,6 +368,18 @@ class SaePlan(Plan[SaeOutcome]):
             )
             result["ce_clips"] = len(self.loss_groups)
         return result
+
+    def agreement(self, outcomes: Sequence[SaeOutcome]) -> tuple[Metrics, pd.DataFrame]:
+        """Compare the seeds by `stability.metrics`."""
+        assert isinstance(self.config, TrainSae)
+        return stability.metrics(
+            [o.sae.W_dec.numpy() for o in outcomes], [o.test.fired for o in outcomes],
+            self.config.stable_cosine, seed_for(self.seed, "stability"),
+        )  # fmt: skip
+
+    def write(self, outcomes: Sequence[SaeOutcome], folder: Path) -> None:
+        """Write which latents of FIRST return in the other seeds."""
+        stability.write(folder, self.agreement(outcomes)[1])
 
 
 def _index(name: str) -> int:

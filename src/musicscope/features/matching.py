@@ -283,7 +283,7 @@ def raw_decoder(usae: UniversalSAE, i: int) -> np.ndarray:
 
 # --- named sets over the latents of M models ----------------------------------------------------
 
-NAMES = ("common", "positional", "partial", "own", "unmatched", "silent")
+NAMES = ("common", "positional", "partial", "own", "unstable", "unmatched", "silent")
 """Sets of SAE latents over M models; in metrics `own` carries the model's name.
 
 Pairs and correlations are from `match_activations`: chosen on validation, scored on test. The
@@ -300,6 +300,8 @@ own         matched in no other model; *no* latent of any other model correlates
             threshold on test, paired or not; and reproduced: matched one to one, by the same
             rule, in a second SAE of its own model. Otherwise every accident of training would
             count as a model's own feature.
+unstable    common or own but for one condition: it does not return in the other seeds, or, for
+            common, one of its partners does not (`dictionaries.stability`)
 unmatched   the rest: not reproduced, or similar to a latent that is paired with another.
 
 An own latent is missing from the *SAEs* of the other models. Their activations may still have its
@@ -340,14 +342,18 @@ def name_sets(
     reproduced: dict[str, np.ndarray],
     active: dict[str, np.ndarray],
     threshold: float,
+    returning: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Name the set of each SAE latent: {model: [F] of `NAMES`}; see the module for definitions.
 
     `matches` [a, b] for models in order; `highest` [a, b] [F_a]: the highest test correlation of
-    each latent of a with any of b, for both orders; `reproduced`, `active`: bool [F] per model.
+    each latent of a with any of b, for both orders; `reproduced`, `active` and
+    `returning` (None: all): bool [F] per model.
     """
     models = list(active)
+    returning = returning or {model: np.ones(len(of), bool) for model, of in active.items()}
     tuples = common_tuples(matches, models)
+    stable = np.all([returning[m][tuples[:, at]] for at, m in enumerate(models)], axis=0)
     survives, above = tuple_scores(matches, models, tuples)[:2] > threshold
     sets = {}
     for at, model in enumerate(models):
@@ -358,12 +364,13 @@ def name_sets(
                 score = match.score if model == a else match.inverse(F)[1]
                 matched |= score > threshold
                 similar |= highest[model, b if model == a else a] > threshold
-        common, positional = (
+        common, positional, lost = (
             np.isin(np.arange(F), tuples[which, at])
-            for which in (above & ~survives, above & survives)
+            for which in (above & ~survives & stable, above & survives, above & ~survives & ~stable)
         )
         own = reproduced[model] & ~matched & ~similar
-        conditions = [~active[model], common, positional, matched, own]
-        chosen = ["silent", "common", "positional", "partial", "own"]
+        lost |= own & ~returning[model]
+        conditions = [~active[model], common, positional, lost, matched, own]
+        chosen = ["silent", "common", "positional", "unstable", "partial", "own"]
         sets[model] = np.select(conditions, chosen, "unmatched")
     return sets

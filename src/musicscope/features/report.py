@@ -21,9 +21,8 @@ from musicscope.data.splits import (
 from musicscope.dictionaries.codes import Pools
 from musicscope.features.association import rank_by_difference
 from musicscope.features.matching import NAMES, Match, common_tuples, correlations_of, tuple_scores
-from musicscope.features.run import FONT, Comparison
+from musicscope.features.run import FONT, LEVEL, Comparison
 
-LEVEL = 0.05
 EDGES = np.linspace(-0.2, 1.0, 49)
 """Histogram of correlations; lower ones count in the first bin."""
 
@@ -130,10 +129,12 @@ def set_sizes(comparison: Comparison, threshold: float) -> dict[str, float]:
     """Count the latents in each set by model, the common tuples with their interval, and a null.
 
     The null of `common`, for two models, is the number of pairs that fit the same definition when
-    both choice and score are made on re-paired clips.
+    both choice and score are made on re-paired clips, whether or not their latents return.
     """
     matches, models = comparison.matches, list(comparison.sets)
     tuples = common_tuples(matches, models)
+    stable = [comparison.returning[m][tuples[:, at]] for at, m in enumerate(models)]
+    tuples = tuples[np.all(stable, axis=0)]
     scores = tuple_scores(matches, models, tuples) > threshold
     counts = scores[1:, ~scores[0]].sum(1)
     match = matches[models[0], models[1]]
@@ -156,7 +157,8 @@ def metrics(
 
     sae_sae.<a>_<b> and its null; seeds.<model>: seed 1 instead of another model's SAE, the ceiling;
     sae_usae.<model>: by decoder cosine, with the lowest and highest share over SAE seeds; sets;
-    concepts: latents with a concept at corrected p <= .05, by dictionary.
+    concepts: latents with a concept at corrected p <= .05, by dictionary; named_by_all: concepts
+    that no latent follows that returns in the other seeds.
     """
     t = section.threshold
     usae = {}
@@ -168,12 +170,20 @@ def metrics(
     for kind, model in features[["kind", "model"]].drop_duplicates().itertuples(index=False):
         part = features[(features["kind"] == kind) & (features["model"] == model)]
         significant = part["concept_p"] <= LEVEL
-        aligned[f"{kind}_{model}"] = {
+        entry: Metrics = {
             "latents": len(part),
             "tested": part["concept_p"].notna().sum(),
             "aligned": significant.sum(),
             "by_concept": part["concept"][significant].value_counts().sort_index().to_dict(),
         }
+        if kind == "sae":
+            back = part["returns"] == 1
+            unstable = part["concept"][significant & ~back]
+            entry |= {
+                "returning": back.sum(),
+                "named_by_all": sorted(set(unstable)) if section.stable_only else [],
+            }
+        aligned[f"{kind}_{model}"] = entry
     codes = next(iter(comparison.codes.values()))
     return {
         "slot": section.slot,

@@ -24,6 +24,8 @@ from musicscope.features.association import align, usable_concepts
 from musicscope.features.matching import Match, name_sets
 
 CHOOSE, REPORT, FONT = "validation", "test", "heldout_font"
+LEVEL = 0.05
+"""Largest corrected p of a latent that counts as aligned with a concept."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ModelSAEs:
     store: ActivationStore
     saes: Sequence[TopKSAE]
     """By seed: 0 is compared, 1 shows which latents are reproduced, all are matched to the USAE"""
+    stability: pd.DataFrame
+    """Which latents of seed 0 return in the other seeds (`dictionaries.stability`)"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Comparison:
     """SAE of each seed against the USAE; only seed 0 has a null"""
     sets: dict[str, np.ndarray]
     """Name of the set of each SAE latent"""
+    returning: dict[str, np.ndarray]
+    """[F] SAE latents that may be named: those that return in other seeds, or all"""
 
 
 def encode_all(
@@ -168,14 +174,19 @@ def compare(
         name: np.logical_and(*(codes[name, "sae"][k].fired > 0 for k in (CHOOSE, REPORT)))
         for name in names
     }
+    returning = {}
+    for m in inputs.models:
+        back = m.stability["returns"].to_numpy(bool)
+        returning[m.name] = back if section.stable_only else np.ones_like(back)
     sets = name_sets(
         matches,
         {pair: correlation for pair, (_, correlation) in highest.items()},
         {name: match.score > section.threshold for name, match in seeds.items()},
         active,
         section.threshold,
+        returning,
     )
-    return Comparison(codes, matches, highest, seeds, decoders, sets)
+    return Comparison(codes, matches, highest, seeds, decoders, sets, returning)
 
 
 def describe_features(
@@ -228,6 +239,8 @@ def describe_features(
         match, latents = comparison.decoders[m.name][0], tested.n_latents
         if kind == "sae":
             columns |= {"set": comparison.sets[m.name]}
+            columns |= {k: m.stability[k].to_numpy() for k in ("seed_cosine", "returns")}
+            columns = table.only_returning(columns, comparison.returning[m.name], LEVEL)
             columns |= {"seed_correlation": comparison.seeds[m.name].score}
             columns |= table.partners(m.name, latents, comparison.matches, comparison.highest)
             partner, cosine = match.partner, match.score

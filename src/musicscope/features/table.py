@@ -11,7 +11,8 @@ fires, firing_entropy, cofires, cofire_proportion   USAE: test frames with z abo
                    log M (1: all models alike, 0: one alone); frames on which it fires for all
                    models, and these over `fires` (arXiv 2502.03714, 3.1). NaN for a latent that
                    never fires, and for SAEs (whole numbers: -1)
-set                SAE: common, positional, partial, own, unmatched or silent (sharing.py); ""
+set                SAE: common, positional, partial, own, unstable, unmatched or silent
+                   (matching.py); ""
                    for the USAE
 partner_model, partner, partner_correlation, partner_repaired   SAE: its one-to-one partner in
                    another model's SAE (of several models the one with the highest correlation),
@@ -19,10 +20,13 @@ partner_model, partner, partner_correlation, partner_repaired   SAE: its one-to-
 best_model, best, best_correlation   SAE: the latent with the highest test correlation in any other
                    model's SAE, one-to-one or not
 seed_correlation   SAE: test correlation with its partner in the SAE of seed 1 of the same model
+seed_cosine, returns   SAE: mean over the other seeds of its decoder row's best cosine; 1 if that
+                   makes it a latent that returns, else 0 (dictionaries.stability); -1 for the USAE
 counterpart, counterpart_cosine   its partner in the other dictionary of the same model: a USAE
                    latent for "sae", an SAE latent for "usae", by decoder cosine
 output_kl, output_confidence   SAE: effect of the latent at the logits (output_effects.py)
-concept, concept_pooling, concept_auroc, concept_heldout_auroc, concept_p   association.py
+concept, concept_pooling, concept_auroc, concept_heldout_auroc, concept_p   association.py; missing
+                   for an SAE latent that does not return, with match_features.stable_only
 top_clip, top_frame, top_seconds, top_value   the test clip, and the exact frame in it, on which the
                    latent is highest; "" and -1 if it never fires
 
@@ -48,14 +52,14 @@ from musicscope.features.matching import Match
 COLUMNS = (
     "kind", "model", "feature", "energy", "firing_rate", "fires", "firing_entropy", "cofires",
     "cofire_proportion", "set", "partner_model", "partner", "partner_correlation",
-    "partner_repaired", "best_model", "best", "best_correlation", "seed_correlation", "counterpart",
-    "counterpart_cosine", "output_kl", "output_confidence", "concept", "concept_pooling",
-    "concept_auroc", "concept_heldout_auroc", "concept_p", "top_clip", "top_frame", "top_seconds",
-    "top_value",
+    "partner_repaired", "best_model", "best", "best_correlation", "seed_correlation", "seed_cosine",
+    "returns", "counterpart", "counterpart_cosine", "output_kl", "output_confidence", "concept",
+    "concept_pooling", "concept_auroc", "concept_heldout_auroc", "concept_p", "top_clip",
+    "top_frame", "top_seconds", "top_value",
 )  # fmt: skip
 TOP_COLUMNS = ("kind", "model", "feature", "rank", "clip", "frame", "seconds", "value")
 TEXT = ("set", "partner_model", "best_model", "concept", "concept_pooling", "top_clip")
-WHOLE = ("feature", "fires", "cofires", "partner", "best", "counterpart", "top_frame")
+WHOLE = ("feature", "fires", "cofires", "partner", "best", "returns", "counterpart", "top_frame")
 
 
 def energy(codes: Codes, decoder: np.ndarray, variance: float) -> np.ndarray:
@@ -127,6 +131,23 @@ def describe(codes: Codes, power: np.ndarray, alignment: Alignment, top: pd.Data
         },
         **{f"top_{k}": first[k].to_numpy() for k in ("clip", "frame", "seconds", "value")},
     }
+
+
+def only_returning(
+    columns: dict[str, np.ndarray], returning: np.ndarray, level: float
+) -> dict[str, np.ndarray]:
+    """Take the concepts from latents that are not in `returning` [F].
+
+    A concept that no returning latent follows at corrected p <= `level` stays with those that do.
+    """
+    concept, aligned = columns["concept"].astype(str), columns["concept_p"] <= level
+    kept = returning | (aligned & ~np.isin(concept, concept[aligned & returning]))
+    blank = {
+        name: np.where(kept, values, "" if values.dtype.kind in "OU" else np.nan)
+        for name, values in columns.items()
+        if name == "concept" or name.startswith("concept_")
+    }
+    return columns | blank
 
 
 def partners(

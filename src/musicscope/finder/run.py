@@ -2,9 +2,9 @@
 
 `find_concept` is the library's and the command's entry, `find_all` the stage's. The latter writes
 data/find_concept/<model>: features.parquet (dictionary, concept and `association.COLUMNS`; for
-clips also test_auroc, heldout_font_auroc and heldout_source_auroc; all tested features, best
-first), moments.parquet (concept and `scores.MOMENTS`; recording is a clip's id or a file) and the
-WAV files in its column file.
+clips also test_auroc, heldout_font_auroc and heldout_source_auroc; for the SAE also seed_cosine and
+returns; all tested features, best first), moments.parquet (concept and `scores.MOMENTS`; recording
+is a clip's id or a file) and the WAV files in its column file.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from musicscope.finder.scores import (
 from musicscope.judges.musicnn import level
 from musicscope.models.interface import MusicModel
 from musicscope.models.registry import load_model
+
+Described = tuple[pd.DataFrame, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,21 @@ class Subject:
     features: Mapping[str, TopKSAE | UniversalSAE]
     device: str = "cpu"
     workers: int = 1
+    stability: pd.DataFrame | None = None
+    """Which latents of the SAE return in other seeds (`dictionaries.stability`)"""
+
+    def describe(self, table: pd.DataFrame, name: str, concept: str, q: float) -> Described:
+        """Add concept, dictionary and, for the SAE, seed_cosine and returns to a table.
+
+        Also returns the number of discoveries that return in other seeds, for the metrics.
+        """
+        table = table.assign(dictionary=name, concept=concept)
+        if name != "sae" or self.stability is None:
+            return table, {}
+        own = self.stability.set_index("feature")[["seed_cosine", "returns"]]
+        table = table.join(own, on="feature")
+        returning = (table["q"] <= q) & table["returns"]
+        return table, {"discoveries_returning": int(returning.sum())}
 
 
 def _find_in_folders(
@@ -264,7 +281,9 @@ def find_all(
             table, metrics[name][concept] = examine(
                 pools.mean, groups, of, section, seed, subject.name, name, concept, cues=cues
             )
-            tables.append(table.assign(dictionary=name, concept=concept))
+            described, returning = subject.describe(table, name, concept, section.q)
+            metrics[name][concept] |= returning
+            tables.append(described)
             best, with_ = table["feature"].head(section.features), of.train[of.labels]
             for feature, rank, i in top_moments(pools.highest, with_, best, section.moments):
                 seconds, value = (float(of[i, feature]) for of in (times, pools.highest))
@@ -276,13 +295,15 @@ def find_all(
     for c, report in _find_in_folders(subject, folders, section, seed):
         print(f"{c.name}: {report.text()}")
         for name, table in report.tables.items():
+            described, returning = subject.describe(table, name, c.name, section.q)
             metrics[name][c.name] = {
                 **{k: report.recordings[k] for k in ("with", "without")},
                 "tested": len(table), "discoveries": len(report.discoveries(name)),
                 "left_out": {"files": len({p.name for p in report.problems})},
                 "cues": dict(report.cues), "confounding": report.confounding.as_metrics(),
+                **returning,
             }  # fmt: skip
-            tables.append(table.assign(dictionary=name, concept=c.name))
+            tables.append(described)
         files = {f"{c.name}-{file}": audio for file, audio in report.excerpts.items()}
         write_excerpts(out, files, report.rate)
         for *moment, file in report.moments.itertuples(index=False, name=None):

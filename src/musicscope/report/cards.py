@@ -60,6 +60,7 @@ def _sae(row: pd.Series) -> Described:
         ("firing rate", short(numbers["firing_rate"])),
         ("set", row["set"] or "none"),
         ("found by seed 1 (correlation)", plain(_number(row["seed_correlation"]), 2)),
+        ("in other seeds (decoder cosine)", plain(_number(row["seed_cosine"]), 2)),
         ("concept", concept_text(row)),
     ]
     matches = []

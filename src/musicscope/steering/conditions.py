@@ -161,11 +161,18 @@ def _latent_change(
 def control_latents(
     recipe: Recipe, direction: str, settings: Settings, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Draw control latents matched in activity, with low evidence for the concept."""
+    """Draw control latents matched in activity, with low evidence for the concept.
+
+    From the pool of the recipe, if enough are left.
+    """
     activity = (recipe.statistics["mean_with"] + recipe.statistics["mean_without"]).numpy()
     sides, most = recipe.latents(direction, settings), AVOID * settings.n_features
-    ranks = [recipe.ranked(settings.score, sign)[:most] for sign in (1, -1)[: len(sides)]]
+    ranks = [recipe.ranked(settings.score, sign, True)[:most] for sign in (1, -1)[: len(sides)]]
     chosen, avoid = ([f for part in parts for f in part] for parts in (sides, ranks))
+    if recipe.pool is not None:
+        pooled = np.where(recipe.pool.numpy(), activity, 0.0)
+        if (pooled > 0).sum() - len(set(avoid) | set(chosen)) >= len(chosen):
+            activity = pooled
     drawn = random_features(activity, chosen, avoid, seed)
     return (drawn[: len(sides[0])], drawn[len(sides[0]) :])[: len(sides)]
 

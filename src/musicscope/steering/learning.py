@@ -15,7 +15,7 @@ Scores of a latent, all above 0 for evidence for the concept:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -210,11 +210,14 @@ def output_scores(
 def learn_recipe(
     clips: Clips, concept: str, *, model: str, slot: str, layer: str, sae: str, target: str,
     both_sides: str, gate_features: int, gate_seconds: float, frame_rate: float,
-    effects: pd.DataFrame | None = None,
+    effects: pd.DataFrame | None = None, returning: np.ndarray | None = None, n_features: int = 1,
 ) -> tuple[Recipe, dict[str, float]]:  # fmt: skip
     """Learn the recipe of a concept; also return the validation AUROC of its gate and its probe.
 
     `effects`: table of `features.output_effects`, whose KL and pull become output scores.
+
+    Only latents of `returning` [F] bool are edited, if by every score at least `n_features` of them
+    have evidence for the concept; None: all.
     """
     at, labels, train = clips.labelled(concept)
     learns = at[train]
@@ -240,4 +243,8 @@ def learn_recipe(
         model, slot, layer, sae, concept, target, both_sides, tensors(statistics),
         tensors({"difference": difference, "probe": probe}), gate,
     )  # fmt: skip
+    if returning is not None:
+        stable = replace(recipe, pool=torch.from_numpy(returning))
+        if min(len(stable.ranked(score)) for score in SCORES) >= n_features:
+            recipe = stable
     return recipe, {"gate_auroc": gate_auroc, "probe_auroc": probe_auroc}

@@ -87,12 +87,15 @@ class Recipe:
     grounding: float | None = None
     """AUROC of judges between plain pieces whose prompts name the concept and pieces whose prompts
     do not; None: not measured"""
+    pool: Tensor | None = None
+    """[F] bool: latents that may be edited, those that return in other seeds; None: all."""
 
-    def ranked(self, score: str, sign: int = 1) -> list[int]:
+    def ranked(self, score: str, sign: int = 1, every: bool = False) -> list[int]:
         """Rank latents with evidence for (sign 1) or against (-1) the concept, best first.
 
-        output, which knows no concept, ranks latents with evidence by share. With two scores, as in
-        share+output, the best `SHORTLIST` by the first come in the order of the second.
+        Of `pool`, or of `every` latent. output, which knows no concept, ranks latents with evidence
+        by share. With two scores, as in share+output, the best `SHORTLIST` by the first come in the
+        order of the second.
 
         ValueError: an unknown score, or no output effects of this model and concept.
         """
@@ -114,6 +117,8 @@ class Recipe:
             return among[torch.argsort(-values, stable=True)]
 
         evidence = sign * self.statistics["share" if first == "output" else first]
+        if self.pool is not None and not every:
+            evidence = evidence * self.pool
         order = by(first, (evidence > 0).nonzero()[:, 0])
         if both:
             order = torch.cat([by(second, order[:SHORTLIST]), order[SHORTLIST:]])
@@ -175,6 +180,7 @@ def save_recipe(recipe: Recipe, folder: str | Path) -> None:
         "gate.features": torch.tensor(gate.features),
         "gate.weights": torch.tensor(gate.weights, dtype=torch.float64),
         "gate.bias": torch.tensor(gate.bias, dtype=torch.float64),
+        **({} if recipe.pool is None else {"pool": recipe.pool.contiguous()}),
     }
     path = folder / f"{recipe.concept}.safetensors"
     with atomic_file(path) as temporary:
@@ -220,6 +226,7 @@ def load_recipe(folder: str | Path, concept: str) -> Recipe:
             ),
             chosen={direction: Settings(**s) for direction, s in found["chosen"].items()},
             grounding=found.get("grounding"),
+            pool=tensors.get("pool"),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} or {weights} is incomplete ({error}): rerun steer") from error

@@ -128,6 +128,14 @@ def plan_metrics(plan: Plan) -> dict[str, object]:
     }
 
 
+def pool_of(recipe: Recipe) -> dict[str, object]:
+    """Latents that could be edited: those that return in other seeds, or all; and their number."""
+    latents = len(recipe.statistics["mean_with"])
+    if recipe.pool is None:
+        return {"of": "all", "latents": latents}
+    return {"of": "returning", "latents": int(recipe.pool.sum())}
+
+
 def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, object]:
     """All numbers of metrics/steer/<model>.json.
 
@@ -143,7 +151,9 @@ def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, obje
             judge: {c: known[c] for c in result.plan.concepts if c in known}
             for judge, known in result.scorer.reliability.items()
         },
-        "recipes": {c: {**aurocs, **summary_of(r)} for c, (r, aurocs) in recipes.items()},
+        "recipes": {
+            c: {**aurocs, "pool": pool_of(r), **summary_of(r)} for c, (r, aurocs) in recipes.items()
+        },
         "concepts": {
             c: {
                 d: concept_metrics(result, (c, d), context.subject.batch)

@@ -13,6 +13,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
 from musicscope.core.io import folder_sha256, scratch_dir, sha256
 from musicscope.data.clips import ClipStore
+from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import output_effects
 from musicscope.models.interface import AudioModel
@@ -45,14 +46,19 @@ def evaluate(
     shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
     options = {key: getattr(section, key) for key in shared}
     options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
-                "sae": folder_sha256(dictionary)}  # fmt: skip
-    effects = None if isinstance(model, AudioModel) else output_effects.read(name, section.slot)
-    recipes = {c: learn_recipe(train, c, **options, effects=effects) for c in plan.concepts}
+                "sae": folder_sha256(dictionary),
+                "n_features": max(section.n_features)}  # fmt: skip
+    if not isinstance(model, AudioModel):
+        options["effects"] = output_effects.read(name, section.slot)
+    if section.stable_only:
+        options["returning"] = stability.read(dictionary.parent)["returns"].to_numpy(bool)
+    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
     del train, model
 
-    inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
+    saes = dictionary.parent  # all seeds, as they decide which latents return
+    inputs = ("data/clips", f"data/models/{name}", store.folder, saes, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
-    if effects is not None:
+    if "effects" in options:
         key["effects"] = sha256(output_effects.path_of(name, section.slot))
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:

@@ -16,6 +16,12 @@ ROWS = (
     ("dead latents", "dead_fraction"),
     ("stability between seeds (cosine)", "stability"),
     ("control: random rows of equal mean and covariance", "stability_null"),
+    ("latents that return in other seeds (share)", "returning.share"),
+    ("control: random rows that return", "returning.null_share"),
+    ("their share of all firings", "returning.share_of_firings"),
+    ("mean cosine of different decoder rows", "decoder_cosine"),
+    ("overlap of the spans of the latents used most", "subspaces.used.overlap"),
+    ("control: random rows", "subspaces.used.null"),
 )  # fmt: skip
 FINE = ("explained_variance", "ce_recovered")
 """Near 1: a fourth digit shows the difference."""

@@ -15,6 +15,7 @@ MEASURES = (
 SETS = {
     "positional": "matched in every model, but also with clips re-paired",
     "own": "matched in no other model, similar to none there, found by a second seed",
+    "unstable": "common or own but for this: it does not return in the other seeds",
     "unmatched": "the rest",
     "silent": "silent on validation or test",
 }
