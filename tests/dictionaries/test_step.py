@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import TopKSAE, _by_topk, in_two_stages, largest_k
 from musicscope.dictionaries.step import (
+    FREEZES,
     RULES,
     Aux,
     Jump,
@@ -22,6 +23,7 @@ from musicscope.dictionaries.step import (
     gradients,
     initial_state,
     join,
+    keep_near,
     resample,
     select,
     select_of_batch,
@@ -250,6 +252,47 @@ def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_al
         assert (state.threshold[dead] != thresholds[dead]).all()
         assert torch.equal(state.threshold[live], thresholds[live])
         assert not state.optimizer.state[state.threshold]["exp_avg"][dead].any()
+
+
+OPTIONS = {
+    "topk": {},
+    "batchtopk": {"prefixes": (20, 60)},
+    "jumprelu": {"bandwidth": 0.5, "sparsity_weight": 0.01},
+}
+
+
+@pytest.mark.parametrize("activation", OPTIONS)
+@pytest.mark.parametrize("name", FREEZES)
+def test_what_a_baseline_freezes_stays_and_the_rest_learns(name, activation):
+    freeze, start = FREEZES[name], 0.5 if activation == "jumprelu" else None
+    state = initial_state(F, (24,), 3, "cpu", start, freeze)
+    x = random_weights(torch.float32, (24,))[1][0]
+    state.unfired[:5] = 10**6  # AuxK must not reach what is frozen, either
+    before, at_limit = Weights(*(w.clone() for w in state.weights[0])), 0
+    for _ in range(80):
+        step(
+            state, [x], 3e-2, K, activation, aux_k=12, aux_weight=0.1, dead_after=1000,
+            **OPTIONS[activation],
+        )  # fmt: skip
+        now = state.weights[0]
+        torch.testing.assert_close(now.W_dec.norm(dim=1), torch.ones(F))
+        cosine = (now.W_dec * before.W_dec).sum(1)
+        if freeze.cosine:
+            assert cosine.min() >= freeze.cosine - 1e-6
+            at_limit += int((cosine < freeze.cosine + 1e-4).sum())
+    assert (at_limit > 0) == (freeze.cosine is not None)  # else the limit was never tested
+    for key in Weights._fields:
+        same = torch.equal(getattr(now, key), getattr(before, key))
+        assert same == (key in freeze.weights), key
+        assert (getattr(now, key) in state.optimizer.state) != same, key
+
+
+def test_rows_beyond_the_limit_move_to_the_nearest_allowed_row():
+    start = torch.tensor([[1.0, 0.0, 0.0]] * 3)
+    rows = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.0, -0.8], [0.9, 0.19**0.5, 0.0]])
+    wanted = torch.tensor([[0.8, 0.6, 0.0], [0.8, 0.0, -0.6], [0.9, 0.19**0.5, 0.0]])
+    keep_near(rows, start, 0.8)
+    torch.testing.assert_close(rows, wanted)
 
 
 def test_latents_at_or_below_zero_get_no_gradient():

@@ -73,6 +73,25 @@ class Gradients(NamedTuple):
     b_dec: Tensor | None = None
 
 
+class Freeze(NamedTuple):
+    """Weights of an SAE that training leaves at, or near, their random start."""
+
+    weights: tuple[str, ...] = ()
+    """fields of `Weights` that do not learn"""
+    cosine: float | None = None
+    """least cosine of every decoder row with its start; None: no limit"""
+
+
+FREE = Freeze()
+FREEZES = {
+    "frozen_decoder": Freeze(("W_dec",)),
+    "soft_frozen_decoder": Freeze(cosine=0.8),
+    # With b_dec, which is subtracted first: the code of a frame never changes.
+    "frozen_encoder": Freeze(("W_enc", "b_enc", "b_dec")),
+}
+"""The baselines of Korznikov et al. 2026 (arXiv 2602.14111)."""
+
+
 class Codes(NamedTuple):
     """Sparse codes [B, F] in CSR form."""
 
@@ -348,6 +367,10 @@ class State:
     """[n] int64 latents that counted as dead when they were last listed"""
     dead_age: int = 0
     """Steps since then."""
+    freeze: Freeze = FREE
+    start: Tensor | None = None
+    """[F, d] decoder rows at the start, where `freeze` has a limit; not in checkpoints, as it
+    follows from the seed."""
 
 
 def initial_state(
@@ -356,10 +379,11 @@ def initial_state(
     seed: int,
     device: str | torch.device,
     threshold: float | None = None,
+    freeze: Freeze = FREE,
 ) -> State:
     """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0.
 
-    `threshold` is where every threshold of a JumpReLU starts.
+    `threshold` is where every threshold of a JumpReLU starts. `freeze` is for one model.
     """
     weights = []
     for j, width in enumerate(widths):
@@ -374,7 +398,16 @@ def initial_state(
     adam = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), fused=True)
     unfired = torch.zeros(n_latents, dtype=torch.int64, device=device)
     own = None if threshold is None else parameters[-1]
-    return State(tuple(weights), adam, unfired, threshold=own)
+    start = None if freeze.cosine is None else weights[0].W_dec.clone()
+    return State(tuple(weights), adam, unfired, threshold=own, freeze=freeze, start=start)
+
+
+def keep_near(rows: Tensor, start: Tensor, cosine: float) -> None:
+    """Move unit rows [F, d] in place to the nearest unit rows of at least `cosine` with `start`."""
+    along = torch.einsum("fd,fd->f", rows, start).unsqueeze(1)
+    across = torch.nn.functional.normalize(rows - along * start, dim=1)
+    nearest = cosine * start + (1 - cosine**2) ** 0.5 * across
+    rows.copy_(torch.where(along < cosine, nearest, rows))
 
 
 @torch.no_grad()
@@ -396,11 +429,11 @@ def step(
 ) -> Result:
     """Take one step in place on paired xs[j] [B, d_j]: gradients, fused Adam, unit decoder rows.
 
-    The drawn encoder and the decoders that the rule names step; every other weight and its moments
-    stay. As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first
-    (it could only change the norm), and rows are normalised after the update, so that saved rows
-    have unit norm. Latents that fired for none of the last `dead_after` frames are dead; see
-    DEAD_EVERY.
+    The drawn encoder and the decoders that the rule names step, less what `state.freeze` names;
+    every other weight and its moments stay. As in Gao et al. 2024 the part of the decoder's
+    gradient along each row is removed first (it could only change the norm), and rows are
+    normalised after the update, so that saved rows have unit norm. Latents that fired for none of
+    the last `dead_after` frames are dead; see DEAD_EVERY.
 
     With several `ranks` xs are this rank's equal part of the batch; all end with the same state,
     that of one process with the whole batch but for the order of its sums (batchtopk: and for
@@ -424,6 +457,9 @@ def step(
     result = gradients(
         weights, xs, k, activation, drawn, learning, aux, state.scratch, prefixes, jump
     )
+    if state.freeze.weights:
+        none = dict.fromkeys(state.freeze.weights)
+        result = result._replace(gradients=tuple(g._replace(**none) for g in result.gradients))
     present = [g for model in result.gradients for g in model if g is not None]
     if state.threshold is not None and result.threshold is not None:
         state.threshold.grad = result.threshold
@@ -441,9 +477,11 @@ def step(
     state.optimizer.step()
     if state.threshold is not None:
         state.threshold.clamp_(min=0.0)  # below 0 it would let negative pre-activations through
-    for j in learning:
+    for j in learning if "W_dec" not in state.freeze.weights else ():
         W_dec = weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        if state.start is not None and state.freeze.cosine is not None:
+            keep_near(W_dec, state.start, state.freeze.cosine)
     state.unfired += len(xs[0]) * ranks.size
     # A minimum, as a boolean index would wait for the device.
     silent = ~(result.codes.values > 0)  # NaN too
