@@ -10,9 +10,9 @@ bootstrap intervals over compositions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,10 @@ UNITS = {
     "average_precision": "average precision",
     "accuracy": "share",
 }
+
+
+BASELINE_SPARSE = 16
+"""Largest k of the k-sparse probes on the codes of baselines."""
 
 
 @dataclass(frozen=True)
@@ -170,17 +174,20 @@ def run_probes(
     section: Probe,
     seed: int,
     workers: int = 1,
+    baselines: Sequence[str] = (),
 ) -> Metrics:
     """Probe every concept: {"clips", "skipped", "concepts": {concept: {representation: numbers}}}.
 
     A concept's entry also has "shuffled" (SAE probes on permuted labels, mean over null_seeds),
     "k_sparse" and, for each other representation, "sae_minus_<representation>". Its numbers are of
     the labelled clips; where some have no label, "unknown" has {concept: {set: clips left out}}.
+    "mean" has `mean_over_concepts`.
 
     Args:
         rows: clip table.
         representations: pools of these clips by name; "sae" and "dense" are required.
         workers: threads that share the concepts; the numbers do not depend on it.
+        baselines: representations that are codes too; they have "k_sparse" up to BASELINE_SPARSE.
     """
     sets = clip_sets(rows)
     concepts, skipped = select_concepts(rows, sets, concepts, section.min_positive)
@@ -191,7 +198,7 @@ def run_probes(
         usable = {name: at[labelled[at, columns[0]]] for name, at in sets.items()}
         evaluate = Evaluator(rows, usable, section.bootstrap, seed)
         tables |= _probe_labelled(
-            evaluate, representations, names, has[:, columns], section, seed, workers
+            evaluate, representations, names, has[:, columns], section, seed, workers, baselines
         )
         left_out = {s: len(at) - len(usable[s]) for s, at in sets.items()}
         if any(left_out.values()):
@@ -200,10 +207,43 @@ def run_probes(
         "clips": {name: len(at) for name, at in sets.items()},
         "skipped": skipped,
         "concepts": {concept: tables[concept] for concept in concepts},
+        "mean": mean_over_concepts(tables, section.bootstrap, seed),
     }
     return result | (
         {"unknown": {c: unknown[c] for c in concepts if c in unknown}} if unknown else {}
     )
+
+
+def mean_over_concepts(tables: Mapping[str, Metrics], n: int, seed: int) -> Metrics:
+    """Average AUROC, and differences of AUROC, over concepts; intervals over two or more.
+
+    {representation: {set: {"auroc": estimate}}}, {"sae_minus_<representation>": {set:
+    {"difference": estimate}}}, also for k-sparse probes ("sae_k016", "<baseline>_k016"); sets that
+    some concept lacks are left out.
+    """
+
+    def flat(table: Metrics) -> Metrics:
+        sparse = {f"sae_k{k}": own for k, own in table["k_sparse"].items()}
+        for name, numbers in table.items():
+            sparse |= {f"{name}_k{k}": own for k, own in numbers.get("k_sparse", {}).items()}
+        others = {k: v for k, v in table.items() if k not in ("k_sparse", "positives")}
+        return others | sparse
+
+    flats, result = [flat(table) for table in tables.values()], {}
+    for name in flats[0] if flats else ():
+        key = "difference" if name.startswith("sae_minus_") else "auroc"
+        for clip_set in CLASS_SETS:
+            numbers = [table[name].get(clip_set, {}) for table in flats]
+            if all(key in entry for entry in numbers):
+                values = np.array([Estimate.read(entry[key]).value for entry in numbers])
+                mean = Estimate(values.mean(), n=len(values), unit="AUROC")
+                if len(values) > 1:
+                    mean = stats.estimate(
+                        stats.mean_of(values), list(tables), n, seed_for(seed, "probe", "mean"),
+                        mean.unit,
+                    )  # fmt: skip
+                result.setdefault(name, {})[clip_set] = {key: mean.as_dict()}
+    return result
 
 
 def _probe_labelled(
@@ -214,6 +254,7 @@ def _probe_labelled(
     section: Probe,
     seed: int,
     workers: int,
+    baselines: Sequence[str] = (),
 ) -> dict[str, Metrics]:
     """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for."""
     sets = evaluate.sets
@@ -223,6 +264,7 @@ def _probe_labelled(
         stats.permute_labels(labels[train], groups, seed_for(seed, "probe", "null", i))
         for i in range(section.null_seeds)
     ]
+    few = replace(section, k_sparse=[k for k in section.k_sparse if k <= BASELINE_SPARSE])
     m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
@@ -243,6 +285,11 @@ def _probe_labelled(
         entry["shuffled"] = evaluate.classes(fits["sae"].scores[:, m + j :: m], has)
         sparse = choose_sparse(representations["sae"], has, sets, section)
         entry["k_sparse"] = {f"{n:03d}": numbers(f, 0, has, concept) for n, f in sparse.items()}
+        for name in baselines:
+            sparse = choose_sparse(representations[name], has, sets, few)
+            entry[name]["k_sparse"] = {
+                f"{n:03d}": numbers(f, 0, has, concept) for n, f in sparse.items()
+            }
         for name in [name for name in fits if name != "sae"]:
             scores = (fits[other].scores[:, j] for other in ("sae", name))
             entry[f"sae_minus_{name}"] = evaluate.difference(*scores, has)

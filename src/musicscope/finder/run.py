@@ -187,6 +187,8 @@ class Subject:
     features: Mapping[str, TopKSAE | UniversalSAE]
     device: str = "cpu"
     workers: int = 1
+    baselines: Mapping[str, TopKSAE] = field(default_factory=dict)
+    """Dictionaries that queries to clips are examined with for comparison; in no table."""
 
 
 def _find_in_folders(
@@ -210,8 +212,8 @@ def find_all(
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, object]]]:
     """Find every concept of params.find_concept and write the folder `out`.
 
-    Returns tables and {dictionary: {concept: numbers}}. ValueError if one side of a concept is a
-    query and the other a folder.
+    Returns tables and {dictionary or baseline: {concept: numbers}}. ValueError if one side of a
+    concept is a query and the other a folder.
     """
     rows, clips, store = subject.clips.rows, subject.clips, subject.store
     groups = rows["group"].to_numpy(str)
@@ -245,6 +247,13 @@ def find_all(
                 audio = excerpt(level(clips.audio([i]))[0][0], seconds, clips.sample_rate)
                 write_excerpts(out, {file: audio}, clips.sample_rate)
                 moments.append((concept, name, feature, rank, clip, seconds, value, file))
+    for name, features in subject.baselines.items() if sets else ():
+        encoder = dictionary(features, subject.name)
+        means = pool_all(store, encoder, used, subject.workers, subject.device).mean
+        metrics[name] = {
+            concept: examine(means, groups, of, section, seed, subject.name, name, concept)[1]
+            for concept, of in sets.items()
+        }
     folders = [c for c in section.concepts if c.name not in sets]
     for c, report in _find_in_folders(subject, folders, section, seed):
         print(f"{c.name}: {report.text()}")
