@@ -115,8 +115,11 @@ def capabilities() -> str:
 # --- results ------------------------------------------------------------------------------------
 
 
+BASELINES = {name: name.replace("_", " ") for name in PARAMS.train_sae.baselines}
+
+
 def features() -> str:
-    """SAEs and guitar probes, one column per model and slot."""
+    """SAEs, probes and the SAE's baselines, one column per model and slot."""
     columns = [(m, s) for m in MODELS for s in SLOTS]
     sae = {
         "explained variance": "explained_variance",
@@ -127,6 +130,13 @@ def features() -> str:
         "stability between seeds": "stability",
         "null of stability": "stability_null",
     }
+    for key, label in (
+        ("explained_variance", "explained variance"),
+        ("ce_recovered", "cross-entropy recovered"),
+        ("stability", "cosine with the seeds"),
+        ("stability_null", "null of this cosine"),
+    ):
+        sae |= {f"{name}: {label}": f"baselines.{n}.{key}" for n, name in BASELINES.items()}
     probe = {
         "guitar AUROC: SAE codes": "sae.test.auroc",
         "16 SAE features": "k_sparse.016.test.auroc",
@@ -141,6 +151,24 @@ def features() -> str:
         "matched pairs: SAE accuracy": "sae.pairs_mixed.accuracy",
         "matched pairs, held-out soundfont": "sae.pairs_fluidr3mono.accuracy",
     }
+    for n, name in BASELINES.items():
+        probe |= {
+            f"guitar AUROC: {name}": f"{n}.test.auroc",
+            f"16 features of the {name}": f"{n}.k_sparse.016.test.auroc",
+            f"SAE minus {name}": f"sae_minus_{n}.test.difference",
+        }
+    mean = {
+        "mean AUROC over concepts: SAE codes": "sae.test.auroc",
+        "16 SAE features": "sae_k016.test.auroc",
+        "activations": "dense.test.auroc",
+        "log-mel statistics": "logmel.test.auroc",
+    }
+    for n, name in BASELINES.items():
+        mean |= {
+            name: f"{n}.test.auroc",
+            f"16 features of the {name}": f"{n}_k016.test.auroc",
+            f"SAE minus {name}": f"sae_minus_{n}.test.difference",
+        }
     rows = [
         [label, *(estimate(metrics(f"train_sae/{m}-{s}"), key) for m, s in columns)]
         for label, key in sae.items()
@@ -150,6 +178,10 @@ def features() -> str:
             *(estimate(metrics(f"probe/{m}-{s}")["concepts"]["guitar"], key) for m, s in columns),
         ]
         for label, key in probe.items()
+    ]
+    rows += [
+        [label, *(estimate(metrics(f"probe/{m}-{s}")["mean"], key) for m, s in columns)]
+        for label, key in mean.items()
     ]
     return table(["", *(f"{m} {s} (layer {layer(m, s)})" for m, s in columns)], rows)
 
@@ -272,14 +304,16 @@ def maximised() -> str:
 
 
 def found() -> str:
-    """What the finder finds with the SAE, by model and concept."""
-    rows = []
+    """What the finder finds with the SAE and with its baselines, by model and concept."""
+    rows, labels = [], {"sae": "SAE"} | BASELINES
     for model in MODELS:
-        for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
+        of = metrics(f"find_concept/{model}")
+        entries = [(c, label, of[n][c]) for c in of["sae"] for n, label in labels.items()]
+        for concept, label, entry in entries:
             test = entry["test"]
             rows.append([
-                f"{model}: {concept}", str(entry["discoveries"]),
-                str(entry["null"]["discoveries"]), number(test["found_above_half"], 2),
+                f"{model}: {concept}, {label}", str(entry["discoveries"]),
+                str(entry["null"]["discoveries"]), number(test.get("found_above_half"), 2),
                 estimate(test, "best_auroc", 2), number(test["tested_auroc"], 2),
                 number(entry["few"]["any_discovery"], 2), number(entry["null"]["any_discovery"], 2),
             ])  # fmt: skip
