@@ -275,16 +275,35 @@ def test_what_a_baseline_freezes_stays_and_the_rest_learns(name, activation):
             **OPTIONS[activation],
         )  # fmt: skip
         now = state.weights[0]
-        torch.testing.assert_close(now.W_dec.norm(dim=1), torch.ones(F))
-        cosine = (now.W_dec * before.W_dec).sum(1)
+        cosine = (now.W_dec * before.W_dec).sum(1) / now.W_dec.norm(dim=1)
         if freeze.cosine:
             assert cosine.min() >= freeze.cosine - 1e-6
             at_limit += int((cosine < freeze.cosine + 1e-4).sum())
+        if freeze.encoder:  # the code is W_enc x
+            torch.testing.assert_close(now.b_enc, now.W_enc @ now.b_dec)
+        else:
+            torch.testing.assert_close(now.W_dec.norm(dim=1), torch.ones(F))
     assert (at_limit > 0) == (freeze.cosine is not None)  # else the limit was never tested
+    stay = ["W_dec"] * freeze.decoder + ["W_enc"] * freeze.encoder
     for key in Weights._fields:
-        same = torch.equal(getattr(now, key), getattr(before, key))
-        assert same == (key in freeze.weights), key
-        assert (getattr(now, key) in state.optimizer.state) != same, key
+        assert torch.equal(getattr(now, key), getattr(before, key)) == (key in stay), key
+        learns = key not in stay and not (freeze.encoder and key == "b_enc")
+        assert (getattr(now, key) in state.optimizer.state) == learns, key
+
+
+def test_gradients_behind_a_frozen_encoder_equal_autograd():
+    (own, *_), (x, *_) = random_weights(torch.float32)
+    state = initial_state(F, (24,), 3, "cpu", freeze=FREEZES["frozen_encoder"])
+    weights = state.weights[0]
+    weights.b_dec.copy_(own.b_dec)
+    weights.b_enc.copy_(weights.W_enc @ own.b_dec)
+    z = torch.relu(x @ weights.W_enc.T)
+    codes = torch.zeros_like(z).scatter(1, (best := z.topk(K).indices), z.gather(1, best))
+    W_dec, b_dec = (w.clone().requires_grad_() for w in (weights.W_dec, weights.b_dec))
+    (x - codes @ W_dec - b_dec).square().mean().backward()
+    step(state, [x], 0.0, K)
+    torch.testing.assert_close(weights.W_dec.grad, W_dec.grad)
+    torch.testing.assert_close(weights.b_dec.grad, b_dec.grad)
 
 
 def test_rows_beyond_the_limit_move_to_the_nearest_allowed_row():

@@ -117,7 +117,7 @@ def test_a_trained_dictionary_beats_its_frozen_baselines_on_planted_features(sto
         section = sae_section(**options)
         sae = train(pair([store], TRAIN), section, "sae", 3, baseline=name).dictionary
         start = initial_state(72, (WIDTH,), seed_for(3, "initial"), "cpu").weights[0]
-        cosine = (sae.W_dec * start.W_dec).sum(1)
+        cosine = (sae.W_dec * start.W_dec).sum(1) / sae.W_dec.norm(dim=1)
         if name == "frozen_decoder":
             assert torch.equal(sae.W_dec, start.W_dec)
         elif name == "soft_frozen_decoder":
@@ -130,7 +130,8 @@ def test_a_trained_dictionary_beats_its_frozen_baselines_on_planted_features(sto
             assert torch.equal(sae.W_enc, start.W_enc)
             same = (sae.encode(x)[1].sort().values == latents.sort().values).all(1)
             assert same.float().mean() > 0.99  # but for ties
-        recovered[name] = float(((dictionary @ sae.W_dec.T).amax(1) > 0.9).float().mean())
+        rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
+        recovered[name] = float(((dictionary @ rows.T).amax(1) > 0.9).float().mean())
         explained[name] = evaluate(sae, clips).explained_variance
     assert recovered[""] > 0.9
     assert recovered["frozen_decoder"] == recovered["frozen_encoder"] == 0

@@ -74,20 +74,21 @@ class Gradients(NamedTuple):
 
 
 class Freeze(NamedTuple):
-    """Weights of an SAE that training leaves at, or near, their random start."""
+    """Which part of an SAE training leaves at, or near, its random start."""
 
-    weights: tuple[str, ...] = ()
-    """fields of `Weights` that do not learn"""
+    decoder: bool = False
+    """decoder rows stay"""
+    encoder: bool = False
+    """the code of a frame stays; decoder rows are of any length, as no gain is left to learn"""
     cosine: float | None = None
     """least cosine of every decoder row with its start; None: no limit"""
 
 
 FREE = Freeze()
 FREEZES = {
-    "frozen_decoder": Freeze(("W_dec",)),
+    "frozen_decoder": Freeze(decoder=True),
     "soft_frozen_decoder": Freeze(cosine=0.8),
-    # With b_dec, which is subtracted first: the code of a frame never changes.
-    "frozen_encoder": Freeze(("W_enc", "b_enc", "b_dec")),
+    "frozen_encoder": Freeze(encoder=True),
 }
 """The baselines of Korznikov et al. 2026 (arXiv 2602.14111)."""
 
@@ -429,7 +430,7 @@ def step(
 ) -> Result:
     """Take one step in place on paired xs[j] [B, d_j]: gradients, fused Adam, unit decoder rows.
 
-    The drawn encoder and the decoders that the rule names step, less what `state.freeze` names;
+    The drawn encoder and the decoders that the rule names step, less what `state.freeze` holds;
     every other weight and its moments stay. As in Gao et al. 2024 the part of the decoder's
     gradient along each row is removed first (it could only change the norm), and rows are
     normalised after the update, so that saved rows have unit norm. Latents that fired for none of
@@ -457,16 +458,19 @@ def step(
     result = gradients(
         weights, xs, k, activation, drawn, learning, aux, state.scratch, prefixes, jump
     )
-    if state.freeze.weights:
-        none = dict.fromkeys(state.freeze.weights)
-        result = result._replace(gradients=tuple(g._replace(**none) for g in result.gradients))
+    freeze, (own, *_) = state.freeze, result.gradients
+    if freeze.decoder:
+        result = result._replace(gradients=(own._replace(W_dec=None),))
+    if freeze.encoder and own.b_dec is not None and own.b_enc is not None:
+        b_dec = own.b_dec + own.b_enc @ weights[0].W_enc  # less what comes through the encoder
+        result = result._replace(gradients=(Gradients(W_dec=own.W_dec, b_dec=b_dec),))
     present = [g for model in result.gradients for g in model if g is not None]
     if state.threshold is not None and result.threshold is not None:
         state.threshold.grad = result.threshold
         present.append(result.threshold)
     ranks.average_(*present, result.losses, result.aux_loss)
     for gradient, (_, _, W_dec, _) in zip(result.gradients, weights, strict=True):
-        if (W_grad := gradient.W_dec) is not None:
+        if (W_grad := gradient.W_dec) is not None and not freeze.encoder:
             along = torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1)
             W_grad.addcmul_(along, W_dec, value=-1)
     for model, own in zip(weights, result.gradients, strict=True):
@@ -477,11 +481,13 @@ def step(
     state.optimizer.step()
     if state.threshold is not None:
         state.threshold.clamp_(min=0.0)  # below 0 it would let negative pre-activations through
-    for j in learning if "W_dec" not in state.freeze.weights else ():
+    if freeze.encoder:
+        weights[0].b_enc.copy_(weights[0].W_enc @ weights[0].b_dec)  # z = W_enc x, whatever b_dec
+    for j in learning if not (freeze.decoder or freeze.encoder) else ():
         W_dec = weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
-        if state.start is not None and state.freeze.cosine is not None:
-            keep_near(W_dec, state.start, state.freeze.cosine)
+        if state.start is not None and freeze.cosine is not None:
+            keep_near(W_dec, state.start, freeze.cosine)
     state.unfired += len(xs[0]) * ranks.size
     # A minimum, as a boolean index would wait for the device.
     silent = ~(result.codes.values > 0)  # NaN too
