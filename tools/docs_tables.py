@@ -325,6 +325,7 @@ def found() -> str:
 STEERING = {
     "sae": "**SAE latents**",
     "sae_words": "**latents and words**",
+    "frozen_decoder": "latents of the frozen decoder",
     "diff_means": "difference of means",
     "diff_means_words": "difference of means and words",
     "probe_direction": "probe direction",
@@ -359,6 +360,7 @@ def steering() -> str:
 def gaps() -> str:
     """Success of the latents minus each rival's, with intervals."""
     rivals = {
+        "frozen_decoder": "latents of the frozen decoder",
         "diff_means": "difference of means",
         "prompt_edit": "prompt edit",
         "random_feature": "random latents",

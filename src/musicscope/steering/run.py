@@ -6,6 +6,7 @@ import functools
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,8 @@ from musicscope.models.registry import load_model
 from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
 from musicscope.steering.learning import learn_recipe, read_clips
-from musicscope.steering.recipes import sae_folder, save_recipe
+from musicscope.steering.methods import FROZEN
+from musicscope.steering.recipes import Recipe, sae_folder, save_recipe
 from musicscope.steering.subjects import make_subject
 
 
@@ -35,25 +37,34 @@ def evaluate(
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
     model = load_model(f"data/models/{name}", device)
-    plan = search.make_plan(make_subject(model, section, seed, clips), section)
+    subject = make_subject(model, section, seed, clips)
+    plan = search.make_plan(subject, section)
     if not plan.tests:
         report.write_nothing(plan, outs)
         return
     dictionary, layer = sae_folder(name, section.slot), store.config["layer"]
-    train = read_clips(store, TopKSAE.load(dictionary, device), clips.rows, processes, device)
     shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
     options = {key: getattr(section, key) for key in shared}
-    options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
-                "sae": folder_sha256(dictionary)}  # fmt: skip
-    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
-    del train, model
+    options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer]}
 
-    inputs = ("data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge")
+    def learn(folder: Path) -> dict[str, tuple[Recipe, dict[str, float]]]:
+        train = read_clips(store, TopKSAE.load(folder, device), clips.rows, processes, device)
+        sae = folder_sha256(folder)
+        return {c: learn_recipe(train, c, sae=sae, **options) for c in plan.concepts}
+
+    recipes, baseline = learn(dictionary), dictionary.parent / FROZEN
+    frozen = learn(baseline) if FROZEN in subject.methods else {}
+    del model
+
+    inputs = ["data/clips", f"data/models/{name}", store.folder, dictionary, "data/judge"]
+    inputs += [baseline] if frozen else []
     key = {"stage": "steer", "seed": seed, **asdict(section)}
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:
         for recipe, _ in recipes.values():
             save_recipe(recipe, scratch)
+        for recipe, _ in frozen.values():
+            save_recipe(recipe, scratch / FROZEN)
         context = functools.partial(
             open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
         )
