@@ -372,16 +372,20 @@ class SaePlan(Plan[SaeOutcome]):
             )
             result["ce_clips"] = len(self.loss_groups)
         rows = [o.sae.W_dec.numpy() for o in outcomes]
-        for o in baselines:
-            entry = result.setdefault("baselines", {})[o.name] = numbers(o)
+
+        def beside(o: SaeOutcome) -> Metrics:
+            entry: Metrics = {**numbers(o)}
             estimate = o.test.estimate(test.groups, BOOTSTRAP, bootstrap)
             entry["explained_variance"] = estimate.as_dict()
-            entry |= evaluation.stability(
-                rows, seed_for(self.seed, "stability"), o.sae.W_dec.numpy()
-            )
+            seed = seed_for(self.seed, "stability")
+            entry |= evaluation.stability(rows, seed, o.sae.W_dec.numpy())
             if o.losses is not None and first.losses is not None:
                 losses = first.losses | o.losses
                 entry |= ce_recovered(losses, self.loss_groups, BOOTSTRAP, bootstrap, o.measure)
+            return entry
+
+        if baselines:
+            result["baselines"] = {o.name: beside(o) for o in baselines}
         return result
 
 
