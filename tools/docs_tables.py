@@ -158,7 +158,7 @@ def features() -> str:
             f"SAE minus {name}": f"sae_minus_{n}.test.difference",
         }
     mean = {
-        "mean AUROC over concepts: SAE codes": "sae.test.auroc",
+        "SAE codes": "sae.test.auroc",
         "16 SAE features": "sae_k016.test.auroc",
         "activations": "dense.test.auroc",
         "log-mel statistics": "logmel.test.auroc",
@@ -169,6 +169,7 @@ def features() -> str:
             f"16 features of the {name}": f"{n}_k016.test.auroc",
             f"SAE minus {name}": f"sae_minus_{n}.test.difference",
         }
+    mean = {f"mean AUROC over concepts: {label}": key for label, key in mean.items()}
     rows = [
         [label, *(estimate(metrics(f"train_sae/{m}-{s}"), key) for m, s in columns)]
         for label, key in sae.items()

@@ -183,8 +183,10 @@ def few_recordings(
         top += [f in upper for f in best]
         scores += [auroc[f] for f in best if f in auroc]
     return {
-        "recordings": n, "draws": section.few_draws, "any_discovery": np.mean(np.array(counts) > 0),
-        "discoveries": np.mean(counts), "agree": np.mean(agree) if agree else None,
+        "recordings": n, "draws": section.few_draws,
+        "any_discovery": np.mean(np.array(counts) > 0) if counts else None,
+        "discoveries": np.mean(counts) if counts else None,
+        "agree": np.mean(agree) if agree else None,
         "top_agree": np.mean(top) if top else None,
         "top_test_auroc": np.nanmean(scores) if scores else None,
     }  # fmt: skip

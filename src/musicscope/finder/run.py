@@ -10,7 +10,7 @@ file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +188,8 @@ class Subject:
     device: str = "cpu"
     workers: int = 1
     baselines: Mapping[str, TopKSAE] = field(default_factory=dict)
-    """Dictionaries that queries to clips are examined with for comparison; in no table."""
+    """Dictionaries that queries to clips are examined with for comparison; in no table, and
+    without draws of a few recordings."""
 
 
 def _find_in_folders(
@@ -247,11 +248,12 @@ def find_all(
                 audio = excerpt(level(clips.audio([i]))[0][0], seconds, clips.sample_rate)
                 write_excerpts(out, {file: audio}, clips.sample_rate)
                 moments.append((concept, name, feature, rank, clip, seconds, value, file))
+    whole = replace(section, few_draws=0)  # draws of a few recordings take most of the time
     for name, features in subject.baselines.items() if sets else ():
         encoder = dictionary(features, subject.name)
         means = pool_all(store, encoder, used, subject.workers, subject.device).mean
         metrics[name] = {
-            concept: examine(means, groups, of, section, seed, subject.name, name, concept)[1]
+            concept: examine(means, groups, of, whole, seed, subject.name, name, concept)[1]
             for concept, of in sets.items()
         }
     folders = [c for c in section.concepts if c.name not in sets]
