@@ -2,7 +2,7 @@
 
 Each concept of params.find_concept is given by recordings with and without it: clips of data/clips,
 whose activations are in data/activations, or folders, which are run through the model. Searches the
-SAE of a slot (data/sae) and the universal SAE (data/usae).
+SAE of a slot (data/sae) and the universal SAE (data/usae); the SAE's baselines for comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from musicscope.core.distributed import resolve_device
 from musicscope.core.io import atomic_dir, write_json, write_text
 from musicscope.data.clips import ClipStore
 from musicscope.dictionaries import stability
-from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE, open_saes
 from musicscope.finder.run import Subject, find_all
 from stages import run_stage, stage_args
 
@@ -34,12 +34,13 @@ def main() -> None:
     store = ActivationStore.open(f"data/activations/{name}/{section.slot}")
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
-    features = {"sae": TopKSAE.load(f"data/sae/{name}/{section.slot}/seed-0", device)}
+    saes = open_saes(f"data/sae/{name}/{section.slot}", params.train_sae.baselines, device)
+    features: dict[str, TopKSAE | UniversalSAE] = {"sae": saes.pop("sae")}
     if section.universal:
         features["usae"] = UniversalSAE.load("data/usae/seed-0", device)
 
     seeds = stability.read(f"data/sae/{name}/{section.slot}")
-    subject = Subject(name, clips, store, features, device, params.compute.processes, seeds)
+    subject = Subject(name, clips, store, features, device, params.compute.processes, seeds, saes)
     with atomic_dir(f"data/find_concept/{name}") as out:
         tables, metrics = find_all(subject, section, params.seed, out)
         write_json(f"metrics/find_concept/{name}.json", metrics)

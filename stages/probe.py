@@ -1,7 +1,7 @@
 """Concept probes: metrics/probe/<model>-<slot>.json, plots/probe/<model>-<slot>.csv.
 
-Reads data/clips, data/activations/<model>/<slot>, data/sae/<model>/<slot>/seed-0 and the codec in
-data/models/<model>.
+Reads data/clips, data/activations/<model>/<slot>, seed 0 and the baselines in
+data/sae/<model>/<slot>, and the codec in data/models/<model>.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from musicscope.data.clips import ClipStore
 from musicscope.data.splits import clip_sets
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import pool_store
-from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.core import open_saes
 from musicscope.features import report
 from musicscope.features.baselines import baseline_pools
 from musicscope.features.probes import run_probes
@@ -40,12 +40,13 @@ def main() -> None:
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
     used = np.unique(np.concatenate(list(clip_sets(clips.rows).values())))
     rows = clips.rows.iloc[used].reset_index(drop=True)
-    sae = TopKSAE.load(f"data/sae/{model}/{slot}/seed-0", device)
-    pools = pool_store(store, used, sae, workers, device)
+    baselines = params.train_sae.baselines
+    saes = open_saes(f"data/sae/{model}/{slot}", baselines, device)
+    pools = pool_store(store, used, saes, workers, device)
     music = load_model(f"data/models/{model}", device)
     pools |= baseline_pools(clips, folder_sha256("data/clips"), music, used, workers)
 
-    result = run_probes(rows, pools, FAMILIES, section, params.seed, workers)
+    result = run_probes(rows, pools, FAMILIES, section, params.seed, workers, baselines)
     latents = report.latent_table(rows, pools["sae"], result, section.bootstrap, params.seed)
     write_json(f"metrics/probe/{model}-{slot}.json", result)
     stem = f"plots/probe/{model}-{slot}"

@@ -135,10 +135,11 @@ AGREEMENT = {
     "overlap, unstable latents used most": "subspaces.unstable.overlap",
     "null of that": "subspaces.unstable.null",
 }
+BASELINES = {name: name.replace("_", " ") for name in PARAMS.train_sae.baselines}
 
 
 def features() -> str:
-    """SAEs and guitar probes, one column per model and slot."""
+    """SAEs, probes and the SAE's baselines, one column per model and slot."""
     columns = [(m, s) for m in MODELS for s in SLOTS]
     sae = {
         "explained variance": "explained_variance",
@@ -150,6 +151,13 @@ def features() -> str:
         "null of stability": "stability_null",
         **AGREEMENT,
     }
+    for key, label in (
+        ("explained_variance", "explained variance"),
+        ("ce_recovered", "cross-entropy recovered"),
+        ("stability", "cosine with the seeds"),
+        ("stability_null", "null of this cosine"),
+    ):
+        sae |= {f"{name}: {label}": f"baselines.{n}.{key}" for n, name in BASELINES.items()}
     probe = {
         "guitar AUROC: SAE codes": "sae.test.auroc",
         "16 SAE features": "k_sparse.016.test.auroc",
@@ -164,6 +172,22 @@ def features() -> str:
         "matched pairs: SAE accuracy": "sae.pairs_mixed.accuracy",
         "matched pairs, held-out soundfont": "sae.pairs_fluidr3mono.accuracy",
     }
+    for n, name in BASELINES.items():
+        probe |= {
+            f"guitar AUROC: {name}": f"{n}.test.auroc",
+            f"16 features of the {name}": f"{n}.k_sparse.016.test.auroc",
+            f"SAE minus {name}": f"sae_minus_{n}.test.difference",
+        }
+    mean = {
+        "SAE codes": "sae", "16 SAE features": "sae_k016", "activations": "dense",
+        "log-mel statistics": "logmel",
+    }  # fmt: skip
+    for n, name in BASELINES.items():
+        mean |= {
+            name: n, f"16 features of the {name}": f"{n}_k016",
+            f"SAE minus {name}": f"sae_minus_{n}",
+        }  # fmt: skip
+    mean = {f"mean AUROC over concepts: {label}": key for label, key in mean.items()}
     rows = [
         [label, *(estimate(metrics(f"train_sae/{m}-{s}"), key) for m, s in columns)]
         for label, key in sae.items()
@@ -173,6 +197,10 @@ def features() -> str:
             *(estimate(metrics(f"probe/{m}-{s}")["concepts"]["guitar"], key) for m, s in columns),
         ]
         for label, key in probe.items()
+    ]
+    rows += [
+        [label, *(estimate(metrics(f"probe/{m}-{s}")["mean"]["test"], key) for m, s in columns)]
+        for label, key in mean.items()
     ]
     return table(["", *(f"{m} {s} (layer {layer(m, s)})" for m, s in columns)], rows)
 
@@ -526,13 +554,15 @@ def maximised() -> str:
 
 
 def found() -> str:
-    """What the finder finds with the SAE, by model and concept."""
-    rows = []
+    """What the finder finds with the SAE and with its baselines, by model and concept."""
+    rows, labels = [], {"sae": "SAE"} | BASELINES
     for model in MODELS:
-        for concept, entry in metrics(f"find_concept/{model}")["sae"].items():
+        of = metrics(f"find_concept/{model}")
+        entries = [(c, label, of[n][c]) for c in of["sae"] for n, label in labels.items()]
+        for concept, label, entry in entries:
             test, font = entry["test"], entry.get("heldout_font", {})
             rows.append([
-                f"{model}: {concept}", str(entry["discoveries"]),
+                f"{model}: {concept}, {label}", str(entry["discoveries"]),
                 str(entry["null"]["discoveries"]), number(test.get("found_above_half"), 2),
                 number(font.get("found_above_half"), 2),
                 estimate(test, "best_auroc", 2), measured(entry, "heldout_font.best_auroc", 2),
@@ -576,6 +606,7 @@ def confounding() -> str:
 STEERING = {
     "sae": "**SAE latents**",
     "sae_words": "**latents and words**",
+    "frozen_decoder": "latents of the frozen decoder",
     "diff_means": "difference of means",
     "diff_means_words": "difference of means and words",
     "probe_direction": "probe direction",
@@ -695,6 +726,7 @@ def hearing() -> str:
 def gaps() -> str:
     """Success of the latents minus each rival's, with intervals."""
     rivals = {
+        "frozen_decoder": "latents of the frozen decoder",
         "diff_means": "difference of means",
         "prompt_edit": "prompt edit",
         "random_feature": "random latents",
@@ -1079,8 +1111,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         capabilities, features, dictionaries, controls, transfer, transfer_goals, dictionary_cost,
-        models, cues, ablation, carried, effects, shared, linear, dedicated, scaling, matched, sets, maximised,
-        found, confounding, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
+        models, cues, ablation, carried, effects, shared, linear, dedicated, scaling, matched,
+        sets, maximised, found, confounding, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
         search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
         synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
     )

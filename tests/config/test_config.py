@@ -196,8 +196,9 @@ def test_overrides_as_dvc_exp_run_writes_them(tmp_path):
 def test_sections_hold_only_what_differs_and_are_complete_when_loaded(tmp_path):
     params = load_params(PARAMS)
     assert params.steer_full == dataclasses.replace(
-        params.steer, words=True, n_prompts=16, strengths=(0.125, 0.5, 1.0, 2.0)
-    )
+        params.steer, words=True, frozen_decoder=True, n_prompts=16,
+        strengths=(0.125, 0.5, 1.0, 2.0),
+    )  # fmt: skip
     changed = write(tmp_path, ("train_usae.k", 7), ("train_crosscoder.seeds", 1))
     found = load_params(changed)
     assert (found.train_crosscoder.k, found.train_crosscoder.seeds) == (7, 1)

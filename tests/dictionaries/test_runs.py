@@ -14,11 +14,12 @@ import torch
 import yaml
 
 from musicscope.activations.store import ActivationStore
+from musicscope.core.seeding import seed_for
 from musicscope.core.stats import Estimate
 from musicscope.data.clips import ClipStore
 from musicscope.data.sources.build import write_recordings
-from musicscope.dictionaries import runs, stability, tables
-from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries import runs, stability, step, tables
+from musicscope.dictionaries.core import TopKSAE, UniversalSAE, open_saes
 from tests.support.dictionaries import (
     ROOT,
     make_workspace,
@@ -128,6 +129,49 @@ def test_stage_writes_saes_metrics_and_plots_and_repeats_to_the_byte(workspace, 
     run_stage(workspace, monkeypatch)
     for path, content in first.items():
         assert path.read_bytes() == content, path
+
+
+def test_baselines_are_trained_named_saved_and_evaluated_beside_the_seeds(
+    workspace: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(workspace)
+    section = sae_section(expansion=2, k=3, samples=40 * 64, batch_size=64, seeds=2)
+    rows, groups = [10, 11, 12, 13], ["a", "a", "b", "b"]
+    found, saes, saved = {}, {}, {}
+    for baselines in ((), tuple(step.FREEZES)):
+        live, folder = str(tmp_path / f"live-{len(baselines)}"), tmp_path / f"{len(baselines)}"
+        plan = runs.sae_plan(
+            replace(section, baselines=baselines), "tiny", "top1", 20, "cpu", live, rows, groups
+        )
+        outcomes = runs.run_all(plan, folder, 1)
+        assert [o.name for o in outcomes] == ["seed-0", "seed-1", *baselines]
+        found[baselines] = plan.report(outcomes)
+        tables.write_sae(folder / "plots", outcomes)
+        saved[baselines] = [
+            (folder / f"plots-{end}.csv").read_bytes() for end in ("loss", "density")
+        ]
+        saes = open_saes(folder / "out", baselines)
+        assert list(saes) == ["sae", *baselines]
+        for name in baselines:
+            config = json.loads((folder / "out" / name / "config.json").read_text())["trainer"]
+            assert config["baseline"] == name
+            assert "seed" not in config
+    without, with_ = found.values()
+    entries = with_.pop("baselines")
+    assert with_ == without  # the seeds do not depend on baselines
+    assert len(set(map(str, saved.values()))) == 1
+    starts = {}
+    for name, entry in entries.items():
+        seed = seed_for(plan.seed_of(name), "initial")
+        starts[name] = step.initial_state(96, (48,), seed, "cpu").weights[0]
+        assert entry["explained_variance"].keys() == with_["explained_variance"].keys()
+        assert entry["ce_clean"] == with_["ce_clean"]
+        assert entry["ce_sae"] != with_["ce_sae"]
+        assert {"l0", "dead_fraction", "ce_recovered", "stability_null"} <= entry.keys()
+        assert 0 < entry["stability"] < 1
+    assert torch.equal(saes["frozen_decoder"].W_dec, starts["frozen_decoder"].W_dec)
+    assert torch.equal(saes["frozen_encoder"].W_enc, starts["frozen_encoder"].W_enc)
+    assert not torch.equal(saes["sae"].W_dec, starts["frozen_decoder"].W_dec)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import TopKSAE, _by_topk, in_two_stages, largest_k
 from musicscope.dictionaries.step import (
+    FREEZES,
     RULES,
     Aux,
     Jump,
@@ -22,6 +23,7 @@ from musicscope.dictionaries.step import (
     gradients,
     initial_state,
     join,
+    keep_near,
     resample,
     select,
     select_of_batch,
@@ -250,6 +252,66 @@ def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_al
         assert (state.threshold[dead] != thresholds[dead]).all()
         assert torch.equal(state.threshold[live], thresholds[live])
         assert not state.optimizer.state[state.threshold]["exp_avg"][dead].any()
+
+
+OPTIONS = {
+    "topk": {},
+    "batchtopk": {"prefixes": (20, 60)},
+    "jumprelu": {"bandwidth": 0.5, "sparsity_weight": 0.01},
+}
+
+
+@pytest.mark.parametrize("activation", OPTIONS)
+@pytest.mark.parametrize("name", FREEZES)
+def test_what_a_baseline_freezes_stays_and_the_rest_learns(name, activation):
+    freeze, start = FREEZES[name], 0.5 if activation == "jumprelu" else None
+    state = initial_state(F, (24,), 3, "cpu", start, freeze)
+    x = random_weights(torch.float32, (24,))[1][0]
+    state.unfired[:5] = 10**6  # AuxK must not reach what is frozen, either
+    before, at_limit = Weights(*(w.clone() for w in state.weights[0])), 0
+    for _ in range(80):
+        step(
+            state, [x], 3e-2, K, activation, aux_k=12, aux_weight=0.1, dead_after=1000,
+            **OPTIONS[activation],
+        )  # fmt: skip
+        now = state.weights[0]
+        cosine = (now.W_dec * before.W_dec).sum(1) / now.W_dec.norm(dim=1)
+        if freeze.cosine:
+            assert cosine.min() >= freeze.cosine - 1e-6
+            at_limit += int((cosine < freeze.cosine + 1e-4).sum())
+        if freeze.encoder:  # the code is W_enc x
+            torch.testing.assert_close(now.b_enc, now.W_enc @ now.b_dec)
+        else:
+            torch.testing.assert_close(now.W_dec.norm(dim=1), torch.ones(F))
+    assert (at_limit > 0) == (freeze.cosine is not None)  # else the limit was never tested
+    stay = ["W_dec"] * freeze.decoder + ["W_enc"] * freeze.encoder
+    for key in Weights._fields:
+        assert torch.equal(getattr(now, key), getattr(before, key)) == (key in stay), key
+        learns = key not in stay and not (freeze.encoder and key == "b_enc")
+        assert (getattr(now, key) in state.optimizer.state) == learns, key
+
+
+def test_gradients_behind_a_frozen_encoder_equal_autograd():
+    (own, *_), (x, *_) = random_weights(torch.float32)
+    state = initial_state(F, (24,), 3, "cpu", freeze=FREEZES["frozen_encoder"])
+    weights = state.weights[0]
+    weights.b_dec.copy_(own.b_dec)
+    weights.b_enc.copy_(weights.W_enc @ own.b_dec)
+    z = torch.relu(x @ weights.W_enc.T)
+    codes = torch.zeros_like(z).scatter(1, (best := z.topk(K).indices), z.gather(1, best))
+    W_dec, b_dec = (w.clone().requires_grad_() for w in (weights.W_dec, weights.b_dec))
+    (x - codes @ W_dec - b_dec).square().mean().backward()
+    step(state, [x], 0.0, K)
+    torch.testing.assert_close(weights.W_dec.grad, W_dec.grad)
+    torch.testing.assert_close(weights.b_dec.grad, b_dec.grad)
+
+
+def test_rows_beyond_the_limit_move_to_the_nearest_allowed_row():
+    start = torch.tensor([[1.0, 0.0, 0.0]] * 3)
+    rows = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.0, -0.8], [0.9, 0.19**0.5, 0.0]])
+    wanted = torch.tensor([[0.8, 0.6, 0.0], [0.8, 0.0, -0.6], [0.9, 0.19**0.5, 0.0]])
+    keep_near(rows, start, 0.8)
+    torch.testing.assert_close(rows, wanted)
 
 
 def test_latents_at_or_below_zero_get_no_gradient():

@@ -13,13 +13,14 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config import ParamsError
+from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import data, evaluation, sharing, training
 from musicscope.dictionaries import step as step_module
 from musicscope.dictionaries.core import UniversalSAE
 from musicscope.dictionaries.data import TEST, TRAIN, pair
 from musicscope.dictionaries.evaluation import evaluate
 from musicscope.dictionaries.runs import sae_plan
-from musicscope.dictionaries.step import initial_state, step
+from musicscope.dictionaries.step import FREEZES, initial_state, step
 from musicscope.dictionaries.training import (
     count_latents,
     count_own,
@@ -130,6 +131,58 @@ def test_a_matryoshka_prefix_reconstructs_alone(store: ActivationStore):
         error = x - sae.decode(values * (indices < 12), indices)
         shares[prefixes] = 1 - float(error.square().sum() / (x - x.mean(0)).square().sum())
     assert shares[12, 36] > shares[()] + 0.1
+
+
+def test_a_trained_dictionary_beats_its_frozen_baselines_on_planted_features(store):
+    """In planted features recovered and in variance; what is frozen equals its start to the bit."""
+    dictionary = torch.from_numpy(planted_frames(1, 0)[1]).float()
+    clips, recovered, explained = list(held_out_clips(store)), {}, {}
+    options = {"samples": 300 * 256, "batch_size": 256, "learning_rate": 1e-2}
+    options |= {"resample_every": 50, "dead_after_samples": 5000}  # never of a baseline
+    for name in ("", *FREEZES):
+        section = sae_section(**options)
+        sae = train(pair([store], TRAIN), section, "sae", 3, baseline=name).dictionary
+        start = initial_state(72, (WIDTH,), seed_for(3, "initial"), "cpu").weights[0]
+        cosine = (sae.W_dec * start.W_dec).sum(1) / sae.W_dec.norm(dim=1)
+        if name == "frozen_decoder":
+            assert torch.equal(sae.W_dec, start.W_dec)
+        elif name == "soft_frozen_decoder":
+            assert 0.8 - 1e-6 <= cosine.min() < 0.81
+        else:
+            assert cosine.min() < 0.8
+        if name == "frozen_encoder":
+            x = torch.from_numpy(clips[0])
+            latents = ((x - torch.tensor(store.mean).float()) @ start.W_enc.T).topk(3).indices
+            assert torch.equal(sae.W_enc, start.W_enc)
+            same = (sae.encode(x)[1].sort().values == latents.sort().values).all(1)
+            assert same.float().mean() > 0.99  # but for ties
+        rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
+        recovered[name] = float(((dictionary @ rows.T).amax(1) > 0.9).float().mean())
+        explained[name] = evaluate(sae, clips).explained_variance
+    assert recovered[""] > 0.9
+    assert recovered["frozen_decoder"] == recovered["frozen_encoder"] == 0
+    assert recovered["soft_frozen_decoder"] < 0.5
+    assert explained[""] > 0.05 + max(explained[name] for name in FREEZES)
+    assert explained["soft_frozen_decoder"] > explained["frozen_decoder"] > 0.3
+
+
+def test_a_soft_frozen_run_that_was_killed_keeps_to_its_first_start(store, tmp_path):
+    section = sae_section(samples=60 * 128, learning_rate=1e-2)
+    data, name = pair([store], TRAIN), "soft_frozen_decoder"
+    whole = train(data, section, "sae", 5, baseline=name).dictionary
+    checkpoint, stopped = tmp_path / "state.pt", KeyboardInterrupt()
+
+    def stop(row):
+        if row["step"] == 45:
+            raise stopped
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, section, "sae", 5, checkpoint=checkpoint, checkpoint_every=40, on_log=stop,
+              baseline=name)  # fmt: skip
+    assert checkpoint.is_file()
+    again = train(data, section, "sae", 5, checkpoint=checkpoint, baseline=name).dictionary
+    for a, b in zip(sae_weights(again), sae_weights(whole), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_prefixes_that_do_not_rise_or_are_no_part_are_refused(store):

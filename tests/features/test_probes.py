@@ -1,6 +1,7 @@
 """Probes on planted data: they find what is there, nothing where nothing is, and do not peek."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,44 @@ def test_shuffled_labels_leave_chance(case):
     many = probes.run_probes(rows, {"sae": pools, "dense": pools}, ["guitar"], section, SEED)
     shuffled = many["concepts"]["guitar"]["shuffled"]["test"]["auroc"]["value"]
     assert shuffled == pytest.approx(0.5, abs=0.06)
+
+
+def test_baselines_and_means_over_concepts(case):
+    """A baseline whose codes know guitar only is behind the SAE by what it lacks, on the mean."""
+    rows, representations, before = case
+    poor = {key: of.copy() for key, of in representations["sae"].items()}
+    poor["mean"][:, 11] = poor["mean"][:, 12]
+    section = replace(SECTION, k_sparse=(1, 4, 20))
+    result = probes.run_probes(
+        rows, representations | {"frozen_decoder": poor}, ("guitar", "reed", "choir"), section,
+        SEED, baselines=["frozen_decoder"],
+    )  # fmt: skip
+    guitar, reed = (result["concepts"][c] for c in ("guitar", "reed"))
+    mean = result["mean"]
+    assert guitar["sae"] == before["concepts"]["guitar"]["sae"]
+    assert list(guitar["frozen_decoder"]["k_sparse"]) == ["001", "004"]  # 20 is beyond the limit
+    assert guitar["frozen_decoder"]["k_sparse"]["001"]["test"]["auroc"]["value"] > 0.95
+    assert reed["frozen_decoder"]["k_sparse"]["001"]["test"]["auroc"]["value"] < 0.7
+    assert reed["sae_minus_frozen_decoder"]["test"]["difference"]["low"] > 0.2
+    for name in ("sae", "frozen_decoder", "dense", "shuffled"):
+        values = [entry[name]["test"]["auroc"]["value"] for entry in (guitar, reed)]
+        found = mean[name]["test"]["auroc"]
+        assert found["value"] == pytest.approx(np.mean(values))
+        assert (found["low"], found["high"]) == pytest.approx((min(values), max(values)))
+        assert (found["n"], found["unit"]) == (2, "AUROC")
+    sparse = [entry["frozen_decoder"]["k_sparse"]["004"]["test"] for entry in (guitar, reed)]
+    assert mean["frozen_decoder_k004"]["test"]["auroc"]["value"] == pytest.approx(
+        np.mean([entry["auroc"]["value"] for entry in sparse])
+    )
+    assert {"sae_k020", "sae_k004"} <= mean.keys()
+    gap = mean["sae_minus_frozen_decoder"]["test"]["difference"]["value"]
+    assert gap == pytest.approx(
+        mean["sae"]["test"]["auroc"]["value"] - mean["frozen_decoder"]["test"]["auroc"]["value"]
+    )
+    assert "pairs_mixed" not in mean["sae"]  # pairs are of guitar alone
+    one = probes.mean_over_concepts({"guitar": guitar}, 100, SEED)["sae"]["test"]["auroc"]
+    assert one["value"] == guitar["sae"]["test"]["auroc"]["value"]
+    assert np.isnan(one["low"])
 
 
 def test_one_latent_is_enough_and_is_the_planted_one(case):
@@ -339,7 +378,12 @@ class FakeStore:
 def test_pooled_sparse_codes_equal_dense_computation():
     store = FakeStore()
     sae = SimpleNamespace(width=5, n_latents=9, encode=store.encode)
-    pools = pool_store(store, [4, 0, 1, 2], sae, workers=2)
+    other = SimpleNamespace(width=5, n_latents=9, encode=lambda x: store.encode(-x))
+    pools = pool_store(store, [4, 0, 1, 2], {"sae": sae, "other": other}, workers=2)
+    alone = pool_store(store, [4, 0, 1, 2], {"other": other})
+    for name in ("dense", "other"):
+        for key, values in alone[name].items():
+            np.testing.assert_array_equal(pools[name][key], values)
     for row, clip in enumerate([4, 0, 1, 2]):
         x = store.clip(clip)
         values, indices = store.encode(torch.from_numpy(x))
@@ -349,7 +393,7 @@ def test_pooled_sparse_codes_equal_dense_computation():
         np.testing.assert_allclose(pools["dense"]["mean"][row], x.mean(0), rtol=1e-5)
         np.testing.assert_array_equal(pools["dense"]["max"][row], x.max(0))
     with pytest.raises(ValueError, match="rerun train_sae"):
-        pool_store(store, [0], SimpleNamespace(width=6, n_latents=9))
+        pool_store(store, [0], {"sae": SimpleNamespace(width=6, n_latents=9)})
 
 
 def test_log_mel_statistics_ignore_level_and_see_timbre():

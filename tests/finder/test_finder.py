@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,8 +21,8 @@ from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import concept_sets, examine, select_query
 from musicscope.finder.recordings import plan_recordings, read_windows
-from musicscope.finder.run import Subject, find_concept
-from tests.support.planted import clip_rows, find_concept_section
+from musicscope.finder.run import Subject, find_all, find_concept
+from tests.support.planted import Store, clip_rows, find_concept_section
 from tools.import_closure import ROOT
 
 RATE, HOP, BANDS = 16_000, 320, 40
@@ -355,6 +357,39 @@ def test_clips_are_found_on_train_and_confirmed_on_test():
     with pytest.raises(ValueError, match="share"):
         concept_sets(rows, "clips:has_guitar", "clips:has_guitar")
     assert "guitar" in FAMILIES
+
+
+def test_baselines_are_examined_for_the_metrics_and_are_in_no_table(tmp_path):
+    """One that lacks the concept's direction finds nothing where the SAE finds its feature."""
+    rows = pd.concat(
+        [clip_rows(seed=s).assign(split=split)[lambda r: r["font"] == "mixed"]
+         for s, split in ((0, "train"), (1, "test"))], ignore_index=True,
+    )  # fmt: skip
+    rows["group"] = rows["split"] + rows["group"]
+    rng = np.random.default_rng(0)
+    frames = rng.exponential(size=(len(rows), 30, BANDS)).astype(np.float32)
+    frames[:, :, 7] += 3 * rows["has_guitar"].to_numpy(np.float32)[:, None]
+    clips = SimpleNamespace(
+        rows=rows, samples=RATE, sample_rate=RATE, audio=lambda at: np.ones((len(at), RATE))
+    )
+    store = Store(frames, rows["id"].tolist())
+    blind = torch.eye(BANDS)
+    blind[7] = blind[8]
+    lacking = TopKSAE(blind, torch.zeros(BANDS), blind, torch.zeros(BANDS), k=8)
+    subject = Subject("m", clips, store, {"sae": dictionary()}, baselines={"soft": lacking})
+    section = find_concept_section(few_draws=3)
+    tables, metrics = find_all(subject, section, 0, tmp_path)
+    ours, other = (metrics[name]["guitar"] for name in ("sae", "soft"))
+    assert ours["best"]["feature"] == 7
+    assert ours["discoveries"] >= 1 > other["discoveries"]
+    assert ours["test"]["best_auroc"]["value"] > 0.9 > other["test"]["best_auroc"]["value"]
+    assert (ours["few"]["draws"], other["few"]["any_discovery"]) == (3, None)
+    assert (other["null"]["discoveries"], other["null"]["any_discovery"]) == (0, None)
+    assert [set(t["dictionary"]) for t in tables] == [{"sae"}]
+    for name in ("features", "moments"):
+        assert set(pd.read_parquet(tmp_path / f"{name}.parquet")["dictionary"]) == {"sae"}
+    alone, _ = find_all(replace(subject, baselines={}), section, 0, tmp_path)
+    pd.testing.assert_frame_equal(alone[0], tables[0])
 
 
 def test_params_name_concepts_as_a_list_of_sections(tmp_path):

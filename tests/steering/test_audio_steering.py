@@ -257,8 +257,9 @@ SECTION = SimpleNamespace(
     slot="top1", concepts=("guitar", "drums", "piano"), pairs=("guitar-off+drums-on",),
     scores=("effect",), target="active", both_sides=False, strengths=(0.25, 1.0), n_features=(1,),
     branches=("conditional", "guidance"), loops=("open",), direction_strengths=(0.25, 1.0),
-    words=False, gate_features=2, gate_seconds=0.1, seconds=0.4, validation_prompts=4,
-    n_prompts=100, batch=3, guidance=3.0, quality_budget=0.1, distance_budget=1e6, examples=1,
+    words=False, frozen_decoder=False, gate_features=2, gate_seconds=0.1, seconds=0.4,
+    validation_prompts=4, n_prompts=100, batch=3, guidance=3.0, quality_budget=0.1,
+    distance_budget=1e6, examples=1,
     bootstrap=20,
 )  # fmt: skip
 

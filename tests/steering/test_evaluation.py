@@ -17,9 +17,9 @@ from musicscope.data.taxonomy import FAMILIES, KEYS
 from musicscope.steering import conditions, report, search
 from musicscope.steering import evaluation as ev
 from musicscope.steering.conditions import Measurement
-from musicscope.steering.methods import METHODS, Condition, Selection
+from musicscope.steering.methods import FROZEN, METHODS, Condition, Selection
 from musicscope.steering.recipes import Settings, load_recipe
-from musicscope.steering.subjects import FORMS, Prompts, make_prompts
+from musicscope.steering.subjects import FORMS, Clips, Prompts, make_prompts
 from tests.support.steered import LAYER, SECTION, tiny_context
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_all_methods_share_prompts_and_noise(context):
     assert torch.equal(codes[:2], longer[:2])
 
 
-@pytest.mark.parametrize("method", Prompts(0, 1, 1, 1, (), words=True).methods)
+@pytest.mark.parametrize("method", Prompts(0, 1, 1, 1, (), True, True).methods)
 def test_methods_do_what_their_names_say(context, method):
     if method in ("plain", "reseed", "passthrough"):
         condition = Condition(PROMPTS, method)
@@ -297,9 +297,22 @@ def test_methods_do_what_their_names_say(context, method):
         ours = conditions.condition_hooks(context, edited(3.0))[LAYER](x, torch.tensor([1])) - x
         if method == "random_direction":
             torch.testing.assert_close(added.norm(dim=-1), ours.norm(dim=-1))
-        rows = context.sae.W_dec[found.ranked("effect")[:2]]
-        left = added.flatten(0, 1) - torch.linalg.lstsq(rows.T, added.flatten(0, 1).T)[0].T @ rows
-        assert (left.norm() < 1e-4) == (method == "sae")
+        for own, sae, recipe in (
+            ("sae", context.sae, found), (FROZEN, context.frozen[0], context.frozen[1]["guitar"])
+        ):  # fmt: skip
+            rows = sae.W_dec[recipe.ranked("effect")[:2]]
+            part = torch.linalg.lstsq(rows.T, added.flatten(0, 1).T)[0].T @ rows
+            assert ((added.flatten(0, 1) - part).norm() < 1e-4) == (method == own)
+
+
+def test_latents_of_the_frozen_decoder_are_searched_like_those_of_the_sae(context):
+    assert FROZEN not in Prompts(0, 1, 1, 1, (), words=True).methods
+    assert FROZEN not in Clips.methods
+    assert search.grid(SECTION, FROZEN) == search.grid(SECTION, "sae")
+    conditions_ = search.search_conditions(SECTION, context.subject, REQUEST, PROMPTS)
+    assert len(conditions_[FROZEN]) == len(conditions_["sae"])
+    with pytest.raises(ValueError, match="needs the frozen decoder"):
+        conditions.condition_hooks(replace(context, frozen=None), edited(1.0, FROZEN))
 
 
 def test_random_latents_stand_in_for_both_sides(context):

@@ -26,7 +26,7 @@ TRAINING = {
 }  # fmt: skip
 OPTIONS = {
     "activation": "topk", "ce_clips": 1, "matryoshka": (), "resample_every": 0, "bandwidth": 0.5,
-    "sparsity_weight": 0.01, "stable_cosine": 0.7,
+    "sparsity_weight": 0.01, "stable_cosine": 0.7, "baselines": (),
 }  # fmt: skip
 SHARED = {"slot": "top1", "null_seeds": 1, "fire_threshold": 0.1, "bootstrap": 20}
 

@@ -37,6 +37,9 @@ class Store:
         self.width = self.data.shape[2]
         self.std = self.data.reshape(-1, self.width).std(0)
 
+    def __len__(self) -> int:
+        return len(self.data)
+
     def clip(self, i: int) -> np.ndarray:
         return self.data[i]
 

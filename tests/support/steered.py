@@ -82,8 +82,9 @@ def recipe(concept: str, seed: int) -> Recipe:
 def tiny_context(model: Path) -> Context:
     """The evaluation of the tiny model, with prompts of 0.2 s."""
     recipes = {c: recipe(c, i) for i, c in enumerate(("guitar", "organ"))}
-    subject = Prompts(5, 0.2, 2, 3.0, ("guitar", "organ"), words=True)
-    return Context(load_model(model), random_sae(), recipes, StubJudges(), subject, 5)
+    subject = Prompts(5, 0.2, 2, 3.0, ("guitar", "organ"), words=True, frozen_decoder=True)
+    frozen = random_sae(1), {c: recipe(c, 7 + i) for i, c in enumerate(("guitar", "organ"))}
+    return Context(load_model(model), random_sae(), recipes, StubJudges(), subject, 5, frozen)
 
 
 def make_steerable(root: Path, model: Path) -> None:

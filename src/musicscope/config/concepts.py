@@ -58,6 +58,9 @@ class Steer(Section):
     words: bool
     """Also try latents and the difference of means on top of the edited prompt, with the first of
     `n_features` and of `branches` and every second strength."""
+    frozen_decoder: bool
+    """Also edit latents of the frozen decoder (`train_sae.baselines`), with the same search as
+    those of the SAE. Not for audio models."""
     gate_features: Annotated[int, Field(ge=1, le=4096)]
     """Latents that the probe of the closed loop reads."""
     gate_seconds: Annotated[float, Field(gt=0, le=60)]

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from musicscope.config.schema import DistinctOrNone, FolderName, ParamsError, Section
 
+Baseline = Literal["frozen_decoder", "soft_frozen_decoder", "frozen_encoder"]
 Seeds = Annotated[int, Field(ge=1, le=64)]
 
 
@@ -72,6 +73,9 @@ class TrainSae(Training):
     """Weight of jumprelu's loss on the number of active latents."""
     stable_cosine: Annotated[float, Field(ge=0, lt=1)]
     """A latent returns in the other seeds above this cosine and the null's 99th percentile."""
+    baselines: DistinctOrNone[Baseline]
+    """Also train one SAE each whose decoder or encoder stays at, or near, its random start
+    (arXiv 2602.14111); probe and find_concept evaluate it beside seed 0. [] for none."""
 
     def check(self, section: str) -> None:
         super().check(section)

@@ -6,7 +6,7 @@ of 500 frames with 32 active latents each, whatever the size of the dictionary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -153,31 +153,35 @@ def pool_clips(codes: Codes) -> ClipPools:
 def pool_store(
     store: ActivationStore,
     clips: Rows,
-    sae: TopKSAE,
+    saes: Mapping[str, TopKSAE],
     workers: int = 1,
     device: str = "cpu",
 ) -> dict[str, Pools]:
-    """Pool the named clips (positions in the store), read once: {"dense": pools, "sae": pools}.
+    """Pool the named clips (positions in the store), read once: "dense", and the codes of `saes`.
 
-    `workers` threads each hold the frames of 8 clips and their codes. `device` is the SAE's.
+    `workers` threads each hold the frames of 8 clips and their codes. `device` is the SAEs'.
     """
-    if sae.width != store.width:
-        raise ValueError(
-            f"{store.folder} is {store.width} wide, the SAE {sae.width}: rerun train_sae for it"
-        )
+    for name, sae in saes.items():
+        if sae.width != store.width:
+            raise ValueError(
+                f"{store.folder} is {store.width} wide, SAE {name} {sae.width}: rerun train_sae"
+            )
 
     @torch.no_grad()
     def pool_batch(rows: list[int]) -> list[np.ndarray]:
         frames = [store.clip(row) for row in rows]
         mean = np.stack([f.mean(0, dtype=np.float64) for f in frames]).astype(np.float32)
-        values, indices = sae.encode(torch.from_numpy(np.concatenate(frames)).to(device))
+        x = torch.from_numpy(np.concatenate(frames)).to(device)
         lengths = np.array([len(f) for f in frames])
-        pools = pool_clips(Codes(to_csr(values, indices, sae.n_latents), lengths))
-        return [mean, np.stack([f.max(0) for f in frames]), pools.mean, pools.highest]
+        found = [mean, np.stack([f.max(0) for f in frames])]
+        for sae in saes.values():
+            pools = pool_clips(Codes(to_csr(*sae.encode(x), sae.n_latents), lengths))
+            found += [pools.mean, pools.highest]
+        return found
 
     parts = zip(*by_batch(pool_batch, clips, workers), strict=True)
-    mean, highest, code_mean, code_max = map(np.concatenate, parts)
+    pooled = list(map(np.concatenate, parts))
     return {
-        "dense": {"mean": mean, "max": highest},
-        "sae": {"mean": code_mean, "max": code_max},
+        name: {"mean": pooled[2 * i], "max": pooled[2 * i + 1]}
+        for i, name in enumerate(("dense", *saes))
     }

@@ -370,6 +370,14 @@ def _from_jumprelu(tensors: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {**tensors, **names, "k": torch.tensor(k)}
 
 
+def open_saes(
+    folder: str | Path, variants: Sequence[str] = (), device: str = "cpu"
+) -> dict[str, TopKSAE]:
+    """Load seed 0 as "sae", and further variants by name, of data/sae/<model>/<slot>."""
+    names = {"sae": "seed-0"} | {name: name for name in variants}
+    return {key: TopKSAE.load(Path(folder) / name, device) for key, name in names.items()}
+
+
 @dataclass(frozen=True)
 class ModelWeights:
     """The weights of one model in a shared code, on normalised u = (x - mean) / scale."""

@@ -144,11 +144,18 @@ def random_like(dictionary: np.ndarray, seed: int) -> np.ndarray:
     return rng.multivariate_normal(dictionary.mean(0), covariance, len(dictionary), method="eigh")
 
 
-def stability(dictionaries: Sequence[np.ndarray], seed: int) -> dict[str, float | None]:
-    """Average `matched_cosine` over all pairs of seeds, and against `random_like` (the null)."""
-    pairs = [(i, j) for i in range(len(dictionaries)) for j in range(i)]
-    cosines = [matched_cosine(dictionaries[i], dictionaries[j]) for i, j in pairs]
-    null = [matched_cosine(dictionaries[i], random_like(dictionaries[j], seed)) for i, j in pairs]
+def stability(
+    dictionaries: Sequence[np.ndarray], seed: int, other: np.ndarray | None = None
+) -> dict[str, float | None]:
+    """Average `matched_cosine` over all pairs of seeds, and against `random_like` (the null).
+
+    With `other` [F, d]: over the pairs of it with each seed.
+    """
+    pairs = [(a, b) for i, a in enumerate(dictionaries) for b in dictionaries[:i]]
+    if other is not None:
+        pairs = [(other, b) for b in dictionaries]
+    cosines = [matched_cosine(a, b) for a, b in pairs]
+    null = [matched_cosine(a, random_like(b, seed)) for a, b in pairs]
     if not pairs:
         return {"stability": None, "stability_null": None}
     return {"stability": float(np.mean(cosines)), "stability_null": float(np.mean(null))}

@@ -49,10 +49,11 @@ def replace_frames(replacement: Callable[[Tensor], Tensor], frames: int) -> Hook
 
 @torch.no_grad()
 def cross_entropies(
-    model: LanguageModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch]
-) -> Losses:
+    model: LanguageModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[Batch],
+    variants: Sequence[str] = VARIANTS,
+) -> Losses:  # fmt: skip
     """Measure cross-entropy in nats per token: VARIANTS of `layer`, whose mean is [d]."""
-    losses: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
+    losses: dict[str, list[Tensor]] = {name: [] for name in variants}
     for batch in batches:
         kinds = {"ablated": lambda x: mean.expand_as(x), "sae": sae.reconstruct}
         hooks: dict[str, Hooks] = {
@@ -66,10 +67,11 @@ def cross_entropies(
 
 @torch.no_grad()
 def spectral_distances(
-    model: AudioModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[AudioBatch]
-) -> Losses:
+    model: AudioModel, layer: str, sae: TopKSAE, mean: Tensor, batches: Iterable[AudioBatch],
+    variants: Sequence[str] = VARIANTS,
+) -> Losses:  # fmt: skip
     """Measure the `spectral_distance` of each clip to its reconstruction by an audio model."""
-    distances: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    distances: dict[str, list[float]] = {name: [] for name in variants}
     hooks: dict[str, Hooks] = {
         "ablated": {layer: lambda x, _: mean.to(x).expand_as(x)},
         "sae": {layer: lambda x, _: sae.reconstruct(x)},
@@ -93,6 +95,7 @@ def measure_losses(
     sae: TopKSAE,
     device: str,
     batch_clips: int = 8,
+    variants: Sequence[str] = VARIANTS,
 ) -> tuple[Losses, str]:
     """Measure `cross_entropies` (CE), or `spectral_distances` (SPECTRAL) of an audio model.
 
@@ -111,9 +114,9 @@ def measure_losses(
 
     layer = store.config["layer"]
     if isinstance(model, AudioModel):
-        return spectral_distances(model, layer, sae, mean, batches()), SPECTRAL
+        return spectral_distances(model, layer, sae, mean, batches(), variants), SPECTRAL
     with torch.no_grad():
-        return cross_entropies(model, layer, sae, mean, batches()), CE
+        return cross_entropies(model, layer, sae, mean, batches(), variants), CE
 
 
 def ce_recovered(

@@ -44,7 +44,13 @@ from musicscope.dictionaries.data import (
     mispair,
     pair,
 )
-from musicscope.dictionaries.fidelity import CE, Losses, ce_recovered, measure_losses
+from musicscope.dictionaries.fidelity import (
+    CE,
+    VARIANTS,
+    Losses,
+    ce_recovered,
+    measure_losses,
+)
 from musicscope.dictionaries.training import (
     DEDICATED,
     SAE,
@@ -89,7 +95,7 @@ class SaeOutcome(Outcome):
     test: evaluation.Evaluation
     heldout_font: evaluation.Evaluation | None
     losses: Losses | None
-    """Losses of the model with the SAE in its stream (`fidelity`); FIRST only."""
+    """Losses of the model with the SAE in its stream (`fidelity`): FIRST; baselines have "sae"."""
     measure: str
     """CE, or SPECTRAL for an audio model."""
 
@@ -150,6 +156,10 @@ class Plan(Generic[Out]):
         """Return the seed of one run."""
         raise NotImplementedError
 
+    def baseline(self, name: str) -> str:
+        """Return which of step.FREEZES one run is, "" if it is none."""
+        return ""
+
     def data(self, name: str) -> Paired:
         """Return the training clips of one run."""
         return pair(self.open_stores(), TRAIN)
@@ -205,6 +215,7 @@ def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
         trained = train(
             data, plan.config, plan.method_of(name), plan.seed_of(name), plan.names, plan.slot,
             plan.device, scratch / f"{name}.pt", on_log=on_log, ranks=ranks,
+            baseline=plan.baseline(name),
         )  # fmt: skip
     if not ranks.leads:
         return None
@@ -279,7 +290,7 @@ def control_sample(data: Paired, seed: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class SaePlan(Plan[SaeOutcome]):
-    """SAEs of one model and slot."""
+    """SAEs of one model and slot: seeds, and the baselines under their names."""
 
     live: str
     """Folder for DVCLive."""
@@ -288,8 +299,20 @@ class SaePlan(Plan[SaeOutcome]):
     loss_groups: tuple[str, ...] = ()
     """Composition of each."""
 
+    def runs(self) -> list[str]:
+        return super().runs() + self.baselines
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the baselines that are trained, too."""
+        return list(self.config.baselines) if isinstance(self.config, TrainSae) else []
+
+    def baseline(self, name: str) -> str:
+        return name if name in self.baselines else ""
+
     def seed_of(self, name: str) -> int:
-        return seed_for(self.seed, "train_sae", self.names[0], self.slot, _index(name))
+        own = self.baseline(name) or _index(name)
+        return seed_for(self.seed, "train_sae", self.names[0], self.slot, own)
 
     def on_log(self, name: str) -> Callable[[LogRow], None]:
         return live_logger(f"{self.live}/{name}")
@@ -303,7 +326,7 @@ class SaePlan(Plan[SaeOutcome]):
         return super().trainer(name) | options | {
             "lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"],
             "lr": self.config.learning_rate, "steps": count_steps(self.config),
-            "seed": _index(name),
+            **({"baseline": name} if self.baseline(name) else {"seed": _index(name)}),
         }  # fmt: skip
 
     def evaluate(self, name: str, trained: Trained, folder: Path, data: Paired) -> SaeOutcome:
@@ -318,17 +341,23 @@ class SaePlan(Plan[SaeOutcome]):
             file=sys.stderr,
         )
         losses, measure = None, CE
-        if name == FIRST and self.loss_rows:
+        if self.loss_rows and (name == FIRST or self.baseline(name)):
             losses, measure = measure_losses(
                 f"data/models/{self.names[0]}", "data/clips", self.loss_rows, stores[0],
                 sae.to(self.device), self.device,
+                variants=VARIANTS if name == FIRST else VARIANTS[-1:],
             )  # fmt: skip
         return SaeOutcome(
             name, trained.history, trained.dead_fraction, sae, test, font, losses, measure
         )
 
     def report(self, outcomes: Sequence[SaeOutcome]) -> Metrics:
-        """Return the metrics. Headline numbers are of FIRST, the one used downstream."""
+        """Return the metrics. Headline numbers are of FIRST, the one used downstream.
+
+        A baseline's stability compares its decoder rows with those of each seed.
+        """
+        baselines = [o for o in outcomes if self.baseline(o.name)]
+        outcomes = [o for o in outcomes if not self.baseline(o.name)]
         first, stores = outcomes[0], self.open_stores()
         store, learnt, test = stores[0], pair(stores, TRAIN), pair(stores, TEST)
         bootstrap = seed_for(self.seed, "bootstrap")
@@ -367,6 +396,21 @@ class SaePlan(Plan[SaeOutcome]):
                 first.losses, self.loss_groups, BOOTSTRAP, bootstrap, first.measure
             )
             result["ce_clips"] = len(self.loss_groups)
+        rows = [o.sae.W_dec.numpy() for o in outcomes]
+
+        def beside(o: SaeOutcome) -> Metrics:
+            entry: Metrics = {**numbers(o)}
+            estimate = o.test.estimate(test.groups, BOOTSTRAP, bootstrap)
+            entry["explained_variance"] = estimate.as_dict()
+            seed = seed_for(self.seed, "stability")
+            entry |= evaluation.stability(rows, seed, o.sae.W_dec.numpy())
+            if o.losses is not None and first.losses is not None:
+                losses = first.losses | o.losses
+                entry |= ce_recovered(losses, self.loss_groups, BOOTSTRAP, bootstrap, o.measure)
+            return entry
+
+        if baselines:
+            result["baselines"] = {o.name: beside(o) for o in baselines}
         return result
 
     def agreement(self, outcomes: Sequence[SaeOutcome]) -> tuple[Metrics, pd.DataFrame]:

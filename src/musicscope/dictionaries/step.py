@@ -73,6 +73,26 @@ class Gradients(NamedTuple):
     b_dec: Tensor | None = None
 
 
+class Freeze(NamedTuple):
+    """Which part of an SAE training leaves at, or near, its random start."""
+
+    decoder: bool = False
+    """decoder rows stay"""
+    encoder: bool = False
+    """the code of a frame stays; decoder rows are of any length, as no gain is left to learn"""
+    cosine: float | None = None
+    """least cosine of every decoder row with its start; None: no limit"""
+
+
+FREE = Freeze()
+FREEZES = {
+    "frozen_decoder": Freeze(decoder=True),
+    "soft_frozen_decoder": Freeze(cosine=0.8),
+    "frozen_encoder": Freeze(encoder=True),
+}
+"""The baselines of Korznikov et al. 2026 (arXiv 2602.14111)."""
+
+
 class Codes(NamedTuple):
     """Sparse codes [B, F] in CSR form."""
 
@@ -350,6 +370,10 @@ class State:
     """Steps since then."""
     mask: Tensor | None = None
     """[F, d] 0 where encoder and decoder of the one (joined) model are held at 0, else 1"""
+    freeze: Freeze = FREE
+    start: Tensor | None = None
+    """[F, d] decoder rows at the start, where `freeze` has a limit; not in checkpoints, as it
+    follows from the seed."""
 
 
 def initial_state(
@@ -359,10 +383,12 @@ def initial_state(
     device: str | torch.device,
     threshold: float | None = None,
     mask: Tensor | None = None,
+    freeze: Freeze = FREE,
 ) -> State:
     """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0.
 
-    `threshold` is where every threshold of a JumpReLU starts; `mask` as in `State`.
+    `threshold` is where every threshold of a JumpReLU starts; `mask` as in `State`; `freeze` is for
+    one model.
     """
     weights = []
     for j, width in enumerate(widths):
@@ -380,7 +406,18 @@ def initial_state(
     own = None if threshold is None else parameters[-1]
     if mask is not None:
         mask = mask.to(device)
-    return State(tuple(weights), adam, unfired, threshold=own, mask=mask)
+    start = None if freeze.cosine is None else weights[0].W_dec.clone()
+    return State(
+        tuple(weights), adam, unfired, threshold=own, mask=mask, freeze=freeze, start=start
+    )
+
+
+def keep_near(rows: Tensor, start: Tensor, cosine: float) -> None:
+    """Move unit rows [F, d] in place to the nearest unit rows of at least `cosine` with `start`."""
+    along = torch.einsum("fd,fd->f", rows, start).unsqueeze(1)
+    across = torch.nn.functional.normalize(rows - along * start, dim=1)
+    nearest = cosine * start + (1 - cosine**2) ** 0.5 * across
+    rows.copy_(torch.where(along < cosine, nearest, rows))
 
 
 @torch.no_grad()
@@ -402,11 +439,11 @@ def step(
 ) -> Result:
     """Take one step in place on paired xs[j] [B, d_j]: gradients, fused Adam, unit decoder rows.
 
-    The drawn encoder and the decoders that the rule names step; every other weight and its moments
-    stay. As in Gao et al. 2024 the part of the decoder's gradient along each row is removed first
-    (it could only change the norm), and rows are normalised after the update, so that saved rows
-    have unit norm. Latents that fired for none of the last `dead_after` frames are dead; see
-    DEAD_EVERY.
+    The drawn encoder and the decoders that the rule names step, less what `state.freeze` holds;
+    every other weight and its moments stay. As in Gao et al. 2024 the part of the decoder's
+    gradient along each row is removed first (it could only change the norm), and rows are
+    normalised after the update, so that saved rows have unit norm. Latents that fired for none of
+    the last `dead_after` frames are dead; see DEAD_EVERY.
 
     With several `ranks` xs are this rank's equal part of the batch; all end with the same state,
     that of one process with the whole batch but for the order of its sums (batchtopk: and for
@@ -430,6 +467,12 @@ def step(
     result = gradients(
         weights, xs, k, activation, drawn, learning, aux, state.scratch, prefixes, jump
     )
+    freeze, (own, *_) = state.freeze, result.gradients
+    if freeze.decoder:
+        result = result._replace(gradients=(own._replace(W_dec=None),))
+    if freeze.encoder and own.b_dec is not None and own.b_enc is not None:
+        b_dec = own.b_dec + own.b_enc @ weights[0].W_enc  # less what comes through the encoder
+        result = result._replace(gradients=(Gradients(W_dec=own.W_dec, b_dec=b_dec),))
     present = [g for model in result.gradients for g in model if g is not None]
     if state.threshold is not None and result.threshold is not None:
         state.threshold.grad = result.threshold
@@ -440,7 +483,7 @@ def step(
             if gradient is not None:
                 gradient.mul_(state.mask)
     for gradient, (_, _, W_dec, _) in zip(result.gradients, weights, strict=True):
-        if (W_grad := gradient.W_dec) is not None:
+        if (W_grad := gradient.W_dec) is not None and not freeze.encoder:
             along = torch.einsum("fd,fd->f", W_grad, W_dec).unsqueeze(1)
             W_grad.addcmul_(along, W_dec, value=-1)
     for model, own in zip(weights, result.gradients, strict=True):
@@ -451,9 +494,13 @@ def step(
     state.optimizer.step()
     if state.threshold is not None:
         state.threshold.clamp_(min=0.0)  # below 0 it would let negative pre-activations through
-    for j in learning:
+    if freeze.encoder:
+        weights[0].b_enc.copy_(weights[0].W_enc @ weights[0].b_dec)  # z = W_enc x, whatever b_dec
+    for j in learning if not (freeze.decoder or freeze.encoder) else ():
         W_dec = weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        if state.start is not None and freeze.cosine is not None:
+            keep_near(W_dec, state.start, freeze.cosine)
     state.unfired += len(xs[0]) * ranks.size
     # A minimum, as a boolean index would wait for the device.
     silent = ~(result.codes.values > 0)  # NaN too

@@ -19,6 +19,7 @@ SHARES = np.linspace(0, 1, 21)
 
 def write_sae(stem: str | Path, outcomes: Sequence[SaeOutcome]) -> None:
     """Write <stem>-loss.csv (training, every seed) and <stem>-density.csv (test)."""
+    outcomes = [outcome for outcome in outcomes if outcome.name.startswith("seed-")]
     rows = [
         {"seed": seed, **{name: six_digits(row[name]) for name in ("step", *LOG_COLUMNS)}}
         for seed, outcome in enumerate(outcomes)

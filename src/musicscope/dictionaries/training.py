@@ -28,6 +28,8 @@ from musicscope.core.seeding import seed_for
 from musicscope.dictionaries.core import CROSSCODER, JUMPRELU, ModelWeights, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import Paired
 from musicscope.dictionaries.step import (
+    FREE,
+    FREEZES,
     RULES,
     Result,
     State,
@@ -165,6 +167,7 @@ def train(
     checkpoint_every: int = 200,
     on_log: Callable[[LogRow], None] | None = None,
     ranks: Ranks = ALONE,
+    baseline: str = "",
 ) -> Trained:
     """Train one dictionary on `data` by one of METHODS.
 
@@ -172,7 +175,8 @@ def train(
     (a file) the state is saved there every so many steps and taken up again; `on_log` also gets the
     rows before a resume. Several `ranks` share every batch evenly and find the same dictionary, to
     the tolerance of floating point (see `step`); the first of them keeps the checkpoint, which all
-    read. `names` and `slot` describe the models of a shared code; an SAE needs neither.
+    read. `names` and `slot` describe the models of a shared code; an SAE needs neither. `baseline`
+    is "" or, for an SAE, one of FREEZES, whose dead latents never restart.
     FloatingPointError when the loss is not finite.
     """
     if method not in METHODS:
@@ -197,7 +201,7 @@ def train(
         mask = own_mask(latents, widths, count_own(config, widths))
     state = initial_state(
         latents, [sum(widths)] if joint else widths, seed_for(seed, "initial"), device,
-        threshold, mask,
+        threshold, mask, FREEZES[baseline] if baseline else FREE,
     )  # fmt: skip
     steps, models = count_steps(config), len(state.weights)
     draws = np.random.default_rng(seed_for(seed, "draws")).integers(models, size=steps)
@@ -211,7 +215,7 @@ def train(
     if on_log:
         for row in history:
             on_log(row)
-    restart = config.resample_every if isinstance(config, TrainSae) else 0
+    restart = config.resample_every if isinstance(config, TrainSae) and not baseline else 0
     log_every = max(1, steps // LOG_ROWS.get(method, SHARED_LOG_ROWS))
     stream = data.batches(
         config.batch_size, seed_for(seed, "order"), config.samples, start_step=start,

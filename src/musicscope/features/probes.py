@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -45,6 +45,10 @@ UNITS = {
     "average_precision": "average precision",
     "accuracy": "share",
 }
+
+
+BASELINE_SPARSE = 16
+"""Largest k of the k-sparse probes on the codes of baselines."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def run_probes(
     section: Probe,
     seed: int,
     workers: int = 1,
+    baselines: Sequence[str] = (),
 ) -> Metrics:
     """Probe every concept: {"clips", "skipped", "concepts": {concept: {representation: numbers}}}.
 
@@ -201,6 +206,7 @@ def run_probes(
         rows: clip table.
         representations: pools of these clips by name; "sae" and "dense" are required.
         workers: threads that share the concepts; the numbers do not depend on it.
+        baselines: representations that are codes too; they have "k_sparse" up to BASELINE_SPARSE.
     """
     sets = clip_sets(rows)
     concepts, skipped = select_concepts(rows, sets, concepts, section.min_positive)
@@ -211,17 +217,17 @@ def run_probes(
         names = [concepts[j] for j in columns]
         usable = {name: at[labelled[at, columns[0]]] for name, at in sets.items()}
         evaluate = Evaluator(rows, usable, section.bootstrap, seed)
-        block, fits = _probe_labelled(
-            evaluate, representations, names, has[:, columns], section, seed, workers
+        block, fits, sparse = _probe_labelled(
+            evaluate, representations, names, has[:, columns], section, seed, workers, baselines
         )
         tables |= block
         if len(blocks) == 1:
-            carried["mean"] = transfer.mean_over_concepts(evaluate, fits, has[:, columns])
+            carried["mean"] = transfer.mean_over_concepts(evaluate, fits | sparse, has[:, columns])
             sounds = transfer.sounds_of(rows, names)
             if sounds is not None:
                 carried["transfer"] = transfer.leave_one_out(
                     evaluate, partial(_choose_kept, evaluate.sets, has[:, columns], section),
-                    representations, fits, names, has[:, columns], sounds, section.min_positive,
+                    {k: v for k, v in representations.items() if k not in baselines}, fits, names, has[:, columns], sounds, section.min_positive,
                 )  # fmt: skip
         left_out = {s: len(at) - len(usable[s]) for s, at in sets.items()}
         if any(left_out.values()):
@@ -256,10 +262,12 @@ def _probe_labelled(
     section: Probe,
     seed: int,
     workers: int,
-) -> tuple[dict[str, Metrics], dict[str, np.ndarray]]:
+    baselines: Sequence[str] = (),
+) -> tuple[dict[str, Metrics], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """{concept: entry} of concepts that all clips of `evaluate.sets` have labels [clips, m] for.
 
-    Also returns the logits of the probes [clips, m] by representation.
+    Also returns the logits [clips, m] of the probes by representation, and of those on the best
+    BASELINE_SPARSE latents or fewer.
     """
     sets = evaluate.sets
     train, validation = sets["train"], sets["validation"]
@@ -272,6 +280,7 @@ def _probe_labelled(
             parts.append(stats.permute_labels(labels[at], groups, stream))
         return np.concatenate(parts, 1)
 
+    few = replace(section, k_sparse=[k for k in section.k_sparse if k <= BASELINE_SPARSE])
     m, fits = len(concepts), {}
     for name, pools in representations.items():
         # The null is one more set of labels for the same inputs: cheap in the same call.
@@ -284,12 +293,24 @@ def _probe_labelled(
         result["validation_auroc"] = fit.validation[j]
         return result | (evaluate.pair_accuracy(fit.scores[:, j], has) if concept == MAIN else {})
 
+    sparse = {
+        f"{name}_k{n:03d}": np.empty(labels.shape)
+        for name in ("sae", *baselines)
+        for n in few.k_sparse
+    }
+
     def table(j: int) -> Metrics:
         has, concept = labels[:, j], concepts[j]
         entry: Metrics = {name: numbers(f, j, has, concept) for name, f in fits.items()}
         entry["shuffled"] = evaluate.classes(fits["sae"].scores[:, m + j :: m], has)
-        sparse = choose_sparse(representations["sae"], has, sets, section)
-        entry["k_sparse"] = {f"{n:03d}": numbers(f, 0, has, concept) for n, f in sparse.items()}
+        for name in ("sae", *baselines):
+            chosen = choose_sparse(
+                representations[name], has, sets, section if name == "sae" else few
+            )
+            of = entry if name == "sae" else entry[name]
+            of["k_sparse"] = {f"{n:03d}": numbers(f, 0, has, concept) for n, f in chosen.items()}
+            for n in few.k_sparse:
+                sparse[f"{name}_k{n:03d}"][:, j] = chosen[n].scores[:, 0]
         for name in [name for name in fits if name != "sae"]:
             scores = (fits[other].scores[:, j] for other in ("sae", name))
             entry[f"sae_minus_{name}"] = evaluate.difference(*scores, has)
@@ -298,4 +319,4 @@ def _probe_labelled(
 
     with ThreadPoolExecutor(workers) as pool:
         tables = dict(zip(concepts, pool.map(table, range(m)), strict=True))
-    return tables, {name: fit.scores[:, :m] for name, fit in fits.items()}
+    return tables, {name: fit.scores[:, :m] for name, fit in fits.items()}, sparse

@@ -10,7 +10,7 @@ is a clip's id or a file) and the WAV files in its column file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +219,10 @@ class Subject:
         returning = (table["q"] <= q) & table["returns"]
         return table, {"discoveries_returning": int(returning.sum())}
 
+    baselines: Mapping[str, TopKSAE] = field(default_factory=dict)
+    """Dictionaries that queries to clips are examined with for comparison; in no table, and
+    without draws of a few recordings."""
+
 
 def _find_in_folders(
     subject: Subject, concepts: Sequence[Concept], section: FindConcept, seed: int
@@ -253,8 +257,8 @@ def find_all(
 ) -> tuple[list[pd.DataFrame], dict[str, dict[str, object]]]:
     """Find every concept of params.find_concept and write the folder `out`.
 
-    Returns tables and {dictionary: {concept: numbers}}. ValueError if one side of a concept is a
-    query and the other a folder.
+    Returns tables and {dictionary or baseline: {concept: numbers}}. ValueError if one side of a
+    concept is a query and the other a folder.
     """
     rows, clips, store = subject.clips.rows, subject.clips, subject.store
     groups = rows["group"].to_numpy(str)
@@ -291,6 +295,14 @@ def find_all(
                 audio = excerpt(level(clips.audio([i]))[0][0], seconds, clips.sample_rate)
                 write_excerpts(out, {file: audio}, clips.sample_rate)
                 moments.append((concept, name, feature, rank, clip, seconds, value, file))
+    whole = replace(section, few_draws=0)  # draws of a few recordings take most of the time
+    for name, features in subject.baselines.items() if sets else ():
+        encoder = dictionary(features, subject.name)
+        means = pool_all(store, encoder, used, subject.workers, subject.device).mean
+        metrics[name] = {
+            concept: examine(means, groups, of, whole, seed, subject.name, name, concept)[1]
+            for concept, of in sets.items()
+        }
     folders = [c for c in section.concepts if c.name not in sets]
     for c, report in _find_in_folders(subject, folders, section, seed):
         print(f"{c.name}: {report.text()}")

@@ -328,6 +328,7 @@ def cosines(table: pd.DataFrame, threshold: float) -> Figure:
 
 def finder(metrics: Tree, model: str) -> Figure | None:
     """Draw test AUROC of each concept's best feature, and how often few recordings find any."""
+    metrics = {name: of for name, of in metrics.items() if name in ("sae", "usae")}  # no baselines
     if not metrics:
         return None
     figure, (axes,) = plots.new_figure(1, 2, size=(12.0, 4.0))

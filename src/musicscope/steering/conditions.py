@@ -29,7 +29,7 @@ from musicscope.judges.pair import Judges, load_judges
 from musicscope.models.interface import AudioModel, Hook, Model
 from musicscope.models.registry import load_model
 from musicscope.steering.edit import Change, change_hook, code_change
-from musicscope.steering.methods import METHODS, Condition
+from musicscope.steering.methods import FROZEN, METHODS, Condition
 from musicscope.steering.recipes import Recipe, Settings, load_recipe
 from musicscope.steering.subjects import Subject, make_subject
 
@@ -84,6 +84,16 @@ class Context:
     judges: Judges
     subject: Subject
     seed: int
+    frozen: tuple[TopKSAE, Mapping[str, Recipe]] | None = None
+    """The frozen decoder and its recipes, if the subject has that method."""
+
+    def edited_by(self, method: str) -> tuple[TopKSAE, Mapping[str, Recipe]]:
+        """Return the dictionary whose latents a method edits, and its recipes."""
+        if METHODS[method].dictionary != FROZEN:
+            return self.sae, self.recipes
+        if self.frozen is None:
+            raise ValueError(f"the method {method} needs the frozen decoder and its recipes")
+        return self.frozen
 
     @property
     def layer(self) -> str:
@@ -99,20 +109,31 @@ def open_context(
     model: str, recipes: str, sae: str, concepts: tuple[str, ...], device: str, seed: int,
     section: Steer,
 ) -> Context:  # fmt: skip
-    """Open data/models/<model>, the SAE and recipes in these folders, data/clips and data/judge."""
+    """Open data/models/<model>, the SAE and recipes in these folders, data/clips and data/judge.
+
+    The frozen decoder lies beside the SAE, its recipes in the folder FROZEN of `recipes`.
+    """
     loaded, judges = load_model(f"data/models/{model}", device), load_judges("data/judge")
     if not judges.reliability:
         raise ValueError(
             "data/judge/reliability.json is missing, and without it no judge has a say: run dvc "
             "repro -f train_judge"
         )
+    subject, frozen = make_subject(loaded, section, seed, ClipStore.open("data/clips")), None
+
+    def read(folder: Path) -> dict[str, Recipe]:
+        return {concept: load_recipe(folder, concept) for concept in concepts}
+
+    if FROZEN in subject.methods:
+        frozen = TopKSAE.load(Path(sae).parent / FROZEN, device), read(Path(recipes) / FROZEN)
     return Context(
         loaded,
         TopKSAE.load(sae, device),
-        {concept: load_recipe(recipes, concept) for concept in concepts},
+        read(Path(recipes)),
         judges,
-        make_subject(loaded, section, seed, ClipStore.open("data/clips")),
+        subject,
         seed,
+        frozen,
     )
 
 
@@ -148,14 +169,14 @@ def _latent_change(
     context: Context, condition: Condition, draw: int | None = None
 ) -> Change | None:
     """Change of the latents for all requests, or of a draw of latents of similar activity."""
-    edits = []
+    edits, (sae, recipes) = [], context.edited_by(condition.method)
     for (concept, direction), settings in zip(condition.requests, condition.settings, strict=True):
-        recipe, latents = context.recipes[concept], None
+        recipe, latents = recipes[concept], None
         if draw is not None:
             seed = seed_for(context.seed, "steer", "random", concept, direction, draw)
             latents = control_latents(recipe, direction, settings, seed)
         edits.append(recipe.concept_edit(direction, settings, latents))
-    return code_change(context.sae, edits, context.model.frame_rates[context.layer])
+    return code_change(sae, edits, context.model.frame_rates[context.layer])
 
 
 def control_latents(

@@ -23,6 +23,8 @@ class Method:
     """Whether the prompt asks for the request in words."""
     searched: bool = False
     """Whether settings are chosen for it on validation data."""
+    dictionary: str = "sae"
+    """Whose latents: those of the SAE, or of one of its baselines in data/sae."""
 
     @property
     def has_settings(self) -> bool:
@@ -30,6 +32,8 @@ class Method:
         return self.edit not in (None, "reconstruction")
 
 
+FROZEN = "frozen_decoder"
+"""Name of the baseline whose latents are steered too, and of the method that does so."""
 METHODS = {
     "plain": Method("plain"),
     "original": Method("the clip itself"),
@@ -37,6 +41,7 @@ METHODS = {
     "prompt_edit": Method("prompt edit", words=True),
     "sae": Method("features", "latents", searched=True),
     "sae_words": Method("features and words", "latents", words=True, searched=True),
+    FROZEN: Method("features of the frozen decoder", "latents", searched=True, dictionary=FROZEN),
     "diff_means": Method("difference of means", "difference", searched=True),
     "diff_means_words": Method(
         "difference of means and words", "difference", words=True, searched=True
@@ -49,10 +54,15 @@ METHODS = {
 """Every method by its name in metrics. plain: no edit; original: a clip without the codec; reseed:
 plain with other noise, which shows what chance changes; passthrough: x replaced by its SAE
 reconstruction."""
+# fmt: off
 COMPARED = {
-    "sae": ("prompt_edit", "diff_means", "probe_direction", "random_feature", "random_direction"),
+    "sae": (
+        FROZEN, "prompt_edit", "diff_means", "probe_direction", "random_feature",
+        "random_direction",
+    ),
     "sae_words": ("sae", "prompt_edit", "diff_means", "diff_means_words"),
 }
+# fmt: on
 """Method -> methods whose success is subtracted from its own, paired over prompts."""
 JOINT_METHODS = ("sae", "diff_means", "prompt_edit", "sae_words")
 """Methods that fulfil several requests at once."""

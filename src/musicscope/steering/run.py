@@ -6,6 +6,8 @@ import functools
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,8 @@ from musicscope.models.registry import load_model
 from musicscope.steering import report, search
 from musicscope.steering.conditions import open_context
 from musicscope.steering.learning import learn_recipe, read_clips
-from musicscope.steering.recipes import sae_folder, save_recipe
+from musicscope.steering.methods import FROZEN
+from musicscope.steering.recipes import Recipe, sae_folder, save_recipe
 from musicscope.steering.subjects import make_subject
 
 
@@ -37,33 +40,42 @@ def evaluate(
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
     model = load_model(f"data/models/{name}", device)
-    plan = search.make_plan(make_subject(model, section, seed, clips), section)
+    subject = make_subject(model, section, seed, clips)
+    plan = search.make_plan(subject, section)
     if not plan.tests:
         report.write_nothing(plan, outs)
         return
     dictionary, layer = sae_folder(name, section.slot), store.config["layer"]
-    train = read_clips(store, TopKSAE.load(dictionary, device), clips.rows, processes, device)
     shared = ("slot", "target", "both_sides", "gate_features", "gate_seconds")
     options = {key: getattr(section, key) for key in shared}
     options |= {"model": name, "layer": layer, "frame_rate": model.frame_rates[layer],
-                "sae": folder_sha256(dictionary),
                 "n_features": max(section.n_features)}  # fmt: skip
+    ours = {}
     if not isinstance(model, AudioModel):
-        options["effects"] = output_effects.read(name, section.slot)
+        ours["effects"] = output_effects.read(name, section.slot)
     if section.stable_only:
-        options["returning"] = stability.read(dictionary.parent)["returns"].to_numpy(bool)
-    recipes = {c: learn_recipe(train, c, **options) for c in plan.concepts}
-    del train, model
+        ours["returning"] = stability.read(dictionary.parent)["returns"].to_numpy(bool)
+
+    def learn(folder: Path, **more: Any) -> dict[str, tuple[Recipe, dict[str, float]]]:
+        train = read_clips(store, TopKSAE.load(folder, device), clips.rows, processes, device)
+        sae = folder_sha256(folder)
+        return {c: learn_recipe(train, c, sae=sae, **options, **more) for c in plan.concepts}
+
+    recipes, baseline = learn(dictionary, **ours), dictionary.parent / FROZEN
+    frozen = learn(baseline) if FROZEN in subject.methods else {}
+    del model
 
     saes = dictionary.parent  # all seeds, as they decide which latents return
     inputs = ("data/clips", f"data/models/{name}", store.folder, saes, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
-    if "effects" in options:
+    if "effects" in ours:
         key["effects"] = sha256(output_effects.path_of(name, section.slot))
     torch.set_num_threads(1)  # conditions run in parallel instead
     with scratch_dir({**key, "inputs": [folder_sha256(folder) for folder in inputs]}) as scratch:
         for recipe, _ in recipes.values():
             save_recipe(recipe, scratch)
+        for recipe, _ in frozen.values():
+            save_recipe(recipe, scratch / FROZEN)
         context = functools.partial(
             open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
         )

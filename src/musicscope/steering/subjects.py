@@ -35,7 +35,7 @@ from musicscope.models.interface import (
     audio_model,
     language_model,
 )
-from musicscope.steering.methods import METHODS, Condition, Request, Selection
+from musicscope.steering.methods import FROZEN, METHODS, Condition, Request, Selection
 
 FORMS = {
     "validation": (
@@ -147,6 +147,8 @@ class Prompts:
     """All concepts that are steered."""
     words: bool
     """Whether methods on top of the edited prompt are evaluated."""
+    frozen_decoder: bool = False
+    """Whether latents of the frozen decoder are."""
 
     noun: ClassVar[str] = "prompts"
     guided: ClassVar[bool] = True
@@ -156,7 +158,9 @@ class Prompts:
         return tuple(
             name
             for name, m in METHODS.items()
-            if name != "original" and (self.words or not (m.words and m.searched))
+            if name != "original"
+            and (self.words or not (m.words and m.searched))
+            and (self.frozen_decoder or name != FROZEN)
         )
 
     def check_concept(self, concept: str) -> None:
@@ -229,7 +233,9 @@ class Clips:
 
     noun: ClassVar[str] = "clips"
     guided: ClassVar[bool] = False
-    methods: ClassVar[tuple[str, ...]] = tuple(n for n, m in METHODS.items() if not m.words)
+    methods: ClassVar[tuple[str, ...]] = tuple(
+        n for n, m in METHODS.items() if not m.words and n != FROZEN
+    )
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -332,8 +338,9 @@ def make_subject(
             raise ValueError(f"{model.name} is steered on clips: open data/clips for it")
         return Clips(seed, section.seconds, section.batch, clips)
     return Prompts(
-        seed, section.seconds, section.batch, section.guidance, section.concepts, section.words
-    )
+        seed, section.seconds, section.batch, section.guidance, section.concepts, section.words,
+        section.frozen_decoder,
+    )  # fmt: skip
 
 
 def other_noise(batch: AudioBatch, *names: object) -> AudioBatch:

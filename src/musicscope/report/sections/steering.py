@@ -17,7 +17,8 @@ from musicscope.report.metrics import DASH, Sources, Tree, cell, get, missing, p
 from musicscope.report.snippets import file_moment
 
 METHODS = {
-    "sae": "features", "sae_words": "features and words", "diff_means": "difference of means",
+    "sae": "features", "sae_words": "features and words",
+    "frozen_decoder": "features of the frozen decoder", "diff_means": "difference of means",
     "diff_means_words": "difference of means and words", "probe_direction": "probe direction",
     "prompt_edit": "prompt edit", "random_feature": "random features",
     "random_direction": "random direction", "passthrough": "passthrough", "reseed": "other noise",
