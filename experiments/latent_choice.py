@@ -9,6 +9,8 @@ strengths the one with the largest change on validation prompts is taken, per ra
 among those within `steer.quality_budget`; test prompts give the numbers. Rows with concept "all"
 pool all prompts; minus_share is the change less that of the ranking by share, paired by prompt.
 
+The committed file is a reduced run: --models nano-small --strengths 1.0.
+
 change: rise of the judges' probability in the wanted direction, mean over judges and prompts;
 ce_cost: rise of the unsteered model's cross-entropy, nats per code.
 """

@@ -27,7 +27,7 @@ NO_SECTION = {
 SCRIPT_OF = {"maximize_shared": "maximize_activation", "steer_full": "steer"}
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
-    "train_usae", "match_features", "maximize_activation", "maximize_shared",
+    "measure_effects", "train_usae", "match_features", "maximize_activation", "maximize_shared",
     "find_concept", "steer", "summarize", "figures", "report",
 )  # fmt: skip
 
