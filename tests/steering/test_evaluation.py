@@ -217,6 +217,31 @@ def test_the_choice_moves_judges_most_within_the_budgets():
     assert found["diff_means", ("guitar", "off")].strength == 1.0  # none is: the cheapest
 
 
+def test_every_method_tries_as_many_settings():
+    section = SimpleNamespace(**vars(SECTION))
+    section.scores, section.branches = ("effect", "share"), ("conditional", "both")
+    section.direction_strengths, section.strengths = (2.0, 0.125), (0.25, 0.5, 1.0)
+    tried = {m: search.grid(section, m) for m in search.searched_methods(tuple(METHODS))}
+    assert {m: len(set(own)) for m, own in tried.items()} == {
+        "sae": 12, "diff_means": 12, "probe_direction": 12, "sae_words": 2, "diff_means_words": 2,
+    }  # fmt: skip
+    strengths = [s.strength for s in tried["diff_means"] if s.branch == "both"]
+    assert (strengths[0], strengths[-1]) == (0.125, 2.0)
+    ratios = np.array(strengths[1:]) / strengths[:-1]
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+    assert [s.strength for s in search.grid(SimpleNamespace(**{**vars(SECTION), "strengths": (1,)}),
+                                            "diff_means")] == [1.0]  # fmt: skip
+
+
+def test_an_edit_over_the_budget_is_said_to_be():
+    table = pd.DataFrame([trial("sae", 1.0, 0.5, 0.01, distance=d) for d in (0.01, 0.03, np.nan)])
+    assert (search.costs_in_budgets(table, BUDGETS) <= 1).tolist() == [True, False, False]
+    table["ce_cost"] = np.nan  # unknown, unless there is none to keep
+    assert not (search.costs_in_budgets(table, BUDGETS) <= 1).any()
+    table["spectral_cost"] = 0.3
+    assert (search.costs_in_budgets(table, BUDGETS) <= 1).tolist() == [True, False, False]
+
+
 def test_one_branch_serves_all_requests_of_a_method():
     rows = [
         trial("sae", 1.0, 0.5, 0.0, "conditional"), trial("sae", 1.0, 0.4, 0.0, "both"),

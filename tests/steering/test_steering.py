@@ -298,7 +298,7 @@ def test_the_random_direction_has_the_length_of_the_edit_at_every_frame():
     change = st.code_change(sae, concepts, 50.0)
     direction = conditions.random_direction(WIDTH, 1)
     args = (x, torch.arange(1, 7), 4)
-    ours, theirs = change(*args), conditions.matched_change(change, 7 * direction)(*args)
+    ours, theirs = change(*args), conditions.matched_change(change, 7 * direction[None])(*args)
     torch.testing.assert_close(theirs.norm(dim=-1), ours.norm(dim=-1))
     some = ours.norm(dim=-1) > 0
     assert some.any()

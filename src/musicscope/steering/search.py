@@ -122,8 +122,9 @@ def grid(section: Steer, method: str, guided: bool = True) -> list[Settings]:
     latents = [Settings(*values) for values in itertools.product(*each)]
     if METHODS[method].edit == "latents":
         return latents
-    ends = min(section.direction_strengths), max(section.direction_strengths)
-    doses = np.geomspace(*ends, len(latents) // len(branches)).tolist()
+    low, high = min(section.direction_strengths), max(section.direction_strengths)
+    number = len(latents) // len(branches)
+    doses = np.geomspace(low, high, number).tolist() if number > 1 else [(low * high) ** 0.5]
     pairs = itertools.product(dict.fromkeys(float(f"{dose:.4g}") for dose in doses), branches)
     return [Settings(strength, 0, branch=branch) for strength, branch in pairs]
 
