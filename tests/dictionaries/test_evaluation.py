@@ -274,7 +274,8 @@ def test_intervals_resample_compositions():
     clips, groups = paired_clips(n=12)
     found = metrics.evaluate_shared(replace(lossless_shared(origin=29.5), k=3), clips, groups, 0.25)
     numbers, estimates = metrics.numbers(found), metrics.estimates(found, 200, seed=0)
-    assert set(numbers) - set(estimates) == {"dead_fraction", "l0_0", "l0_1"}
+    medians = {f"cofire_proportion_median_{i}" for i in (0, 1)}
+    assert set(numbers) - set(estimates) == {"dead_fraction", "l0_0", "l0_1"} | medians
     for key, estimate in estimates.items():
         assert estimate.value == numbers[key]
         assert estimate.low <= numbers[key] + 1e-9, key
@@ -327,3 +328,9 @@ def test_histogram_counts_the_ends_and_leaves_out_what_never_fires():
     assert table["x"].sum() == 5
     assert table["x"].iloc[0] == table["x"].iloc[-1] == 2
     assert table["x"].iloc[10] == 1
+
+
+def test_concentration_is_the_share_of_latents_that_hold_most_firings():
+    fires = np.array([[90.0, 5, 3, 2, 0], [20, 20, 20, 20, 20]])
+    np.testing.assert_allclose(metrics.concentration(fires), [0.2, 1.0])
+    np.testing.assert_allclose(metrics.concentration(fires, 0.95), [0.4, 1.0])

@@ -399,7 +399,8 @@ def estimates(found: SharedEvaluation, n: int, seed: int) -> dict[str, Estimate]
     Resamples are shifted by their mean distance from the full sample's number before the
     percentiles are taken. A resample leaves compositions out, so rare latents always seem rarer
     in it; plain percentiles of an entropy or a share would lie below the number itself. There is
-    no interval for dead_fraction and l0, where that shift is all there is.
+    no interval for dead_fraction and l0, where that shift is all there is, nor for the median of
+    co-fires, which it would carry below 0.
     """
     drawn, whole = headline(found, resample_weights(found.groups, n, seed)), numbers(found)
     return {
@@ -408,7 +409,7 @@ def estimates(found: SharedEvaluation, n: int, seed: int) -> dict[str, Estimate]
         )
         for key in drawn
         for prefix, unit in UNITS.items()
-        if key.startswith(prefix)
+        if key.startswith(prefix) and not key.startswith("cofire_proportion_median")
     }
 
 
