@@ -11,6 +11,7 @@ from musicscope.core.command_line import Parser, number, whole
 
 BRANCHES = ("conditional", "both", "guidance")
 """As `musicscope.steering.edit.BRANCHES`, whose import takes seconds."""
+FORMATS = ("sae-lens", "dictionary-learning", "hugging-face", "features")
 
 
 def find_concept(parser: Parser) -> None:
@@ -119,6 +120,34 @@ def studio(parser: Parser) -> None:
     add("--workspace", metavar="DIR", help="folder that holds data/; default this one")
 
 
+def export(parser: Parser) -> None:
+    """Add the arguments of ``musicscope export``."""
+    add = parser.add_argument
+    add("--model", required=True, help="name of the model, or its folder")
+    add("--to", required=True, choices=FORMATS, help="format of the files")
+    add("--slot", default="top1", help="slot of the SAE; default top1")
+    add("--sae", metavar="DIR", help="folder of an SAE or universal SAE; default data/sae/...")
+    add("--activations", metavar="DIR",
+        help="activation store of the layer; default data/activations/<model>/<slot>")  # fmt: skip
+    add("--out", metavar="DIR", help="new or empty folder; default data/exported/...")
+    add("--license", help="licence in the model card; default that of the model's README.md")
+    add("--push", metavar="OWNER/NAME", help="upload to this model repository of the hub")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--clips", type=whole(1), default=500,
+        help="most test clips that numbers of features are of; default 500")  # fmt: skip
+
+
+def import_sae(parser: Parser) -> None:
+    """Add the arguments of ``musicscope import``."""
+    add = parser.add_argument
+    add("folder", help="folder that SAELens or dictionary_learning saved")
+    add("--model", required=True, help="name of the model, or its folder")
+    add("--layer", help="hook point, such as layers.11; default as the files say")
+    add("--k", type=whole(1), help="average of active latents, where the files lack it")
+    add("--check", action="store_true", help="load the model, and compare the width of the layer")
+    add("--out", metavar="DIR", help="new or empty folder; default data/imported/<name>")
+
+
 def completion(parser: Parser) -> None:
     """Add the arguments of ``musicscope completion``."""
     parser.add_argument("shell", choices=("bash", "zsh"), help="shell to print the script for")
@@ -126,8 +155,10 @@ def completion(parser: Parser) -> None:
 
 ARGUMENTS: dict[str, Callable[[Parser], None]] = {
     "completion": completion,
+    "export": export,
     "find-concept": find_concept,
     "generate": generate,
+    "import": import_sae,
     "plan": plan,
     "studio": studio,
 }

@@ -35,6 +35,14 @@ COMMANDS = {
         "musicscope.commands.studio.app",
         "open a local web page to switch concepts off or on and listen",
     ),
+    "export": (
+        "musicscope.commands.export.command",
+        "write an SAE or its features for SAELens, dictionary_learning or the Hugging Face hub",
+    ),
+    "import": (
+        "musicscope.commands.import_sae",
+        "read an SAE that SAELens or dictionary_learning saved",
+    ),
     "completion": (
         "musicscope.commands.completion",
         "print a script that completes commands and options in a shell",
