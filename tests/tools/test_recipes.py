@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import yaml
+from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
-from dvc.exceptions import DvcException
 
 from experiments import preset
 from musicscope.commands.cli import build
@@ -78,7 +78,7 @@ def test_every_command_is_one(line):
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_noticed(line):
-    with pytest.raises((AssertionError, ValueError, SystemExit, DvcException)):
+    with pytest.raises((AssertionError, ValueError, SystemExit, DvcParserError)):
         check(line)
 
 

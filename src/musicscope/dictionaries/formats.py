@@ -171,7 +171,8 @@ def _topk_sae(path: Path, tensors: Mapping[str, Tensor], **settings: Any) -> Top
     if not isinstance(settings["k"], int):
         raise ValueError(f"{path.parent} does not say k: give --k, the average of active latents")
     try:
-        return TopKSAE(*(tensors[name].float().contiguous() for name in names), **settings)
+        W_enc, b_enc, W_dec, b_dec = (tensors[name].float().contiguous() for name in names)
+        return TopKSAE(W_enc, b_enc, W_dec, b_dec, **settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
