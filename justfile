@@ -55,6 +55,10 @@ sweep *sets="train_sae.k=16,32,64":
     dvc exp run --run-all
     just experiments
 
+# the pipeline with the keys of experiments/NAME.yaml; --plan estimates it, other words go to dvc exp run
+experiment name *args:
+    python -m experiments.preset "$@"
+
 # experiments with what they changed and what came out
 experiments:
     dvc exp show --md --only-changed --drop 'stages|src|data|assets|plots|metrics/(?!summary)'

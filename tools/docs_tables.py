@@ -1112,9 +1112,10 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         capabilities, features, dictionaries, controls, transfer, transfer_goals, dictionary_cost,
         models, cues, ablation, carried, effects, shared, linear, dedicated, scaling, matched,
-        sets, maximised, found, confounding, steering, headlines, trade_offs, doses, hearing, gaps, costs, joint,
-        search, latent_choice, judges, sae_step, usae_step, extraction, generation, full_size,
-        synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
+        sets, maximised, found, confounding, steering, headlines, trade_offs, doses, hearing,
+        gaps, costs, joint, search, latent_choice, judges, sae_step, usae_step, extraction,
+        generation, full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces,
+        gpu_models, gpu_training,
     )
 }  # fmt: skip
 

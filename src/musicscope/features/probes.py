@@ -225,9 +225,10 @@ def run_probes(
             carried["mean"] = transfer.mean_over_concepts(evaluate, fits | sparse, has[:, columns])
             sounds = transfer.sounds_of(rows, names)
             if sounds is not None:
+                compared = {k: v for k, v in representations.items() if k not in baselines}
                 carried["transfer"] = transfer.leave_one_out(
                     evaluate, partial(_choose_kept, evaluate.sets, has[:, columns], section),
-                    {k: v for k, v in representations.items() if k not in baselines}, fits, names, has[:, columns], sounds, section.min_positive,
+                    compared, fits, names, has[:, columns], sounds, section.min_positive,
                 )  # fmt: skip
         left_out = {s: len(at) - len(usable[s]) for s, at in sets.items()}
         if any(left_out.values()):
