@@ -191,6 +191,16 @@ def test_thresholds_lie_halfway_between_prompts_with_and_without():
     assert np.isnan(found["musicnn"]["organ"])
 
 
+def test_the_unit_of_gain_is_the_spread_over_music_with_and_without_the_concept():
+    """Plain pieces without the concept sound alike: in their own spread any gain is huge."""
+    named, absent = measured([0.9, 0.7]), measured([0.1, 0.1])
+    scales = ev.fix_scales(NAMES, {"guitar": (named, absent)})
+    assert scales["musicnn"]["guitar"] == pytest.approx(np.std([0.9, 0.7, 0.1, 0.1]))
+    fixed = replace(scorer(), scales=scales)
+    found = ev.gains(fixed, absent, measured([0.5, 0.1]), "guitar", "on")
+    np.testing.assert_allclose(found, [0.4 / scales["musicnn"]["guitar"], 0.0])
+
+
 # --- choice -----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,6 +47,9 @@ class Scorer:
     """Of the distance between sets of embeddings; None: they are all the same."""
     bootstrap: int
     seed: int
+    scales: Thresholds = field(default_factory=dict)
+    """Judge -> concept -> unit of `gains`, of `fix_scales`; where absent, the deviation over the
+    plain pieces at hand"""
 
     def column(self, concept: str) -> int:
         if concept not in self.families:
@@ -100,6 +103,23 @@ def fix_thresholds(
             # As many digits as metrics/ keeps, so that verdicts can be had from the files again.
             thresholds.setdefault(judge, {})[concept] = float(f"{np.mean(means):.6g}")
     return thresholds
+
+
+def fix_scales(
+    families: Sequence[str], pairs: Mapping[str, tuple[Measurement, Measurement]]
+) -> dict[str, dict[str, float]]:
+    """Standard deviation of a judge over plain validation samples with and without a concept.
+
+    Over both sides: on one alone, all pieces may sound alike, and any gain would be huge.
+    """
+    scales: dict[str, dict[str, float]] = {}
+    for concept, sides in pairs.items():
+        at = list(families).index(concept)
+        for judge in sides[0].probabilities:
+            values = np.concatenate([m.probabilities[judge][:, at] for m in sides])
+            finite = values[np.isfinite(values)]
+            scales.setdefault(judge, {})[concept] = float(finite.std()) if len(finite) else 0.0
+    return scales
 
 
 def _mean(values: np.ndarray) -> float:
@@ -162,16 +182,18 @@ def gains(
 ) -> np.ndarray:
     """Change of the judges that never choose, in their standard deviations over pieces: [n].
 
-    Mean over these judges; NaN for silent samples, and for all if no judge has a say. The
-    deviation is over `plain`, so judges of other calibration count alike.
+    Mean over these judges; NaN for silent samples, and for all if no judge has a say. So judges
+    of other calibration count alike.
     """
     at, sign = scorer.column(concept), 1 if direction == "on" else -1
     parts = []
     for judge in scorer.judges(plain, concept, choosing=False):
         before, after = (m.probabilities[judge][:, at] for m in (plain, steered))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            parts.append(sign * (after - before) / max(float(np.nanstd(before)), 0.02))
+            warnings.simplefilter("ignore", RuntimeWarning)  # all silent
+            own = float(np.nanstd(before))
+        scale = scorer.scales.get(judge, {}).get(concept, own)
+        parts.append(sign * (after - before) / max(scale, 0.02))
     return np.mean(parts, 0) if parts else np.full(len(plain.ce), np.nan)
 
 

@@ -31,7 +31,14 @@ from musicscope.core.seeding import seed_for
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Measurement, Open, run_conditions
 from musicscope.steering.curves import curves
-from musicscope.steering.evaluation import Scorer, advantage, all_fulfilled, fix_thresholds, outcome
+from musicscope.steering.evaluation import (
+    Scorer,
+    advantage,
+    all_fulfilled,
+    fix_scales,
+    fix_thresholds,
+    outcome,
+)
 from musicscope.steering.methods import (
     COMPARED,
     JOINT_METHODS,
@@ -271,12 +278,11 @@ def search(
         {request: measured[own[name][0]] for request, own in conditions.items()}
         for name in ("plain", "reseed")
     )
-    thresholds = fix_thresholds(
-        families, {c: (plain[c, "off"], plain[c, "on"]) for c in plan.concepts}
-    )
+    pairs = {c: (plain[c, "off"], plain[c, "on"]) for c in plan.concepts}
     scorer = Scorer(
-        families, thresholds, context.judges.reliability, fit_kernel(plain.values()),
-        section.bootstrap, seed_for(seed, "steer", "bootstrap"),
+        families, fix_thresholds(families, pairs), context.judges.reliability,
+        fit_kernel(plain.values()), section.bootstrap, seed_for(seed, "steer", "bootstrap"),
+        fix_scales(families, pairs),
     )  # fmt: skip
     rows, methods = [], searched_methods(subject.methods)
     for request, own in conditions.items():
