@@ -423,7 +423,8 @@ class SaePlan(Plan[SaeOutcome]):
 
     def write(self, outcomes: Sequence[SaeOutcome], folder: Path) -> None:
         """Write which latents of FIRST return in the other seeds."""
-        stability.write(folder, self.agreement(outcomes)[1])
+        seeds = [o for o in outcomes if not self.baseline(o.name)]
+        stability.write(folder, self.agreement(seeds)[1])
 
 
 def _index(name: str) -> int:
