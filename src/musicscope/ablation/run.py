@@ -9,7 +9,6 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from musicscope.ablation import audio, language, patching
 from musicscope.ablation.scores import (
@@ -21,6 +20,7 @@ from musicscope.ablation.scores import (
 )
 from musicscope.config.analysis import Ablate
 from musicscope.core.parallel import Run, workers
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import known_labels, main_clips
 from musicscope.models.interface import (
@@ -169,7 +169,7 @@ def run(
     ) -> list:
         batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         results = run_each(functools.partial(work, sources, kinds, means), batches)
-        return list(tqdm(results, f"{name}: {what}", len(batches), unit="batch", mininterval=1))
+        return list(Bar(results, f"{name}: {what}", len(batches), unit="batches"))
 
     with workers(processes) as run_each:
         sums = each_batch(run_each, train, None, "means")

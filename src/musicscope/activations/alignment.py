@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from musicscope.activations.store import (
     CLIP_COLUMNS,
@@ -29,6 +28,7 @@ from musicscope.activations.store import (
     storage,
 )
 from musicscope.core.io import atomic_dir, scratch_dir, sha256
+from musicscope.core.progress import Bar
 
 
 def align(
@@ -145,7 +145,7 @@ def aligned_store(
         writer = StoreWriter(
             temporary, width=fast.width, dtype=fast.dtype, clips=table, spans=spans, config=config
         )
-        for shard, (first, stop) in enumerate(tqdm(spans, f"{rate:g} to {to_rate:g} Hz")):
+        for shard, (first, stop) in enumerate(Bar(spans, f"{rate:g} to {to_rate:g} Hz")):
             rows = (align(fast.clip(i), rate, to_rate, n, offset_s) for i, n in pairs[first:stop])
             writer.write(shard, list(rows))
         writer.finish()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from musicscope.activations import token_cache
 from musicscope.activations.store import (
@@ -33,6 +31,7 @@ from musicscope.activations.store import (
 from musicscope.core.distributed import ALONE, Ranks, Workers, scratch_of
 from musicscope.core.io import publish_dir
 from musicscope.core.parallel import workers
+from musicscope.core.progress import Bar
 from musicscope.data.clips import Clips
 from musicscope.models.interface import AudioModel, MusicModel, language_model, points_of
 from musicscope.models.language_model import CROSS
@@ -235,10 +234,9 @@ def _pending(plan: Plan, scratch: Path, shard: int) -> dict[str, StoreWriter]:
 
 def _follow(name: str, finished: Iterable[int], plan: Plan, left: int, ranks: Ranks) -> None:
     """Wait for all tasks, which yield their numbers of clips, with a bar and the time left."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # of a log, one line every ten seconds
     total = max(len(plan.clips) // ranks.size, left)
-    with tqdm(
-        total=total, initial=total - left, desc=name, unit="clip", mininterval=interval,
+    with Bar(
+        total=total, initial=total - left, desc=name, unit="clips",
         disable=not ranks.leads,
     ) as bar:  # fmt: skip
         for clips in finished:

@@ -6,7 +6,6 @@ import argparse
 import ast
 import contextlib
 import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -49,6 +48,7 @@ COMMANDS = {
     ),
 }
 """Command -> module with `run(args)`, which may return its results as JSON, and its help text."""
+SOURCES = Path(__file__).resolve().parents[2]
 NO_RESULTS = ("studio", "completion")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment in which libraries print neither warnings nor bars; what the user set stays."""
@@ -98,10 +98,9 @@ def build(command: str | None = None) -> tuple[Parser, dict[str, Parser]]:
 
 def _docstring(module: str) -> str:
     """Read the docstring of a module without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return ""
-    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    path = SOURCES.joinpath(*module.split(".")).with_suffix(".py")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return ast.get_docstring(ast.parse(text)) or ""
 
 
 def _command(argv: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
-from tqdm import tqdm
 
 from musicscope.core.audio import log_mel, resample
+from musicscope.core.progress import Bar
 from musicscope.data.clips import PEAK, Clips
 
 RATE = 8000
@@ -108,7 +108,7 @@ def find_copies(clips: Clips, groups: Sequence[str]) -> list[Copy]:
     first: dict[bytes, int] = {}
     rate = clips.sample_rate
     table = np.empty((len(groups), 2 * BANDS), np.float32)
-    for row in tqdm(range(len(groups)), desc="comparing", unit="clip"):
+    for row in Bar(range(len(groups)), desc="comparing", unit="clips"):
         audio = clips.audio([row])[0]
         samples = np.round(audio * PEAK).astype(np.int16)
         earlier = first.setdefault(hashlib.sha256(samples.tobytes()).digest(), row)

@@ -16,7 +16,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from musicscope.activations.alignment import common_frames
 from musicscope.activations.store import ActivationStore
@@ -31,6 +30,7 @@ from musicscope.core import io
 from musicscope.core.distributed import ALONE, Engine, Ranks, Workers, scratch_of
 from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import evaluation, linear_maps, sharing, stability
 from musicscope.dictionaries.core import JUMPRELU, TopKSAE, UniversalSAE
@@ -201,8 +201,8 @@ def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
     plan, name, scratch = job.plan, job.name, Path(job.scratch)
     data, log = plan.data(name), plan.on_log(name) if ranks.leads else None
     # One bar stands for all that run at the same time: they are equally long.
-    bar = tqdm(
-        total=count_steps(plan.config), desc=name, unit="step", mininterval=5, leave=False,
+    bar = Bar(
+        total=count_steps(plan.config), desc=name, unit="steps", leave=False,
         disable=name != FIRST or not ranks.leads,
     )  # fmt: skip
 
@@ -247,7 +247,7 @@ def run_all(
         processes = 1
     with open_workers(min(processes, len(jobs))) as run_each:
         outcomes = run_each(run, jobs)
-        return list(tqdm(outcomes, total=len(jobs), unit="dictionary", mininterval=1))
+        return list(Bar(outcomes, total=len(jobs), unit="dictionaries"))
 
 
 def scratch_key(plan: Plan) -> dict[str, object]:

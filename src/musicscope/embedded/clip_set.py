@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from musicscope.config import PrepareData
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import atomic_file
 from musicscope.core.parallel import follow_parent
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
 from musicscope.data import wheel_assets as assets
@@ -311,7 +311,7 @@ def render_all(
     jobs = plan_jobs(config, seed)
     total = sum(job.count * (2 if job.kind == "pair" else 1) for job in jobs)
     scores_file(processes)  # once, before the processes would all make it
-    bar = tqdm(total=total, desc="rendering", unit="clip")
+    bar = Bar(total=total, desc="rendering", unit="clips")
     with ProcessPoolExecutor(max(processes, 1), initializer=follow_parent) as pool:
         # The slow jobs (pairs) come last in the store and start first.
         started = sorted(range(len(jobs)), key=lambda i: jobs[i].kind != "pair")

@@ -10,10 +10,10 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.analysis import MatchFeatures
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.data.splits import clip_sets, label_matrix
 from musicscope.data.taxonomy import FAMILIES
@@ -133,7 +133,7 @@ def encode_all(
             for name, rows in clips.items()
             if kind != "sae-1" or name != FONT
         }
-        for m, kind, encode, F in tqdm(jobs, desc="encode", unit="dictionary", file=sys.stderr)
+        for m, kind, encode, F in Bar(jobs, desc="encode", unit="dictionaries")
     }
 
 
@@ -147,7 +147,7 @@ def compare(
     pairs = list(combinations(names, 2))
     runs = len(pairs) + len(names) + sum(len(m.saes) for m in inputs.models)
     matches, highest, seeds, decoders = {}, {}, {}, {}
-    with tqdm(total=runs, desc="match", unit="pair", file=sys.stderr) as bar:
+    with Bar(total=runs, desc="match", unit="pairs") as bar:
 
         def match(first: tuple[str, str], second: tuple[str, str]) -> Match:
             bar.update()

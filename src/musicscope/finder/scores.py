@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from musicscope.activations.store import ActivationStore
+from musicscope.core.progress import Bar
 from musicscope.data.audio_files import Problem
 from musicscope.dictionaries.codes import ClipPools, Codes, Encode, encode_clips, pool_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
@@ -113,7 +112,7 @@ def score_recordings(
     """
     usable, cues, problems = [], [], []
     scores: dict[str, list[Scores]] = {name: [] for name in dictionaries}
-    bar = tqdm(plan.recordings, desc="listening", unit="recording", file=sys.stderr, mininterval=1)
+    bar = Bar(plan.recordings, desc="listening", unit="recordings")
     for number, recording in enumerate(bar):
         tick(number / len(plan.recordings))
         raw, _, wrong = read_unlevelled(recording, plan, model.sample_rate)

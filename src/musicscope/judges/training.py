@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from musicscope.config import TrainJudge
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import HELD_OUT_FONT, ClipStore
 from musicscope.data.splits import TRAIN_FONT
@@ -190,17 +190,16 @@ def run(
     chunks.sort(key=lambda c: -len(c.coded))  # the codec takes the longest
     total, coded = sum(c.count for c in chunks), sum(len(c.coded) for c in chunks)
     print(f"{total} clips, {coded} of them through the codec", file=sys.stderr)
-    bar = functools.partial(tqdm, file=sys.stderr, mininterval=1)
-    with bar(total=total, desc="clips", unit="clip") as progress:
+    with Bar(total=total, desc="clips", unit="clips") as progress:
         for count in each(functools.partial(make_chunk, inputs), chunks):
             progress.update(count)
     trained = each(functools.partial(train_network, inputs), work.networks)
-    list(bar(trained, "networks", len(work.networks), unit="network"))
+    list(Bar(trained, "networks", len(work.networks), unit="networks"))
     coded = [chunk for of in work.train.values() for chunk in of if chunk.coded]
-    embedded = bar(each(functools.partial(embed_chunk, inputs), coded), "centroids", len(coded))
+    embedded = Bar(each(functools.partial(embed_chunk, inputs), coded), "centroids", len(coded))
     arrays = (np.concatenate(part) for part in zip(*embedded, strict=True))
     EmbeddingJudge.fit(*arrays).save(inputs.scratch / CENTROIDS)
     pairs = [tuple(work.pairs[i : i + PAIR_CHUNK]) for i in range(0, len(work.pairs), PAIR_CHUNK)]
     jobs = [*work.test, *pairs]
-    parts = bar(each(functools.partial(predict, inputs), jobs), "test", len(jobs), unit="chunk")
+    parts = Bar(each(functools.partial(predict, inputs), jobs), "test", len(jobs), unit="chunks")
     return gather([prediction for part in parts for prediction in part])

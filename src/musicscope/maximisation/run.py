@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from musicscope.activations import token_cache
 from musicscope.activations.store import ActivationStore
 from musicscope.config import MaximizeActivation
 from musicscope.core.parallel import workers
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import Clips, main_clips
 from musicscope.features.selection import Latent
@@ -357,7 +357,7 @@ def run(
     )
     with workers(min(processes, len(jobs))) as each:
         finished = each(functools.partial(run_job, open_models), jobs)
-        searches = tuple(tqdm(finished, "searches", len(jobs), unit="search", mininterval=1))
+        searches = tuple(Bar(finished, "searches", len(jobs), unit="searches"))
     codes, starts = (
         torch.from_numpy(np.stack([getattr(s, name) for s in searches])).to(device)
         for name in ("codes", "start")

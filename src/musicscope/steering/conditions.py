@@ -352,7 +352,7 @@ def run_conditions(
 ) -> dict[Condition, Measurement]:  # fmt: skip
     """Measure each condition once, in several processes; numbers do not depend on how many.
 
-    `progress` wraps an iterator and gets the number of conditions, such as a tqdm bar.
+    `progress` wraps an iterator and gets the number of conditions, such as a `Bar`.
     """
     todo = list(dict.fromkeys(conditions))
     with workers(max(1, min(processes, len(todo)))) as each:

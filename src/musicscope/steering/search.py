@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import pdist
-from tqdm import tqdm
 
 from musicscope.config.concepts import Steer
 from musicscope.core.io import Metrics
 from musicscope.core.mmd import GaussianKernel
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import columns
 from musicscope.steering.conditions import Measurement, Open, run_conditions
@@ -312,7 +312,7 @@ def search(
 
 
 def _progress(title: str) -> Callable[[Iterator[Measurement], int], Iterable[Measurement]]:
-    return lambda done, total: tqdm(done, title, total, unit="condition", mininterval=1)
+    return lambda done, total: Bar(done, title, total, unit="conditions")
 
 
 # --- test -------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def prepare(uploads: str) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
-            "the page needs Gradio: pip install -c requirements.lock -e '.[studio]' (in .venv)"
+            "the page needs Gradio: pip install -c requirements.lock -e '.[studio]' (in .venv); "
+            "without a checkout: pip install 'musicscope[studio]'"
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = uploads

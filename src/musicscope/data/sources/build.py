@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from musicscope.config import PrepareData, RecordingLimits
 from musicscope.core.audio import TRIVIAL_CUES, trivial_cues
 from musicscope.core.io import publish_dir, read_json, scratch_dir, write_json, write_text
 from musicscope.core.parallel import Run, workers
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
 from musicscope.data.audio_files import Decoded, Problem, Separator, Spec, decode_job, plain
@@ -230,7 +230,7 @@ def _collect(
     total, unit = extent(scan.audio, scan.recordings)
     with (
         workers(processes) as run,
-        tqdm(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
+        Bar(total=total, desc=config.source, unit=unit, unit_scale=unit == "B") as bar,
     ):
         clips = decoded_clips(
             items, progress, spec, config.source, run, decode, 4 * processes,

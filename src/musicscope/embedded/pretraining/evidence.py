@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from musicscope.ablation import language
 from musicscope.ablation.scores import ablation_table, join
+from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.core.stats import percentile_interval, resample_weights
 from musicscope.embedded.pretraining import generated_evidence as generated
@@ -154,7 +154,7 @@ def caption_ce(
 ) -> np.ndarray:
     """Mean cross-entropy of each clip and codebook, [clips, K] nats."""
     out = []
-    for i in tqdm(range(0, len(codes), CROSS_ENTROPY_BATCH), desc=name, unit="batch"):
+    for i in Bar(range(0, len(codes), CROSS_ENTROPY_BATCH), desc=name, unit="batches"):
         part = torch.from_numpy(codes[i : i + CROSS_ENTROPY_BATCH].astype(np.int64))
         batch = model.with_captions(part, captions[i : i + CROSS_ENTROPY_BATCH])
         out.append(model.cross_entropy(batch).mean(-1).cpu().numpy())
