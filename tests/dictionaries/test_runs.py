@@ -80,8 +80,8 @@ def test_recordings_without_held_out_font_pairs_and_some_labels(
     assert "explained_variance_heldout_font" not in found
     found = json.loads((root / "metrics/probe/tiny-top1.json").read_text())
     assert found["clips"] == {
-        "train": 18, "validation": 9, "test": 9, "heldout_font": 0, "pairs_mixed": 0,
-        "pairs_fluidr3mono": 0,
+        "train": 18, "validation": 9, "test": 9, "heldout_source": 0, "heldout_font": 0,
+        "pairs_mixed": 0, "pairs_fluidr3mono": 0,
     }  # fmt: skip
     assert set(found["concepts"]) == {"guitar"}
     assert found["skipped"]["organ"] == found["skipped"]["piano"] == 0

@@ -265,7 +265,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", FREEZES)
 def test_what_a_baseline_freezes_stays_and_the_rest_learns(name, activation):
     freeze, start = FREEZES[name], 0.5 if activation == "jumprelu" else None
-    state = initial_state(F, (24,), 3, "cpu", start, freeze)
+    state = initial_state(F, (24,), 3, "cpu", start, freeze=freeze)
     x = random_weights(torch.float32, (24,))[1][0]
     state.unfired[:5] = 10**6  # AuxK must not reach what is frozen, either
     before, at_limit = Weights(*(w.clone() for w in state.weights[0])), 0

@@ -378,7 +378,12 @@ def test_baselines_are_examined_for_the_metrics_and_are_in_no_table(tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.exponential(size=(len(rows), 30, BANDS)).astype(np.float32)
     frames[:, :, 7] += 3 * rows["has_guitar"].to_numpy(np.float32)[:, None]
-    clips = SimpleNamespace(
+
+    class Clips(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(self.rows)
+
+    clips = Clips(
         rows=rows, samples=RATE, sample_rate=RATE, audio=lambda at: np.ones((len(at), RATE))
     )
     store = Store(frames, rows["id"].tolist())

@@ -233,7 +233,8 @@ def test_every_method_tries_as_many_settings():
     section.direction_strengths, section.strengths = (2.0, 0.125), (0.25, 0.5, 1.0)
     tried = {m: search.grid(section, m) for m in search.searched_methods(tuple(METHODS))}
     assert {m: len(set(own)) for m, own in tried.items()} == {
-        "sae": 12, "diff_means": 12, "probe_direction": 12, "sae_words": 2, "diff_means_words": 2,
+        "sae": 12, "diff_means": 12, "probe_direction": 12, "frozen_decoder": 12, "sae_words": 2,
+        "diff_means_words": 2,
     }  # fmt: skip
     strengths = [s.strength for s in tried["diff_means"] if s.branch == "both"]
     assert (strengths[0], strengths[-1]) == (0.125, 2.0)
