@@ -342,6 +342,8 @@ class TopKSAE(SparseDictionary):
             tensors = load_file(safe)
         else:
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        # Copies that are committed hold float16.
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
         try:
             if kinds[kind] == JUMPRELU and path == pickled:
                 tensors = _from_jumprelu(tensors, read_json(config)["trainer"]["k"])

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musicscope.core.io import atomic_file, folder_sha256, read_json, write_json
-from musicscope.dictionaries.core import TopKSAE
+from musicscope.dictionaries.core import DICTIONARY_CLASSES, TopKSAE
 from musicscope.steering.edit import ALWAYS, ConceptEdit, Edit, Gate, Schedule, Steering
 
 FOLDER, FULL_FOLDER = "data/steering", "data/steering_full"
 FORMAT = 2
+DICTIONARY = "dictionary"
+"""Folder beside recipes: their SAE in float16, for a checkout without data/sae."""
 GROUNDED = 0.6
 """Least grounding of a concept that edits can be trusted with; below it `generate` warns."""
 DIRECTIONS = ("off", "on")
@@ -246,9 +248,27 @@ def summary_of(recipe: Recipe, most: int = 4) -> dict[str, object]:
 # --- use --------------------------------------------------------------------------------------
 
 
+def save_dictionary(sae: TopKSAE, slot: str, layer: str, folder: str | Path) -> None:
+    """Write the SAE of recipes in float16 into `DICTIONARY` in their folder."""
+    folder = Path(folder) / DICTIONARY
+    tensors = {k: v.half() if v.ndim else v for k, v in sae.state_dict().items()}
+    with atomic_file(folder / "sae.safetensors") as temporary:
+        save_file(tensors, temporary)
+    kind = DICTIONARY_CLASSES[sae.activation][0]
+    trainer = {"dict_class": kind, "layer": layer, "slot": slot, "dtype": "float16"}
+    write_json(folder / "config.json", {"trainer": trainer})
+
+
 def sae_folder(model: str, slot: str, saes: str | Path = "data/sae") -> Path:
-    """Return the folder of the SAE whose latents are edited: the first seed."""
-    return Path(saes) / model / slot / "seed-0"
+    """Return the folder of the SAE whose latents are edited: the first seed.
+
+    Where there is none, that of the copy beside the committed recipes, if it is of this slot.
+    """
+    own, copy = Path(saes) / model / slot / "seed-0", Path(FULL_FOLDER) / model / DICTIONARY
+    about = copy / "config.json"
+    if not own.is_dir() and about.is_file() and read_json(about)["trainer"]["slot"] == slot:
+        return copy
+    return own
 
 
 def load_sae(model: str, slot: str, device: str = "cpu") -> tuple[str, TopKSAE]:
@@ -265,13 +285,13 @@ def recipe_folder(model: str) -> Path:
     """Return the folder of a model's best recipes.
 
     Recipes of steer_full were chosen on more prompts and are committed. They are used if they were
-    learnt on the SAE in data/sae; otherwise those of steer.
+    learnt on the SAE in data/sae, or if there is none; otherwise those of steer.
     """
     full = Path(FULL_FOLDER) / model
     for file in sorted(full.glob("*.safetensors"))[:1]:
         recipe = load_recipe(full, file.stem)
         there = sae_folder(model, recipe.slot)
-        if there.is_dir() and folder_sha256(there) == recipe.sae:
+        if there.parent == full or (there.is_dir() and folder_sha256(there) == recipe.sae):
             return full
     return Path(FOLDER) / model
 
@@ -346,7 +366,7 @@ def load_steering(
     if others:
         raise ValueError(f"{folder}: recipes of several layers or SAEs; rerun the stage steer")
     dictionary = Path(sae_path) if sae_path else sae_folder(model, slot, saes)
-    if folder_sha256(dictionary) != sae:
+    if dictionary != folder / DICTIONARY and folder_sha256(dictionary) != sae:
         raise ValueError(f"{folder}: recipes of another SAE than {dictionary}; run dvc repro steer")
     concept, direction = next(iter(requests.items()))
     branch = branch or recipes[concept].chosen[direction].branch

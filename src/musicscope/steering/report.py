@@ -16,7 +16,14 @@ from musicscope.steering.conditions import Context
 from musicscope.steering.curves import grounding, noise_floor, null_slopes
 from musicscope.steering.evaluation import family_changes
 from musicscope.steering.methods import JOINT_METHODS, Request
-from musicscope.steering.recipes import DIRECTIONS, WORDS, Recipe, save_recipe, summary_of
+from musicscope.steering.recipes import (
+    DIRECTIONS,
+    WORDS,
+    Recipe,
+    save_dictionary,
+    save_recipe,
+    summary_of,
+)
 from musicscope.steering.search import Plan, Result
 
 TEST_KEYS = (
@@ -287,6 +294,8 @@ def write(result: Result, recipes: Learnt, context: Context, outs: Outs) -> None
     grounded = {c: of["auroc"]["value"] for c, of in found["grounding"].items()}
     with atomic_dir(outs.folder) as folder:
         _write_recipes(result, recipes, folder, grounded)
+        own = next(iter(recipes.values()))[0]
+        save_dictionary(context.sae, own.slot, own.layer, folder)
         verdict_table(result).to_parquet(folder / VERDICTS, index=False, compression="zstd")
         write_examples(result, folder / "examples", context)
     frames = {
