@@ -2,7 +2,7 @@
 # or 3.12. Another Python: `make repro PYTHON=python3.12`.
 
 STAMP := .venv/.installed
-TARGETS := repro test test-fast cover house lint docs report compare sweep bench smoke locked deps tables lock clean
+TARGETS := demo repro test test-fast cover house lint docs report compare sweep bench smoke locked deps tables lock clean
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" just
 
 .PHONY: help setup gpu-check $(TARGETS)
@@ -13,6 +13,7 @@ help:
 	  printf "  make %-26s %s\n", part[1], part[2] }' $(MAKEFILE_LIST)
 
 #: setup ## make .venv with everything in requirements.lock
+#: demo ## hear a piece, and the same piece with a concept switched off or on, in a minute
 #: repro ## run every stage whose inputs changed (dvc repro)
 #: test ## all tests
 #: test-fast ## the tests of up to ten seconds each

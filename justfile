@@ -8,6 +8,10 @@ export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
 _default:
     @just --list
 
+# hear a piece, and the same piece with a concept switched off or on
+demo *args:
+    musicscope demo "$@"
+
 # run every stage whose inputs changed
 repro *args:
     #!/usr/bin/env bash

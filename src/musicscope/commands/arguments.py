@@ -86,6 +86,13 @@ def generate(parser: Parser) -> None:
     parser.add_device()
 
 
+def demo(parser: Parser) -> None:
+    """Add the arguments of ``musicscope demo``."""
+    parser.add_argument("--out", default="data/demo", metavar="DIR",
+                        help="folder to add the files to; default data/demo")  # fmt: skip
+    parser.add_device()
+
+
 def plan(parser: Parser) -> None:
     """Add the arguments of `musicscope plan`."""
     parser.add_argument("--params", default="params.yaml", help="the configuration to plan")
@@ -155,6 +162,7 @@ def completion(parser: Parser) -> None:
 
 ARGUMENTS: dict[str, Callable[[Parser], None]] = {
     "completion": completion,
+    "demo": demo,
     "export": export,
     "find-concept": find_concept,
     "generate": generate,

@@ -26,6 +26,10 @@ COMMANDS = {
         "musicscope.commands.generate",
         "generate music with concepts switched off or on, beside an unedited control",
     ),
+    "demo": (
+        "musicscope.commands.demo",
+        "play a piece, and the same piece with a concept switched off or on, in a minute",
+    ),
     "plan": (
         "musicscope.commands.plan.estimate",
         "estimate disk, memory and hours of a configuration before it runs",

@@ -27,7 +27,7 @@ import numpy as np
 import soundfile
 
 from musicscope.config import load_params
-from musicscope.core.io import sha256, write_json
+from musicscope.core.io import Metrics, sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
 from musicscope.steering.edit import ALWAYS, Steering
@@ -139,7 +139,7 @@ def table(scores: Scores, requests: Mapping[str, str]) -> str:
 # --- the command ------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> list[dict[str, object]]:
+def run(args: argparse.Namespace) -> list[Metrics]:
     """Generate, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
     name, requests = Path(args.model).name, requests_of(args.off, args.on)
     if bool(args.prompt) == bool(args.audio):
@@ -241,7 +241,7 @@ def _judges() -> Judges | None:
 def _hand_over(
     out: Path, requests: Mapping[str, str], settings: dict[str, object], title: str,
     pair: tuple[Sound, Sound], judges: Judges | None,
-) -> dict[str, object]:  # fmt: skip
+) -> Metrics:  # fmt: skip
     """Write both sounds with their settings, and print files and scores."""
     plain, steered = pair
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
