@@ -55,18 +55,23 @@ sweep *sets="train_sae.k=16,32,64":
     dvc exp run --run-all
     just experiments
 
+# the pipeline with the keys of experiments/NAME.yaml; --plan estimates it, other words go to dvc exp run
+experiment name *args:
+    python -m experiments.preset "$@"
+
 # experiments with what they changed and what came out
 experiments:
     dvc exp show --md --only-changed --drop 'stages|src|data|assets|plots|metrics/(?!summary)'
 
-# ratios from interleaved runs; sparsify is compared where it can be installed
+# ratios from interleaved runs, known features; sparsify and SAELens where they can be installed
 bench:
-    pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify" >&2
+    pip install --quiet -c requirements.lock -e '.[bench]' || echo "without sparsify or SAELens" >&2
     python -m benchmarks.sae_step
     python -m benchmarks.usae_step
     python -m benchmarks.extraction
     python -m benchmarks.generation
     python -m benchmarks.steering
+    python -m benchmarks.synthetic_features
 
 # tests and measurements on a GPU within 400 seconds; --minutes 5 trains the nano models as well
 gpu-check *args:

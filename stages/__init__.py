@@ -13,6 +13,10 @@ from pathlib import Path
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 
+# Logs hold what a stage says: no bars and no advice of libraries.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from musicscope.core import command_line, io  # noqa: E402

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from scipy import stats
 
 from musicscope.config import load_params
 from musicscope.core.command_line import run_program
@@ -498,6 +499,35 @@ def full_size() -> str:
     return table([*head, "weights", "memory per further clip"], rows)
 
 
+def synthetic_features() -> str:
+    """Recovery of known features: mean over seeds, with the t interval for MCC and F1."""
+    labels = {
+        "null": "random directions (null)",
+        "ours_default": "musicscope, TopK, settings of params.yaml",
+        "ours_topk": "musicscope, TopK",
+        "ours_matryoshka": "**musicscope, TopK, Matryoshka**",
+        "ours_batchtopk_matryoshka": "musicscope, BatchTopK, Matryoshka",
+        "saelens_batchtopk": "SAELens, BatchTopK, published settings",
+        "saelens_batchtopk_tuned": "SAELens, BatchTopK",
+        "saelens_matryoshka_tuned": "SAELens, Matryoshka BatchTopK",
+    }
+    rows = []
+    for name, runs in benchmark("synthetic_features")["recipes"].items():
+        scores = pd.DataFrame(runs.values())
+        mean, n = scores.mean(), len(scores)
+        half = stats.t.ppf(0.975, n - 1) * scores.std() / n**0.5
+        cells = [
+            Estimate(mean[key], mean[key] - half[key], mean[key] + half[key], n).text()
+            for key in ("mcc", "f1")
+        ]
+        cells += [f"{mean[key]:.3f}" for key in ("r2", "dead", "unique")]
+        rows.append(
+            [labels[name], str(n), *cells, f"{mean['l0']:.1f}", f"{mean['cpu_seconds']:.0f} s"]
+        )
+    head = ["recipe", "seeds", "MCC", "F1", "R2", "dead", "unique", "L0", "CPU time"]
+    return table(head, rows)
+
+
 GPU = "gpu-nvidia-h200"
 SAE, USAE = "sae d1536 F24576 k64 B8192", "usae 2 models d1536 F24576 k64 B8192"
 GOAL, SMALL_GOAL = "sae goal d1536 F12288 k64 B4096", "sae goal d768 F4096 k25 B1024"
@@ -648,7 +678,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         capabilities, features, models, cues, ablation, shared, matched, sets, maximised, found,
         steering, gaps, costs, joint, search, judges, sae_step, usae_step, extraction, generation,
-        full_size, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models, gpu_training,
+        full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces, gpu_models,
+        gpu_training,
     )
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ HEADER = "# Written by `just deps`: a digest of all code that each stage's scrip
 PACKAGES = {"musicscope": "src/musicscope", "stages": "stages", "tools": "tools"}
 EXEMPT = {
     "src/musicscope/config/": "reads and checks values that DVC tracks as params",
-    "stages/__init__.py": "only puts src on sys.path",
+    "stages/__init__.py": "only puts src on sys.path and quiets libraries",
     "tools/": "hashes code",
 }
 """Imported, yet no part of a digest: editing them cannot change what a stage makes."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
-from musicscope.commands import cli
+from musicscope.commands import arguments, cli
 from musicscope.core import command_line
+from tests.support.dictionaries import ROOT
 
 FIND = ("find-concept", "--model", "m", "--with", "a", "--without", "b")
 DRAW = ("generate", "--model", "m", "--prompt", "music")
@@ -72,7 +79,6 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
 def command(monkeypatch):
     """A command that raises `command.error`."""
     module = ModuleType("failing")
-    module.add_arguments = lambda parser: None
 
     def run(args):
         raise module.error
@@ -114,3 +120,113 @@ def test_ctrl_c_ends_with_130_and_one_line(command, capsys):
         cli.main(["fail"])
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip() == "musicscope fail: stopped"
+
+
+# --- help, logs, results ----------------------------------------------------------------------
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    code = (
+        "import sys, time; begin = time.process_time()\n"
+        "from musicscope.commands import cli\n"
+        "cli.build()\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "print(heavy or '{}', time.process_time() - begin)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = done.stdout.split()
+    assert heavy == "{}"
+    assert float(seconds) < 0.5
+
+
+def test_options_are_those_of_the_code():
+    from musicscope.steering import edit
+
+    assert arguments.BRANCHES == edit.BRANCHES
+    assert set(arguments.ARGUMENTS) == set(cli.COMMANDS)
+
+
+def test_version_names_the_package_and_what_results_depend_on(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.match(
+        r"musicscope \d+\.\d+\.\d+ \(torch \d.*, transformers \d", capsys.readouterr().out
+    )
+
+
+@pytest.fixture
+def talkative(monkeypatch):
+    """A command that prints a text, a notice and the log level, and returns a result."""
+    module = ModuleType("talking")
+
+    def run(args):
+        print("text")
+        print("notice", file=sys.stderr)
+        print(os.environ["TRANSFORMERS_VERBOSITY"], os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+        return {"value": 1.5}
+
+    module.run = run
+    for name in cli.QUIET:
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "talking", module)
+    monkeypatch.setitem(cli.COMMANDS, "talk", ("talking", "talks"))
+
+
+def test_results_are_json_and_nothing_else(talkative, capsys):
+    cli.main(["talk", "--json"])
+    found = capsys.readouterr()
+    assert json.loads(found.out) == {"value": 1.5}
+    assert found.err.splitlines() == ["text", "notice", "error 1"]
+    cli.main(["talk", "--json", "-q"])
+    found = capsys.readouterr()
+    assert (json.loads(found.out), found.err) == ({"value": 1.5}, "")
+
+
+def test_loudness(talkative, capsys):
+    cli.main(["talk"])
+    assert capsys.readouterr().out.splitlines() == ["text", "error 1"]
+    cli.main(["talk", "-q"])
+    found = capsys.readouterr()
+    assert (found.out.splitlines(), found.err) == (["text", "error 1"], "")
+    for name in cli.QUIET:
+        os.environ.pop(name)
+    cli.main(["talk", "--verbose"])
+    assert capsys.readouterr().out.splitlines() == ["text", "info None"]
+    with pytest.raises(SystemExit):
+        cli.main(["talk", "-v", "-q"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_options_and_models(shell, tmp_path, capsys):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    cli.main(["completion", shell])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "data/models/my-model").mkdir(parents=True)
+    (tmp_path / "data/steering/my-model").mkdir(parents=True)
+    (tmp_path / "data/steering/my-model/flute.json").touch()
+    assert subprocess.run([shell, "-n", script]).returncode == 0
+    if shell == "zsh":
+        return
+    for words, expected in (
+        ("f", {"find-concept"}), ("generate --mo", {"--model"}),
+        ("generate --model ", {"my-model"}),
+        ("generate --off f", {"flute"}), ("export --to sae", {"sae-lens"}),
+        ("completion z", {"zsh"}),
+    ):  # fmt: skip
+        given = ["musicscope", *words.split(" ")]
+        line = f"COMP_WORDS=({shlex.join(given)}) COMP_CWORD={len(given) - 1}"
+        code = f"source {script}; {line}; _musicscope; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_a_mistyped_key_is_answered_with_the_nearest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for text, near in (("train_sae.kk=3", "train_sae.k"), ("trainsae.k=3", "train_sae.k")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", "-S", text])
+        assert f"has no key {text[:-2]}; did you mean {near}?" in ended.value.code

@@ -234,3 +234,25 @@ def test_a_tick_sees_the_piece_grow_changes_nothing_and_can_stop_it(folder):
     assert np.array_equal(drawing.draw(source, "layers.3").audio, plain.audio)
     with pytest.raises(ValueError, match=r"has no layers\.9"):
         drawing.draw(source, "layers.9")
+
+
+def test_recipes_and_sae_by_path_give_the_same_music(folder, tmp_path_factory, monkeypatch, capsys):
+    cli.main([*BASE, "--on", "guitar", "--out", "out"])
+    expected = made(folder)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")  # no data/, no params.yaml
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    given = ["--model", str(folder / "data/models/tiny"), "--recipes", str(recipes(folder))]
+    given += ["--sae", str(folder / SLOT)]
+    cli.main([*BASE, *given, "--on", "guitar", "--out", "out", "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert only(made(elsewhere), "-steered.wav") == only(expected, "-steered.wav")
+    assert found["requests"] == {"guitar": "on"}
+    assert (elsewhere / found["files"]["steered"]).is_file()
+    assert set(found["scores"]) == set(json.loads(only(expected, ".json"))["scores"])
+    assert "has no recipe for 'flute'" in refused(*BASE, *given, "--on", "flute")
+
+
+def recipes(folder):
+    (found,) = {path.parent for path in (folder / "data").glob("steering*/tiny/guitar.json")}
+    return found

@@ -103,7 +103,7 @@ def test_wrong_type_in_a_list_names_the_entry(tmp_path):
         (
             "train_sae.activation",
             "relu",
-            "'relu' is out of range: it should be 'topk' or 'batchtopk'",
+            "'relu' is out of range: it should be 'topk', 'batchtopk' or 'jumprelu'",
         ),
         ("extract_activations.dtype", "int8", "extract_activations.dtype = 'int8'"),
         ("prepare_data.clips.train", 0, "prepare_data.clips.train = 0"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
-import importlib
 import os
 import signal
 from pathlib import Path
@@ -81,8 +80,7 @@ def test_every_numeric_option_has_limits():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_numbers_of_commands_refuse_what_is_none(name):
-    parser = Parser()
-    importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    parser = cli.build(name)[1][name]
     for action in parser._actions:
         kind = getattr(action.type, "__qualname__", "")
         if not kind.startswith(("number.", "whole.")):

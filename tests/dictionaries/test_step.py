@@ -1,6 +1,7 @@
 """The hand-written gradients against autograd, and what each update rule leaves alone.
 
-`dense_loss` is the textbook computation, with dense codes and autograd for everything.
+`dense_loss` is the textbook computation, with dense codes and autograd for everything. Losses of
+Matryoshka and JumpReLU are also compared with SAELens, where it is installed (extra `bench`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from musicscope.dictionaries.core import TopKSAE, _by_topk, in_two_stages, large
 from musicscope.dictionaries.step import (
     RULES,
     Aux,
+    Jump,
     Weights,
     gradients,
     initial_state,
     join,
+    resample,
     select,
     select_of_batch,
     split,
@@ -103,6 +106,150 @@ def test_gradients_equal_autograd(
                 scale = leaf.grad.abs().max()
                 assert scale > 0
                 assert (gradient - leaf.grad).abs().max() <= tolerance * max(1.0, scale.item())
+
+
+PREFIXES = (16, 60)
+JUMP = {"bandwidth": 0.4, "weight": 0.02}
+
+
+def on_batch(x, own, k, activation, threshold=None):
+    """Dense codes and the sparsity loss; straight through the step within the bandwidth."""
+    z = (x - own.b_dec) @ own.W_enc.T + own.b_enc
+    if activation == "topk":
+        best = z.topk(k).indices
+        return torch.zeros_like(z).scatter(1, best, z.gather(1, best)).relu(), 0.0
+    if activation == "batchtopk":
+        return z * ((z >= z.flatten().topk(len(z) * k).values.min()) & (z > 0)), 0.0
+    distance, width = z - threshold, JUMP["bandwidth"]
+    ramp = (distance.detach().abs() < width / 2) / width * distance
+    through = ramp - ramp.detach()
+    codes = z * (distance > 0) + threshold.detach() * through
+    count = ((distance > 0) + through).sum(1)
+    return codes, JUMP["weight"] * (2 / k * (count - k).square()).mean()
+
+
+def random_thresholds():
+    return torch.rand(F, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("prefixes", [(), PREFIXES], ids=["flat", "matryoshka"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_gradients_of_prefixes_and_thresholds_equal_autograd(activation, prefixes):
+    weights, (x,) = random_weights(torch.float64, (24,))
+    leaf = Weights(*(w.clone().requires_grad_() for w in weights[0]))
+    threshold = random_thresholds().requires_grad_()
+    codes, sparsity = on_batch(x, leaf, K, activation, threshold)
+    errors = [x - codes[:, :n] @ leaf.W_dec[:n] - leaf.b_dec for n in (*prefixes, F)]
+    (sum(e.square().mean() for e in errors) + sparsity).backward()
+    jump = Jump(threshold.detach(), **JUMP) if activation == "jumprelu" else None
+    found = gradients(weights, [x], K, activation, prefixes=prefixes, jump=jump)
+    equal = torch.testing.assert_close
+    equal(found.losses[0], errors[-1].square().mean().detach())
+    if prefixes:
+        equal(found.prefix_loss, sum(e.square().mean() for e in errors[:-1]).detach())
+    for name, gradient, wanted in zip(Weights._fields, found.gradients[0], leaf, strict=True):
+        equal(gradient, wanted.grad, rtol=1e-10, atol=1e-13, msg=name)
+    if jump:
+        equal(found.sparsity_loss, sparsity.detach())
+        equal(found.threshold, threshold.grad, rtol=1e-10, atol=1e-13)
+        assert (found.threshold != 0).any()
+    active = torch.zeros(B, F, dtype=torch.bool)
+    rows = torch.arange(B).repeat_interleave(found.codes.crow.diff())
+    active[rows, found.codes.columns.long()] = found.codes.values > 0
+    assert torch.equal(active, codes > 0)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka", "jumprelu"])
+def test_loss_and_gradients_equal_those_of_saelens(kind):
+    """Its loss is summed over dimensions, ours is a mean."""
+    pytest.importorskip("sae_lens")
+    from sae_lens import saes
+    from sae_lens.saes.sae import TrainStepInput
+
+    d = 24
+    weights, (x,) = random_weights(torch.float64, (d,))
+    name, settings = {
+        "batchtopk": ("BatchTopK", {"k": K, "rescale_acts_by_decoder_norm": False}),
+        "matryoshka": (
+            "MatryoshkaBatchTopK",
+            {"k": K, "rescale_acts_by_decoder_norm": False, "matryoshka_widths": [*PREFIXES, F]},
+        ),
+        "jumprelu": (
+            "JumpReLU",
+            {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K,
+             "jumprelu_bandwidth": JUMP["bandwidth"], "jumprelu_ste_to_input": True},
+        ),
+    }[kind]  # fmt: skip
+    config = getattr(saes, f"{name}TrainingSAEConfig")(d_in=d, d_sae=F, dtype="float64", **settings)
+    sae = getattr(saes, f"{name}TrainingSAE")(config)
+    threshold = random_thresholds()
+    if kind == "jumprelu":
+        sae.threshold.data = threshold.clone()
+    for weight, value in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), weights[0], strict=True):
+        weight.data = value.T.clone() if weight is sae.W_enc else value.clone()
+    out = sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            dead_neuron_mask=None,
+            coefficients={"l0": JUMP["weight"] * d},
+            n_training_steps=0,
+            is_logging_step=False,
+        )  # fmt: skip
+    )
+    (out.loss / d).backward()
+    jump = Jump(threshold, **JUMP) if kind == "jumprelu" else None
+    activation = "jumprelu" if jump else "batchtopk"
+    prefixes = PREFIXES if kind == "matryoshka" else ()
+    found = gradients(weights, [x], K, activation, prefixes=prefixes, jump=jump)
+    total = found.losses.sum() + found.prefix_loss + found.sparsity_loss
+    torch.testing.assert_close(total, out.loss.detach() / d)
+    wanted = [sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad]
+    ours = list(found.gradients[0])
+    if jump:
+        wanted, ours = [*wanted, sae.threshold.grad], [*ours, found.threshold]
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_thresholds_learn_and_stay_at_or_above_zero():
+    state = initial_state(F, (24,), 3, "cpu", threshold=0.01)
+    x = random_weights(torch.float32, (24,))[1][0]
+    for _ in range(20):
+        step(state, [x], 1e-2, K, "jumprelu", bandwidth=0.3, sparsity_weight=0.1)
+    assert (state.threshold >= 0).all()
+    assert (state.threshold > 0.05).any()
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_resampling_restarts_dead_latents_on_the_errors_and_leaves_the_others_alone(activation):
+    jump = activation == "jumprelu"
+    state = initial_state(F, (24,), 3, "cpu", threshold=0.5 if jump else None)
+    x = random_weights(torch.float32, (24,))[1][0]
+    for _ in range(3):
+        step(state, [x], 1e-2, K, activation, bandwidth=0.5, sparsity_weight=0.01)
+    dead = torch.tensor([5, 90])
+    state.unfired[:] = 0
+    state.unfired[dead] = 10**6
+    before, thresholds = snapshot(state), state.threshold.clone() if jump else None
+    resample(state, x, K, activation, 10**6, seed=0)
+    live = torch.ones(F, dtype=torch.bool)
+    live[dead] = False
+    for key, parts in snapshot(state).items():
+        for i, (old, new) in enumerate(zip(before[key], parts, strict=True)):
+            if new.ndim and len(new) == F:
+                assert torch.equal(old[live], new[live]), key
+                assert not new[dead].any() if i else not torch.equal(old[dead], new[dead]), key
+    own = state.weights[0]
+    torch.testing.assert_close(own.W_dec.norm(dim=1), torch.ones(F))
+    torch.testing.assert_close(
+        own.W_enc[dead].norm(dim=1), 0.2 * own.W_enc[live].norm(dim=1).mean().expand(2)
+    )
+    assert not state.unfired.any()
+    if jump:  # snapshot leaves the thresholds out
+        assert (state.threshold[dead] > 0).all()
+        assert (state.threshold[dead] != thresholds[dead]).all()
+        assert torch.equal(state.threshold[live], thresholds[live])
+        assert not state.optimizer.state[state.threshold]["exp_avg"][dead].any()
 
 
 def test_latents_at_or_below_zero_get_no_gradient():
@@ -297,7 +444,7 @@ def test_a_step_as_on_a_gpu_waits_for_nothing_and_is_the_same(widths, activation
                 step_module, "largest_k", lambda z, k: in_two_stages(z, k, _by_topk)
             )
             monkeypatch.setattr(step_module, "select", (
-                lambda z, k, activation: select(z, k, activation)
+                lambda z, k, activation, jump: select(z, k, activation)
                 if activation == "topk" else select_of_batch(z, k)
             ))  # fmt: skip
         state = initial_state(F, widths, 3, "cpu")

@@ -82,16 +82,55 @@ def test_batchtopk_threshold_keeps_k_on_average(store: ActivationStore):
     assert counts.unique().numel() > 1  # not k in every frame: the point of BatchTopK
 
 
+def test_jumprelu_learns_thresholds_that_keep_about_k(store: ActivationStore):
+    sae = fit_sae(
+        store, activation="jumprelu", samples=600 * 256, batch_size=256, learning_rate=1e-2
+    ).dictionary
+    found = evaluate(sae, list(held_out_clips(store)))
+    assert found.l0 == pytest.approx(3, rel=0.3)
+    assert found.explained_variance > 0.85
+    assert sae.threshold.unique().numel() > 1
+
+
+def test_a_matryoshka_prefix_reconstructs_alone(store: ActivationStore):
+    """Better than as many latents of a flat SAE, which are any of its latents."""
+    shares = {}
+    x = torch.from_numpy(np.concatenate(list(held_out_clips(store))))
+    for prefixes in ((), (12, 36)):
+        sae = fit_sae(
+            store, matryoshka=prefixes, samples=400 * 256, batch_size=256, learning_rate=1e-2
+        ).dictionary
+        values, indices = sae.encode(x)
+        error = x - sae.decode(values * (indices < 12), indices)
+        shares[prefixes] = 1 - float(error.square().sum() / (x - x.mean(0)).square().sum())
+    assert shares[12, 36] > shares[()] + 0.1
+
+
+def test_prefixes_that_do_not_rise_or_are_no_part_are_refused(store):
+    with pytest.raises(ParamsError, match=r"train_sae.matryoshka = \[36, 12\] must rise"):
+        sae_section(matryoshka=(36, 12)).check("train_sae")
+    with pytest.raises(ParamsError, match=r"matryoshka = \[12, 72\].*below 72"):
+        fit_sae(store, matryoshka=(12, 72))
+
+
 @pytest.mark.parametrize(
-    ("activation", "dead_every"), [("topk", 1), ("batchtopk", 1), ("topk", 16)]
+    ("changes", "dead_every"),
+    [
+        ({"activation": "topk"}, 1),
+        ({"activation": "batchtopk"}, 1),
+        ({"activation": "jumprelu"}, 1),
+        ({"activation": "topk", "matryoshka": (12, 36), "resample_every": 30}, 1),
+        ({"activation": "topk"}, 16),
+    ],
+    ids=["topk", "batchtopk", "jumprelu", "matryoshka and resampling", "dead listed seldom"],
 )
 def test_resumed_equals_unbroken_bit_for_bit(
-    store, tmp_path: Path, activation, dead_every, monkeypatch
+    store, tmp_path: Path, changes, dead_every, monkeypatch
 ):
     """With dead latents listed in each step, and as on a GPU."""
     monkeypatch.setattr(step_module, "DEAD_EVERY", {"cpu": dead_every})
     dead_after = 1000 if dead_every == 1 else 128  # so that the list differs between steps
-    settings = sae_section(activation=activation, samples=100 * 128, dead_after_samples=dead_after)
+    settings = sae_section(samples=100 * 128, dead_after_samples=dead_after, **changes)
     fit = functools.partial(train, pair([store], TRAIN), settings, "sae", 5)
     whole = fit(on_log=live_logger(tmp_path / "whole"))
 
@@ -111,7 +150,8 @@ def test_resumed_equals_unbroken_bit_for_bit(
     for other in (resumed, finished):
         assert other.history == whole.history
         assert other.dead_fraction == whole.dead_fraction
-        assert other.dictionary.threshold == whole.dictionary.threshold
+        thresholds = [torch.as_tensor(t.dictionary.threshold) for t in (other, whole)]
+        assert torch.equal(*thresholds)
         assert all(map(torch.equal, sae_weights(other.dictionary), sae_weights(whole.dictionary)))
     files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.*"))
     assert Path("plots/metrics/loss.tsv") in files

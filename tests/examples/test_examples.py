@@ -1,6 +1,7 @@
 """The scripts in examples/ run from a fresh clone, on the model in Git."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -63,3 +64,14 @@ def test_steering_names_the_concepts_that_it_knows():
     result = run("3_steer.py", "--concept", "cello")
     assert result.returncode != 0
     assert "bass, brass, drums, guitar" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_all_its_cells():
+    text = (ROOT / "examples/4_notebook.py").read_text(encoding="utf-8")
+    assert text.count("\n# %%") >= 5
+    result = run("4_notebook.py", "-f", "kernel.json")
+    assert result.returncode == 0, result.stderr
+    share = float(re.search(r"explained variance (\S+)", result.stdout)[1])
+    assert 0.2 < share <= 1
+    assert "through the files of SAELens: equal, layers.1" in result.stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -282,6 +284,13 @@ def test_the_command_prints_and_saves(found, tmp_path, monkeypatch, capsys):
         audio, rate = soundfile.read(tmp_path / "out" / name)
         assert rate == RATE
         assert len(audio) <= 3 * RATE
+    Path("data/sae/planted/top1/seed-0").rename("mine")
+    cli.main([*words[:-1], "other", "--sae", "mine", "--json"])
+    given = json.loads(capsys.readouterr().out)
+    assert pd.read_csv("other/features.csv").equals(table)
+    assert [row["feature"] for row in given["found"]["sae"]] == list(
+        report.discoveries()["feature"]
+    )
     words[4] = str(tmp_path / "nowhere")
     with pytest.raises(SystemExit, match="nowhere is no folder"):
         cli.main(words)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from experiments.table import commands
+from experiments.preset import presets
 from musicscope.config import ParamsError, load_params
 from musicscope.config.data import DownloadModel, Part
 from musicscope.core.io import read_json
@@ -297,7 +297,7 @@ def test_the_page_of_experiments_says_how_to_fetch_each_model_that_it_names(tmp_
     merged = smoke.merged(params, yaml.safe_load(block.split("```")[0]))
     path.write_text(yaml.safe_dump(merged), encoding="utf-8")
     fetched = load_params(path).download_model
-    named = {m for sets in commands(page).values() for s in sets if s.startswith("models=")
+    named = {m for sets in presets().values() for s in sets if s.startswith("models=")
              for m in s.removeprefix("models=[").removesuffix("]").split(",")}  # fmt: skip
     assert named == set(fetched)
     (other,) = (b for b in page.split("```yaml\n")[1:] if b.startswith("musicgen-medium:"))

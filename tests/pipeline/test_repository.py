@@ -105,3 +105,22 @@ def test_smoke_params_shrink_the_committed_ones(tmp_path):
         "a": {"b": 3, "c": 2},
         "d": [2],
     }
+
+
+def test_curves_name_columns_that_their_tables_have():
+    """Top-level plots of dvc.yaml: axes and titles of `dvc plots diff`."""
+    params = load_params(ROOT / "params.yaml")
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 16_384
+    for key in ("models", "slots"):
+        text = text.replace(f"${{{key}[0]}}", getattr(params, key)[0])
+    entries = yaml.safe_load(text)["plots"]
+    assert len(entries) >= 6
+    for entry in entries:
+        ((name, curve),) = entry.items()
+        files = sorted((ROOT / name).glob("*.csv")) or [ROOT / name]
+        for file in files:
+            head = set(re.split(r"[,\t]", file.read_text(encoding="utf-8").split("\n")[0]))
+            wanted = {curve["x"], *([curve["y"]] if isinstance(curve["y"], str) else curve["y"])}
+            assert wanted <= head, (name, wanted - head)
+        assert curve["title"]

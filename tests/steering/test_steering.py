@@ -82,7 +82,7 @@ def test_the_kth_largest_is_that_of_a_sort(rows, latents, k):
         assert torch.equal(st.kth_largest(z, k), wanted)
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("strength", [1.0, 2.5, -0.5])
 def test_what_is_added_is_the_difference_of_two_dense_decodes(activation, strength):
     sae, x = random_sae(activation=activation), activations()

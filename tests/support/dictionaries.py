@@ -24,12 +24,16 @@ TRAINING = {
     "warmup_fraction": 0.05, "decay_fraction": 0.2, "aux_k_fraction": 0.5, "aux_weight": 1 / 32,
     "dead_after_samples": 200_000, "seeds": 1,
 }  # fmt: skip
+OPTIONS = {
+    "activation": "topk", "ce_clips": 1, "matryoshka": (), "resample_every": 0, "bandwidth": 0.5,
+    "sparsity_weight": 0.01,
+}  # fmt: skip
 SHARED = {"slot": "top1", "null_seeds": 1, "fire_threshold": 0.1, "bootstrap": 20, "rule": "paper"}
 
 
 def sae_section(**changes) -> TrainSae:
     """A small section train_sae: 72 latents over WIDTH."""
-    return TrainSae(**{**TRAINING, "activation": "topk", "ce_clips": 1, **changes})
+    return TrainSae(**{**TRAINING, **OPTIONS, **changes})
 
 
 def usae_section(**changes) -> TrainUsae:

@@ -38,8 +38,8 @@ def random_sae(seed: int = 0, activation: str = "topk", width: int = WIDTH) -> T
     W = W / W.norm(dim=1, keepdim=True)
     b_enc, b_dec = (0.1 * torch.randn(n, generator=generator) for n in (LATENTS, width))
     mixed = W + 0.1 * torch.randn(W.shape, generator=generator)
-    threshold = 1.2 if activation == "batchtopk" else -1.0
-    return TopKSAE(mixed, b_enc, W, b_dec, K, activation, threshold)
+    threshold = {"topk": -1.0, "batchtopk": 1.2, "jumprelu": torch.linspace(1.0, 1.4, LATENTS)}
+    return TopKSAE(mixed, b_enc, W, b_dec, K, activation, threshold[activation])
 
 
 class StubJudges:

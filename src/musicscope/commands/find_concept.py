@@ -1,6 +1,7 @@
 """Find the features of a concept from a folder of recordings with it and one without it.
 
     musicscope find-concept --model nano-small --with guitars --without others
+    musicscope find-concept --model PATH --sae PATH --with guitars --without others
 
 Reads all formats that libsndfile reads. Writes features.csv, moments.csv, report.json and excerpts
 as WAV files into --out, a new or empty folder. The default is data/found/<name of the --with
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from musicscope.core.command_line import Parser, number, whole
 from musicscope.core.io import write_json
 from musicscope.core.user_outputs import NewFolder, new_folder
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.formats import load_sae_folder
 from musicscope.finder.recordings import list_recordings
 from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
 from musicscope.steering.recipes import load_sae
@@ -27,45 +28,7 @@ DEFAULT_OUT = "data/found"
 USAE = "data/usae/seed-0"
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of ``musicscope find-concept``."""
-    add = parser.add_argument
-    add("--model", required=True, help="a folder, or a name under data/models")
-    add("--with", required=True, dest="with_dir", metavar="DIR", help="recordings with the concept")
-    add(
-        "--without",
-        required=True,
-        dest="without_dir",
-        metavar="DIR",
-        help="recordings without the concept",
-    )
-    add(
-        "--features",
-        choices=("sae", "usae", "both"),
-        default="sae",
-        help="dictionary to search: the model's SAE, the universal SAE, or both",
-    )
-    add("--slot", default="top1", help="slot of the SAE")
-    add(
-        "--out",
-        metavar="DIR",
-        help="new or empty folder for tables and excerpts (default: "
-        "data/found/<name of the --with folder>)",
-    )
-    add("--seconds", type=number(above=0), default=10.0, help="longest window, in seconds")
-    add("--windows", type=whole(1), default=4, help="most windows per recording")
-    add(
-        "--q",
-        type=number(above=0, at_most=1),
-        default=0.05,
-        help="limit of the corrected p for a discovery",
-    )
-    add("--permutations", type=whole(1), default=2000, help="permutations of the labels, for p")
-    add("--seed", type=whole(0), default=0, help="seed of permutations and resamples")
-    parser.add_device()
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Find, print and save; ValueError or FileNotFoundError if an input cannot be used."""
     for folder in (args.with_dir, args.without_dir):
         list_recordings(folder)
@@ -75,17 +38,17 @@ def run(args: argparse.Namespace) -> None:
         "the folder of --with": args.with_dir,
         "the folder of --without": args.without_dir,
         "the model": args.model if Path(args.model).exists() else Path("data/models") / args.model,
-        "the SAE": Path("data/sae") / name / args.slot,
+        "the SAE": args.sae or Path("data/sae") / name / args.slot,
         "the universal SAE": Path("data/usae"),
     }
     with new_folder(args.out, default, inputs) as out:
-        _find_into(out, args, name)
+        return _find_into(out, args, name)
 
 
-def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
+def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> dict[str, object]:
     from musicscope.models.registry import load_model
 
-    layer, sae = load_sae(name, args.slot, args.device)
+    layer, sae = _sae(args, name)
     features: dict[str, TopKSAE | UniversalSAE] = {}
     if args.features in ("sae", "both"):
         features["sae"] = sae
@@ -100,7 +63,20 @@ def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> None:
     )  # fmt: skip
     print(report.text())  # before writing: a full disk must not lose it
     save_report(report, out.scratch)
-    print(f"tables and {len(report.excerpts)} excerpts are in {out.publish()}")
+    folder = out.publish()
+    print(f"tables and {len(report.excerpts)} excerpts are in {folder}")
+    found = {name: report.discoveries(name).to_dict("records") for name in report.tables}
+    return {"folder": str(folder), "recordings": dict(report.recordings), "found": found}
+
+
+def _sae(args: argparse.Namespace, name: str) -> tuple[str, TopKSAE]:
+    """Load hook point and SAE: of a slot, or of a folder in any format that is known."""
+    if not args.sae:
+        return load_sae(name, args.slot, args.device)
+    sae, about = load_sae_folder(args.sae, args.device)
+    if not (layer := args.layer or about.layer):
+        raise ValueError(f"{args.sae} names no hook point: give --layer, such as layers.3")
+    return layer, sae
 
 
 def save_report(report: ConceptReport, folder: Path) -> None:

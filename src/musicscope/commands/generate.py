@@ -27,11 +27,10 @@ import numpy as np
 import soundfile
 
 from musicscope.config import load_params
-from musicscope.core.command_line import Parser, number, whole
 from musicscope.core.io import sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
-from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
+from musicscope.steering.edit import ALWAYS, Steering
 from musicscope.steering.recipes import load_steering, recipe_folder
 from musicscope.steering.session import (
     KINDS,
@@ -140,49 +139,20 @@ def table(scores: Scores, requests: Mapping[str, str]) -> str:
 # --- the command ------------------------------------------------------------------------------
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of ``musicscope generate``."""
-    add = parser.add_argument
-    add("--model", required=True, help="a folder, or a name under data/models")
-    add("--prompt", action="append", help="description of the music; repeatable")
-    add("--audio", action="append", metavar="FILE",
-        help="recording to edit, for a model that turns audio into audio; repeatable")  # fmt: skip
-    add("--off", action="append", default=[], metavar="CONCEPT",
-        help="concept to switch off; repeatable")  # fmt: skip
-    add("--on", action="append", default=[], metavar="CONCEPT",
-        help="concept to switch on; repeatable")  # fmt: skip
-    add("--strength", type=number(), default=1.0,
-        help="multiple of the strength chosen on validation prompts; default 1")  # fmt: skip
-    add("--seed", type=whole(0), default=0, help="random seed, the same for both sounds; default 0")
-    add("--seconds", type=number(above=0), help="duration; default 5, for --audio the whole file")
-    add("--out", default="data/generated", metavar="DIR",
-        help="folder to add the files to; default data/generated")  # fmt: skip
-    add("--guidance", type=number(), help="guidance scale; default params.steer.guidance")
-    add("--branch", choices=BRANCHES,
-        help="rows of guided generation to edit; default as chosen by steer")  # fmt: skip
-    add("--loop", choices=("open", "closed"),
-        help="closed: edit only while a probe detects a need; default as chosen")  # fmt: skip
-    add("--schedule", type=number(at_least=0), nargs=2, metavar=("START", "END"),
-        help="seconds in which to edit; default all")  # fmt: skip
-    add("--features", type=whole(1), metavar="N",
-        help="number of features per concept; default as chosen by steer")  # fmt: skip
-    add("--words", action="store_true", help="ask in the steered prompt too (... no guitar)")
-    parser.add_device()
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Generate, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
     name, requests = Path(args.model).name, requests_of(args.off, args.on)
     if bool(args.prompt) == bool(args.audio):
         raise ValueError("give --prompt TEXT, or --audio FILE to a model that edits audio (RAVE)")
     with folder_to_add_to(args.out, _inputs(args)) as out:
         jobs = _from_audio(args, requests) if args.audio else _from_prompts(args, requests)
-        judges = None
+        judges, made = None, []
         for number, (settings, title, pair) in enumerate(jobs):
             judges = _judges() if number == 0 else judges
-            _hand_over(out, requests, {"model": name, **settings}, title, pair, judges)
+            made.append(_hand_over(out, requests, {"model": name, **settings}, title, pair, judges))
     if judges is not None:
         print(TRUST)
+    return made
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, Path]:
@@ -190,8 +160,8 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
     given, name = Path(args.model), Path(args.model).name
     return {
         "the model": given if given.exists() else Path(MODELS) / given,
-        "the SAEs": Path("data/sae") / name,
-        "the recipes": Path(recipe_folder(name)),
+        "the SAEs": Path(args.sae or Path("data/sae") / name),
+        "the recipes": Path(args.recipes or recipe_folder(name)),
         "the judges": Path(JUDGES),
         **{f"--audio {file}": Path(file) for file in args.audio or ()},
     }
@@ -202,7 +172,8 @@ Job = tuple[dict[str, object], str, tuple[Sound, Sound]]
 
 
 def _steering(args: argparse.Namespace, requests: Mapping[str, str]) -> tuple[str, Steering]:
-    check_requests(Path(args.model).name, requests)
+    if not args.recipes:
+        check_requests(Path(args.model).name, requests)
     schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
     if not 0 <= schedule[0] < schedule[1]:
         raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")
@@ -210,7 +181,8 @@ def _steering(args: argparse.Namespace, requests: Mapping[str, str]) -> tuple[st
         raise ValueError(f"--features {args.features}: at least 1")
     return load_steering(
         Path(args.model).name, requests, args.strength, branch=args.branch, schedule=schedule,
-        n_features=args.features, loop=args.loop, words=args.words, device=args.device,
+        n_features=args.features, loop=args.loop, words=args.words, folder=args.recipes,
+        sae_path=args.sae, device=args.device,
     )  # fmt: skip
 
 
@@ -266,7 +238,7 @@ def _judges() -> Judges | None:
 def _hand_over(
     out: Path, requests: Mapping[str, str], settings: dict[str, object], title: str,
     pair: tuple[Sound, Sound], judges: Judges | None,
-) -> None:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """Write both sounds with their settings, and print files and scores."""
     plain, steered = pair
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -284,3 +256,5 @@ def _hand_over(
         print(f"the edit changed no {unit}: both sounds are the same")
     if scores is not None:
         print(table(scores, requests))
+    names = {kind: str(path) for kind, path in files.items()}
+    return {"title": title, "requests": dict(requests), "files": names, "scores": scores}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from musicscope.config.schema import FolderName, ParamsError, Section
+from musicscope.config.schema import DistinctOrNone, FolderName, ParamsError, Section
 
 Seeds = Annotated[int, Field(ge=1, le=64)]
 
@@ -17,7 +17,7 @@ class Training(Section):
     """Settings that the training of every dictionary has."""
 
     k: Annotated[int, Field(ge=1, le=65536)]
-    """Active latents per frame (on average for batchtopk)."""
+    """Active latents per frame (on average for batchtopk and jumprelu)."""
     expansion: Annotated[int, Field(ge=1, le=1024)]
     """Latents per dimension of the (widest model's) activation."""
     batch_size: PositiveInt
@@ -57,10 +57,24 @@ class Training(Section):
 class TrainSae(Training):
     """The sparse autoencoders, `seeds` per model and slot."""
 
-    activation: Literal["topk", "batchtopk"]
-    """Sparsity rule: k per frame, or k per frame on average over the batch."""
+    activation: Literal["topk", "batchtopk", "jumprelu"]
+    """Sparsity rule: k per frame, k per frame on average over the batch, or a learnt threshold per
+    latent with a loss that draws the number of active latents to k."""
     ce_clips: PositiveInt
     """Held-out clips for the recovered cross-entropy."""
+    matryoshka: DistinctOrNone[PositiveInt]
+    """Numbers of first latents that must also reconstruct alone, rising; [] for none."""
+    resample_every: NonNegativeInt
+    """Steps after which dead latents restart from frames reconstructed badly; 0 for never."""
+    bandwidth: PositiveFloat
+    """Width of jumprelu's window, and where its thresholds start, in normalised units."""
+    sparsity_weight: NonNegativeFloat
+    """Weight of jumprelu's loss on the number of active latents."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        if list(self.matryoshka) != sorted(self.matryoshka):
+            raise ParamsError(f"{section}.matryoshka = {list(self.matryoshka)} must rise")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Sparse dictionaries: TopK SAEs, universal SAEs and crosscoders. Weights, sparse codes, files.
 
 TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024 (arXiv 2412.06410).
+JumpReLU: Rajamanoharan et al. 2024 (arXiv 2407.14435).
 USAE: Thasarathan et al. 2025 (arXiv 2502.03714, eq. 3-4); every model has an encoder and a decoder,
 and the code that encoder i computes from model i is read by the decoders of all models.
 Crosscoder: Lindsey et al. 2024; one code is computed from all models, z = TopK(sum of encoders).
@@ -25,7 +26,12 @@ from torch.nn.functional import embedding_bag, pad
 from musicscope.core.io import atomic_file, read_json, write_json
 
 CHUNK = 4096  # frames encoded at once: 4096 x 8192 latents in float32 are 128 MB
-DICTIONARY_CLASSES = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}
+JUMPRELU = "jumprelu"
+DICTIONARY_CLASSES = {
+    "topk": ("AutoEncoderTopK", "TopKTrainer"), "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer"),
+    JUMPRELU: ("JumpReluAutoEncoder", "JumpReluTrainer"),
+}  # fmt: skip
+"""Activation -> classes of dictionary_learning."""
 CROSSCODER = "crosscoder"
 KINDS = ("usae", CROSSCODER)
 USAE_FILE = "usae.safetensors"
@@ -121,8 +127,8 @@ class SparseDictionary:
     def encode(self, x: Tensor, model: int = 0) -> SparseCode:
         """Encode activations [N, d] of a model to values [N, n] >= 0 and indices [N, n] int64.
 
-        n = k; for batchtopk n is the largest count among the frames given, and rows with fewer
-        latents are padded with value 0 at index 0. Values carry gradients where x does.
+        n = k; for batchtopk and jumprelu n is the largest count among the frames given, and rows
+        with fewer latents are padded with value 0 at index 0. Values carry gradients where x does.
         """
         return self._encode(len(x), lambda rows: self.pre_activations(x[rows], model))
 
@@ -188,17 +194,23 @@ class TopKSAE(SparseDictionary):
     b_dec: Tensor
     """[d], near the mean activation"""
     k: int
-    """Active latents per frame; for batchtopk their average."""
+    """Active latents per frame; for batchtopk and jumprelu their average, in training."""
     activation: str = "topk"
-    """topk or batchtopk"""
-    threshold: float = -1.0
-    """batchtopk at inference: a latent is active above it. Below 0: not calibrated."""
+    """topk, batchtopk or jumprelu"""
+    threshold: float | Tensor = -1.0
+    """A latent is active above it at inference; batchtopk: below 0 if not calibrated; jumprelu: [F]
+    """
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         _check("SAE weight", weights, self.k, *self.W_enc.shape)
         if self.activation not in DICTIONARY_CLASSES:
             raise ValueError(f"SAE activation {self.activation!r}: known {[*DICTIONARY_CLASSES]}")
+        limit = torch.as_tensor(self.threshold)
+        if limit.shape != (wanted := self.b_enc.shape if self.activation == JUMPRELU else ()):
+            raise ValueError(f"SAE threshold is {tuple(limit.shape)}, expected {tuple(wanted)}")
+        if limit.ndim and not (limit >= 0).all():
+            raise ValueError("SAE threshold holds NaN or values below 0: train again")
 
     @property
     def width(self) -> int:
@@ -218,7 +230,10 @@ class TopKSAE(SparseDictionary):
     def to(self, device: str | torch.device) -> Self:
         """Copy the SAE with its weights on `device`."""
         names = ("W_enc", "b_enc", "W_dec", "b_dec")
-        return replace(self, **{n: getattr(self, n).to(device) for n in names})
+        moved = {n: getattr(self, n).to(device) for n in names}
+        if isinstance(self.threshold, Tensor):
+            moved["threshold"] = self.threshold.to(device)
+        return replace(self, **moved)
 
     def pre_activations(self, x: Tensor, model: int = 0) -> Tensor:
         """Compute W_enc (x - b_dec) + b_enc, [N, F], for x [N, d] in activation units."""
@@ -230,9 +245,7 @@ class TopKSAE(SparseDictionary):
     def _select(self, z: Tensor) -> SparseCode:
         if self.activation == "topk" or not len(z):
             return super()._select(z)
-        if self.threshold < 0:
-            raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
-        rows, columns = (z > self.threshold).nonzero().unbind(1)
+        rows, columns = (z > self.limits()).nonzero().unbind(1)
         counts = torch.bincount(rows, minlength=len(z))
         place = torch.arange(len(rows), device=z.device) - (counts.cumsum(0) - counts)[rows]
         indices = columns.new_zeros((len(z), int(counts.max())))
@@ -240,6 +253,14 @@ class TopKSAE(SparseDictionary):
         indices[rows, place] = columns
         values[rows, place] = z[rows, columns]
         return values, indices
+
+    def limits(self, latents: Tensor | slice = slice(None)) -> float | Tensor:
+        """Return the threshold of batchtopk, or jumprelu's of some latents; ValueError if unset."""
+        if isinstance(self.threshold, Tensor):
+            return self.threshold[latents]
+        if self.threshold < 0:
+            raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
+        return self.threshold
 
     def decode(self, values: Tensor, indices: Tensor, model: int = 0) -> Tensor:
         """Decode codes (values [N, n], indices [N, n]) to activations [N, d]."""
@@ -253,11 +274,12 @@ class TopKSAE(SparseDictionary):
 
     def fold(self, mean: Tensor, scale: float) -> TopKSAE:
         """Turn an SAE on (x - mean) / scale into the same SAE on x; rows stay of unit norm."""
+        unset = isinstance(self.threshold, float) and self.threshold < 0
         return replace(
             self,
             b_enc=self.b_enc * scale,
             b_dec=mean.to(self.b_dec) + scale * self.b_dec,
-            threshold=self.threshold * scale if self.threshold >= 0 else self.threshold,
+            threshold=self.threshold * (1.0 if unset else scale),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -268,8 +290,19 @@ class TopKSAE(SparseDictionary):
             "decoder.weight": self.W_dec.cpu().T.contiguous(),
             "b_dec": self.b_dec.cpu().contiguous(),
             "k": torch.tensor(self.k, dtype=torch.int),
-            "threshold": torch.tensor(self.threshold, dtype=torch.float32),
+            "threshold": torch.as_tensor(self.threshold, dtype=torch.float32).cpu(),
         }
+
+    def _pickled(self) -> dict[str, Tensor]:
+        """Return the tensors of ae.pt; JumpReluAutoEncoder does not subtract b_dec first."""
+        tensors = self.state_dict()
+        if self.activation == JUMPRELU:
+            del tensors["k"]
+            W_enc = tensors.pop("encoder.weight")
+            tensors["W_enc"] = W_enc.T.contiguous()
+            tensors["b_enc"] = tensors.pop("encoder.bias") - W_enc @ tensors["b_dec"]
+            tensors["W_dec"] = tensors.pop("decoder.weight").T.contiguous()
+        return tensors
 
     def save(self, folder: str | Path, trainer: Mapping[str, object] | None = None) -> None:
         """Write ae.pt + config.json (dictionary_learning loads them) and sae.safetensors.
@@ -278,12 +311,13 @@ class TopKSAE(SparseDictionary):
         """
         folder, tensors = Path(folder), self.state_dict()
         # Through memory: torch.save puts the file's own name inside, here a temporary one.
-        torch.save(tensors, buffer := io.BytesIO())
+        torch.save(self._pickled(), buffer := io.BytesIO())
         _write_bytes(folder / "ae.pt", buffer.getvalue())
         _write_bytes(folder / "sae.safetensors", to_safetensors(tensors))
+        dict_class, trainer_class = DICTIONARY_CLASSES[self.activation]
         config = {
-            "trainer_class": "TopKTrainer" if self.activation == "topk" else "BatchTopKTrainer",
-            "dict_class": DICTIONARY_CLASSES[self.activation],
+            "trainer_class": trainer_class,
+            "dict_class": dict_class,
             "activation_dim": self.width,
             "dict_size": self.n_latents,
             "k": self.k,
@@ -300,7 +334,7 @@ class TopKSAE(SparseDictionary):
         safe, pickled, config = folder / "sae.safetensors", folder / "ae.pt", folder / "config.json"
         path = safe if safe.exists() else pickled
         _require((config, path), "the stage train_sae")
-        kinds = {name: activation for activation, name in DICTIONARY_CLASSES.items()}
+        kinds = {names[0]: activation for activation, names in DICTIONARY_CLASSES.items()}
         kind = read_json(config)["trainer"]["dict_class"]
         if kind not in kinds:
             raise ValueError(f"{config}: trainer.dict_class {kind!r}: known {sorted(kinds)}")
@@ -309,6 +343,9 @@ class TopKSAE(SparseDictionary):
         else:
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
         try:
+            if kinds[kind] == JUMPRELU and path == pickled:
+                tensors = _from_jumprelu(tensors, read_json(config)["trainer"]["k"])
+            threshold = tensors.get("threshold", torch.tensor(-1.0))
             sae = cls(
                 W_enc=tensors["encoder.weight"],
                 b_enc=tensors["encoder.bias"],
@@ -316,13 +353,21 @@ class TopKSAE(SparseDictionary):
                 b_dec=tensors["b_dec"],
                 k=int(tensors["k"]),
                 activation=kinds[kind],
-                threshold=float(tensors["threshold"]) if "threshold" in tensors else -1.0,
+                threshold=threshold if threshold.ndim else float(threshold),
             )
         except KeyError as error:
             raise ValueError(f"{path} has no tensor {error}: not a TopK SAE") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return sae.to(device)
+
+
+def _from_jumprelu(tensors: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Rename the tensors of dictionary_learning's JumpReluAutoEncoder; undo `_pickled`."""
+    W_enc = tensors["W_enc"].T.contiguous()
+    b_enc = tensors["b_enc"] + W_enc @ tensors["b_dec"]
+    names = {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": tensors["W_dec"].T}
+    return {**tensors, **names, "k": torch.tensor(k)}
 
 
 @dataclass(frozen=True)

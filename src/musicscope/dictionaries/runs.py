@@ -26,7 +26,7 @@ from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.dictionaries import evaluation
-from musicscope.dictionaries.core import TopKSAE, UniversalSAE
+from musicscope.dictionaries.core import JUMPRELU, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import (
     HELDOUT_FONT,
     TEST,
@@ -271,7 +271,12 @@ class SaePlan(Plan[SaeOutcome]):
         return live_logger(f"{self.live}/{name}")
 
     def trainer(self, name: str) -> dict[str, object]:
-        return super().trainer(name) | {
+        config = self.config
+        assert isinstance(config, TrainSae)
+        keys = [key for key in ("matryoshka", "resample_every") if getattr(config, key)]
+        keys += ["bandwidth", "sparsity_weight"] if config.activation == JUMPRELU else []
+        options = {key: getattr(config, key) for key in keys}
+        return super().trainer(name) | options | {
             "lm_name": self.names[0], "layer": self.open_stores()[0].config["layer"],
             "lr": self.config.learning_rate, "steps": count_steps(self.config),
             "seed": _index(name),

@@ -97,6 +97,17 @@ class Aux(NamedTuple):
     """ranks over whose residuals the variance is taken"""
 
 
+class Jump(NamedTuple):
+    """Settings of JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+
+    threshold: Tensor
+    """[F] >= 0, learnt: a latent is active above it"""
+    bandwidth: float
+    """width of the window about the threshold in which the step counts as differentiable"""
+    weight: float
+    """of the sparsity loss: mean over frames of 2 / k (active latents - k)^2"""
+
+
 class Result(NamedTuple):
     """Outcome of one batch; losses are tensors on the device, so that no step waits for them."""
 
@@ -107,20 +118,35 @@ class Result(NamedTuple):
     aux_loss: Tensor
     """[] AuxK's loss, summed over the models"""
     codes: Codes
+    prefix_loss: Tensor | float = 0.0
+    """[] losses of the Matryoshka prefixes, summed; `losses` are of all latents"""
+    sparsity_loss: Tensor | float = 0.0
+    """[] JumpReLU's, with its weight"""
+    threshold: Tensor | None = None
+    """[F] gradient of JumpReLU's thresholds"""
 
 
-def select(z: Tensor, k: int, activation: str) -> Codes:
-    """Select codes of pre-activations z [B, F]: the k largest per row, or B*k per batch; ReLU."""
+def select(z: Tensor, k: int, activation: str, jump: Jump | None = None) -> Codes:
+    """Select codes of pre-activations z [B, F]: the k largest per row, or B*k per batch; ReLU.
+
+    jumprelu: all above the lower end of each threshold's window, without ReLU.
+    """
     B = len(z)
     if activation == "topk":
         columns = largest_k(z, k)
         crow = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=z.device)
         return Codes(crow, columns.reshape(-1).int(), z.gather(1, columns).reshape(-1).relu_())
+    if jump is not None:
+        return _codes_where(z, z > jump.threshold - jump.bandwidth / 2)
     if z.is_cuda:
         return select_of_batch(z, k)
     kth = torch.as_tensor(np.partition(z.reshape(-1).numpy(), -B * k)[-B * k])
-    rows, columns = ((z >= kth) & (z > 0)).nonzero().unbind(1)
-    crow = torch.searchsorted(rows, torch.arange(B + 1, device=z.device), out_int32=True)
+    return _codes_where(z, (z >= kth) & (z > 0))
+
+
+def _codes_where(z: Tensor, chosen: Tensor) -> Codes:
+    rows, columns = chosen.nonzero().unbind(1)
+    crow = torch.searchsorted(rows, torch.arange(len(z) + 1, device=z.device), out_int32=True)
     return Codes(crow, columns.int(), z[rows, columns])
 
 
@@ -157,6 +183,21 @@ def sum_by_latent(codes: Codes, F: int) -> Callable[[Tensor, Tensor], Tensor]:
     )  # fmt: skip
 
 
+def by_prefix(codes: Codes, prefixes: Sequence[int]) -> Codes:
+    """Move the entries of row b between prefix l - 1 and prefix l to row l B + b.
+
+    Codes [(len(prefixes) + 1) B, F]: the rows of the latents beyond the last prefix come last.
+    """
+    B, device = len(codes.crow) - 1, codes.crow.device
+    ends = torch.tensor(prefixes, dtype=torch.int32, device=device)
+    rows = torch.arange(B, device=device).repeat_interleave(codes.crow.diff())
+    rows = rows + B * torch.searchsorted(ends, codes.columns, right=True)
+    ordered, order = rows.sort(stable=True)
+    every = torch.arange((len(prefixes) + 1) * B + 1, device=device)
+    crow = torch.searchsorted(ordered, every, out_int32=True)
+    return Codes(crow, codes.columns[order], codes.values[order])
+
+
 def gradients(
     weights: Sequence[Weights],
     xs: Sequence[Tensor],
@@ -166,6 +207,8 @@ def gradients(
     learning: Sequence[int] = (0,),
     aux: Aux | None = None,
     scratch: Tensor | None = None,
+    prefixes: Sequence[int] = (),
+    jump: Jump | None = None,
 ) -> Result:
     """Compute losses and exact gradients for paired batches xs[j] [B, d_j], centred and scaled.
 
@@ -173,33 +216,67 @@ def gradients(
     and x'_j decoded from the code of model `drawn`. Gradients: of the drawn encoder, and of the
     decoders of the models in `learning`, which must hold `drawn`. `scratch` [B, F] receives the
     pre-activations and saves allocating them anew each step.
+
+    With `prefixes`, rising numbers of latents below F, each prefix of the latents must reconstruct
+    too, and its squared error is added to the loss (Matryoshka, Bussmann et al. 2025, arXiv
+    2503.17547). An entry learns from the errors of all prefixes that hold its latent: their sum is
+    one more row per prefix, so that every product stays as sparse as without them.
+
+    With `jump`, for activation jumprelu: the sparsity loss is added, and the straight-through
+    estimator's gradients go to the thresholds and to the pre-activations.
     """
     own, B, F = weights[drawn], len(xs[0]), len(weights[drawn].b_enc)
     share = len(xs) / (B * sum(x.shape[1] for x in xs))  # 1 / (B D)
     centred = xs[drawn] - own.b_dec
     z = torch.addmm(own.b_enc, centred, own.W_enc.T, out=scratch)
-    codes = select(z, k, activation)
-
-    support = torch.sparse_csr_tensor(*codes, (B, F), check_invariants=False)
+    codes = select(z, k, activation, jump)
+    kept, levels = by_prefix(codes, prefixes) if prefixes else codes, len(prefixes) + 1
+    raw = kept.values
+    if jump is not None:
+        codes, kept = (
+            c._replace(values=c.values * (c.values > jump.threshold[c.columns]))
+            for c in (codes, kept)
+        )
+    support = torch.sparse_csr_tensor(*kept, (levels * B, F), check_invariants=False)
     errors: list[Tensor] = []
     grads: list[Tensor] = []
+    prefix_loss: Tensor | float = 0.0
     for j, (x, model) in enumerate(zip(xs, weights, strict=True)):
         base = centred if model is own else x - model.b_dec
-        errors.append(base - decode(codes, model.W_dec))
-        grads.append(errors[-1] * (-2 * share))  # of the loss by the reconstruction
+        decoded = decode(kept, model.W_dec)
+        if prefixes:
+            error = base - decoded.view(levels, B, -1).cumsum(0)
+            prefix_loss = prefix_loss + error[:-1].square().sum() * share
+            errors.append(error[-1])
+            total = error.flip(0).cumsum(0).flip(0)  # over the prefixes that hold a row's latents
+            grads.append(total.reshape(levels * B, -1) * (-2 * share))
+        else:
+            errors.append(base - decoded)
+            grads.append(errors[-1] * (-2 * share))  # of the loss by the reconstruction
         # Adds up over the models; the first replaces the values of the codes.
         support = torch.sparse.sampled_addmm(
             support, grads[-1], model.W_dec.T, beta=1.0 if j else 0.0
         )
-    dz = support.values() * (codes.values > 0)
+    dz = support.values() * (kept.values > 0)
+    sparsity_loss: Tensor | float = 0.0
+    if jump is not None:
+        rows = torch.arange(levels * B, device=z.device).repeat_interleave(kept.crow.diff()) % B
+        active = z.new_zeros(B).index_add_(0, rows, (kept.values > 0).to(z.dtype))
+        excess = active - k
+        sparsity_loss = jump.weight * 2 / k * excess.square().mean()
+        threshold = jump.threshold[kept.columns]
+        near = ((raw - threshold).abs() < jump.bandwidth / 2).to(z.dtype) / jump.bandwidth
+        through = near * (threshold * support.values() + excess[rows] * (4 * jump.weight / (k * B)))
+        dz = dz + through
 
-    by_latent = sum_by_latent(codes, F)
-    ones = centred.new_ones(B, 1)
-    W_enc, b_enc = by_latent(centred, dz), by_latent(ones, dz).squeeze(1)
+    by_latent = sum_by_latent(kept, F)
+    ones = centred.new_ones(levels * B, 1)
+    inputs = centred.repeat(levels, 1) if prefixes else centred
+    W_enc, b_enc = by_latent(inputs, dz), by_latent(ones, dz).squeeze(1)
     found = [Gradients() for _ in weights]
-    b_dec = {j: grads[j].sum(0) for j in learning}
+    b_dec = {j: grads[j][:B].sum(0) for j in learning}
     for j in learning:
-        found[j] = Gradients(W_dec=by_latent(grads[j], codes.values), b_dec=b_dec[j])
+        found[j] = Gradients(W_dec=by_latent(grads[j], kept.values), b_dec=b_dec[j])
     found[drawn] = found[drawn]._replace(W_enc=W_enc, b_enc=b_enc)
     aux_loss = z.new_zeros(())
     if aux is not None and len(aux.dead):
@@ -210,7 +287,10 @@ def gradients(
         losses = errors[0].square().mean().reshape(1)
     else:
         losses = torch.stack([error.square().sum() for error in errors]) * share
-    return Result(tuple(found), losses, aux_loss, codes)
+    result = Result(tuple(found), losses, aux_loss, codes, prefix_loss, sparsity_loss)
+    if jump is not None:
+        return result._replace(threshold=-by_latent(ones, through).squeeze(1))
+    return result
 
 
 def _aux(
@@ -262,6 +342,8 @@ class State:
     unfired: Tensor
     """[F] int64 frames since each latent last fired, whichever model was encoded"""
     scratch: Tensor | None = None
+    threshold: Tensor | None = None
+    """[F] of JumpReLU"""
     dead: Tensor | None = None
     """[n] int64 latents that counted as dead when they were last listed"""
     dead_age: int = 0
@@ -269,9 +351,16 @@ class State:
 
 
 def initial_state(
-    n_latents: int, widths: Sequence[int], seed: int, device: str | torch.device
+    n_latents: int,
+    widths: Sequence[int],
+    seed: int,
+    device: str | torch.device,
+    threshold: float | None = None,
 ) -> State:
-    """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0."""
+    """Draw for each model decoder rows uniform on the sphere; encoder its transpose, biases 0.
+
+    `threshold` is where every threshold of a JumpReLU starts.
+    """
     weights = []
     for j, width in enumerate(widths):
         generator = torch.Generator().manual_seed(seed + j)
@@ -280,9 +369,12 @@ def initial_state(
         b_enc, b_dec = torch.zeros(n_latents, device=device), torch.zeros(width, device=device)
         weights.append(Weights(W.clone(), b_enc, W, b_dec))
     parameters = [weight for model in weights for weight in model]
+    if threshold is not None:
+        parameters.append(torch.full((n_latents,), threshold, device=device))
     adam = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), fused=True)
     unfired = torch.zeros(n_latents, dtype=torch.int64, device=device)
-    return State(tuple(weights), adam, unfired)
+    own = None if threshold is None else parameters[-1]
+    return State(tuple(weights), adam, unfired, threshold=own)
 
 
 @torch.no_grad()
@@ -298,6 +390,9 @@ def step(
     aux_weight: float = 0.0,
     dead_after: int | None = None,
     ranks: Ranks = ALONE,
+    prefixes: Sequence[int] = (),
+    bandwidth: float = 0.0,
+    sparsity_weight: float = 0.0,
 ) -> Result:
     """Take one step in place on paired xs[j] [B, d_j]: gradients, fused Adam, unit decoder rows.
 
@@ -323,8 +418,16 @@ def step(
     if state.scratch is None or state.scratch.shape != shape:
         state.scratch = xs[0].new_empty(shape)
     learning = RULES[rule](drawn, len(xs))
-    result = gradients(weights, xs, k, activation, drawn, learning, aux, state.scratch)
+    jump = None
+    if state.threshold is not None:
+        jump = Jump(state.threshold, bandwidth, sparsity_weight)
+    result = gradients(
+        weights, xs, k, activation, drawn, learning, aux, state.scratch, prefixes, jump
+    )
     present = [g for model in result.gradients for g in model if g is not None]
+    if state.threshold is not None and result.threshold is not None:
+        state.threshold.grad = result.threshold
+        present.append(result.threshold)
     ranks.average_(*present, result.losses, result.aux_loss)
     for gradient, (_, _, W_dec, _) in zip(result.gradients, weights, strict=True):
         if (W_grad := gradient.W_dec) is not None:
@@ -336,6 +439,8 @@ def step(
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
+    if state.threshold is not None:
+        state.threshold.clamp_(min=0.0)  # below 0 it would let negative pre-activations through
     for j in learning:
         W_dec = weights[j].W_dec
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
@@ -346,6 +451,51 @@ def step(
     state.unfired.scatter_reduce_(0, result.codes.columns.long(), since, "amin")
     ranks.minimum_(state.unfired)
     return result
+
+
+@torch.no_grad()
+def resample(
+    state: State,
+    x: Tensor,
+    k: int,
+    activation: str,
+    dead_after: int,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Restart the dead latents of one model from badly reconstructed rows of x [B, d].
+
+    Rows are drawn by their squared error, whose direction becomes decoder row and, at 0.2 of the
+    mean norm of the live rows, encoder row; bias, Adam's moments and the count of frames since the
+    latent fired restart at 0 (Bricken et al. 2023, "Towards Monosemanticity").
+    """
+    weights = state.weights[0]
+    dead = (state.unfired >= dead_after).nonzero().squeeze(1)
+    if not 0 < len(dead) < len(state.unfired):
+        return
+    z = torch.addmm(weights.b_enc, x - weights.b_dec, weights.W_enc.T)
+    jump = None if state.threshold is None else Jump(state.threshold, 0.0, 0.0)
+    error = x - weights.b_dec - decode(select(z, k, activation, jump), weights.W_dec)
+    generator = torch.Generator().manual_seed(seed)
+    share = error.square().sum(1).cpu()
+    rows = torch.multinomial(share, len(dead), replacement=True, generator=generator)
+    chosen = error[rows.to(x.device)] * ranks.leads
+    ranks.average_(chosen)  # the leading rank's, for all
+    length = chosen.norm(dim=1, keepdim=True) * ranks.size
+    live = state.unfired < dead_after
+    gain = 0.2 * weights.W_enc[live].norm(dim=1).mean()
+    weights.W_dec[dead] = torch.nn.functional.normalize(chosen, dim=1)
+    weights.W_enc[dead] = gain * weights.W_dec[dead]
+    weights.b_enc[dead] = 0.0
+    restarted = [*weights[:3]]
+    if state.threshold is not None:  # half of what the error alone gives
+        state.threshold[dead] = 0.5 * gain * length.squeeze(1)
+        restarted.append(state.threshold)
+    for weight in restarted:
+        for name, moment in state.optimizer.state[weight].items():
+            if name != "step":
+                moment[dead] = 0.0
+    state.unfired[dead] = 0
 
 
 def join(xs: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 from unittest import mock
 
 import numpy as np
@@ -25,9 +25,18 @@ from musicscope.core.distributed import ALONE, Ranks
 from musicscope.core.io import atomic_file
 from musicscope.core.precision import tf32
 from musicscope.core.seeding import seed_for
-from musicscope.dictionaries.core import CROSSCODER, ModelWeights, TopKSAE, UniversalSAE
+from musicscope.dictionaries.core import CROSSCODER, JUMPRELU, ModelWeights, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import Paired
-from musicscope.dictionaries.step import RULES, Result, State, initial_state, join, split, step
+from musicscope.dictionaries.step import (
+    RULES,
+    Result,
+    State,
+    initial_state,
+    join,
+    resample,
+    split,
+    step,
+)
 
 SAE = "sae"
 METHODS = (SAE, *RULES, CROSSCODER)
@@ -37,6 +46,8 @@ LOG_ROWS = {SAE: 50}
 SHARED_LOG_ROWS = 100
 LOG_COLUMNS = ("samples", "learning_rate", "loss", "aux_loss", "dead_fraction")
 CALIBRATION_BATCHES = 32
+RESAMPLE_UNTIL = 0.8
+"""Share of the steps after which no dead latent restarts: it would not be learnt in time."""
 
 Config = TrainSae | TrainCrosscoder
 
@@ -90,12 +101,28 @@ def count_latents(config: Config, widths: Sequence[int]) -> int:
             f"k = {config.k} is out of range: allowed is at most {latents}, the latents that "
             f"expansion = {config.expansion} gives over width {max(widths)}"
         )
+    if isinstance(config, TrainSae) and config.matryoshka and config.matryoshka[-1] >= latents:
+        raise ParamsError(
+            f"matryoshka = {list(config.matryoshka)} is out of range: allowed is below {latents}, "
+            f"the latents that expansion = {config.expansion} gives over width {max(widths)}"
+        )
     return latents
 
 
 def selection(config: Config) -> str:
-    """Return the sparsity rule: topk, or for an SAE also batchtopk."""
+    """Return the sparsity rule: topk, or for an SAE also batchtopk or jumprelu."""
     return config.activation if isinstance(config, TrainSae) else "topk"
+
+
+def sae_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of `step` that only an SAE has."""
+    if not isinstance(config, TrainSae):
+        return {}
+    return {
+        "prefixes": config.matryoshka,
+        "bandwidth": config.bandwidth,
+        "sparsity_weight": config.sparsity_weight,
+    }
 
 
 def normalisation(stores: Sequence[ActivationStore]) -> tuple[list[np.ndarray], list[float]]:
@@ -146,9 +173,13 @@ def train(
         xs = [(x.to(device, non_blocking=True) - mean) / scale for x, mean, scale in parts]
         return [join(xs)] if joint else xs
 
+    threshold = None
+    if isinstance(config, TrainSae) and config.activation == JUMPRELU:
+        threshold = config.bandwidth
     state = initial_state(
         count_latents(config, widths), [sum(widths)] if joint else widths,
         seed_for(seed, "initial"), device,
+        threshold,
     )  # fmt: skip
     steps, models = count_steps(config), len(state.weights)
     draws = np.random.default_rng(seed_for(seed, "draws")).integers(models, size=steps)
@@ -162,6 +193,7 @@ def train(
     if on_log:
         for row in history:
             on_log(row)
+    restart = config.resample_every if isinstance(config, TrainSae) else 0
     log_every = max(1, steps // LOG_ROWS.get(method, SHARED_LOG_ROWS))
     stream = data.batches(
         config.batch_size, seed_for(seed, "order"), config.samples, start_step=start,
@@ -169,12 +201,13 @@ def train(
     )  # fmt: skip
     for number, batch in enumerate(stream, start):
         drawn = int(draws[number])
+        xs = normalise(batch)
         # On an H200 a step takes 12 ms with TF32 and 23 without (d 1536, F 24576); gradients keep
         # within 1e-4 of float64.
         with tf32(True, False):
             result = step(
                 state,
-                normalise(batch),
+                xs,
                 lr=learning_rate(config, number),
                 k=config.k,
                 activation=selection(config),
@@ -184,7 +217,13 @@ def train(
                 aux_weight=config.aux_weight,
                 dead_after=config.dead_after_samples,
                 ranks=ranks,
+                **sae_options(config),
             )
+        if restart and (number + 1) % restart == 0 and number < RESAMPLE_UNTIL * steps:
+            resample(
+                state, xs[0], config.k, selection(config), config.dead_after_samples,
+                seed_for(seed, "resample", number), ranks,
+            )  # fmt: skip
         if number % log_every == 0 or number == steps - 1:
             if not torch.isfinite(result.losses).all():
                 raise FloatingPointError(
@@ -202,7 +241,8 @@ def train(
         save_checkpoint(checkpoint, state, steps, history)
 
     if method == SAE:
-        sae = TopKSAE(*state.weights[0], config.k, selection(config))
+        limit = -1.0 if state.threshold is None else state.threshold
+        sae = TopKSAE(*state.weights[0], config.k, selection(config), limit)
         if sae.activation == "batchtopk":
             frames = CALIBRATION_BATCHES * config.batch_size
             sample = data.batches(config.batch_size, seed_for(seed, "threshold"), frames)
@@ -257,6 +297,7 @@ def save_checkpoint(path: Path, state: State, done: int, history: list[LogRow]) 
         "weights": [weight for model in state.weights for weight in model],
         "optimizer": state.optimizer.state_dict(),
         "unfired": state.unfired,
+        "threshold": state.threshold,
         "dead": state.dead,
         "dead_age": state.dead_age,
         "done": done,
@@ -276,6 +317,8 @@ def load_checkpoint(path: Path, state: State) -> tuple[int, list[LogRow]]:
         ours.copy_(saved)
     state.optimizer.load_state_dict(content["optimizer"])
     state.unfired.copy_(content["unfired"])
+    if state.threshold is not None:
+        state.threshold.copy_(content["threshold"])
     state.dead, state.dead_age = content["dead"], content["dead_age"]
     return content["done"], content["history"]
 

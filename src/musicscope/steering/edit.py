@@ -235,12 +235,10 @@ def kth_largest(z: Tensor, k: int) -> Tensor:
 
 def firing(sae: TopKSAE, x: Tensor, features: Tensor) -> Tensor:
     """Encode x [N, d] for some latents only: values [N, n] as in `encode`, 0 if not active."""
-    if sae.activation == "batchtopk":
-        if sae.threshold < 0:
-            raise ValueError("this batchtopk SAE has no threshold: calibrate_threshold() first")
+    if sae.activation != "topk":
         centred = x.to(sae.W_enc.dtype) - sae.b_dec
         own = torch.addmm(sae.b_enc[features], centred, sae.W_enc[features].T)
-        return own.masked_fill(own <= sae.threshold, 0.0).relu_()
+        return own.masked_fill(own <= sae.limits(features), 0.0).relu_()
     z = sae.pre_activations(x)
     own = z[:, features]
     return own.masked_fill_(own < kth_largest(z, sae.k), 0.0).relu_()

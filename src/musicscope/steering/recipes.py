@@ -255,12 +255,13 @@ def load_steering(
     model: str, requests: Mapping[str, str], strength: float | Mapping[str, float] = 1.0, *,
     branch: str | None = None, schedule: Schedule = ALWAYS, n_features: int | None = None,
     loop: str | None = None, words: bool = False, folder: str | Path | None = None,
-    saes: str | Path = "data/sae", device: str = "cpu",
+    saes: str | Path = "data/sae", sae_path: str | Path | None = None, device: str = "cpu",
 ) -> tuple[str, Steering]:  # fmt: skip
     """Load hook point and `Steering` for requests such as {"guitar": "off", "piano": "on"}.
 
     Recipes come from `recipe_folder` and the branch is as chosen, unless given. Other arguments
-    are as in `concept_edit`; `strength` may differ between concepts.
+    are as in `concept_edit`; `strength` may differ between concepts. `sae_path` is the SAE's
+    folder, if it is not in `saes`.
 
     Raises:
         FileNotFoundError: no recipe for a concept.
@@ -278,7 +279,7 @@ def load_steering(
     (layer, slot, sae), *others = {(r.layer, r.slot, r.sae) for r in recipes.values()}
     if others:
         raise ValueError(f"{folder}: recipes of several layers or SAEs; rerun the stage steer")
-    dictionary = sae_folder(model, slot, saes)
+    dictionary = Path(sae_path) if sae_path else sae_folder(model, slot, saes)
     if folder_sha256(dictionary) != sae:
         raise ValueError(f"{folder}: recipes of another SAE than {dictionary}; run dvc repro steer")
     concept, direction = next(iter(requests.items()))

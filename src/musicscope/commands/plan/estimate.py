@@ -8,19 +8,20 @@ are scaled from the nearest measured one, and marked.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from musicscope.commands.plan import rates as plan_rates
 from musicscope.commands.plan.published_sizes import DATA_SETS, DataSet, Shape, shape_of
 from musicscope.commands.plan.rates import Rate, StepRate
 from musicscope.config import Params, load_params
-from musicscope.core.command_line import Parser, number, whole
 from musicscope.core.distributed import resolve_device
 from musicscope.data.audio_files import SUFFIXES, list_files
 from musicscope.models.interface import language_model
@@ -64,6 +65,7 @@ def overridden(path: str | Path, sets: Sequence[str]) -> Params:
     """
     if not sets:
         return load_params(path)
+    _check_keys(path, sets)
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
@@ -75,6 +77,23 @@ def overridden(path: str | Path, sets: Sequence[str]) -> Params:
         except DvcException as error:
             raise ValueError(f"{' '.join(sets)}: {error.__cause__ or error}") from error
         return load_params(copy)
+
+
+def _check_keys(path: str | Path, sets: Sequence[str]) -> None:
+    """Refuse an override of a key that the file lacks; ValueError names the nearest key."""
+
+    def keys(tree: object, above: str = "") -> list[str]:
+        if not isinstance(tree, dict):
+            return []
+        return [n for k, v in tree.items() for n in (f"{above}{k}", *keys(v, f"{above}{k}."))]
+
+    known = keys(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    for text in sets:
+        key = text.partition("=")[0]
+        if key not in known and not key.startswith(("+", "~")):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"-S {text}: {path} has no key {key}{hint}")
 
 
 def count_clips(params: Params, given: int | None = None) -> Clips:
@@ -237,30 +256,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of `musicscope plan`."""
-    parser.add_argument("--params", default="params.yaml", help="the configuration to plan")
-    parser.add_argument(
-        "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="sets",
-        help="an override, as in dvc exp run; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--clips", type=whole(1), help="number of clips, in place of the size of the data set"
-    )
-    parser.add_argument(
-        "--measure", action="store_true",
-        help="time each local model on two clips of noise, in place of stored rates",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory", type=number(above=0), metavar="GB",
-        help="print the largest extract_activations.batch_clips for this memory per process",
-    )  # fmt: skip
-    parser.add_argument("--results", default="benchmarks/results", help="folder of stored rates")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Print the estimate for a params.yaml with overrides."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     params = overridden(args.params, args.sets)
     clips = count_clips(params, args.clips)
     shapes = [shape_of(name) for name in params.models]
@@ -282,7 +279,8 @@ def run(args: argparse.Namespace) -> None:
             model = load_model(shape.name, resolve_device(params.compute.device))
             rates[shape.name] = plan_rates.measure(language_model(model), clips.seconds)
     step = plan_rates.step_rate(args.results, params.compute.device)
-    print("\n" + table(rows_of(params, clips, shapes, rates, step)))
+    rows = rows_of(params, clips, shapes, rates, step)
+    print("\n" + table(rows))
     print(
         "\nDVC keeps a second copy of outs in its cache unless `dvc config cache.type` links them "
         "(reflink, hardlink or symlink). Hours: with compute.processes = "
@@ -296,3 +294,4 @@ def run(args: argparse.Namespace) -> None:
             "benchmarks.full_size",
             file=sys.stderr,
         )
+    return {"clips": clips._asdict(), "rows": [row._asdict() for row in rows]}

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from musicscope.commands.generate import usual_guidance
 from musicscope.commands.studio import logic
-from musicscope.core.command_line import Parser, whole
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -26,18 +25,6 @@ MAX_UPLOAD = "100mb"
 """Largest uploaded file."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of ``musicscope studio``."""
-    add = parser.add_argument
-    add(
-        "--port",
-        type=whole(1, 65535),
-        help="port of the page; default the first free one from 7860",
-    )
-    parser.add_device()
-    add("--open", action="store_true", help="open the page in the browser")
-
-
 def prepare(uploads: str) -> None:
     """Set the environment that Gradio reads on import, so that nothing leaves this machine.
 
@@ -45,7 +32,8 @@ def prepare(uploads: str) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(
-            "the page needs Gradio: pip install -c requirements.lock -e '.[studio]' (in .venv)"
+            "the page needs Gradio: pip install -c requirements.lock -e '.[studio]' (in .venv); "
+            "without a checkout: pip install 'musicscope[studio]'"
         )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -89,6 +77,8 @@ def serve(device: str, port: int | None, wait: bool, browser: bool = False) -> t
 
 def run(args: argparse.Namespace) -> None:
     """Serve until interrupted. ValueError and FileNotFoundError say what is missing."""
+    if args.workspace:
+        os.chdir(args.workspace)
     with tempfile.TemporaryDirectory(prefix="musicscope-studio-") as uploads:
         prepare(uploads)
         serve(args.device, args.port, wait=True, browser=args.open)

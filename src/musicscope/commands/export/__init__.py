@@ -1,0 +1,1 @@
+"""SAEs and features for other tools: the command, the model card, the feature tables."""
