@@ -24,6 +24,7 @@ the record holds already is kept, so a long measurement can be made in parts.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -42,7 +43,7 @@ from scipy.optimize import linear_sum_assignment  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import normalize  # noqa: E402
 
-from benchmarks.records import OUT_HELP, open_record  # noqa: E402
+from benchmarks.records import OUT_HELP, Record, open_record  # noqa: E402
 from musicscope.activations.store import ActivationStore, StoreWriter  # noqa: E402
 from musicscope.config.dictionaries import TrainSae  # noqa: E402
 from musicscope.core.command_line import Parser, run_program, whole  # noqa: E402
@@ -282,11 +283,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0, 1, 2])
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keep the activations there")
     arguments = parser.parse_args()
+    path = measure(open_record(arguments.out, RESULT), arguments)
+    print(f"written to {path}")
+
+
+def measure(record: Record, arguments: argparse.Namespace) -> Path:
+    """Train and score what `record` lacks, and write it after each dictionary."""
     try:
         import sae_lens
     except ImportError:
         sys.exit("the activations come from SAELens: pip install -e .[bench]")
-    record, world = open_record(arguments.out, RESULT), World()
+    world = World()
     torch.set_num_threads(1)
     settings = {
         "world": asdict(world), "batch": BATCH, "steps": STEPS, "train_rows": ROWS * CLIPS,
@@ -311,8 +318,8 @@ def main() -> None:
                 seconds = time.process_time() - start
                 of[str(seed)] = score(learnt, planted) | {"cpu_seconds": seconds}
                 print(name, seed, of[str(seed)], file=sys.stderr)
-                path = record.write(result)
-    print(f"written to {path}")
+                record.write(result)
+    return record.write(result)
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def test_check_sees_a_wrong_gradient(field, monkeypatch):
 
 
 def test_check_sees_unwritten_pre_activations_and_other_codes(monkeypatch):
-    def elsewhere(z, k, activation):
-        codes = step.Codes(*right(z, k, activation))
+    def elsewhere(z, k, activation, jump):
+        codes = step.Codes(*right(z, k, activation, jump))
         z[0, 0] = torch.nan
         return codes._replace(columns=(codes.columns + 1) % z.shape[1])
 
