@@ -236,3 +236,36 @@ def test_one_model_of_a_universal_sae_becomes_an_sae(tmp_path: Path):
         one_model(usae, "c")
     with pytest.raises(ValueError, match="crosscoder"):
         one_model(UniversalSAE(("a",), "top1", "crosscoder", K, (side,)), "a")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+FOREIGN = {
+    "SAELens": (save_sae_lens, "sae_weights.safetensors", "cfg.json"),
+    "dictionary_learning": (save_dictionary_learning, "ae.pt", "config.json"),
+    "this package": (lambda sae, folder, about: sae.save(folder), "sae.safetensors", "config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path: Path, kind, activation):
+    save, weights, settings = FOREIGN[kind]
+    save(make(activation, THRESHOLDS if activation == "jumprelu" else -1.0), tmp_path, ABOUT)
+    whole = (tmp_path / weights).read_bytes()
+    for content, told in ((POINTER, "git-lfs pointer"), (whole[:300], "cut short or damaged")):
+        (tmp_path / weights).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{weights} is .*{told}"):
+            load_sae_folder(tmp_path)
+    (tmp_path / weights).write_bytes(whole)
+    (tmp_path / settings).write_text("[1]")
+    with pytest.raises(ValueError, match=f"{settings} holds a list"):
+        load_sae_folder(tmp_path)
+
+
+def test_weights_that_are_nan_are_refused(tmp_path: Path):
+    save_sae_lens(make(), tmp_path, ABOUT)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors["b_enc"][3] = torch.nan
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity in b_enc"):
+        load_sae_folder(tmp_path)

@@ -80,7 +80,7 @@ def generate(parser: Parser) -> None:
         help="seconds in which to edit; default all")  # fmt: skip
     add("--features", type=whole(1), metavar="N",
         help="number of features per concept; default as chosen by steer")  # fmt: skip
-    add("--recipes", metavar="DIR", help="folder of recipes; default data/steering/<model>")
+    add("--recipes", metavar="DIR", help="folder of recipes; default those of steer_full or steer")
     add("--sae", metavar="DIR", help="folder of the SAE of the recipes; default that in data/sae")
     add("--words", action="store_true", help="ask in the steered prompt too (... no guitar)")
     parser.add_device()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from musicscope.core.io import atomic_file, read_json, write_json
@@ -25,6 +25,7 @@ from musicscope.dictionaries.core import (
     TopKSAE,
     UniversalSAE,
 )
+from musicscope.models.checkpoint import check_file, damaged, read_pickle, read_safetensors
 
 SAE_LENS = ("cfg.json", "sae_weights.safetensors")
 DICTIONARY_LEARNING = ("config.json", "ae.pt")
@@ -163,6 +164,20 @@ def load_sae_folder(
     return sae.to(device), about
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    found = read_json(check_file(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not the settings of an SAE")
+    return found
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    found = read_pickle(path)
+    if not isinstance(found, dict):
+        raise damaged(path, ValueError(f"a {type(found).__name__}, not weights"))
+    return found
+
+
 def _topk_sae(path: Path, tensors: Mapping[str, Tensor], **settings: Any) -> TopKSAE:
     """Make the SAE; ValueError names the file."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -196,7 +211,7 @@ def _whole(*values: object) -> int | None:
 
 
 def _from_sae_lens(folder: Path, k: int | None) -> tuple[TopKSAE, About]:
-    path, config = folder / SAE_LENS[1], read_json(folder / SAE_LENS[0])
+    path, config = folder / SAE_LENS[1], _settings(folder / SAE_LENS[0])
     metadata = {**config, **config.get("metadata", {})}
     architecture = config.get("architecture", "standard")
     keywords = config.get("activation_fn_kwargs") or {}
@@ -216,7 +231,7 @@ def _from_sae_lens(folder: Path, k: int | None) -> tuple[TopKSAE, About]:
                 f"{folder}/cfg.json: {key} = {config[key]!r} is not supported: fold it into the "
                 "weights with SAELens and save again"
             )
-    tensors = load_file(path)
+    tensors = read_safetensors(path)
     if "scaling_factor" in tensors and not torch.allclose(
         tensors["scaling_factor"], torch.ones_like(tensors["scaling_factor"])
     ):
@@ -249,7 +264,7 @@ def _from_sae_lens(folder: Path, k: int | None) -> tuple[TopKSAE, About]:
 
 
 def _from_dictionary_learning(folder: Path, k: int | None) -> tuple[TopKSAE, About]:
-    config = read_json(folder / "config.json")
+    config = _settings(folder / "config.json")
     trainer = config.get("trainer", {})
     kind, layer = trainer.get("dict_class"), trainer.get("hook_point", trainer.get("layer", ""))
     about = About(
@@ -260,14 +275,14 @@ def _from_dictionary_learning(folder: Path, k: int | None) -> tuple[TopKSAE, Abo
     )
     known = {names[0] for names in DICTIONARY_CLASSES.values()}
     relu = (*RELU_CLASSES, DICTIONARY_CLASSES[JUMPRELU][0])
-    own = (folder / "sae.safetensors").is_file()
-    if own or kind in known - set(relu):
+    own, path = folder / "sae.safetensors", folder / "ae.pt"
+    if own.is_file() or kind in known - set(relu):
+        _ = read_safetensors(own) if own.is_file() else _pickled(path)  # refuses a damaged file
         return TopKSAE.load(folder), about
     if kind not in (*relu, MATRYOSHKA):
         names = sorted({*known, *relu, MATRYOSHKA})
         raise ValueError(f"{folder}/config.json: trainer.dict_class {kind!r}: known {names}")
-    path = folder / "ae.pt"
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = _pickled(path)
     renamed = {
         "W_enc": tensors["W_enc"].T if "W_enc" in tensors else tensors.get("encoder.weight"),
         "b_enc": tensors.get("b_enc", tensors.get("encoder.bias")),

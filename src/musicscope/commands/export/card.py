@@ -100,8 +100,9 @@ def write(
         "position whose newest input is codebook 0 of frame t. There is no BOS token and no "
         "normalisation.", "",
         "## Limits", "",
-        "Two seeds of an SAE share few features, so no single feature is *the* feature of a model. "
-        "Features describe the data above, and may not hold on other music.", "",
+        "A feature that does not return when another seed is trained is not *the* feature of a "
+        "model; the agreement of seeds, where measured, is above with its null. Features describe "
+        "the data above, and may not hold on other music.", "",
         "## Licence", "",
         f"{licence}. The model and the data have licences of their own.", "",
     ]  # fmt: skip
