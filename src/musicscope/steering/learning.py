@@ -244,7 +244,7 @@ def learn_recipe(
         tensors({"difference": difference, "probe": probe}), gate,
     )  # fmt: skip
     if returning is not None:
-        stable = replace(recipe, pool=torch.from_numpy(returning))
+        stable = replace(recipe, pool=torch.from_numpy(returning.copy()))
         if min(len(stable.ranked(score)) for score in SCORES) >= n_features:
             recipe = stable
     return recipe, {"gate_auroc": gate_auroc, "probe_auroc": probe_auroc}

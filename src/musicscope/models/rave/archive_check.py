@@ -59,12 +59,12 @@ def check_archive(path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     check_file(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is not a TorchScript archive (no zip file); give the .ts file that RAVE's "
-            "export writes, whole: a download that broke off looks like this too"
-        )
     try:
+        if not zipfile.is_zipfile(path):  # raises BadZipFile for a zip over several disks
+            raise ValueError(
+                f"{path} is not a TorchScript archive (no zip file); give the .ts file that "
+                "RAVE's export writes, whole: a download that broke off looks like this too"
+            )
         with zipfile.ZipFile(path) as archive:
             _check_entries(path, archive)
             if torn := archive.testzip():
