@@ -377,6 +377,10 @@ def test_files_that_are_no_torchscript_are_refused_by_name(tmp_path, folder):
     (tmp_path / "cut.ts").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="broke off"):
         load_model(tmp_path / "cut.ts")
+    disks = b"PK\x06\x07" + bytes(12) + (2).to_bytes(4, "little")  # zip64: two disks in all
+    (tmp_path / "disks.ts").write_bytes(whole[:-22] + disks + whole[-22:])
+    with pytest.raises(ValueError, match=r"disks\.ts is damaged \(zipfiles that span"):
+        load_model(tmp_path / "disks.ts")
     torch.save({"a": torch.zeros(2)}, tmp_path / "checkpoint.ts")
     with pytest.raises(ValueError, match=r"checkpoint of torch\.save.*export"):
         load_model(tmp_path / "checkpoint.ts")
