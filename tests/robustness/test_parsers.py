@@ -1,7 +1,7 @@
 """Parsers of foreign bytes raise documented errors only, write nothing else, and bound memory.
 
-Every run tries the same inputs, as many as it can in five seconds per parser. MUSICSCOPE_FUZZ_SECONDS
-sets another time, and draws other inputs in each run.
+Every run tries the same inputs, as many as it can in five seconds per parser.
+MUSICSCOPE_FUZZ_SECONDS sets another time, and draws other inputs in each run.
 """
 
 from __future__ import annotations
