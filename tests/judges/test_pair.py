@@ -351,6 +351,8 @@ def test_the_report_says_what_the_judges_can(report):
     guitar = metrics["family_judge"]["codec"]["guitar"]["auroc"]
     assert can["family_judge"]["guitar"] == guitar["value"]
     assert set(can["musicnn"]) == set(judging.TAGS)
+    guitar["value"] = float("nan")  # no test clip has it
+    assert "guitar" not in judge_report.reliability(metrics)["family_judge"]
     table = judge_report.plot_table(metrics)
     assert table.loc[
         (table["judge"] == "musicnn") & (table["set"] == "codec"), "family"

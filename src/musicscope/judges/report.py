@@ -90,15 +90,17 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metri
 def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
     """Judge -> family -> AUROC on codec output, from the numbers of `measure`.
 
-    Without clips through the codec, on the clips of the training soundfont.
+    Without clips through the codec, on the clips of the training soundfont. A family that no clip
+    has, or all have, is left out.
     """
     found: dict[str, dict[str, float]] = {}
     for judge in (j for j in ALL if j in metrics):
         report = metrics[judge].get("codec") or metrics[judge][FONTS[0]]
         found[judge] = {
             family: entry["auroc"]["value"]
-            for family, entry in report.items() if isinstance(entry, dict)
-        }  # fmt: skip
+            for family, entry in report.items()
+            if isinstance(entry, dict) and np.isfinite(entry["auroc"]["value"])
+        }
     return found
 
 
