@@ -50,7 +50,7 @@ from musicscope.core.io import (
     write_text,
 )
 from musicscope.core.seeding import seed_for
-from musicscope.core.stats import Estimate, estimate, mean_of
+from musicscope.core.stats import Estimate, columns, estimate, mean_of
 from musicscope.data.clips import ClipStore, main_clips
 from musicscope.data.splits import clip_sets
 from musicscope.data.taxonomy import FAMILIES
@@ -130,12 +130,6 @@ def extract(inputs: Inputs) -> int:
     return len(layers)
 
 
-def flat(name: str, found: Mapping[str, Any] | Estimate) -> dict[str, float]:
-    """Turn an estimate into three columns."""
-    of = found if isinstance(found, Estimate) else Estimate.read(found)
-    return {name: of.value, f"{name}_low": of.low, f"{name}_high": of.high}
-
-
 def slot_of(inputs: Inputs, layer: int) -> str | None:
     """Return the slot of the pipeline that holds a layer, with its SAEs and metrics, if any."""
     name = ActivationStore.open(inputs.store(layer)).config["layer"]
@@ -204,21 +198,20 @@ def probe(inputs: Inputs, store: ActivationStore, sae: TopKSAE) -> Metrics:
 
 def numbers(trained: Metrics, probed: Metrics) -> dict[str, float]:
     """Take the columns of the table from metrics like those of train_sae and probe."""
-    row = flat("explained_variance", trained["explained_variance"])
-    row |= {k: trained[k] for k in ("explained_variance_pca", "explained_variance_random",
-                                    "dead_fraction", "stability", "stability_null")}  # fmt: skip
+    kept = ("explained_variance", "explained_variance_pca", "explained_variance_random",
+            "dead_fraction", "stability", "stability_null", "ce_recovered")  # fmt: skip
+    row = columns({key: trained[key] for key in kept})
     row |= {"returning": trained["returning"]["share"],
             "returning_null": trained["returning"]["null_share"],
             "ce_ablated_rise": trained["ce_ablated"] - trained["ce_clean"]}  # fmt: skip
-    row |= flat("ce_recovered", trained["ce_recovered"])
     concept = probed["concepts"][CONCEPT]
     each = {"": concept["sae"], "_latent": concept["k_sparse"]["001"], "_dense": concept["dense"],
             "_null": concept["shuffled"]}  # fmt: skip
     for suffix, of in each.items():
-        row |= flat(f"{CONCEPT}{suffix}", of["test"]["auroc"])
+        row |= columns({f"{CONCEPT}{suffix}": of["test"]["auroc"]})
     mean = probed["mean"]["test"]
     for suffix, name in {"": "sae", "_latent": "sae_k001", "_dense": "dense"}.items():
-        row |= flat(f"mean{suffix}", mean[name])
+        row |= columns({f"mean{suffix}": mean[name]})
     nulls = [of["shuffled"]["test"]["auroc"] for of in probed["concepts"].values()]
     return row | {"mean_null": float(np.mean([Estimate.read(null).value for null in nulls]))}
 
@@ -291,10 +284,9 @@ def summarise(
         return row
     compared = {"steering": ours, "steering_random": control, "steering_minus": ours - control}
     for name, values in compared.items():
-        row |= flat(name, estimate(
-            mean_of(values[known]), groups[known], bootstrap, seed_for(seed, "all_layers", name),
-            "probability",
-        ))  # fmt: skip
+        seed_of = seed_for(seed, "all_layers", name)
+        found = estimate(mean_of(values[known]), groups[known], bootstrap, seed_of, "probability")
+        row |= columns({name: found.as_dict()})
     for direction in DIRECTIONS:
         of = np.isin(groups, [i for i, request in enumerate(requests) if request[1] == direction])
         row[f"steering_minus_{direction}"] = float((ours - control)[known & of].mean())

@@ -77,6 +77,7 @@ def run(workspace: Path, monkeypatch, *words: str) -> pd.DataFrame:
     monkeypatch.setenv("DVC_ROOT", str(workspace))
     monkeypatch.setattr(all_layers, "load_judges", lambda folder: StubJudges())
     monkeypatch.setattr(all_layers, "LATENTS", 3)
+    monkeypatch.setattr(all_layers, "STRENGTH", 50.0)  # so that it changes a random model's codes
     command = ["all_layers", "--model", "tiny", "--prompts", "2", "--work", "work", *words]
     monkeypatch.setattr(sys, "argv", command)
     all_layers.main()
@@ -89,8 +90,9 @@ def test_layers_are_measured_steered_kept_and_drawn(workspace, monkeypatch):
     assert first["seeds"].tolist() == [2]
     assert first["explained_variance"].between(0, 1).all()
     assert first["steering_prompts"].tolist() == [4]
-    assert np.isfinite(first[["guitar", "guitar_null", "stability_null", "ce_recovered"]]).all(None)
-    assert first.loc[0, "steering"] != first.loc[0, "steering_random"]
+    assert np.isfinite(first[["guitar", "guitar_null", "stability_null", "mean"]]).all(axis=None)
+    cost, control = first.loc[0, ["steering_ce_cost", "steering_random_ce_cost"]]
+    assert 0 != cost != control != 0
     kept = (workspace / all_layers.RESULT).read_bytes()
     run(workspace, monkeypatch, "--run", "2", "--draw")
     assert (workspace / all_layers.RESULT).read_bytes() == kept
