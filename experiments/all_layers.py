@@ -220,9 +220,7 @@ def steer(inputs: Inputs, layer: int) -> dict[str, float]:
     """Steer every request with the latents of a layer, and with random latents."""
     folder, dictionary = places(inputs, layer)
     params, store, sae = inputs.params, ActivationStore.open(folder), TopKSAE.load(dictionary)
-    section = replace(
-        params.steer, concepts=inputs.concepts, pairs=(), words=False, frozen_decoder=False
-    )
+    section = replace(params.steer, pairs=(), words=False, frozen_decoder=False)
     clips = ClipStore.open(inputs.data / "clips")
     model = load_model(f"{inputs.data}/models/{inputs.model}", "cpu")
     learnt = read_clips(store, sae, clips.rows, params.compute.processes)
@@ -236,7 +234,7 @@ def steer(inputs: Inputs, layer: int) -> dict[str, float]:
             sae=sha256, frame_rate=model.frame_rates[name], n_features=LATENTS,
             returning=returns if section.stable_only else None, **options,
         )[0]
-        for concept in section.concepts
+        for concept in inputs.concepts
     }  # fmt: skip
     subject, judges = make_subject(model, section, params.seed), load_judges(f"{inputs.data}/judge")
     context = Context(model, sae, recipes, judges, subject, params.seed)
@@ -254,7 +252,7 @@ def steer(inputs: Inputs, layer: int) -> dict[str, float]:
 
     parts: dict[str, list[np.ndarray]] = {key: [] for key in METHODS.values()}
     costs: dict[str, list[np.ndarray]] = {key: [] for key in METHODS.values()}
-    requests = [(c, d) for c in section.concepts for d in DIRECTIONS]
+    requests = [(c, d) for c in inputs.concepts for d in DIRECTIONS]
     for request in requests:
         plain = measured(request, "plain")
         named = [j for j in plain.probabilities
@@ -338,7 +336,7 @@ def run(inputs: Inputs, layers: Sequence[int]) -> None:
 
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Draw the table of one model: a panel per number, with its control."""
-    figure, axes = plots.new_figure(2, 3, (11.0, 6.0))
+    figure, axes = plots.new_figure(2, 3, (11.5, 7.0))
     x = table["layer"]
     panels = {
         "explained variance": {
@@ -346,19 +344,19 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             "k principal components": "explained_variance_pca",
             "random dictionary": "explained_variance_random",
         },
-        "AUROC, test compositions": {
-            "guitar, probe on all latents": "guitar", "mean over concepts": "mean",
-            "guitar, one latent": "guitar_latent", "guitar, labels permuted": "guitar_null",
+        "AUROC of probes, test compositions": {
+            "guitar": "guitar", "mean over concepts": "mean",
+            "mean, of activations": "mean_dense", "mean, labels permuted": "mean_null",
         },
-        "agreement of two seeds (mean cosine)": {
-            "matched latents": "stability", "random dictionary": "stability_null",
-            "share that returns": "returning",
+        "agreement between seeds": {
+            "cosine of matched latents": "stability", "cosine with random rows": "stability_null",
+            "share that returns": "returning", "share of random rows": "returning_null",
         },
-        "cross-entropy recovered": {"SAE": "ce_recovered"},
-        "steering: change of judges' probability": {
+        "cross-entropy recovered (1: lossless)": {"SAE": "ce_recovered"},
+        "change of judges' probability by steering": {
             "latents of the concept": "steering", "random latents": "steering_random",
         },
-        "KL when the layer is ablated (mean)": {"ablation": "ablation_kl"},
+        "KL when the layer is ablated": {"update replaced by its mean": "ablation_kl"},
     }  # fmt: skip
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
         for series, (name, column) in enumerate(lines.items()):
@@ -369,8 +367,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_title(title)
         axis.set_xticks(x)
         axis.set_xlabel("layer")
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     plots.save_figure(figure, path, dpi=90)
 
 
