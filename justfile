@@ -16,6 +16,7 @@ demo *args:
 repro *args:
     #!/usr/bin/env bash
     set -euo pipefail
+    python -m experiments.slots
     python -m tools.dvc_repair
     # Frozen stages (training of the embedded models, the long evaluation) have their results in Git.
     dvc repro "$@" 2> >(grep --line-buffered -v "is frozen. Its dependencies are not" >&2)
@@ -58,6 +59,10 @@ sweep *sets="train_sae.k=16,32,64":
     dvc exp run --queue $(printf -- '-S ++%s ' "${@:-train_sae.k=16,32,64}")
     dvc exp run --run-all
     just experiments
+
+# slots of params.yaml from a rule: all, top N or names; --single SLOT for stages that read one
+slots *rule:
+    python -m experiments.slots "$@"
 
 # the pipeline with the keys of experiments/NAME.yaml; --plan estimates it, other words go to dvc exp run
 experiment name *args:

@@ -19,6 +19,7 @@ def main() -> None:
         score=rule.score,
         skip_first=rule.skip_first,
         skip_last=rule.skip_last,
+        name=name,
     )
     lines = [f"{slot}: {layer}\n" for slot, layer in chosen.items()]
     write_text(f"metrics/layers/{name}.yaml", "".join(lines))

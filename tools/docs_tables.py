@@ -8,6 +8,7 @@ A table stands between `<!-- table: name -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -413,6 +414,43 @@ def latent_choice() -> str:
         ])  # fmt: skip
     head = ["latents ranked by", "change, validation", "change, test", "less share's", "off", "on"]
     return table([*head, "cross-entropy"], rows)
+
+
+def all_layers() -> str:
+    """SAEs of every layer, from experiments/all_layers.csv."""
+    data = pd.read_csv(ROOT / "experiments/all_layers.csv")
+
+    def beside(row: pd.Series, key: str, *controls: str, digits: int = 2) -> str:
+        """Write a number with its interval, if it has one, and its controls in brackets."""
+        limits = (row.get(f"{key}_{side}", math.nan) for side in ("low", "high"))
+        text = Estimate(row[key], *limits).text(digits)
+        return f"{text} ({', '.join(f'{row[c]:.{digits}f}' for c in controls)})"
+
+    rows = []
+    for _, row in data.iterrows():
+        steered = {"steering", "steering_random"} <= set(row.dropna().index)
+        rows.append([
+            f"{row['layer']:.0f}", f"{row['ablation_kl']:.2f}",
+            beside(row, "explained_variance", "explained_variance_pca",
+                   "explained_variance_random", digits=3),
+            beside(row, "stability", "stability_null"),
+            f"{row['returning']:.2f} ({row['returning_null']:.2f}), {row['seeds']:.0f} seeds",
+            beside(row, "ce_recovered", "ce_ablated_rise", digits=3),
+            beside(row, "guitar", "guitar_null", "guitar_dense"),
+            beside(row, "mean", "mean_null", "mean_dense"),
+            beside(row, "steering", "steering_random") if steered else UNMEASURED,
+            Estimate(*(row[f"steering_minus{end}"] for end in ("", "_low", "_high"))).text(2)
+            if steered else UNMEASURED,
+            f"{row['steering_ce_cost']:+.2f} ({row['steering_random_ce_cost']:+.2f})"
+            if steered else UNMEASURED,
+        ])  # fmt: skip
+    return table([
+        "layer", "KL, ablated", "explained variance (PCA, random dictionary)", "stability (null)",
+        "returns (null)", "cross-entropy recovered (nats at stake)",
+        "guitar AUROC (permuted, activations)", "mean AUROC (permuted, activations)",
+        "change by steering (random latents)", "less random latents",
+        "cross-entropy of the edit (random latents)",
+    ], rows)  # fmt: skip
 
 
 def shared() -> str:
@@ -1113,9 +1151,9 @@ TABLES: dict[str, Callable[[], str]] = {
         capabilities, features, dictionaries, controls, transfer, transfer_goals, dictionary_cost,
         models, cues, ablation, carried, effects, shared, linear, dedicated, scaling, matched,
         sets, maximised, found, confounding, steering, headlines, trade_offs, doses, hearing,
-        gaps, costs, joint, search, latent_choice, judges, sae_step, usae_step, extraction,
-        generation, full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps, gpu_pieces,
-        gpu_models, gpu_training,
+        gaps, costs, joint, search, latent_choice, all_layers, judges, sae_step, usae_step,
+        extraction, generation, full_size, synthetic_features, gpu_goals, gpu_codes, gpu_steps,
+        gpu_pieces, gpu_models, gpu_training,
     )
 }  # fmt: skip
 

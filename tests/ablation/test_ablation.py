@@ -209,8 +209,14 @@ def test_select_layers_ranks_inner_layers():
     assert ablation.select_layers(metrics, slots, "mean", "dce") == {"top1": 1, "top2": 4}
     every = ablation.select_layers(metrics, slots, "mean", "kl", skip_first=False, skip_last=False)
     assert every == {"top1": 0, "top2": 5}
-    with pytest.raises(ValueError, match=r"5 slots.*\[1, 2, 3, 4\].*skip_last"):
-        ablation.select_layers(metrics, list("abcde"), "mean", "kl")
+    # A rank is that of the name, whatever else is in the list and in which order.
+    some = ["layer5", "top3", "cross2", "top1"]
+    expected = {"layer5": 5, "top3": 4, "cross2": "layers.2.cross_attention", "top1": 2}
+    assert ablation.select_layers(metrics, some, "mean", "kl") == expected
+    with pytest.raises(ValueError, match=r"top5, but 4 of nano's 6 layers.*skip_last"):
+        ablation.select_layers(metrics, ["top1", "top5"], "mean", "kl", name="nano")
+    with pytest.raises(ValueError, match=r"layer6, cross7, but nano has.*layer5.*--models"):
+        ablation.select_layers(metrics, ["layer6", "top1", "cross7"], "mean", "kl", name="nano")
 
 
 def test_spread_clips_takes_compositions_in_turn():

@@ -113,6 +113,8 @@ def test_wrong_type_in_a_list_names_the_entry(tmp_path):
         ("probe.c_grid", [], "probe.c_grid is empty"),
         ("slots", [], "slots is empty"),
         ("slots", ["top1", "top1"], "slots = ['top1', 'top1'] has an entry twice"),
+        ("slots", ["top1", "best"], "slots[1] = 'best' is out of range: allowed is top<n>"),
+        ("slots", ["top0"], "slots[0] = 'top0'"),
         ("models", ["../elsewhere"], "models[0] = '../elsewhere'"),
         ("models", [".hidden"], "models[0] = '.hidden'"),
         ("models", ["a\n"], "models[0]"),
@@ -132,6 +134,9 @@ def test_out_of_range_names_key_value_and_range(tmp_path, key, value, message):
         ([("train_sae.samples", 8)], ["train_sae.samples", "train_sae.batch_size"]),
         ([("train_sae.decay_fraction", 1.0)], ["train_sae.decay_fraction", "warmup_fraction"]),
         ([("probe.k_sparse", [2, 1])], ["probe.k_sparse"]),
+        ([("slots", ["top2"])], ["match_features.slot = 'top1'", "slots = ['top2']", "just slots"]),
+        ([("match_features.slot", "top2")], ["match_features.slot = 'top2'", "train_usae.slot"]),
+        ([("slots", ["top1", "cross3"])], ["cross3", "extract_activations.captions"]),
     ],
 )
 def test_values_that_do_not_fit_together(tmp_path, overrides, keys):

@@ -123,9 +123,34 @@ def ablation_metrics(
     return {"clips": len(groups), "groups": n, "layers": layers}
 
 
-NAMED_SLOT = re.compile(r"(layer|cross)(\d+)$")
-NAMED = {"layer": "layers.{}", "cross": "layers.{}.cross_attention"}
-"""Slots that name their hook point."""
+SLOT = re.compile(r"(top|layer|cross)(\d+)$")
+"""How a slot names its layer: rank in the ablation, number, or number of a cross-attention."""
+CROSS_ATTENTION = "layers.{}.cross_attention"
+
+
+def check_slots(
+    slots: Sequence[str], name: str, layers: int, skip_first: bool = True, skip_last: bool = True
+) -> None:
+    """Check that the model `name`, with `layers` layers, has every slot.
+
+    ValueError names the slots that it lacks, and the remedy.
+    """
+    ranked = max(0, layers - skip_first - skip_last)
+    numbers = {slot: (m[1], int(m[2])) for slot in slots if (m := SLOT.match(slot))}
+    lacking = [slot for slot in slots if slot not in numbers]
+    lacking += [s for s, (of, i) in numbers.items() if of != "top" and i >= layers]
+    low = [s for s, (of, rank) in numbers.items() if of == "top" and not 0 < rank <= ranked]
+    if low:
+        raise ValueError(
+            f"slots has {', '.join(low)}, but {ranked} of {name}'s {layers} layers are ranked: "
+            "shorten slots, or set select_layers.skip_first or select_layers.skip_last to false"
+        )
+    if lacking:
+        raise ValueError(
+            f"slots has {', '.join(lacking)}, but {name} has layer0 to layer{layers - 1}: remove "
+            "what it lacks (`just slots all` writes the layers that all models have), or study "
+            "the deeper model alone (`just slots all --models MODEL`)"
+        )
 
 
 def select_layers(
@@ -135,11 +160,12 @@ def select_layers(
     score: str,
     skip_first: bool = True,
     skip_last: bool = True,
+    name: str = "this model",
 ) -> dict[str, int | str]:
-    """Fill slots with layers, the highest `score` under `kind` first; of equals the earlier layer.
+    """Fill slots with layers. top<n> is the n-th highest `score` under `kind`; ties: earlier layer.
 
-    Slots named layer<i> and cross<i> are not ranked: they are the output of layer i, and what its
-    cross-attention adds to the stream. For these the value is the name of the hook point.
+    layer<i> and cross<i> are not ranked: they are the output of layer i, and what its
+    cross-attention adds to the stream. For the latter the value is the name of the hook point.
 
     In an audio model layers are numbers of hook points, and `score` stands for its counterpart
     (``counterparts`` in the metrics).
@@ -148,20 +174,16 @@ def select_layers(
     (it tops music-sae's sweeps too), since all later layers then get input they were not made for.
     That says little about its output, which holds hardly more than the codes. `skip_last`: the last
     output goes straight to the heads, so its features are next codes and no layer is left to act on
-    an edit. ValueError for a kind that was not run, and for more slots than layers.
+    an edit. ValueError for a kind that was not run, and for slots that the model lacks.
     """
-    fixed = {slot: NAMED[m[1]].format(m[2]) for slot in slots if (m := NAMED_SLOT.match(slot))}
-    slots = [slot for slot in slots if slot not in fixed]
     score = metrics.get("counterparts", {}).get(score, score)
     if absent := [layer for layer, entry in metrics["layers"].items() if kind not in entry]:
         known = sorted(metrics["layers"][absent[0]])
         raise ValueError(f"select_layers.kind = {kind!r}: this model's ablations are {known}")
     values = {int(layer): entry[kind][score]["value"] for layer, entry in metrics["layers"].items()}
+    check_slots(slots, name, len(values), skip_first, skip_last)
     allowed = sorted(values)[1 if skip_first else 0 : len(values) - (1 if skip_last else 0)]
-    if len(allowed) < len(slots):
-        raise ValueError(
-            f"{len(slots)} slots but only layers {allowed} to choose from: shorten slots, or set "
-            "select_layers.skip_first or select_layers.skip_last to false"
-        )
     ranked = sorted(allowed, key=lambda layer: (-values[layer], layer))
-    return dict(zip(slots, ranked, strict=False)) | fixed
+    named = {"top": lambda rank: ranked[rank - 1], "layer": int, "cross": CROSS_ATTENTION.format}
+    found = ((slot, *SLOT.findall(slot)[0]) for slot in slots)
+    return {slot: named[of](int(number)) for slot, of, number in found}

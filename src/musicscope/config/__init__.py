@@ -33,6 +33,7 @@ from musicscope.config.schema import (
     FolderName,
     ParamsError,
     Section,
+    SlotName,
     load_typed,
 )
 
@@ -75,8 +76,10 @@ class Params(Section):
     """The one seed; every generator derives its own seed from it by name."""
     models: Distinct[FolderName]
     """Folders in data/models to study."""
-    slots: Distinct[FolderName]
-    """Layers to study in each model, by rank in the ablation."""
+    slots: Distinct[SlotName]
+    """Layers to study in each model: top<n> by rank in the ablation, layer<i> by number, cross<i>
+    for the cross-attention of a layer. `just slots` writes the list from a rule. The summary shows
+    the first."""
     prepare_data: PrepareData
     pretrain: Pretrain
     download_model: ByName[DownloadModel]
@@ -138,11 +141,24 @@ def _check_together(params: Params) -> None:
         slot = getattr(params, section).slot
         if slot not in params.slots:
             raise ParamsError(
-                f"{section}.slot = {slot!r} is not among slots = {list(params.slots)}"
+                f"{section}.slot = {slot!r} is not among slots = {list(params.slots)}: this stage "
+                f"reads one slot, so add {slot!r} to slots or name one of them (`just slots RULE "
+                "--single SLOT` sets slots and all of these keys)"
             )
     for section in ("ablate", "train_sae", "train_usae", "train_crosscoder", "steer", "steer_full"):
         getattr(params, section).check(section)
     find, usae = params.find_concept, params.train_usae
+    if params.match_features.slot != usae.slot:
+        raise ParamsError(
+            f"match_features.slot = {params.match_features.slot!r}: allowed is only "
+            f"train_usae.slot = {usae.slot!r}, since it compares the SAEs with the universal SAE"
+        )
+    cross = [slot for slot in params.slots if slot.startswith("cross")]
+    if cross and not params.extract_activations.captions:
+        raise ParamsError(
+            f"slots has {', '.join(cross)}: cross-attention adds nothing without captions, so set "
+            "extract_activations.captions to true"
+        )
     if find.universal and find.slot != usae.slot:
         raise ParamsError(
             f"find_concept.slot = {find.slot!r}: with find_concept.universal allowed is only "

@@ -52,12 +52,14 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SECTION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # DVC would read a dot as the end of the name
+SLOT = r"^(top[1-9]\d*|(layer|cross)\d+)$"
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 PAIR = r"^\w+-(on|off)(\+\w+-(on|off))+$"
 LATENT_SCORE = r"^(output|toward|(share|effect|partial|auroc)(\+(output|toward))?)$"
 ALLOWED = {
     FOLDER_NAME: "letters, digits, '_', '.', '-' only (it becomes a folder name)",
     SECTION_NAME: "a name of letters, digits, '_', '-'",
+    SLOT: "top<n> (rank in the ablation), layer<i> or cross<i>",
     DEVICE: "auto, cpu, cuda or cuda:<index>",
     LATENT_SCORE: "share, effect, partial, auroc, output, toward, or two such as share+output",
     PAIR: "<concept>-off+<concept>-on and the like",
@@ -65,6 +67,7 @@ ALLOWED = {
 """What each pattern means, for error messages."""
 
 FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
+SlotName = Annotated[str, Field(pattern=SLOT)]
 Text = Annotated[str, Field(min_length=1)]
 _UNIQUE: dict[str, JsonValue] = {"uniqueItems": True}
 Distinct = Annotated[
