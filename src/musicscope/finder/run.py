@@ -72,6 +72,8 @@ class ConceptReport:
     excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     """File name -> audio of a moment, mono, at `rate`"""
     rate: int = 0
+    usual: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By dictionary: [F] mean value where a feature fires in recordings with the concept, or 0"""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -184,7 +186,14 @@ def find_concept(
         smallest_p(labels),
         excerpts,
         model.sample_rate,
+        {n: active_mean(of.mean[labels], of.fires[labels]) for n, of in scored.scores.items()},
     )
+
+
+def active_mean(means: np.ndarray, fires: np.ndarray) -> np.ndarray:
+    """Mean value [F] where a feature fires, from means and shares of frames [n, F]; or 0."""
+    total, share = means.sum(0, dtype=np.float64), fires.sum(0)
+    return np.divide(total, share, out=np.zeros(len(share)), where=share > 0)
 
 
 def write_excerpts(folder: Path, excerpts: Mapping[str, np.ndarray], rate: int) -> None:
