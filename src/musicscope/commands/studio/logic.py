@@ -14,7 +14,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -374,7 +374,9 @@ def find(
         least = LEAST_FILES if without else 1
         folder = gather(with_, Path(root) / "with", "with the concept", least)
         session = open_session(model, device)
-        options = {"seconds": seconds, "audible": AUDIBLE, "moments": MOMENTS, "tick": tick}
+        options: dict[str, Any] = {
+            "seconds": seconds, "audible": AUDIBLE, "moments": MOMENTS, "tick": tick,
+        }  # fmt: skip
         try:
             if without:
                 other = gather(without, Path(root) / "without", "without it", least)

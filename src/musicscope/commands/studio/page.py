@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -190,7 +191,7 @@ def _steer_tab(
 ) -> None:
     concepts = logic.all_concepts(models)
 
-    def slider(name: str, concept: str, texts: dict[str, str]) -> dict[str, object]:
+    def slider(name: str, concept: str, texts: dict[str, str]) -> dict[str, Any]:
         """Settings of a concept's slider for a model."""
         low, high = logic.slider_range(known_concepts(name).get(concept, ()))
         return {"minimum": low, "maximum": high, "info": texts.get(concept) or None,
