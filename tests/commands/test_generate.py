@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 
@@ -15,7 +16,9 @@ from musicscope.commands import cli, generate
 from musicscope.config import load_params
 from musicscope.models.registry import load_model
 from musicscope.steering import session
-from musicscope.steering.recipes import load_recipe, load_steering, save_recipe
+from musicscope.steering.edit import ConceptEdit, Edit, Steering
+from musicscope.steering.found import load_found
+from musicscope.steering.recipes import load_recipe, load_sae, load_steering, save_recipe
 from musicscope.steering.session import Session, Sound, TextInput
 from musicscope.steering.subjects import edit_prompt
 from tests.support.steered import SLOT, StubJudges, make_steerable, other_sae
@@ -268,3 +271,97 @@ def test_recipes_and_sae_by_path_give_the_same_music(folder, tmp_path_factory, m
 def recipes(folder):
     (found,) = {path.parent for path in (folder / "data").glob("steering*/tiny/guitar.json")}
     return found
+
+
+# --- found concepts ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(folder, capsys):
+    """A result of find-concept: recordings with a tone against noise."""
+    rng = np.random.default_rng(0)
+    for side in ("voice", "others"):
+        (folder / side).mkdir()
+        for i in range(6):
+            sound = 0.05 * rng.standard_normal(8000)
+            if side == "voice":
+                sound += 0.4 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+            soundfile.write(folder / side / f"{i}.wav", sound, 8000)
+    cli.main(["find-concept", "--model", "tiny", "--with", "voice", "--without", "others",
+              "--seconds", "1", "--permutations", "400"])  # fmt: skip
+    assert "musicscope generate --concept data/found/voice --off" in capsys.readouterr().out
+    return folder / "data/found/voice"
+
+
+FOUND = ("generate", "--seconds", "0.3", "--seed", "7")
+
+
+def test_what_was_found_is_steered_by_its_folder(folder, found, capsys):
+    concept = load_found(found)
+    table = pd.read_csv(found / "features.csv")
+    assert [x.feature for x in concept.latents] == table["feature"][: len(concept.latents)].tolist()
+    assert 0 < concept.discoveries == (table["q"] <= 0.05).sum()
+    cli.main([*FOUND, "--concept", "data/found/voice", "--off", "--out", "off"])
+    said = capsys.readouterr()
+    assert "voice: not judged" in said.out
+    assert "music without a caption" in said.err
+    assert "not chosen on generated music" in said.err
+    off = json.loads(only(made(folder, "off"), ".json"))
+    assert (off["model"], off["layer"], off["prompt"]) == ("tiny", "layers.3", "")
+    (edit,) = off["concepts"]["voice off"]["edits"]
+    used = min(8, concept.discoveries)
+    assert edit["features"] == table["feature"][:used].tolist()
+    assert edit["op"] == "ablate"
+    # The bytes are those of the model with these latents ablated.
+    session, (layer, sae) = Session.open("tiny"), load_sae("tiny", "top1")
+    own = Steering(sae, (ConceptEdit("x", (Edit(tuple(edit["features"]), "ablate"),)),))
+    wanted = generate.wav_bytes(session.draw(TextInput("", 0.3, 7), layer, own))
+    files = made(folder, "off")
+    assert only(files, "-steered.wav") == wanted != only(files, "-plain.wav")
+    cli.main([*FOUND, "--concept", "data/found/voice", "--on", "--prompt", "flute", "--features",
+              "2", "--out", "on"])  # fmt: skip
+    on = json.loads(only(made(folder, "on"), ".json"))
+    (edit,) = on["concepts"]["voice on"]["edits"]
+    assert (edit["op"], on["prompt"]) == ("clamp_min", "flute")
+    assert edit["values"] == [x.usual for x in concept.latents[:2]]
+    assert min(edit["values"]) > 0
+
+
+def test_found_concepts_and_learnt_ones_go_together(folder, found):
+    cli.main([*FOUND, "--prompt", "flute", "--off", "guitar", "--concept", "data/found/voice",
+              "--on", "--out", "out"])  # fmt: skip
+    about = json.loads(only(made(folder), ".json"))
+    assert about["wishes"] == {"guitar": "off", "voice": "on"}
+    assert list(about["concepts"]) == ["guitar off", "voice on"]
+    # The folder may also be the value of the option.
+    cli.main([*FOUND, "--prompt", "flute", "--off", "guitar", "--on", "data/found/voice",
+              "--out", "same"])  # fmt: skip
+    assert made(folder, "same") == made(folder)
+
+
+def test_what_cannot_be_steered_says_why(folder, found):
+    assert "add --off or --on after it" in refused(*FOUND, "--concept", "data/found/voice")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*FOUND, "--off", "--concept", "data/found/voice"])
+    assert stop.value.code == 2
+    assert "no steering.json" in refused(*FOUND, "--concept", "data/found/other", "--off")
+    closed = refused(*FOUND, "--concept", "data/found/voice", "--off", "--loop", "closed")
+    assert "learns no probe" in closed
+    assert "was found in tiny, not in other" in refused(
+        *FOUND, "--model", str(other_model(folder)), "--concept", "data/found/voice", "--off"
+    )
+    content = json.loads((found / "steering.json").read_text())
+    (found / "steering.json").write_text(json.dumps({**content, "discoveries": 0}))
+    assert "no feature was found" in refused(*FOUND, "--concept", "data/found/voice", "--off")
+    cli.main([*FOUND, "--concept", "data/found/voice", "--off", "--features", "1", "--out", "o"])
+    (found / "steering.json").write_text(json.dumps({**content, "latents": [{"feature": 1}]}))
+    assert "is damaged" in refused(*FOUND, "--concept", "data/found/voice", "--off")
+    (found / "steering.json").write_text(json.dumps({**content, "sae_sha256": "0"}))
+    assert "another SAE" in refused(*FOUND, "--concept", "data/found/voice", "--off")
+    both = ("--off", "guitar", "--concept", "data/found/voice", "--on")
+    assert "switch them one at a time" in refused(*FOUND, *both)
+
+
+def other_model(folder):
+    (folder / "other").symlink_to((folder / "data/models/tiny").resolve())
+    return folder / "other"

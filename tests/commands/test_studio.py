@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,6 +14,7 @@ import soundfile
 import torch
 
 from musicscope.commands.studio import logic
+from musicscope.core.io import write_json
 from musicscope.steering.recipes import load_recipe, load_sae, load_steering, save_recipe
 from musicscope.steering.session import Session, Sound, TextInput
 from tests.support.steered import StubJudges, make_steerable
@@ -36,7 +40,8 @@ def ignore(share: float) -> None:
 def play(requests=REQUEST, features=(), source=SOURCE, tick=ignore) -> logic.Outcome:
     layer, steering = logic.plan("tiny", requests, features)
     asked = {concept: direction for concept, (direction, _) in requests.items()}
-    return logic.perform("tiny", source, layer, steering, asked, tick)
+    *_, outcome = logic.perform("tiny", source, layer, steering, asked, tick)
+    return outcome
 
 
 def test_what_there_is(folder):
@@ -65,6 +70,59 @@ def test_the_page_doubts_a_concept_that_the_model_hardly_plays(folder):
     save_recipe(replace(load_recipe(recipes, "guitar"), grounding=0.5), recipes)
     (note,) = (note for note in play().notes if "hardly plays" in note)
     assert "grounding 0.50" in note
+
+
+def test_a_slider_goes_from_off_over_0_to_on(folder):
+    assert logic.request_of(-0.5) == ("off", 0.5)
+    assert logic.request_of(1.5) == ("on", 1.5)
+    assert logic.request_of(0.0) is logic.request_of(None) is None
+    assert logic.slider_range(("off", "on")) == (-2.0, 2.0)
+    assert logic.slider_range(("on",)) == (0.0, 2.0)
+
+
+def test_grounding_and_monotone_prompts_stand_beside_the_slider(folder):
+    assert logic.standing("tiny") == {"guitar": "", "organ": ""}
+    recipes = folder / "data/steering/tiny"
+    for concept, grounding in (("guitar", 0.55), ("organ", 0.9)):
+        save_recipe(replace(load_recipe(recipes, concept), grounding=grounding), recipes)
+    curves = {d: {"curves": {"sae": {"monotone_share": s}}} for d, s in (("off", 0.25), ("on", 1))}
+    metrics = {"concepts": {"guitar": curves, "organ": {"on": {"curves": {}}}}}
+    write_json(folder / "metrics/steer/tiny.json", metrics)
+    texts = logic.standing("tiny")
+    assert texts["organ"] == "grounding 0.90"
+    assert texts["guitar"] == (
+        "⚠ grounding 0.55, the model hardly plays it on request · monotone prompts: off 25 %, "
+        "on 100 %"
+    )
+
+
+def test_the_prompt_contains_what_is_switched_off():
+    prompt = "A slow piece with guitars."
+    assert logic.with_named(prompt, ["guitar"]) == prompt
+    added = logic.with_named(prompt, ["guitar", "electric_piano"])
+    assert added == "A slow piece with guitars with electric piano."
+    assert logic.with_named(added, ["electric_piano"]) == added
+    assert logic.with_named("", ["guitar"]) == ""
+    assert not logic.names("no guitar", "guitar")
+    (note,) = logic.prompt_notes("flute", {"guitar": "off", "organ": "on"})
+    assert "does not name guitar" in note
+    assert logic.prompt_notes("", {"guitar": "off"}) == [logic.EMPTY_PROMPT]
+
+
+def test_the_plain_sound_comes_first_and_the_scores_last(folder):
+    layer, steering = logic.plan("tiny", REQUEST)
+    shares = []
+    steps = logic.perform("tiny", SOURCE, layer, steering, {}, shares.append)
+    first = next(steps)
+    assert first.steered is None
+    assert max(shares) <= 0.45
+    second, last = steps
+    assert (first.plain, second.scores) == (last.plain, None)
+    assert second.steered is last.steered
+    assert last.scores
+    assert logic.time_left(1.0, 0.0) == "working"
+    assert logic.time_left(10.0, 0.25) == "30 s left"
+    assert logic.time_left(60.0, 0.2) == "4 min left"
 
 
 def test_single_features_are_edited_in_units_of_their_usual_value(folder):
@@ -268,25 +326,47 @@ def test_what_is_found_in_recordings_can_be_steered(folder, recordings):
     assert "6 recordings with and 6 without" in found.text
     assert "006-broken.wav: not audio" in found.text
     assert "/tmp" not in found.text
-    assert list(found.table["auroc"])[0] > 0.9
-    n = min(4, len(found.peaks))
-    layer, on = logic.plan_found(found, "on", n, 0.5)
-    best = found.table["feature"].head(n).tolist()
+    latents = found.concept.latents
+    assert latents[0].auroc > 0.9
+    layer, on = logic.plan_found(found, "on", 4, 0.5)
     (concept,) = on.concepts
     assert (layer, concept.strength, concept.edits[0].op) == ("layers.3", 0.5, "clamp_min")
-    assert list(concept.edits[0].features) == best
-    assert concept.edits[0].values == tuple(found.peaks[f] for f in best)
-    off = logic.plan_found(found, "off", n, 1.0)[1].concepts[0].edits[0]
-    assert (off.op, list(off.features)) == ("ablate", best)
-    outcome = logic.perform("tiny", SOURCE, layer, on, {}, ignore)
+    assert concept.edits[0].features == tuple(x.feature for x in latents[:4])
+    assert concept.edits[0].values == tuple(x.usual for x in latents[:4])
+    assert min(concept.edits[0].values) > 0
+    off = logic.plan_found(found, "off", 4, 1.0)[1].concepts[0].edits[0]
+    assert (off.op, off.features) == ("ablate", concept.edits[0].features)
+    *_, outcome = logic.perform("tiny", SOURCE, layer, on, {}, ignore)
     assert not np.array_equal(outcome.plain.audio, outcome.steered.audio)
+
+
+def test_the_best_features_can_be_heard(folder, recordings):
+    page = logic.find("tiny", recordings["with"], recordings["without"], ignore, 1.0).page
+    sources = re.findall(r'src="data:audio/mpeg;base64,([^"]+)"', page)
+    assert len(sources) == logic.PLAYED * logic.MOMENTS
+    sound, _ = soundfile.read(io.BytesIO(base64.b64decode(sources[0])))
+    assert len(sound) > 0
+    assert np.abs(sound).max() > 0.01
+
+
+def test_one_sound_alone_is_ranked_against_the_training_clips(folder, recordings):
+    found = logic.find("tiny", recordings["with"][:1], None, ignore, 1.0)
+    assert "This is no test" in found.text
+    latents = found.concept.latents
+    assert found.concept.discoveries == 0
+    assert 0 < len(latents) <= logic.AUDIBLE
+    assert all(x.usual > 0 for x in latents)
+    _, on = logic.plan_found(found, "on", 3, 1.0)
+    assert len(on.concepts[0].edits[0].features) == 3
 
 
 def test_unusable_recordings_are_told_without_our_paths(folder, recordings):
     with pytest.raises(ValueError, match=r"1 recordings with the concept: 2 to 200"):
         logic.find("tiny", recordings["with"][:1], recordings["without"], ignore)
-    with pytest.raises(ValueError, match=r"0 recordings without it"):
-        logic.find("tiny", recordings["with"], None, ignore)
+    with pytest.raises(ValueError, match=r"1 recordings without it"):
+        logic.find("tiny", recordings["with"], recordings["without"][:1], ignore)
+    with pytest.raises(ValueError, match=r"0 recordings with the concept: 1 to"):
+        logic.find("tiny", None, None, ignore)
     bad = [recordings["with"][-1]] * 2
     with pytest.raises(ValueError, match=r"000-broken.wav: not audio") as caught:
         logic.find("tiny", bad, recordings["without"], ignore)

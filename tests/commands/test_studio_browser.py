@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -82,11 +83,7 @@ def fill(browser, place: str, text: str) -> None:
         "css selector", f"#{place} input[type=number], #{place} textarea, #{place} input"
     )
     field.send_keys(webdriver.Keys.CONTROL, "a")
-    field.send_keys(text + webdriver.Keys.TAB)
-
-
-def turn(browser, place: str, value: str) -> None:
-    browser.find_element("css selector", f"#{place} input[value={value}]").click()
+    field.send_keys((text or webdriver.Keys.BACKSPACE) + webdriver.Keys.TAB)
 
 
 def press(browser, name: str) -> None:
@@ -121,7 +118,7 @@ def test_both_pieces_can_be_heard_and_are_those_of_the_model(browser):
     fill(browser, "steer-prompt", f"calm guitar {HOSTILE}")
     fill(browser, "steer-seconds", "0.5")
     fill(browser, "steer-seed", "11")
-    turn(browser, "wish-0", "on")
+    fill(browser, "concept-0", "1")
     press(browser, "steer-go")
     plain, steered = wait(browser, lambda d: sounds(d, "steer"))
     wait(browser, lambda d: len(d.find_elements("css selector", "#steer-scores tbody tr")) == 4)
@@ -145,14 +142,87 @@ def test_both_pieces_can_be_heard_and_are_those_of_the_model(browser):
     assert browser.execute_script("return window.pwned") is None
 
 
+def test_result_and_controls_are_on_one_screen(browser):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+        {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+    fill(browser, "steer-seconds", "0.5")
+    fill(browser, "concept-0", "1")
+    press(browser, "steer-go")
+    wait(browser, lambda d: len(d.find_elements("css selector", "#steer-scores tbody tr")) == 4)
+    time.sleep(0.5)
+    browser.execute_script("window.scrollTo(0, 0)")
+    places = browser.execute_script("""
+        return ['steer-prompt', 'concept-0', 'concept-1', 'steer-go', 'steer-plain',
+                'steer-steered', 'steer-plain-picture', 'steer-scores'].map((id) => {
+          const box = document.getElementById(id).getBoundingClientRect();
+          return [id, box.left, box.top, box.right, box.bottom];
+        })""")
+    for name, left, top, right, bottom in places:
+        assert 0 <= left < right <= 1280, (name, places)
+        assert 0 <= top < bottom <= 800, (name, places)
+
+
+def test_the_prompt_names_what_is_switched_off(browser):
+    def prompt():
+        return browser.find_element("css selector", "#steer-prompt textarea").get_property("value")
+
+    fill(browser, "steer-prompt", "a calm piece.")
+    fill(browser, "concept-0", "-1")
+    wait(browser, lambda d: prompt() == "a calm piece with guitar.")
+    fill(browser, "steer-prompt", "")
+    fill(browser, "steer-seconds", "0.5")
+    press(browser, "steer-go")
+    wait(browser, lambda d: "No prompt" in d.find_element("id", "steer-scores").text)
+
+
+def test_results_of_earlier_settings_are_marked(browser):
+    def marked():
+        return browser.execute_script(
+            "return getComputedStyle(document.getElementById('steer-result'), '::before').content"
+        ) == '"These results are of earlier settings."'  # fmt: skip
+
+    fill(browser, "steer-seconds", "0.5")
+    fill(browser, "concept-0", "1")
+    press(browser, "steer-go")
+    wait(browser, lambda d: len(d.find_elements("css selector", "#steer-scores tbody tr")) == 4)
+    assert not marked()
+    fill(browser, "concept-0", "0.5")
+    wait(browser, lambda d: marked())
+    press(browser, "steer-go")
+    wait(browser, lambda d: not marked())
+    wait(browser, lambda d: sounds(d, "steer"))
+    assert not marked()
+    fill(browser, "steer-seed", "-1")
+    press(browser, "steer-go")
+    message(browser, "seed -1")
+    wait(browser, lambda d: marked())
+
+
+def test_the_plain_sound_comes_before_the_steered_one_with_the_time_left(browser, monkeypatch):
+    gate, draw = threading.Event(), Session.draw
+
+    def slow(self, source, layer, steering=None, tick=None):
+        if steering is not None:
+            tick(0.5)
+            assert gate.wait(60)
+        return draw(self, source, layer, steering, tick)
+
+    monkeypatch.setattr(Session, "draw", slow)
+    fill(browser, "steer-seconds", "0.5")
+    fill(browser, "steer-seed", "77")
+    fill(browser, "concept-0", "1")
+    press(browser, "steer-go")
+    wait(browser, lambda d: d.find_elements("css selector", "#steer-plain a[download]"))
+    assert not browser.find_elements("css selector", "#steer-steered a[download]")
+    wait(browser, lambda d: "s left" in d.find_element("id", "steer-result").text)
+    gate.set()
+    wait(browser, lambda d: sounds(d, "steer"))
+
+
 def test_bad_input_is_a_message_and_the_next_press_works(browser):
     press(browser, "steer-go")
     assert "switch a concept off or on" in message(browser, "switch a concept")
-    turn(browser, "wish-1", "off")  # nothing was chosen for organ off
-    press(browser, "steer-go")
-    text = message(browser, "organ cannot be switched")
-    assert "Traceback" not in text
-    turn(browser, "wish-1", "on")
+    fill(browser, "concept-1", "1")
     fill(browser, "steer-seed", "-5")
     press(browser, "steer-go")
     message(browser, "seed -5")
@@ -172,7 +242,7 @@ def test_a_failure_is_a_short_message_not_a_traceback(browser, monkeypatch):
         raise RuntimeError(HOSTILE)
 
     monkeypatch.setattr(logic, "perform", fail)
-    turn(browser, "wish-0", "on")
+    fill(browser, "concept-0", "1")
     press(browser, "steer-go")
     text = message(browser, "This did not work (RuntimeError)")
     assert HOSTILE not in text
@@ -196,7 +266,7 @@ def test_cancel_ends_the_job_and_frees_the_queue(browser):
     from musicscope.commands.studio import page as studio_page
 
     fill(browser, "steer-seconds", "30")
-    turn(browser, "wish-0", "on")
+    fill(browser, "concept-0", "1")
     press(browser, "steer-go")
     wait(browser, lambda d: studio_page._jobs)
     time.sleep(0.5)
@@ -220,7 +290,7 @@ def test_closing_the_page_ends_its_job(browser, address):
     browser.get(address)
     wait(browser, lambda d: d.find_elements("id", "steer-go"))
     fill(browser, "steer-seconds", "30")
-    turn(browser, "wish-0", "on")
+    fill(browser, "concept-0", "1")
     press(browser, "steer-go")
     wait(browser, lambda d: studio_page._jobs)
     (event,) = studio_page._jobs.values()
@@ -250,7 +320,7 @@ def test_jobs_of_two_pages_run_one_at_a_time(browser, address, monkeypatch):
     wait(browser, lambda d: d.find_elements("id", "steer-go"))
     for window in (first, second):
         browser.switch_to.window(window)
-        turn(browser, "wish-0", "on")
+        fill(browser, "concept-0", "1")
         fill(browser, "steer-seconds", "0.5")
         press(browser, "steer-go")
     for window in (first, second):
@@ -261,6 +331,22 @@ def test_jobs_of_two_pages_run_one_at_a_time(browser, address, monkeypatch):
     assert most == [1, 1]
 
 
+def upload(browser, side: str) -> None:
+    field = browser.find_element("css selector", f"#{side} input[type=file]")
+    field.send_keys("\n".join(str(p) for p in sorted(Path(side).resolve().iterdir())))
+    files = len(list(Path(side).iterdir()))
+    wait(browser, lambda d: len(
+        d.find_elements("css selector", f"#{side} .file, #{side} tr")) >= files)  # fmt: skip
+
+
+def found_text(browser, text: str) -> str:
+    def look(d):
+        found = d.find_element("css selector", "#found textarea").get_property("value")
+        return found if text in found else ""
+
+    return wait(browser, look)
+
+
 def test_a_concept_is_found_in_uploads_and_steered(browser):
     tabs = browser.find_elements("css selector", "button[role=tab]")
     next(tab for tab in tabs if "Find a concept" in tab.text).click()
@@ -269,22 +355,37 @@ def test_a_concept_is_found_in_uploads_and_steered(browser):
     message(browser, "find a concept first")
     press(browser, "find-go")
     message(browser, "0 recordings with the concept")
-    for side in ("with", "without"):
-        field = browser.find_element("css selector", f"#{side} input[type=file]")
-        field.send_keys("\n".join(str(p) for p in sorted(Path(side).resolve().iterdir())))
-        files = len(list(Path(side).iterdir()))
-        wait(browser, lambda d, n=files, s=side: len(
-            d.find_elements("css selector", f"#{s} .file, #{s} tr")) >= n)  # fmt: skip
-    press(browser, "find-go")
-    text = wait(browser, lambda d: d.find_element(
-        "css selector", "#found textarea").get_property("value"))  # fmt: skip
-    assert "5 recordings with and 5 without the concept" in text
-    assert "not audio.wav: not audio" in text
-    turn(browser, "found-turn", "on")
     fill(browser, "found-seconds", "0.5")
-    press(browser, "found-go")
+    # A sound alone, from upload to the steered piece with one press.
+    upload(browser, "with")
+    press(browser, "find-go")
+    found_text(browser, "This is no test")
+    first, _ = wait(browser, lambda d: sounds(d, "found"))
+    upload(browser, "without")
+    press(browser, "find-go")
+    text = found_text(browser, "5 recordings with and 5 without the concept")
+    assert "not audio.wav: not audio" in text
     plain, steered = wait(browser, lambda d: sounds(d, "found"))
     assert not np.array_equal(fetched(plain)[0], fetched(steered)[0])
+    players = browser.find_elements("css selector", "#found-excerpts audio")
+    assert len(players) == logic.PLAYED * logic.MOMENTS
+    browser.execute_script("""
+        const player = document.querySelector('#found-excerpts audio');
+        player.preload = 'auto'; player.load()""")
+    length = "return document.querySelector('#found-excerpts audio').duration"
+    wait(browser, lambda d: (d.execute_script(length) or 0) > 0.5)
+    off = steered
+    fill(browser, "found-turn", "1")
+    press(browser, "found-go")
+    _, steered = wait(browser, lambda d: (of := sounds(d, "found")) and of[1] != off and of)
+    assert not np.array_equal(fetched(off)[0], fetched(steered)[0])
+
+
+def test_a_sound_can_be_recorded(browser):
+    tabs = browser.find_elements("css selector", "button[role=tab]")
+    next(tab for tab in tabs if "Find a concept" in tab.text).click()
+    browser.find_element("css selector", "#recorder button").click()
+    wait(browser, lambda d: d.find_elements("css selector", "#recorded button"))
 
 
 def test_it_is_served_to_this_machine_alone_and_asks_no_other(chromium, address):  # noqa: F811

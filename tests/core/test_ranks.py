@@ -186,7 +186,7 @@ def test_torchrun_is_started_with_the_stage_and_its_arguments(monkeypatch):
         started.append(arguments)
         raise SystemExit
 
-    compute = SimpleNamespace(engine="torchrun", processes=3, device="cpu", threads=1)
+    compute = SimpleNamespace(engine="torchrun", processes=3, device="cpu", threads=1, trackers=())
     monkeypatch.setattr(os, "execv", become)
     monkeypatch.setattr(sys, "argv", ["extract_activations.py", "nano-small"])
     main = SimpleNamespace(__spec__=SimpleNamespace(name="stages.extract_activations"))

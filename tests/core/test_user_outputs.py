@@ -42,11 +42,12 @@ DRAW = ("generate", "--model", "m", "--prompt", "calm", "--on", "guitar", "--see
 
 
 def report() -> ConceptReport:
-    table = pd.DataFrame({"feature": [4], "q": [0.01]})
+    table = pd.DataFrame({"feature": [4], "q": [0.01], "auroc": [0.9]})
     excerpts = {"sae-4-1.wav": np.zeros(80, np.float32)}
     return ConceptReport(
         {"sae": table}, table, {"with": 2, "without": 2}, (), Plan((), 1.0, 1), {},
         Confounding({}, {}, 0.9), 0.05, 0.01, excerpts, 8000,
+        {"sae": np.zeros(5)},
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def piece() -> Sound:
     return Sound(np.linspace(-1, 1, 80, dtype=np.float32), 8000, None)
 
 
-def job(args: Namespace, wishes: dict):
+def job(args: Namespace, wishes: dict, edit: object):
     yield {"seed": 3, "seconds": 0.01, "concepts": wishes}, "calm", (piece(), piece())
 
 
@@ -201,7 +202,7 @@ def test_a_new_and_an_empty_folder_take_the_result(world, capsys):
     for out, real in (("new", "new"), ("a/b/c/", "a/b/c"), ("to-empty", "empty")):
         cli.main([*FIND, "--out", out])
         assert f"1 excerpts are in {Path(out)}\n" in capsys.readouterr().out
-        names = {"features.csv", "moments.csv", "report.json", "sae-4-1.wav"}
+        names = {"features.csv", "moments.csv", "report.json", "sae-4-1.wav", "steering.json"}
         assert set(os.listdir(world / real)) == names
         assert "not empty" in refused(*FIND, "--out", out)  # an earlier result is no less kept
     assert (world / "empty").stat().st_ino == inode

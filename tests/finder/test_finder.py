@@ -23,7 +23,7 @@ from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.finder.evaluation import concept_sets, examine, select_query
 from musicscope.finder.recordings import plan_recordings, read_windows
-from musicscope.finder.run import Subject, find_all, find_concept
+from musicscope.finder.run import Subject, find_all, find_concept, rank_sound
 from tests.support.planted import Store, clip_rows, find_concept_section
 from tools.import_closure import ROOT
 
@@ -89,6 +89,33 @@ def find(with_, without, **options):
     options = {"seconds": 2.0, "windows": 2, "permutations": 499, "draws": 20, **options}
     features = options.pop("features", dictionary())
     return find_concept(BandModel(), features, with_, without, "bands", **options)
+
+
+def test_the_usual_value_of_a_feature_is_its_mean_where_it_fires(found):
+    with_, without, report = found
+    usual = report.usual["sae"]
+    row = report.table.set_index("feature").loc[CONCEPT]
+    # The concept sounds for one second of up to four that are heard: it is higher where it fires.
+    assert usual[CONCEPT] > 1.5 * row["mean_with"]
+    assert (usual >= 0).all()
+
+
+def test_a_single_sound_is_ranked_by_what_is_above_the_training_clips(tmp_path):
+    alone = folder(tmp_path / "alone", 1, True, n=1, formats=[("wav", RATE)])
+    flat, ones = np.zeros(BANDS), np.ones(BANDS)
+    options = {"seconds": 2.0, "windows": 2, "audible": 2, "moments": 1}
+    report = rank_sound(BandModel(), dictionary(), alone, "bands", flat, ones, **options)
+    mean = dict(zip(report.table["feature"], report.table["mean"], strict=True))
+    assert report.table["excess"].tolist() == sorted(report.table["mean"], reverse=True)
+    assert CONCEPT in mean
+    assert len(report.excerpts) == 2
+    # What the training clips have as much of is not of this sound; the concept is left.
+    typical = np.array([0.0 if b == CONCEPT else mean.get(b, 0.0) for b in range(BANDS)])
+    report = rank_sound(BandModel(), dictionary(), alone, "bands", typical, ones, **options)
+    assert report.table["feature"].tolist() == [CONCEPT]
+    (alone / "00.wav").write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="no usable recording"):
+        rank_sound(BandModel(), dictionary(), alone, "bands", flat, ones)
 
 
 # --- folders ----------------------------------------------------------------------------------

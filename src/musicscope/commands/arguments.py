@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from typing import Any
 
 from musicscope.core.command_line import Parser, number, whole
 
@@ -54,17 +56,38 @@ def find_concept(parser: Parser) -> None:
     parser.add_device()
 
 
+class _Request(argparse.Action):
+    """Collects concepts per direction; a bare --off or --on is of the --concept before it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        pending = getattr(namespace, "pending", [])
+        if self.dest == "concept":
+            namespace.pending = [*pending, values]
+            return
+        if values is None:
+            if not pending:
+                parser.error(f"{option_string}: name a concept, or give --concept before it")
+            namespace.pending = []
+        asked = pending if values is None else [values]
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), *asked])
+
+
 def generate(parser: Parser) -> None:
     """Add the arguments of ``musicscope generate``."""
     add = parser.add_argument
-    add("--model", required=True, help="a folder, or a name under data/models")
+    add("--model", help="a folder, or a name under data/models; default that of --concept")
     add("--prompt", action="append", help="description of the music; repeatable")
     add("--audio", action="append", metavar="FILE",
         help="recording to edit, for a model that turns audio into audio; repeatable")  # fmt: skip
-    add("--off", action="append", default=[], metavar="CONCEPT",
+    add("--off", action=_Request, nargs="?", default=[], metavar="CONCEPT",
         help="concept to switch off; repeatable")  # fmt: skip
-    add("--on", action="append", default=[], metavar="CONCEPT",
+    add("--on", action=_Request, nargs="?", default=[], metavar="CONCEPT",
         help="concept to switch on; repeatable")  # fmt: skip
+    add("--concept", action=_Request, metavar="FOLDER",
+        help="result of find-concept, followed by --off or --on; repeatable")  # fmt: skip
     add("--strength", type=number(), default=1.0,
         help="multiple of the strength chosen on validation prompts; default 1")  # fmt: skip
     add("--seed", type=whole(0), default=0, help="random seed, the same for both sounds; default 0")

@@ -5,7 +5,8 @@
 
 Reads all formats that libsndfile reads. Writes features.csv, moments.csv, report.json and excerpts
 as WAV files into --out, a new or empty folder. The default is data/found/<name of the --with
-folder>, with a number if that exists. See `musicscope.features.association` for the statistics.
+folder>, with a number if that exists. steering.json holds what `musicscope generate --concept
+FOLDER --off` needs. See `musicscope.features.association` for the statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.dictionaries.formats import load_sae_folder
 from musicscope.finder.recordings import list_recordings
 from musicscope.finder.run import ConceptReport, find_concept, write_excerpts
-from musicscope.steering.recipes import load_sae
+from musicscope.steering.found import FoundConcept, latents_of, sae_digest, save_found
+from musicscope.steering.recipes import load_sae, sae_folder
 
 DEFAULT_OUT = "data/found"
 """Holds one folder per search without --out."""
@@ -63,10 +65,30 @@ def _find_into(out: NewFolder, args: argparse.Namespace, name: str) -> dict[str,
     )  # fmt: skip
     print(report.text())  # before writing: a full disk must not lose it
     save_report(report, out.scratch)
+    if "sae" in features:
+        save_found(_steerable(args, report, layer), out.scratch)
     folder = out.publish()
     print(f"tables and {len(report.excerpts)} excerpts are in {folder}")
+    if "sae" in features and len(report.discoveries("sae")):
+        print(f"steer with these features: musicscope generate --concept {folder} --off")
     found = {name: report.discoveries(name).to_dict("records") for name in report.tables}
     return {"folder": str(folder), "recordings": dict(report.recordings), "found": found}
+
+
+def _steerable(args: argparse.Namespace, report: ConceptReport, layer: str) -> FoundConcept:
+    """Collect what steering with the features of the SAE needs."""
+    sae = str(Path(args.sae).absolute()) if args.sae else ""
+    name = Path(args.model).name
+    return FoundConcept(
+        concept=Path(args.with_dir).resolve().name or "recordings",
+        model=str(Path(args.model).absolute()) if Path(args.model).exists() else args.model,
+        layer=layer,
+        slot=args.slot,
+        sae=sae,
+        sae_sha256=sae_digest(sae or sae_folder(name, args.slot)),
+        discoveries=len(report.discoveries("sae")),
+        latents=latents_of(report.tables["sae"], report.usual["sae"], report.q),
+    )
 
 
 def _sae(args: argparse.Namespace, name: str) -> tuple[str, TopKSAE]:

@@ -2,12 +2,17 @@
 
     musicscope generate --model nano-small --prompt "calm guitar music" --on bass
     musicscope generate --model my-rave --audio song.flac --on bass
+    musicscope generate --concept data/found/voice --off --prompt "a song"
+    musicscope generate --concept data/found/voice --off --on bass
 
 A model that turns audio into audio (RAVE) edits recordings: both sounds are its reconstructions.
-The stages `steer_full` and `steer` learn the concepts. Writes two WAV files and a JSON file with
-all settings. The names contain the prompt, the seed and a hash of the settings, so other settings
-make other files, and the same settings the same bytes. Files are added to the folder of --out: if
-a file of that name has other content, all three new files get a number.
+The stages `steer_full` and `steer` learn the concepts; --concept names a folder that find-concept
+wrote, whose features are edited as they are. Without --prompt it plays without a caption.
+
+Writes two WAV files and a JSON file with all settings. The names contain the prompt, the seed and a
+hash of the settings, so other settings make other files, and the same settings the same bytes.
+Files are added to the folder of --out: if a file of that name has other content, all three new
+files get a number.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +36,9 @@ from musicscope.config import load_params
 from musicscope.core.io import Metrics, sha256, write_json
 from musicscope.core.user_outputs import add_files, folder_to_add_to
 from musicscope.judges.pair import Judges, load_judges
-from musicscope.steering.edit import ALWAYS, Steering
-from musicscope.steering.recipes import doubts, load_steering, recipe_folder
+from musicscope.steering.edit import ALWAYS, BRANCHES, Steering
+from musicscope.steering.found import FoundConcept, is_found, load_found
+from musicscope.steering.recipes import doubts, load_recipe, load_steering, recipe_folder
 from musicscope.steering.session import (
     KINDS,
     MODELS,
@@ -60,8 +67,13 @@ def usual_guidance() -> float | None:
     return load_params().steer.guidance if Path("params.yaml").is_file() else None
 
 
-def requests_of(off: list[str], on: list[str]) -> dict[str, str]:
-    """Make {"guitar": "off"} from the two options; ValueError for none, or for both at once."""
+def requests_of(off: list[str], on: list[str], pending: Sequence[str] = ()) -> dict[str, str]:
+    """Make {"guitar": "off"} from the options; ValueError for none, or for both at once.
+
+    `pending`: folders of --concept that no --off or --on follows.
+    """
+    if pending:
+        raise ValueError(f"--concept {pending[0]}: add --off or --on after it")
     if both := set(off) & set(on):
         raise ValueError(f"{', '.join(sorted(both))}: off or on, not both")
     if not off and not on:
@@ -141,11 +153,21 @@ def table(scores: Scores, requests: Mapping[str, str]) -> str:
 
 def run(args: argparse.Namespace) -> list[Metrics]:
     """Generate, write, judge. ValueError and FileNotFoundError say what is wrong with the input."""
-    name, requests = Path(args.model).name, requests_of(args.off, args.on)
+    asked = requests_of(args.off, args.on, getattr(args, "pending", ()))
+    found = {concept: load_found(concept) for concept in asked if is_found(concept)}
+    if found and not args.model:
+        args.model = next(iter(found.values())).model
+    if not args.model:
+        raise ValueError("give --model")
+    if found and not args.prompt and not args.audio:
+        args.prompt = [""]
+        print("no --prompt: music without a caption", file=sys.stderr)
     if bool(args.prompt) == bool(args.audio):
         raise ValueError("give --prompt TEXT, or --audio FILE to a model that edits audio (RAVE)")
-    with folder_to_add_to(args.out, _inputs(args)) as out:
-        jobs = _from_audio(args, requests) if args.audio else _from_prompts(args, requests)
+    name, requests = Path(args.model).name, _by_name(asked, found)
+    with folder_to_add_to(args.out, _inputs(args, found)) as out:
+        edit = partial(_steering, args, asked, found)
+        jobs = (_from_audio if args.audio else _from_prompts)(args, requests, edit)
         judges, made = None, []
         for number, (settings, title, pair) in enumerate(jobs):
             judges = _judges() if number == 0 else judges
@@ -155,7 +177,15 @@ def run(args: argparse.Namespace) -> list[Metrics]:
     return made
 
 
-def _inputs(args: argparse.Namespace) -> dict[str, Path]:
+def _by_name(asked: Mapping[str, str], found: Mapping[str, FoundConcept]) -> dict[str, str]:
+    """Return requests with the names of found concepts in place of their folders."""
+    names = [found[c].concept if c in found else c for c in asked]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two concepts are called {twice[0]}: give one, or rename a folder")
+    return dict(zip(names, asked.values(), strict=True))
+
+
+def _inputs(args: argparse.Namespace, found: Mapping[str, FoundConcept]) -> dict[str, Path]:
     """Return all inputs by their name in error messages."""
     given, name = Path(args.model), Path(args.model).name
     return {
@@ -163,6 +193,8 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
         "the SAEs": Path(args.sae or Path("data/sae") / name),
         "the recipes": Path(args.recipes or recipe_folder(name)),
         "the judges": Path(JUDGES),
+        **{f"--concept {folder}": Path(folder) for folder in found},
+        **{f"the SAE of {c.concept}": c.folder() for c in found.values()},
         **{f"--audio {file}": Path(file) for file in args.audio or ()},
     }
 
@@ -171,31 +203,58 @@ Job = tuple[dict[str, object], str, tuple[Sound, Sound]]
 """Settings, title, and both sounds."""
 
 
-def _steering(args: argparse.Namespace, requests: Mapping[str, str]) -> tuple[str, Steering]:
-    folder = args.recipes or recipe_folder(Path(args.model).name)
-    if not args.recipes:
-        check_requests(Path(args.model).name, requests)
-    for doubt in doubts(folder, requests):
+def _steering(
+    args: argparse.Namespace, asked: Mapping[str, str], found: Mapping[str, FoundConcept]
+) -> tuple[str, Steering]:
+    """Make hook point and edits of learnt concepts, and of found ones by their folder."""
+    name = Path(args.model).name
+    folder = Path(args.recipes or recipe_folder(name))
+    requests = {concept: direction for concept, direction in asked.items() if concept not in found}
+    if not args.recipes and requests:
+        check_requests(name, requests)
+    for doubt in [*doubts(folder, requests), *(c.caution(args.features) for c in found.values())]:
         print(f"warning: {doubt}", file=sys.stderr)
     schedule = ALWAYS if args.schedule is None else tuple(args.schedule)
     if not 0 <= schedule[0] < schedule[1]:
         raise ValueError(f"--schedule {schedule[0]:g} {schedule[1]:g}: seconds, 0 <= START < END")
     if args.features is not None and args.features < 1:
         raise ValueError(f"--features {args.features}: at least 1")
-    return load_steering(
-        Path(args.model).name, requests, args.strength, branch=args.branch, schedule=schedule,
-        n_features=args.features, loop=args.loop, words=args.words, folder=args.recipes,
-        sae_path=args.sae, device=args.device,
-    )  # fmt: skip
+    if requests:
+        layer, steering = load_steering(
+            name, requests, args.strength, branch=args.branch, schedule=schedule,
+            n_features=args.features, loop=args.loop, words=args.words, folder=args.recipes,
+            sae_path=args.sae, device=args.device,
+        )  # fmt: skip
+        sae = load_recipe(folder, next(iter(requests))).sae
+    else:
+        first = next(iter(found.values()))
+        layer, sae = first.layer, first.sae_sha256
+        steering = Steering(
+            first.load_sae(args.device, args.sae), (), args.branch or BRANCHES[0], schedule
+        )
+    if found and args.loop == "closed":
+        raise ValueError("--loop closed: find-concept learns no probe that tells when to edit")
+    for concept in found.values():
+        if concept.model_name != name:
+            raise ValueError(f"{concept.concept} was found in {concept.model_name}, not in {name}")
+        if (concept.layer, concept.sae_sha256) != (layer, sae):
+            raise ValueError(
+                f"{concept.concept} was found at {concept.layer} in another layer or SAE than the "
+                f"other concepts ({layer}): switch them one at a time"
+            )
+    edits = [c.edit(asked[key], args.strength, args.features) for key, c in found.items()]
+    return layer, replace(steering, concepts=(*steering.concepts, *edits))
 
 
-def _from_prompts(args: argparse.Namespace, requests: Mapping[str, str]) -> Iterator[Job]:
+def _from_prompts(
+    args: argparse.Namespace, requests: Mapping[str, str], edit: Callable[[], tuple[str, Steering]]
+) -> Iterator[Job]:
     """Generate both sounds of every prompt."""
     seconds = 5.0 if args.seconds is None else args.seconds
     guidance = usual_guidance() if args.guidance is None else args.guidance
     sources = [TextInput(prompt, seconds, args.seed, guidance) for prompt in args.prompt]
     check_model(args.model)
-    layer, steering = _steering(args, requests)
+    layer, steering = edit()
     session = Session.open(args.model, args.device)
     for source in sources:
         settings = {"layer": layer, **asdict(source), **describe(steering)}
@@ -207,14 +266,16 @@ def _from_prompts(args: argparse.Namespace, requests: Mapping[str, str]) -> Iter
         yield settings, source.prompt, pair
 
 
-def _from_audio(args: argparse.Namespace, requests: Mapping[str, str]) -> Iterator[Job]:
+def _from_audio(
+    args: argparse.Namespace, requests: Mapping[str, str], edit: Callable[[], tuple[str, Steering]]
+) -> Iterator[Job]:
     """Reconstruct every file plain and steered."""
     given = {"--guidance": args.guidance, "--branch": args.branch, "--words": args.words or None}
     if wrong := [option for option, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(wrong)}: of prompts alone, not of --audio")
     check_model(args.model)
     session = Session.open(args.model, args.device, audio=True)
-    layer, steering = _steering(args, requests)
+    layer, steering = edit()
     rate = session.model.sample_rate
     sources = {
         Path(file): AudioInput(read_audio(file, rate, args.seconds), args.seed)
@@ -259,5 +320,7 @@ def _hand_over(
         print(f"the edit changed no {unit}: both sounds are the same")
     if scores is not None:
         print(table(scores, requests))
+        for concept in sorted(set(requests) - {f for of in scores.values() for f in of}):
+            print(f"{concept}: not judged, since no judge knows it; compare the sounds by ear")
     names = {kind: str(path) for kind, path in files.items()}
     return {"title": title, "requests": dict(requests), "files": names, "scores": scores}

@@ -30,6 +30,7 @@ from musicscope.config.schema import (
     DEVICE,
     ByName,
     Distinct,
+    DistinctOrNone,
     FolderName,
     ParamsError,
     Section,
@@ -66,6 +67,9 @@ class Compute(Section):
     engine: Literal["processes", "torchrun", "ray"]
     """How work is spread: over processes of this machine, with torchrun (one stage as several
     ranks, one GPU per rank), or over a Ray cluster (needs the extra `ray`)."""
+    trackers: DistinctOrNone[Literal["wandb", "tensorboard"]]
+    """Where curves of training go beside DVCLive, whose files always appear while a stage runs:
+    Weights & Biases or TensorBoard, below runs/ (each needs the extra of its name)."""
 
 
 @dataclass(frozen=True)

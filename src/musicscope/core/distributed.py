@@ -156,6 +156,8 @@ class ComputeSettings(Protocol):
     def processes(self) -> int: ...
     @property
     def engine(self) -> str: ...
+    @property
+    def trackers(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Engine:
     """Processes for `workers`: one if the ranks are the processes."""
     device: str
     """Device of the models in this process."""
+    trackers: tuple[str, ...] = ()
+    """Where curves of training go, beside DVCLive."""
 
 
 @contextlib.contextmanager
@@ -190,7 +194,8 @@ def start(compute: ComputeSettings) -> Generator[Engine]:
         workers: Workers = parallel.workers
         if compute.engine == "ray" and not launched:
             workers = functools.partial(ray_workers, device=device)
-        yield Engine(ranks, workers, 1 if launched else compute.processes, device)
+        processes = 1 if launched else compute.processes
+        yield Engine(ranks, workers, processes, device, compute.trackers)
 
 
 def resolve_device(wanted: str, ranks: Ranks = ALONE) -> str:

@@ -32,7 +32,7 @@ from musicscope.core.io import Metrics
 from musicscope.core.parallel import workers
 from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
-from musicscope.dictionaries import evaluation, linear_maps, sharing, stability
+from musicscope.dictionaries import evaluation, linear_maps, sharing, stability, tracking
 from musicscope.dictionaries.core import JUMPRELU, TopKSAE, UniversalSAE
 from musicscope.dictionaries.data import (
     HELDOUT_FONT,
@@ -191,6 +191,7 @@ class Job(Generic[Out]):
     plan: Plan[Out]
     name: str
     scratch: str
+    trackers: tuple[str, ...] = ()
 
 
 def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
@@ -210,8 +211,11 @@ def run(job: Job[Out], ranks: Ranks = ALONE) -> Out | None:
         bar.update(row["step"] + 1 - bar.n)
         if log:
             log(row)
+        track(row)
 
-    with bar:
+    trackers = job.trackers if ranks.leads else ()
+    group = f"{plan.method}/{'-'.join([*plan.names, plan.slot])}"
+    with bar, tracking.track(trackers, group, name) as track:
         trained = train(
             data, plan.config, plan.method_of(name), plan.seed_of(name), plan.names, plan.slot,
             plan.device, scratch / f"{name}.pt", on_log=on_log, ranks=ranks,
@@ -230,12 +234,13 @@ def run_all(
     processes: int,
     ranks: Ranks = ALONE,
     open_workers: Workers = workers,
+    trackers: tuple[str, ...] = (),
 ) -> list[Out]:
     """Run every job, in processes of one thread each (on a GPU: one after the other).
 
     Several ranks take each job together, one after the other; only the first has the outcomes.
     """
-    jobs = [Job(plan, name, str(scratch)) for name in plan.runs()]
+    jobs = [Job(plan, name, str(scratch), trackers) for name in plan.runs()]
     if ranks.size > 1:
         return [outcome for job in jobs if (outcome := run(job, ranks))]
     print(
@@ -270,8 +275,9 @@ def execute(
     Every rank comes here; the first one writes.
     """
     ranks = engine.ranks
+    tracking.check(engine.trackers)
     with scratch_of(scratch_key(plan), ranks) as scratch:
-        outcomes = run_all(plan, scratch, engine.processes, ranks, engine.workers)
+        outcomes = run_all(plan, scratch, engine.processes, ranks, engine.workers, engine.trackers)
         if not ranks.leads:
             return
         found = plan.report(outcomes)

@@ -117,13 +117,14 @@ def plan_recordings(
 ) -> tuple[Plan, list[Problem]]:
     """Measure the files of both folders (with, without the concept) and fix the windows.
 
-    `seconds` and `windows` are upper limits.
+    One folder alone is one with the concept. `seconds` and `windows` are upper limits.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it.
     """
     usable, problems = [], []
-    for side, folder in zip(SIDES, folders, strict=True):
+    sides = SIDES[: len(folders)]
+    for side, folder in zip(sides, folders, strict=True):
         files, listed = list_recordings(folder)
         problems += listed
         for path in files:
@@ -134,7 +135,7 @@ def plan_recordings(
                 usable.append(Recording(path, side, length))
     usable, copies = _without_copies(usable)
     problems += copies
-    lengths = [np.array([r.seconds for r in usable if r.side == side]) for side in SIDES]
+    lengths = [np.array([r.seconds for r in usable if r.side == side]) for side in sides]
     if all(len(of) for of in lengths):
         shortest = min(np.percentile(of, SHORTEST, method="lower") for of in lengths)
         seconds = float(min(seconds, shortest))

@@ -72,6 +72,8 @@ class ConceptReport:
     excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     """File name -> audio of a moment, mono, at `rate`"""
     rate: int = 0
+    usual: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By dictionary: [F] mean value where a feature fires in recordings with the concept, or 0"""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -184,7 +186,62 @@ def find_concept(
         smallest_p(labels),
         excerpts,
         model.sample_rate,
+        {n: active_mean(of.mean[labels], of.fires[labels]) for n, of in scored.scores.items()},
     )
+
+
+@dataclass(frozen=True)
+class RankedSound:
+    """Features of recordings without others to compare them with: a ranking, not a test."""
+
+    table: pd.DataFrame
+    """feature, excess, mean; best first. excess: mean above its mean on the training clips, in
+    units of its usual value there."""
+    usual: np.ndarray
+    """[F] mean value where a feature fires in the recordings, or 0"""
+    problems: tuple[Problem, ...]
+    moments: pd.DataFrame
+    excerpts: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+
+def rank_sound(
+    model: MusicModel, sae: TopKSAE, folder: str | Path, layer: str, typical: np.ndarray,
+    usual: np.ndarray, *, seconds: float = 10.0, windows: int = 4, audible: int = 4,
+    moments: int = 3, tick: Callable[[float], None] = lambda share: None,
+) -> RankedSound:  # fmt: skip
+    """Rank features of `layer` by how far they are above their mean on the training clips.
+
+    Args:
+        typical, usual: [F] means on the training clips, over all frames and where they fire.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or is empty.
+        ValueError: no usable recording.
+    """
+    plan, problems = plan_recordings((folder,), seconds, windows)
+    of = {"sae": dictionary(sae, model.name)}
+    scored, more = score_recordings(model, layer, of, plan, tick)
+    problems += more
+    if not len(scored.recordings):
+        left = "; ".join(f"{p.name}: {p.reason}" for p in problems[:8]) or "no files"
+        raise ValueError(f"no usable recording ({left})")
+    scores = scored.scores["sae"]
+    mean = scores.mean.mean(0, dtype=np.float64)
+    excess = np.divide(mean - typical, usual, out=np.zeros(len(mean)), where=usual > 0)
+    order = np.argsort(-excess, kind="stable")
+    order = order[(excess[order] > 0) & (mean[order] > 0)]
+    table = pd.DataFrame({"feature": order, "excess": excess[order], "mean": mean[order]})
+    found, excerpts = recording_moments(
+        scored, {"sae": table}, plan, model.sample_rate, audible, moments
+    )
+    usual = active_mean(scores.mean, scores.fires)
+    return RankedSound(table, usual, tuple(problems), found, excerpts)
+
+
+def active_mean(means: np.ndarray, fires: np.ndarray) -> np.ndarray:
+    """Mean value [F] where a feature fires, from means and shares of frames [n, F]; or 0."""
+    total, share = means.sum(0, dtype=np.float64), fires.sum(0)
+    return np.divide(total, share, out=np.zeros(len(share)), where=share > 0)
 
 
 def write_excerpts(folder: Path, excerpts: Mapping[str, np.ndarray], rate: int) -> None:

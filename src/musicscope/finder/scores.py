@@ -65,6 +65,8 @@ class Scores:
     """[n, F] the window in which it is highest"""
     seconds: np.ndarray
     """[n, F] position in that window; -1 where the feature never fires"""
+    fires: np.ndarray
+    """[n, F] share of frames in which it fires"""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,14 @@ def score_windows(
 ) -> dict[str, Scores]:
     """Score one recording's windows [w, samples]: `Scores` of n = 1 for every dictionary."""
     parts: dict[str, list[ClipPools]] = {name: [] for name in dictionaries}
+    fired = {name: np.zeros(of.n_latents) for name, of in dictionaries.items()}
     for start in range(0, len(audio), BATCH):
         part = audio[start : start + BATCH]
         frames = model.capture(model.encode(part, [None] * len(part)), [layer])[layer].float()
         for name, of in dictionaries.items():
             matrix = to_csr(*of.encode(frames.flatten(0, 1)), of.n_latents)
             parts[name].append(pool_clips(Codes(matrix, np.full(len(part), frames.shape[1]))))
+            fired[name] += np.bincount(matrix.indices[matrix.data > 0], minlength=of.n_latents)
     hop = audio.shape[1] / model.sample_rate / frames.shape[1]
     scores = {}
     for name, pools in parts.items():
@@ -98,7 +102,10 @@ def score_windows(
         window = highest.argmax(0)
         at = (window, np.arange(highest.shape[1]))
         seconds = np.where(frame[at] < 0, -1.0, frame[at] * hop)
-        scores[name] = Scores(mean.mean(0)[None], highest[at][None], window[None], seconds[None])
+        fires = fired[name][None] / (len(audio) * frames.shape[1])
+        scores[name] = Scores(
+            mean.mean(0)[None], highest[at][None], window[None], seconds[None], fires
+        )
     return scores
 
 

@@ -274,10 +274,14 @@ class Session:
         halves = [None, None]
         if tick is not None:
             halves = [lambda share: tick(share / 2), lambda share: tick((1 + share) / 2)]
+        plain = self.plain(source, layer, halves[0])
+        return plain, self.draw(steered_source or source, layer, steering, halves[1])
+
+    def plain(self, source: Input, layer: str, tick: Tick | None = None) -> Sound:
+        """Render an input unedited; the last one is kept."""
         if self._last is None or self._last[0] != source:
-            self._last = (source, self.draw(source, layer, None, halves[0]))
-        steered = self.draw(steered_source or source, layer, steering, halves[1])
-        return self._last[1], steered
+            self._last = (source, self.draw(source, layer, None, tick))
+        return self._last[1]
 
 
 # --- judging ----------------------------------------------------------------------------------

@@ -6,24 +6,29 @@ Bad input raises ValueError or FileNotFoundError with a text for the user; `Canc
 from __future__ import annotations
 
 import math
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from musicscope.commands.generate import JUDGES
-from musicscope.finder.run import find_concept
+from musicscope.core.io import read_json
+from musicscope.finder.run import RankedSound, find_concept, rank_sound
 from musicscope.judges.pair import load_judges
-from musicscope.report.snippets import spectrogram_levels
+from musicscope.report.snippets import data_uri, mp3, spectrogram_levels
 from musicscope.steering.edit import ConceptEdit, Edit, Steering
+from musicscope.steering.found import FoundConcept, FoundLatent, latents_of, sae_digest
 from musicscope.steering.recipes import (
+    FULL_FOLDER,
+    GROUNDED,
     Recipe,
     doubts,
     load_recipe,
@@ -44,6 +49,7 @@ from musicscope.steering.session import (
     known_models,
     score_table,
 )
+from musicscope.steering.subjects import edit_prompt
 
 LONGEST = 30.0
 """Maximum seconds per sound."""
@@ -51,7 +57,15 @@ SLOT = "top1"
 LEAST_FILES, MOST_FILES = 2, 200
 """Recordings per side."""
 AUDIBLE, MOMENTS = 16, 3
-"""Number of best features that can be steered; moments per feature that give its peak."""
+"""Number of best features that can be steered; moments per feature."""
+PLAYED = 4
+"""Best features whose moments can be heard."""
+RANGE = 2.0
+"""Ends of a concept's slider: this many times the chosen strength, off and on."""
+EMPTY_PROMPT = (
+    "No prompt: the model plays without a caption, so guidance has no effect and nothing says that "
+    "a concept is in the music. Name what is to be switched off."
+)
 
 
 class Cancelled(Exception):
@@ -83,6 +97,79 @@ def models_with_sae(slot: str = SLOT) -> list[str]:
 def all_concepts(models: Sequence[str]) -> list[str]:
     """List the concepts that any of the models can be steered with."""
     return list(dict.fromkeys(c for m in models for c in known_concepts(m)))
+
+
+# --- what is known of a concept -----------------------------------------------------------------
+
+
+def standing(model: str) -> dict[str, str]:
+    """Say of each concept how far its slider can be trusted: grounding, and monotone prompts.
+
+    Grounding is in the recipes; the share of prompts whose gain rises with the strength is in the
+    metrics of the same stage, where they are there and of this model.
+    """
+    folder, texts = recipe_folder(model), {}
+    stage = "steer_full" if folder.parts[:2] == Path(FULL_FOLDER).parts else "steer"
+    path = Path("metrics") / stage / f"{model}.json"
+    measured = read_json(path).get("concepts", {}) if path.is_file() else {}
+    for concept, directions in known_concepts(model).items():
+        grounding, parts = load_recipe(folder, concept).grounding, []
+        if grounding is not None:
+            doubt = "" if grounding >= GROUNDED else ", the model hardly plays it on request"
+            parts.append(f"{'⚠ ' if doubt else ''}grounding {grounding:.2f}{doubt}")
+        shares = {}
+        for direction in directions:
+            curve = measured.get(concept, {}).get(direction, {}).get("curves", {}).get("sae", {})
+            if curve.get("monotone_share") is not None:
+                shares[direction] = f"{direction} {100 * curve['monotone_share']:.0f} %"
+        if shares:
+            parts.append(f"monotone prompts: {', '.join(shares.values())}")
+        texts[concept] = " · ".join(parts)
+    return texts
+
+
+def request_of(value: float | None) -> tuple[str, float] | None:
+    """Read a slider from off (below 0) to on (above 0): direction and strength; 0 is neither."""
+    if not value:
+        return None
+    return ("off" if value < 0 else "on"), abs(_number("strength", value))
+
+
+def slider_range(directions: Sequence[str]) -> tuple[float, float]:
+    """Ends of the slider of a concept with these directions."""
+    return (-RANGE if "off" in directions else 0.0), (RANGE if "on" in directions else 0.0)
+
+
+def names(prompt: str, concept: str) -> bool:
+    """Whether a prompt names a concept, other than as "no guitar"."""
+    word = re.escape(concept.replace("_", " "))
+    return bool(re.search(rf"(?<!no )(?<!without )\b{word}s?\b", prompt, re.IGNORECASE))
+
+
+def with_named(prompt: str | None, off: Sequence[str]) -> str:
+    """Add concepts that are switched off to a prompt that lacks them; an empty one stays empty."""
+    prompt = prompt or ""
+    missing = {concept: "on" for concept in off if not names(prompt, concept)}
+    return edit_prompt(prompt, missing) + "." if prompt.strip() and missing else prompt
+
+
+def prompt_notes(prompt: str, requests: Mapping[str, str]) -> list[str]:
+    """Explain an empty prompt, and one that lacks what is switched off."""
+    if not prompt:
+        return [EMPTY_PROMPT]
+    off = [c for c, direction in requests.items() if direction == "off" and not names(prompt, c)]
+    return [
+        f"The prompt does not name {c.replace('_', ' ')}, which is switched off: it may be in "
+        "neither sound." for c in off
+    ]  # fmt: skip
+
+
+def time_left(seconds: float, share: float) -> str:
+    """Say how long a job still takes, from the time that it has taken for a share of it."""
+    if share < 0.02:
+        return "working"
+    left = seconds * (1 - share) / share
+    return f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left"
 
 
 # --- requests ---------------------------------------------------------------------------------
@@ -173,7 +260,8 @@ class Outcome:
     """Result of one job."""
 
     plain: Sound
-    steered: Sound
+    steered: Sound | None
+    """None: not yet there."""
     scores: Scores | None
     requests: Mapping[str, str]
     notes: tuple[str, ...]
@@ -182,11 +270,19 @@ class Outcome:
 def perform(
     model: str, source: TextInput, layer: str, steering: Steering, requests: Mapping[str, str],
     tick: Tick, device: str = "cpu",
-) -> Outcome:  # fmt: skip
-    """Draw both sounds and judge them; `tick` gets the share that is done."""
+) -> Iterator[Outcome]:  # fmt: skip
+    """Draw both sounds and judge them: yield the plain one, then both, then all with scores.
+
+    `tick` gets the share that is done.
+    """
     session, known = open_session(model, device), known_concepts(model)
-    notes = doubts(recipe_folder(model), [c for c in requests if c in known])
-    pair = session.draw_pair(source, layer, steering, lambda share: tick(0.9 * share))
+    notes = prompt_notes(source.prompt, requests)
+    notes += doubts(recipe_folder(model), [c for c in requests if c in known])
+    asked = dict(requests)
+    plain = session.plain(source, layer, lambda share: tick(0.45 * share))
+    yield Outcome(plain, None, None, asked, tuple(notes))
+    pair = (plain, session.draw(source, layer, steering, lambda share: tick(0.45 * (1 + share))))
+    yield Outcome(*pair, None, asked, tuple(notes))
     if pair[0].same_as(pair[1]):
         notes.append("The edit changed nothing: both sounds are the same.")
     tick(0.9)
@@ -196,7 +292,7 @@ def perform(
         scores = None
         notes.append(f"No scores: {error} (or fetch it: dvc pull {JUDGES}).")
     tick(1.0)
-    return Outcome(*pair, scores, dict(requests), tuple(notes))
+    yield Outcome(*pair, scores, asked, tuple(notes))
 
 
 def int16(sound: Sound) -> tuple[int, np.ndarray]:
@@ -241,24 +337,21 @@ def scores_html(outcome: Outcome) -> str:
 
 
 @dataclass(frozen=True)
-class FoundConcept:
+class Found:
     """Features of a concept in recordings, ready to steer with."""
 
-    model: str
-    slot: str
-    table: pd.DataFrame
-    """`association.COLUMNS`, best first"""
-    peaks: Mapping[int, float]
-    """Feature -> mean of its highest values in recordings with the concept"""
+    concept: FoundConcept
     text: str
+    page: str
+    """HTML: the best features, with excerpts to hear"""
 
 
-def gather(paths: Sequence[str] | None, folder: Path, what: str) -> Path:
+def gather(paths: Sequence[str] | None, folder: Path, what: str, least: int) -> Path:
     """Copy uploaded files under numbered names; ValueError for too few or too many."""
     paths = paths or ()
-    if not LEAST_FILES <= len(paths) <= MOST_FILES:
+    if not least <= len(paths) <= MOST_FILES:
         raise ValueError(
-            f"{len(paths)} recordings {what}: {LEAST_FILES} to {MOST_FILES} are needed, ten to "
+            f"{len(paths)} recordings {what}: {least} to {MOST_FILES} are needed, ten to "
             "find anything"
         )
     folder.mkdir()
@@ -270,44 +363,96 @@ def gather(paths: Sequence[str] | None, folder: Path, what: str) -> Path:
 def find(
     model: str, with_: Sequence[str] | None, without: Sequence[str] | None, tick: Tick,
     seconds: float = 10.0, device: str = "cpu", slot: str = SLOT,
-) -> FoundConcept:  # fmt: skip
-    """Find features that separate two lists of recordings; see `finder.run.find_concept`."""
+) -> Found:  # fmt: skip
+    """Find features that separate two lists of recordings; see `finder.run.find_concept`.
+
+    Without recordings of the second kind, rank the features of the first; see `rank_sound`.
+    """
     layer, sae = load_sae(model, slot, device)
+    digest = sae_digest(sae_folder(model, slot))
     with TemporaryDirectory(prefix="musicscope-") as root:
-        sides = (
-            gather(with_, Path(root) / "with", "with the concept"),
-            gather(without, Path(root) / "without", "without it"),
-        )
+        least = LEAST_FILES if without else 1
+        folder = gather(with_, Path(root) / "with", "with the concept", least)
+        session = open_session(model, device)
+        options: dict[str, Any] = {
+            "seconds": seconds, "audible": AUDIBLE, "moments": MOMENTS, "tick": tick,
+        }  # fmt: skip
         try:
-            report = find_concept(
-                open_session(model, device).model, sae, *sides, layer, seconds=seconds,
-                audible=AUDIBLE, moments=MOMENTS, tick=tick,
-            )  # fmt: skip
+            if without:
+                other = gather(without, Path(root) / "without", "without it", least)
+                report = find_concept(session.model, sae, folder, other, layer, **options)
+                latents = latents_of(report.table, report.usual["sae"], report.q)
+                discoveries, text = len(report.discoveries()), report.text(rows=10)
+            else:
+                means = _training_means(model)
+                report = rank_sound(session.model, sae, folder, layer, *means, **options)
+                latents = tuple(
+                    FoundLatent(f, 1, float(report.usual[f]), math.nan, math.nan)
+                    for f in report.table["feature"].head(AUDIBLE).tolist()
+                )
+                discoveries, text = 0, _sound_text(report, len(with_ or ()))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(str(error).replace(f"{root}/", "")) from error
-    moments = report.moments[report.moments["dictionary"] == "sae"]
-    peaks = {int(f): float(rows["value"].mean()) for f, rows in moments.groupby("feature")}
-    text = report.text(rows=10).replace(f"{root}/", "")
-    return FoundConcept(model, slot, report.table, peaks, text)
+    concept = FoundConcept("found", model, layer, slot, "", digest, discoveries, latents)
+    page = excerpts_html(report.table, report.moments, report.excerpts, session.model.sample_rate)
+    return Found(concept, text.replace(f"{root}/", ""), page)
+
+
+def _training_means(model: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [F] of each feature on the training clips, over all frames and where it fires."""
+    try:
+        statistics = _any_recipe(model).statistics
+    except StopIteration:
+        raise ValueError(
+            f"{model} has no recipes, whose clips a single sound is compared with: add recordings "
+            "without it, or run dvc repro steer"
+        ) from None
+    typical = (statistics["mean_with"].numpy() + statistics["mean_without"].numpy()) / 2
+    return typical, usual_values(model)
+
+
+def _sound_text(report: RankedSound, files: int) -> str:
+    lines = [
+        f"{files} recordings, and none without the concept: features by how far they are above "
+        "their mean on the training clips. This is no test: add ten recordings with it and ten "
+        "without it to learn which features carry the concept."
+    ]
+    lines += [f"left out: {p.name}: {p.reason} {p.detail}".rstrip() for p in report.problems]
+    return "\n".join([*lines, report.table.head(10).to_string(index=False, float_format="%.3g")])
+
+
+def excerpts_html(
+    table: pd.DataFrame, moments: pd.DataFrame, excerpts: Mapping[str, np.ndarray], rate: int
+) -> str:
+    """Format the best features with a player per top moment."""
+    rows = []
+    measure = "auroc" if "auroc" in table else "excess"
+    for feature, value in zip(table["feature"].head(PLAYED), table[measure], strict=False):
+        files = moments.loc[moments["feature"] == feature, "file"]
+        sounds = (data_uri("audio/mpeg", mp3(excerpts[file], rate)) for file in files)
+        players = "".join(f'<audio controls preload="none" src="{uri}"></audio>' for uri in sounds)
+        rows.append(
+            f'<tr><th scope="row">{int(feature)}</th><td>{value:.2f}</td><td>{players}</td></tr>'
+        )
+    return (
+        '<table class="scores excerpts"><caption>Best features: where they are highest</caption>'
+        f'<thead><tr><th scope="col">feature</th><th scope="col">{measure}</th>'
+        f'<th scope="col">excerpts</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
 
 
 def plan_found(
-    found: FoundConcept | None, direction: str, n: float, strength: float,
+    found: Found | None, direction: str, n: float, strength: float,
     branch: str = "conditional", device: str = "cpu",
 ) -> tuple[str, Steering]:  # fmt: skip
-    """Make hook point and edit: the best `n` features ablated (off), or raised to their peaks (on).
+    """Make hook point and edit of the best `n` features: ablated, or raised to usual values.
 
     Strength 1 reaches these values, 0 changes nothing.
     """
     if found is None:
         raise ValueError("find a concept first")
-    chosen = [int(f) for f in found.table["feature"].head(int(n)) if int(f) in found.peaks]
-    if not chosen:
+    concept = found.concept
+    if not concept.latents:
         raise ValueError("no feature fires in these recordings: nothing to steer with")
-    layer, sae = load_sae(found.model, found.slot, device)
-    edits = {
-        "off": Edit(tuple(chosen), "ablate"),
-        "on": Edit(tuple(chosen), "clamp_min", tuple(found.peaks[f] for f in chosen)),
-    }
-    concept = ConceptEdit(f"found {direction}", (edits[direction],), float(strength))
-    return layer, Steering(sae, (concept,), branch)
+    edit = concept.edit(direction, float(strength), int(n))
+    return concept.layer, Steering(concept.load_sae(device), (edit,), branch)
