@@ -15,6 +15,7 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
+from musicscope.data.concepts import concepts_of
 from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import moments, output_effects, report, table
@@ -35,7 +36,7 @@ def main() -> None:
         returning = stability.read(f"data/sae/{model}/{slot}")
         models.append(ModelSAEs(model, ActivationStore.open(store), saes, returning))
     usae = UniversalSAE.load("data/usae/seed-0", device)
-    inputs = Inputs(models, usae, clips.rows, slot)
+    inputs = Inputs(models, usae, clips.rows, slot, concepts_of(clips.rows, params.concepts))
     comparison = compare(inputs, section, params.seed, params.compute.processes, device)
     rate = frame_rate(models[0].store)
     features, top, skipped = describe_features(

@@ -88,7 +88,7 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metri
 
 
 def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
-    """Judge -> family -> AUROC on codec output, from the numbers of `measure`.
+    """Judge -> family or defined concept -> AUROC on codec output, from the stage's metrics.
 
     Without clips through the codec, on the clips of the training soundfont.
     """
@@ -99,6 +99,10 @@ def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
             family: entry["auroc"]["value"]
             for family, entry in report.items() if isinstance(entry, dict)
         }  # fmt: skip
+    for concept, own in metrics.get("concepts", {}).items():
+        for judge, of in own.items():
+            if judge in found and (number := of.get("codec") or of.get("test")):
+                found[judge][concept] = number["auroc"]["value"]
     return found
 
 
@@ -120,15 +124,18 @@ def pair_report(
 
 
 def plot_table(metrics: Metrics) -> pd.DataFrame:
-    """Tabulate AUROC with intervals: one row per judge, set and family."""
+    """Tabulate AUROC with intervals: one row per judge, set and family or defined concept."""
     judges = [judge for judge in ALL if judge in metrics]
     reports = [(judge, name, r) for judge in judges for name, r in metrics[judge].items()]
     reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]
+    for concept, own in metrics.get("concepts", {}).items():
+        reports += [(j, n, {concept: r}) for j in ALL for n, r in own.get(j, {}).items()]
+    known = (*FAMILIES, *metrics.get("concepts", {}))
     return pd.DataFrame(
         [
             {"judge": judge, "set": name, "family": family, **stats.columns(report[family])}
             for judge, name, report in reports
-            for family in FAMILIES
+            for family in known
             if family in report
         ]
     )

@@ -68,7 +68,8 @@ HEADLINES: tuple[Headline, ...] = (
     Headline("{model}.probe.guitar_auroc", _PROBE, f"{_GUITAR}.sae.test.auroc", "AUROC",
              {"activations": f"{_GUITAR}.dense.test.auroc",
               "logmel": f"{_GUITAR}.logmel.test.auroc",
-              "shuffled": f"{_GUITAR}.shuffled.test.auroc"}),
+              "shuffled": f"{_GUITAR}.shuffled.test.auroc"},
+             absent=(_GUITAR,)),  # recordings labelled with other concepts only
     Headline("usae.r2_first_to_second", ("train_usae.json",), "headline.r2_0_1", "R2",
              {"mispaired": "null.mispaired.r2_0_1"}),
     Headline("usae.r2_second_to_first", ("train_usae.json",), "headline.r2_1_0", "R2",
@@ -82,10 +83,10 @@ HEADLINES: tuple[Headline, ...] = (
              {"null": "sets.null_common"},
              absent=("sets.null_common",)),  # more than two models
     Headline("{model}.finder.guitar_features", _FINDER, "sae.guitar.discoveries", "features",
-             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar.null",)),
+             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar",)),
     Headline("{model}.finder.guitar_best_auroc", _FINDER, "sae.guitar.test.best_auroc", "AUROC",
              {"all_features": "sae.guitar.test.tested_auroc"},
-             absent=("sae.guitar.test.best_auroc",)),  # folders have no test clips
+             absent=("sae.guitar",)),  # folders have no test clips
     Headline("{model}.maximise.sound", ("maximize_activation/{model}.json",),
              "headline.heard_reached", "ratio to the best real clip",
              {"random_direction": "headline.heard_null_reached"},

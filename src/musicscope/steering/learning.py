@@ -97,8 +97,9 @@ class Clips:
         for name, mask in (("train", train), ("validation", ~train)):
             if not 0 < labels[mask].sum() < mask.sum():
                 raise ValueError(
-                    f"{name} clips are all with, or all without, {concept}: raise the number of "
-                    "clips in prepare_data, or take it out of params.steer.concepts"
+                    f"{concept}: {labels[mask].sum()} of {mask.sum()} labelled {name} clips have "
+                    "it, and some of both are needed: raise the number of clips in prepare_data, "
+                    "label more recordings (docs/data.md), or take it out of params.steer.concepts"
                 )
         return at, labels, train
 
