@@ -18,6 +18,7 @@ Concepts = Mapping[str, ConceptDefinition]
 
 _VOICE = ("vocals", "vocalist", "voice", "singer", "singing", "sings", "sing", "sung", "rapper",
           "rapping", "raps", "choir", "chorus", "chant", "chanting")  # fmt: skip
+_SPEECH = ("speech", "spoken word", "narration", "talking")
 _BOTH = ("male and female", "female and male", "male & female", "female & male", "male/female",
          "female/male", "both male")  # fmt: skip
 _MAN = ("male vocal", "male vocalist", "male voice", "male singer", "male singing", "male rapper",
@@ -28,16 +29,16 @@ _WOMAN = ("female vocal", "female vocalist", "female voice", "female singer", "f
           "woman singing", "woman sings", "woman rapping")  # fmt: skip
 READY = {
     "vocals": ConceptDefinition(
-        tags=("vocal", *_VOICE), unclear=("speech", "spoken word", "narration", "talking"),
+        tags=("vocal", *_VOICE), unclear=_SPEECH,
         absent=("instrumental",), musicnn=("vocal", "vocals", "singing", "voice"),
     ),
     "male_vocal": ConceptDefinition(
-        tags=(*_MAN, *_BOTH), unclear=("vocal", *_VOICE), absent=("instrumental", *_WOMAN),
-        musicnn=("male vocal", "male voice"),
+        tags=(*_MAN, *_BOTH), unclear=("vocal", *_VOICE, *_SPEECH),
+        absent=("instrumental", *_WOMAN), musicnn=("male vocal", "male voice"),
     ),
     "female_vocal": ConceptDefinition(
-        tags=(*_WOMAN, *_BOTH), unclear=("vocal", *_VOICE), absent=("instrumental", *_MAN),
-        musicnn=("female vocal", "female voice"),
+        tags=(*_WOMAN, *_BOTH), unclear=("vocal", *_VOICE, *_SPEECH),
+        absent=("instrumental", *_MAN), musicnn=("female vocal", "female voice"),
     ),
 }  # fmt: skip
 """Definitions that come with the package: what a key leaves empty under these names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -135,15 +136,15 @@ def of_folders(root: Path, concepts: Concepts) -> dict[str, dict[PurePosixPath, 
             if not (given := getattr(concept, key)):
                 continue
             # As written from here, or from the folder of recordings.
-            whole = Path(given) if Path(given).is_dir() else root / given
-            inside = whole.absolute().is_relative_to(root.absolute())
-            if not whole.is_dir() or not inside or whole.absolute() == root.absolute():
+            whole = Path(os.path.abspath(given if Path(given).is_dir() else root / given))
+            top = Path(os.path.abspath(root))  # links to folders are kept
+            if not whole.is_dir() or top not in whole.parents:
                 raise ValueError(
                     f"concepts.{name}.{key} = {given!r} is no folder below {root}; put both "
                     "folders, or links to them, into prepare_data.recordings.folder"
                 )
-            below = whole.absolute().relative_to(root.absolute()).as_posix()
-            found.setdefault(name, {})[PurePosixPath(below)] = label
+            below = PurePosixPath(whole.relative_to(top).as_posix())
+            found.setdefault(name, {})[below] = label
         if len(found.get(name, (True, False))) < len(sides):
             raise ValueError(f"concepts.{name}: folder_with and folder_without are the same")
     return found
