@@ -36,7 +36,7 @@ def test_prompts_name_what_is_to_go_and_not_what_is_to_come():
     # An accompaniment never leads, as in the clips.
     drums = make_prompts(Selection("test", 60, named=("drums",)), 1)
     assert not any(t.lower().startswith(("drums", "bass")) for t in drums)
-    with pytest.raises(ValueError, match="unknown family 'kazoo'"):
+    with pytest.raises(ValueError, match="unknown concept 'kazoo'"):
         make_prompts(Selection("test", 1, ("kazoo",)), 0)
     with pytest.raises(ValueError, match="named and absent"):
         make_prompts(Selection("test", 1, ("guitar",), ("guitar",)), 0)
