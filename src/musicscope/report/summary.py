@@ -83,10 +83,10 @@ HEADLINES: tuple[Headline, ...] = (
              {"null": "sets.null_common"},
              absent=("sets.null_common",)),  # more than two models
     Headline("{model}.finder.guitar_features", _FINDER, "sae.guitar.discoveries", "features",
-             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar",)),
+             {"null": "sae.guitar.null.discoveries"}, absent=("sae.guitar.null",)),
     Headline("{model}.finder.guitar_best_auroc", _FINDER, "sae.guitar.test.best_auroc", "AUROC",
              {"all_features": "sae.guitar.test.tested_auroc"},
-             absent=("sae.guitar",)),  # folders have no test clips
+             absent=("sae.guitar.test.best_auroc",)),  # folders have no test clips
     Headline("{model}.maximise.sound", ("maximize_activation/{model}.json",),
              "headline.heard_reached", "ratio to the best real clip",
              {"random_direction": "headline.heard_null_reached"},

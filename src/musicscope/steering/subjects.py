@@ -154,12 +154,12 @@ class Phrasing:
     """(split, whether the clip has it) -> captions, and what else their clips are known to have"""
 
     def forms(self, named: bool, selection: Selection) -> tuple[str, ...]:
-        """Templates for a selection; captions of clips that have nothing that is to be absent."""
+        """Templates for a selection, else captions: first of clips without what is to be absent."""
         if given := (self.with_ if named else self.without).get(selection.split):
             return given
         absent = set(selection.without)
         of = self.captions.get((selection.split, named), ())
-        return tuple(text for text, has in of if not has & absent)
+        return tuple(text for text, _ in sorted(of, key=lambda one: bool(one[1] & absent)))
 
 
 def phrasing_of(
