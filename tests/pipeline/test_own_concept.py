@@ -15,6 +15,7 @@ import yaml
 
 from musicscope.activations import extraction
 from musicscope.config import load_params
+from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore, at_rate
 from musicscope.data.concepts import completed
 from musicscope.data.taxonomy import FAMILIES
@@ -26,12 +27,14 @@ from musicscope.judges.instrument_classifier import FamilyJudge, FamilyNet, Judg
 from musicscope.judges.musicnn import TAGS
 from musicscope.judges.pair import Judges
 from musicscope.models.registry import load_model
+from musicscope.report.sections.judges import section as judges_section
+from musicscope.report.sections.probes import section as probes_section
 from musicscope.report.sections.steering import section as steering_section
 from musicscope.steering import conditions
 from musicscope.steering.recipes import load_recipe, load_steering
 from musicscope.steering.session import Session, TextInput, known_concepts
 from stages import find_concept, measure_effects, prepare_data, probe, steer
-from tests.support.report import sources
+from tests.support.report import sources, tables, text_of
 from tests.support.source_archives import PARAMS, encoded, tone
 from tests.support.steered import random_sae
 from tools import smoke
@@ -266,10 +269,18 @@ def test_steering_has_rows_for_it_alone_and_beside_a_family(world):
 
 
 def test_the_report_shows_it(world, monkeypatch):
-    root, _, _ = world
+    root, _, metrics = world
     monkeypatch.chdir(root)
-    shown = steering_section(sources(root, ("tiny",)))
-    assert "male_vocal" in str(shown.content).replace(" ", "_")
+    write_json("metrics/train_judge.json", {"concepts": metrics})
+    of = sources(root, ("tiny",))
+    assert "male_vocal" in str(steering_section(of).content).replace(" ", "_")
+    assert "male vocal" in text_of(probes_section(of))
+    judged = tables(judges_section(of))["Judges of defined concepts (AUROC)"]
+    assert [row[:2] + row[-1:] for row in judged.rows] == [
+        ("male vocal", "family judge", "yes"), ("male vocal", "musicnn", "yes"),
+        ("male vocal", "embedding distance", "yes"),
+    ]  # fmt: skip
+    assert "Judges of defined concepts" in text_of(judges_section(of))
 
 
 def test_it_is_switched_with_a_family_in_one_piece(world, monkeypatch):
