@@ -9,6 +9,8 @@ data/activations/<model>/<slot>, data/sae/<model>/<slot> and data/effects/<model
 
 from __future__ import annotations
 
+import sys
+
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
@@ -47,6 +49,13 @@ def main() -> None:
         rate,
         params.seed,
     )
+    for name in params.concepts:
+        if name in skipped:
+            print(
+                f"concepts.{name} is not compared: its rarer class has {skipped[name]} clips in "
+                f"validation or test, match_features.min_clips is {section.min_clips}",
+                file=sys.stderr,
+            )
     effects = {model: output_effects.read(model, slot) for model in params.models}
     features = table.with_effects(features, effects)
     table.write("data/features", features, top)

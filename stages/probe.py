@@ -48,6 +48,13 @@ def main() -> None:
 
     concepts = concepts_of(rows, params.concepts)
     result = run_probes(rows, pools, concepts, section, params.seed, workers, baselines)
+    for name in params.concepts:
+        if name in result["skipped"]:
+            print(
+                f"concepts.{name} is not probed: its rarer class has {result['skipped'][name]} "
+                f"clips in train or test, probe.min_positive is {section.min_positive}",
+                file=sys.stderr,
+            )
     latents = report.latent_table(
         rows, pools["sae"], result, section.bootstrap, params.seed,
         main_concept(list(result["concepts"])),

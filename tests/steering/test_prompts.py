@@ -23,6 +23,7 @@ def table(captions: int = 6) -> pd.DataFrame:
         for i in range(2 * captions + 1):
             sung = None if i == 2 * captions else i % 2 == 0
             caption = f"{split} song {i} by a male singer" if sung and i else f"{split} tune {i}"
+            caption += " by a female singer" if i == 3 else ""
             rows.append(
                 {"kind": "clip", "font": "recording", "split": split, "group": f"{split}{i // 3}",
                  "caption": caption, "has_song": sung, "has_guitar": i % 4 == 1}
@@ -77,7 +78,7 @@ def test_captions_take_the_place_of_templates():
     assert "test tune 0 with song" in off
     on = texts_of(own, "test", 9, ("song", "on"))
     # Not one that denies the concept. Clips with a guitar, which is steered too, come last.
-    assert sorted(on[:2]) == ["test tune 3", "test tune 7"]
+    assert sorted(on[:2]) == ["test tune 3 by a female singer", "test tune 7"]
     assert sorted(on[2:]) == ["test tune 1", "test tune 5", "test tune 9"]
     assert own.select("validation", 4, [("song", "off")]).n == 4
 

@@ -13,6 +13,7 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
+from musicscope.config.schema import Sections
 from musicscope.core.io import folder_sha256, scratch_dir, sha256
 from musicscope.data.clips import ClipStore
 from musicscope.data.concepts import Concepts, concepts_of
@@ -35,7 +36,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Learn recipes for one model, choose settings, test them and write `outs`.
 
-    `concepts`: params.concepts, hashable.
+    `concepts`: params.concepts.
 
     Conditions that a killed run finished are kept under the hash of all inputs and read again.
     """
@@ -92,7 +93,7 @@ def evaluate(
             device,
             seed,
             section,
-            concepts or None,
+            Sections(concepts or {}),
         )
         result = search.run(section, context, scratch, processes, seed)
         report.write(result, recipes, context(), outs)

@@ -14,6 +14,7 @@ renders them under a condition (`render`) and computes what a change costs (`cos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -28,6 +29,7 @@ from musicscope.core.audio import resample, spectra, spectral_distance
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, known_labels, main_clips
 from musicscope.data.concepts import Concepts, completed
+from musicscope.data.splits import label_matrix
 from musicscope.data.taxonomy import FAMILIES, KEYS, PITCHED_FAMILIES
 from musicscope.models.interface import (
     AudioBatch,
@@ -176,27 +178,29 @@ def phrasing_of(
         {"validation": texts[::2], "test": texts[1::2]}
         for texts in (definition.prompts_with, definition.prompts_without)
     ]
-    captions: dict[tuple[str, bool], tuple[tuple[str, frozenset[str]], ...]] = {}
-    words = (name.replace("_", " "), *definition.tags)
-    columns = [] if rows is None else [c for c in others if c != name and f"has_{c}" in rows]
-    for split in FORMS if rows is not None and f"has_{name}" in rows else ():
+    if rows is None or f"has_{name}" not in rows or all(of["test"] for of in given):
+        return Phrasing(given[0], given[1], {})
+    words = "|".join(re.escape(word) for word in (name.replace("_", " "), *definition.tags))
+    names = re.compile(rf"\b(?:{words})", re.IGNORECASE)
+    columns = [c for c in others if c != name and f"has_{c}" in rows]
+    else_there, captions = label_matrix(rows, columns)[0], {}
+    for split in FORMS:
         at, labels = known_labels(rows, name, main_clips(rows, split))
         for side in (True, False):
-            order = np.random.default_rng(seed_for(seed, "steer", "captions", name, split, side))
-            own = order.permutation(at[labels == side])
+            rng = np.random.default_rng(seed_for(seed, "steer", "captions", name, split, side))
+            own = rng.permutation(at[labels == side])
             turn = rows.iloc[own].groupby("group").cumcount().to_numpy()
+            own = own[np.argsort(turn, kind="stable")]
             taken = {text for text, _ in captions.get(("validation", side), ())}
             found: dict[str, frozenset[str]] = {}
-            for row in own[np.argsort(turn, kind="stable")]:
-                text = " ".join(str(rows["caption"].iloc[row]).split())
-                says = any(word.lower() in text.lower() for word in words)
-                if not text or (says and not side):
+            for text, has in zip(rows["caption"].iloc[own], else_there[own], strict=True):
+                text, named = " ".join(str(text).split()), bool(names.search(str(text)))
+                if not text or (named and not side):
                     continue
-                text = text if says or not side else edit_prompt(text, {name: "on"})
+                text = text if named or not side else edit_prompt(text, {name: "on"})
                 text = text.replace("{", "{{").replace("}", "}}")
                 if text not in taken:
-                    has = (c for c in columns if len(known_labels(rows, c, [row])[1].nonzero()[0]))
-                    found.setdefault(text, frozenset(has))
+                    found.setdefault(text, frozenset(np.array(columns)[has].tolist()))
             captions[split, side] = tuple(found.items())
     return Phrasing(given[0], given[1], captions)
 
