@@ -276,6 +276,8 @@ def _load(
     ]
     if one_sided or not len(truth):
         raise ValueError(f"families {one_sided or list(families)} lack clips with or without them")
+    # By row in memory, whatever the batches are: the state file is named by a hash of the labels.
+    truth = np.ascontiguousarray(truth)
     return torch.from_numpy(np.concatenate(features)), torch.from_numpy(truth)
 
 
