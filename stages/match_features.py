@@ -9,12 +9,15 @@ data/activations/<model>/<slot>, data/sae/<model>/<slot> and data/effects/<model
 
 from __future__ import annotations
 
+import sys
+
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.data.clips import ClipStore
+from musicscope.data.concepts import concepts_of
 from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import moments, output_effects, report, table
@@ -35,7 +38,7 @@ def main() -> None:
         returning = stability.read(f"data/sae/{model}/{slot}")
         models.append(ModelSAEs(model, ActivationStore.open(store), saes, returning))
     usae = UniversalSAE.load("data/usae/seed-0", device)
-    inputs = Inputs(models, usae, clips.rows, slot)
+    inputs = Inputs(models, usae, clips.rows, slot, concepts_of(clips.rows, params.concepts))
     comparison = compare(inputs, section, params.seed, params.compute.processes, device)
     rate = frame_rate(models[0].store)
     features, top, skipped = describe_features(
@@ -46,6 +49,13 @@ def main() -> None:
         rate,
         params.seed,
     )
+    for name in params.concepts:
+        if name in skipped:
+            print(
+                f"concepts.{name} is not compared: its rarer class has {skipped[name]} clips in "
+                f"validation or test, match_features.min_clips is {section.min_clips}",
+                file=sys.stderr,
+            )
     effects = {model: output_effects.read(model, slot) for model in params.models}
     features = table.with_effects(features, effects)
     table.write("data/features", features, top)

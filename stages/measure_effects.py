@@ -21,7 +21,7 @@ from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore, main_clips
-from musicscope.data.taxonomy import FAMILIES
+from musicscope.data.concepts import concepts_of
 from musicscope.dictionaries.codes import encode_clips
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import output_effects
@@ -69,8 +69,7 @@ def main() -> None:
         .iloc[train]
         .astype("boolean")
         .to_numpy(float, na_value=np.nan)
-        for concept in FAMILIES
-        if f"has_{concept}" in clips.rows
+        for concept in concepts_of(clips.rows, params.concepts)
     }
     table, metrics = output_effects.measure(
         model, store.config["layer"], sae, output_effects.usual_values(codes),

@@ -29,12 +29,15 @@ def main() -> None:
     params = load_params()
     config, compute = params.prepare_data, params.compute
     if config.source == "embedded":
+        clip_set.check_concepts(params.concepts)
         render(config, params.seed, compute.processes)
         store = ClipStore.open(OUT)
         # Groups are compositions by construction: copies among them are counted, not joined.
         metrics = clip_set.measure(store) | {"copies": count_copies(store)}
     else:
-        build.write_recordings(OUT, config, params.seed, compute.processes)
+        build.write_recordings(
+            OUT, config, params.seed, compute.processes, concepts=params.concepts
+        )
         metrics = build.measure(ClipStore.open(OUT), params.seed)
     write_json("metrics/prepare_data.json", metrics)
 

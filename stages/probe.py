@@ -16,8 +16,8 @@ from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import folder_sha256, write_json
 from musicscope.data.clips import ClipStore
-from musicscope.data.splits import clip_sets
-from musicscope.data.taxonomy import FAMILIES
+from musicscope.data.concepts import concepts_of
+from musicscope.data.splits import clip_sets, main_concept
 from musicscope.dictionaries.codes import pool_store
 from musicscope.dictionaries.core import open_saes
 from musicscope.features import report
@@ -46,8 +46,19 @@ def main() -> None:
     music = load_model(f"data/models/{model}", device)
     pools |= baseline_pools(clips, folder_sha256("data/clips"), music, used, workers)
 
-    result = run_probes(rows, pools, FAMILIES, section, params.seed, workers, baselines)
-    latents = report.latent_table(rows, pools["sae"], result, section.bootstrap, params.seed)
+    concepts = concepts_of(rows, params.concepts)
+    result = run_probes(rows, pools, concepts, section, params.seed, workers, baselines)
+    for name in params.concepts:
+        if name in result["skipped"]:
+            print(
+                f"concepts.{name} is not probed: its rarer class has {result['skipped'][name]} "
+                f"clips in train or test, probe.min_positive is {section.min_positive}",
+                file=sys.stderr,
+            )
+    latents = report.latent_table(
+        rows, pools["sae"], result, section.bootstrap, params.seed,
+        main_concept(list(result["concepts"])),
+    )  # fmt: skip
     write_json(f"metrics/probe/{model}-{slot}.json", result)
     stem = f"plots/probe/{model}-{slot}"
     report.write_probes(stem, report.probe_table(result), latents)

@@ -31,7 +31,7 @@ def main() -> None:
     name, section = args.model, args.section
     outs = Outs(f"{FOLDERS[section]}/{name}", f"metrics/{section}/{name}.json",
                 f"plots/{section}/{name}")  # fmt: skip
-    evaluate(name, getattr(params, section), params.seed, device, processes, outs)
+    evaluate(name, getattr(params, section), params.seed, device, processes, outs, params.concepts)
 
 
 if __name__ == "__main__":

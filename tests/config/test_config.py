@@ -274,3 +274,52 @@ def test_what_a_stage_reads_is_not_what_it_replaces(tmp_path, monkeypatch):
                 load(**{key: given})
     with pytest.raises(ParamsError, match=r"positive of a .* lies in data/find_concept"):
         load(concept="data/find_concept/nano-small")
+
+
+# --- concepts of one's own ---------------------------------------------------------------------
+
+
+def test_a_concept_needs_no_key_and_is_known_wherever_concepts_are_named(tmp_path):
+    pairs = ["male_vocal-off+guitar-on"]
+    query = [{"name": "him", "positive": "clips:has_male_vocal and not has_drums",
+              "negative": "clips:not has_male_vocal"}]  # fmt: skip
+    params = load_params(
+        write(
+            tmp_path, ("concepts", {"male_vocal": {}}), ("steer.pairs", pairs),
+            ("steer.concepts", ["guitar", "male_vocal"]), ("find_concept.concepts", query),
+            ("ablate.concepts", ["male_vocal", "drums"]),
+        )
+    )  # fmt: skip
+    assert params.concepts["male_vocal"].column == ""
+    assert params.steer_full.concepts == ("guitar", "male_vocal")
+    hash(params)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ({"steer.concepts": ["guitra"], "steer.pairs": []},
+         "steer.concepts names 'guitra'.*did you mean 'guitar'"),
+        ({"ablate.concepts": ["guitar", "male_vocl"], "concepts": {"male_vocal": {}}},
+         "ablate.concepts names 'male_vocl'.*did you mean 'male_vocal'"),
+        ({"find_concept.concepts": [{"name": "a", "positive": "clips:has_vocals",
+                                     "negative": "clips:not has_vocals"}]},
+         "find_concept.concepts: positive of a names 'vocals', .*not defined in `concepts`; known"),
+        ({"concepts": {"Male": {}}}, "concepts.Male: allowed are names of small letters"),
+        ({"concepts": {"guitar": {}}}, "concepts.guitar: allowed .* neither a family"),
+        ({"concepts": {"artist": {}}}, "concepts.artist: allowed .* column of labels.csv"),
+        ({"concepts": {"x": {"column": "Split"}}}, "concepts.x.column = 'Split': that column"),
+        ({"concepts": {"x": {"folder_with": "a"}}}, "concepts.x: give both folder_with and"),
+        ({"concepts": {"x": {"musicnn": ["male vocals"]}}},
+         "concepts.x.musicnn = 'male vocals' is no tag of musicnn; did you mean 'male vocal'"),
+        ({"concepts": {"x": {"prompts_with": ["one"]}}}, "concepts.x.prompts_with: one prompt"),
+        ({"concepts": {"x": {"prompts_without": ["a {mood} song", "b"]}}},
+         "concepts.x.prompts_without = 'a {mood} song': no blank {mood}; allowed are {lead}"),
+        ({"concepts": {"x": {"prompts_with": ["a { song", "b"]}}}, "write {{ for a {"),
+        ({"concepts": {"x": {"colum": "y"}}}, "unknown key concepts.x.colum.*did you mean"),
+    ],
+)  # fmt: skip
+def test_a_wrong_concept_is_named_with_its_key_and_the_nearest(tmp_path, sets, said):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, *sets.items()))
+    assert re.search(said.replace("{", r"\{"), str(caught.value)), str(caught.value)

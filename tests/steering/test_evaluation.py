@@ -36,7 +36,7 @@ def test_prompts_name_what_is_to_go_and_not_what_is_to_come():
     # An accompaniment never leads, as in the clips.
     drums = make_prompts(Selection("test", 60, named=("drums",)), 1)
     assert not any(t.lower().startswith(("drums", "bass")) for t in drums)
-    with pytest.raises(ValueError, match="unknown family 'kazoo'"):
+    with pytest.raises(ValueError, match="unknown concept 'kazoo'"):
         make_prompts(Selection("test", 1, ("kazoo",)), 0)
     with pytest.raises(ValueError, match="named and absent"):
         make_prompts(Selection("test", 1, ("guitar",), ("guitar",)), 0)
@@ -105,6 +105,41 @@ def test_regression_to_the_mean_is_no_success():
     assert found["musicnn"]["moved"] == pytest.approx(0.5, abs=0.08)
     assert found["success"]["low"] < 0 < found["success"]["high"]
     assert abs(found["success"]["value"]) < 0.1
+
+
+def test_a_defined_concept_without_a_judge_is_not_judged_and_spoils_no_other_number():
+    """Its column is NaN for every judge; what is kept of the families is as without it."""
+
+    def wider(of: Measurement) -> Measurement:
+        more = {j: np.pad(p, ((0, 0), (0, 1)), constant_values=np.nan)
+                for j, p in of.probabilities.items()}  # fmt: skip
+        return replace(of, probabilities=more)
+
+    one = scorer()
+    limits = {judge: {**known, "song": np.nan} for judge, known in one.thresholds.items()}
+    own = replace(one, families=(*NAMES, "song"), thresholds=limits)
+    rng = np.random.default_rng(0)
+    plain, steered = measured(rng.random(6)), measured(rng.random(6), organ=0.4)
+    found = ev.outcome(own, wider(plain), wider(steered), "song", "off")
+    assert found["not_judged"] is True
+    assert np.isnan(found["success"]["value"])
+    assert not {"family_judge", "musicnn"} & set(found)
+    before = ev.outcome(one, plain, steered, "guitar", "off")
+    after = ev.outcome(own, wider(plain), wider(steered), "guitar", "off")
+    assert after == before
+    with pytest.raises(ValueError, match=r"know no 'kazoo'.*define it in params\.concepts"):
+        own.column("kazoo")
+
+
+@pytest.mark.parametrize(("concept", "auroc", "say"), [
+    ("guitar", 0.68, []), ("guitar", 0.7, ["musicnn"]),
+    ("song", 0.64, []), ("song", 0.65, ["musicnn"]),
+])  # fmt: skip
+def test_a_defined_concept_needs_less_of_a_judge_than_a_family(concept, auroc, say):
+    own = scorer(heard={concept: auroc})
+    limits = {judge: {**known, "song": 0.5} for judge, known in own.thresholds.items()}
+    own = replace(own, families=(*NAMES, "song"), thresholds=limits)
+    assert own.judges(measured([0.5]), concept, choosing=False) == say
 
 
 def test_a_judge_that_does_not_detect_the_concept_has_no_say():

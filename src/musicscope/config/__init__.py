@@ -23,7 +23,15 @@ from musicscope.config.analysis import (
     Report,
     SelectLayers,
 )
-from musicscope.config.concepts import FindConcept, Steer, TrainJudge
+from musicscope.config.concepts import (
+    FAMILIES,
+    QUERY_NAME,
+    ConceptDefinition,
+    FindConcept,
+    Steer,
+    TrainJudge,
+    nearest,
+)
 from musicscope.config.data import DownloadModel, PrepareData, Pretrain, RecordingLimits
 from musicscope.config.dictionaries import TrainCrosscoder, TrainSae, TrainUsae
 from musicscope.config.schema import (
@@ -41,6 +49,7 @@ from musicscope.config.schema import (
 __all__ = [
     "BASES",
     "Compute",
+    "ConceptDefinition",
     "Params",
     "ParamsError",
     "PrepareData",
@@ -84,6 +93,8 @@ class Params(Section):
     """Layers to study in each model: top<n> by rank in the ablation, layer<i> by number, cross<i>
     for the cross-attention of a layer. `just slots` writes the list from a rule. The summary shows
     the first."""
+    concepts: ByName[ConceptDefinition]
+    """Concepts of your own beside the instrument families, by name; none by default."""
     prepare_data: PrepareData
     pretrain: Pretrain
     download_model: ByName[DownloadModel]
@@ -126,9 +137,32 @@ def _check_inputs(params: Params) -> None:
             )
 
 
+def _check_concepts(params: Params) -> None:
+    """Refuse definitions of concepts that cannot be used, and names that nothing defines."""
+    for name, definition in params.concepts.items():
+        definition.check(name)
+    named = [("ablate.concepts", name) for name in params.ablate.concepts]
+    for section in ("steer", "steer_full"):
+        named += [(f"{section}.concepts", name) for name in getattr(params, section).concepts]
+    for concept in params.find_concept.concepts:
+        for side in ("positive", "negative"):
+            query = getattr(concept, side)
+            if query.startswith("clips:"):
+                key = f"find_concept.concepts: {side} of {concept.name}"
+                named += [(key, name) for name in QUERY_NAME.findall(query)]
+    known = (*FAMILIES, *params.concepts)
+    for key, name in named:
+        if name not in known:
+            raise ParamsError(
+                f"{key} names {name!r}, which is no family and not defined in `concepts`"
+                + nearest(name, known)
+            )
+
+
 def _check_together(params: Params) -> None:
     """Refuse values that do not agree with one another."""
     _check_inputs(params)
+    _check_concepts(params)
     if params.select_layers.kind not in params.ablate.kinds:
         raise ParamsError(
             f"select_layers.kind = {params.select_layers.kind!r} is not among "

@@ -30,8 +30,8 @@ class Ablate(Section):
     """Ablations to run: skip leaves out the layer's update, mean replaces it by its mean, zero sets
     the layer's whole output to zero."""
     concepts: DistinctOrNone[FolderName]
-    """Instrument families to find the layers of, by patching cross-attention between captions that
-    differ in one of them; the next one is the control. None: nothing is patched."""
+    """Families, or names in `concepts`, to find the layers of, by patching cross-attention between
+    captions that differ in one of them; the next one is the control. None: nothing is patched."""
     concept_clips: PositiveInt
     """Clips per concept."""
     concept_seconds: Annotated[float, Field(ge=0.1, le=30)]

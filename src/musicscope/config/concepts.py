@@ -1,7 +1,11 @@
-"""Sections on judges, the concept finder and steering."""
+"""Sections on concepts, judges, the concept finder and steering."""
 
 from __future__ import annotations
 
+import difflib
+import re
+import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,9 +19,100 @@ from musicscope.config.schema import (
     FolderName,
     ParamsError,
     Section,
+    Text,
 )
 
+FAMILIES = (
+    "guitar", "piano", "electric_piano", "mallets", "organ", "strings", "choir", "brass", "reed",
+    "flute", "synth", "plucked", "bass", "drums",
+)  # fmt: skip
+"""Instrument families, the concepts that every data set has labels for."""
+MUSICNN_TAGS = (
+    "guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast",
+    "piano", "ambient", "beat", "violin", "vocal", "synth", "female", "indian", "opera", "male",
+    "singing", "vocals", "no vocals", "harpsichord", "loud", "quiet", "flute", "woman",
+    "male vocal", "no vocal", "pop", "soft", "sitar", "solo", "man", "classic", "choir", "voice",
+    "new age", "dance", "male voice", "female vocal", "beats", "harp", "cello", "no voice",
+    "weird", "country", "metal", "female voice", "choral",
+)  # fmt: skip
+"""Tags of musicnn, in the order of its outputs."""
+TABLE_COLUMNS = ("path", "caption", "group", "split", "artist")
+"""Columns of labels.csv that hold no label."""
+BLANKS = ("lead", "every", "joined", "backed", "tempo", "dense", "key", "bpm")
+"""What a prompt of a concept may leave open, such as {tempo}; filled in as in other prompts."""
+CONCEPT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+QUERY_NAME = re.compile(r"\bhas_(\w+)")
+
 Strength = Annotated[float, Field(gt=0, le=1000)]
+
+
+@dataclass(frozen=True)
+class ConceptDefinition(Section):
+    """A concept of your own: how recordings are labelled with it, how music with it is asked for,
+    and what judges it. All keys are optional; vocals, male_vocal and female_vocal come with tags of
+    captions and of musicnn (musicscope.data.concepts)."""
+
+    column: str = ""
+    """Column of labels.csv with 1, 0 or nothing for unknown; empty: named like the concept."""
+    tags: DistinctOrNone[Text] = ()
+    """Words that mean it, in captions (outside of negation) and among a data set's tags."""
+    unclear: DistinctOrNone[Text] = ()
+    """Words that could mean it: they leave a recording without `tags` unknown."""
+    absent: DistinctOrNone[Text] = ()
+    """Words that say that it is absent, unless one of `tags` is there too."""
+    folder_with: str = ""
+    """Folder of recordings with it, below prepare_data.recordings.folder (source folder)."""
+    folder_without: str = ""
+    """Folder of recordings without it, likewise."""
+    prompts_with: DistinctOrNone[Text] = ()
+    """Prompts for music with it, which steering switches off; those at odd places are for
+    validation, the others for test. May hold {lead}, {every}, {tempo}, {dense}, {key}, {bpm},
+    {joined} and {backed}. None: captions of validation and test clips that have it."""
+    prompts_without: DistinctOrNone[Text] = ()
+    """Prompts for music without it, which steering switches on; as above."""
+    musicnn: DistinctOrNone[Text] = ()
+    """Tags of musicnn that mean it, the highest counts; none: musicnn does not judge it."""
+
+    def check(self, name: str) -> None:
+        """Raise ParamsError, which names keys under concepts.`name`."""
+        key = f"concepts.{name}"
+        if not CONCEPT_NAME.fullmatch(name) or name in (*FAMILIES, *TABLE_COLUMNS):
+            raise ParamsError(
+                f"{key}: allowed are names of small letters, digits and '_' that are neither a "
+                "family nor a column of labels.csv; rename it"
+            )
+        if self.column.lower() in TABLE_COLUMNS:
+            raise ParamsError(f"{key}.column = {self.column!r}: that column holds no labels")
+        if bool(self.folder_with) != bool(self.folder_without):
+            raise ParamsError(f"{key}: give both folder_with and folder_without, or neither")
+        for tag in self.musicnn:
+            if tag not in MUSICNN_TAGS:
+                raise ParamsError(
+                    f"{key}.musicnn = {tag!r} is no tag of musicnn{nearest(tag, MUSICNN_TAGS)}"
+                )
+        for side in ("prompts_with", "prompts_without"):
+            self._check_prompts(f"{key}.{side}", getattr(self, side))
+
+    def _check_prompts(self, key: str, prompts: tuple[str, ...]) -> None:
+        if len(prompts) == 1:
+            raise ParamsError(f"{key}: one prompt; give none, or two: validation and test differ")
+        for prompt in prompts:
+            try:
+                blanks = [name for _, name, *_ in string.Formatter().parse(prompt)]
+            except ValueError as error:
+                raise ParamsError(f"{key} = {prompt!r}: {error}; write {{{{ for a {{") from None
+            if unknown := [b for b in blanks if b is not None and b not in BLANKS]:
+                raise ParamsError(
+                    f"{key} = {prompt!r}: no blank {{{unknown[0]}}}; allowed are "
+                    + ", ".join(f"{{{name}}}" for name in BLANKS)
+                )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest a known name in an error message: `; did you mean ...?`, or a list of all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +123,7 @@ class Steer(Section):
     slot: FolderName
     """Slot whose layer and SAE are edited; one of `slots`."""
     concepts: Distinct[FolderName]
-    """Instrument families, each to be switched off and on."""
+    """Families, or names in `concepts`; each to be switched off and on."""
     pairs: DistinctOrNone[Annotated[str, Field(pattern=PAIR)]]
     """Edits of several concepts at once, such as guitar-off+organ-on; may be none."""
     scores: Distinct[Annotated[str, Field(pattern=LATENT_SCORE)]]
@@ -140,7 +235,8 @@ class Concept(Section):
     name: FolderName
     """Name of the concept in results."""
     positive: str
-    """A folder of recordings, or a query on data/clips: `clips:has_guitar`. Several terms are
+    """A folder of recordings, or a query on data/clips: `clips:has_guitar`, with a family or a
+    name in `concepts`. Several terms are
     joined with `and`, such as `clips:has_guitar and not has_drums and kind=pair`. Terms on split,
     kind and font are train, clip and not the held-out font unless given."""
     negative: str

@@ -15,7 +15,7 @@ from musicscope.data.clips import HELD_OUT_FONT, known_labels, main_clips
 
 TRAIN_FONT, HELDOUT_FONT = "mixed", HELD_OUT_FONT
 MAIN = "guitar"
-"""The concept of the headline numbers: always probed, and the only one with matched pairs."""
+"""The concept of the headline numbers, and the only one with matched pairs."""
 CLASS_SETS = ("test", "heldout_font", "heldout_source")
 PAIR_SETS = {f"pairs_{font}": font for font in (TRAIN_FONT, HELDOUT_FONT)}
 
@@ -89,9 +89,9 @@ def select_concepts(
     """Select concepts with at least `least` clips of either class in train and in test.
 
     Returns them, and the size of the smallest class of each other concept. `MAIN` stays whenever
-    it can be fitted and scored at all.
+    it can be fitted and scored at all. ValueError if no concept is left.
     """
-    chosen, skipped = [], {}
+    chosen, skipped, counts = [], {}, []
     for concept in concepts:
         train, validation, test = (
             smaller_class(rows, concept, sets[s]) for s in ("train", "validation", "test")
@@ -99,12 +99,20 @@ def select_concepts(
         smallest = min(train, test)
         if smallest >= (1 if concept == MAIN else least) and validation >= 1:
             chosen.append(concept)
-        elif concept == MAIN:
-            raise ValueError(
-                f"train, validation or test has no clip with, or none without, {MAIN}: raise "
-                "prepare_data.clips (rendered clips) or prepare_data.recordings.limits "
-                "(recordings)"
-            )
         else:
             skipped[concept] = smallest
+            counts.append(f"{concept} {train}, {validation}, {test}")
+    if not chosen:
+        raise ValueError(
+            f"no concept has {least} clips with and {least} without it in train and in test, and "
+            f"one of each in validation ({MAIN}: one each); the rarer class in train, validation "
+            f"and test: {'; '.join(counts)}; lower probe.min_positive, raise prepare_data.clips "
+            "(rendered clips) or prepare_data.recordings.limits (recordings), or label more "
+            "recordings (docs/data.md)"
+        )
     return chosen, skipped
+
+
+def main_concept(concepts: Sequence[str]) -> str:
+    """Return `MAIN` if it is among the concepts, or if there are none; else the first of them."""
+    return MAIN if MAIN in concepts or not len(concepts) else concepts[0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from musicscope.config.concepts import FAMILIES
+
+__all__ = ["BASS_NAMES", "FAMILIES", "KEYS", "PITCHED_FAMILIES", "PROGRAM_NAMES"]
+
 PROGRAM_NAMES = {
     "guitar": {
         24: "nylon-string guitar", 25: "steel-string acoustic guitar", 26: "jazz guitar",
@@ -27,5 +31,5 @@ BASS_NAMES = {
     38: "synth bass",
 }
 PITCHED_FAMILIES = tuple(PROGRAM_NAMES)
-FAMILIES = (*PITCHED_FAMILIES, "bass", "drums")
+"""`FAMILIES` but bass and drums."""
 KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")

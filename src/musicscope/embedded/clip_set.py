@@ -13,7 +13,7 @@ asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -58,6 +58,8 @@ from musicscope.embedded.rendering.tunes import MUSIC21
 from musicscope.embedded.rendering.voices import load_bank
 
 MIXED = TRAIN_FONT
+LABELS = (*FAMILIES, VOCALS, *(f"{sex}_vocal" for sex in SINGERS))
+"""Concepts that every rendered clip has an exact label for."""
 SOUNDS = {MIXED: "timgm6mb", HELDOUT_FONT: "fluidr3mono"}
 """Family of sounds -> its soundfont; MIXED also has synthesis."""
 CLIPS_PER_SCENE = 4
@@ -323,6 +325,16 @@ def render_all(
     bar.close()
 
 
+def check_concepts(concepts: Iterable[str]) -> None:
+    """Raise ValueError for a concept of params.concepts that rendered clips have no label for."""
+    for name in concepts:
+        if name not in LABELS:
+            raise ValueError(
+                f"concepts.{name}: with prepare_data.source = embedded, labels are those of the "
+                f"rendered music: {', '.join(LABELS)}; take recordings for other concepts"
+            )
+
+
 def write_embedded(folder: Path, config: PrepareData, seed: int, processes: int) -> None:
     """Render the data set into the clip store at `folder`."""
     samples = round(config.seconds * SAMPLE_RATE)
@@ -349,11 +361,10 @@ def measure(store: ClipStore) -> dict[str, object]:
         pairs = store.select(kind="pair", font=font)
         if len(pairs):
             cues[f"{font}_pairs"] = cue_aurocs(store, pairs)
-    concepts = (*FAMILIES, VOCALS, *(f"{sex}_vocal" for sex in SINGERS))
     return {
         "clips": {"-".join(key): int(n) for key, n in counts.items()},
         "compositions": {str(k): int(n) for k, n in groups.items()},
-        "share_with": {c: float(rows[f"has_{c}"].mean()) for c in concepts},
+        "share_with": {c: float(rows[f"has_{c}"].mean()) for c in LABELS},
         "trivial_cue_auroc": cues,
         "skipped": 0,
     }

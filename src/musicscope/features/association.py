@@ -189,8 +189,10 @@ def usable_concepts(
     smallest = {c: min(smaller_class(rows, c, at) for at in sets) for c in concepts}
     skipped = {c: n for c, n in smallest.items() if n < least}
     if len(skipped) == len(smallest):
+        most = max(smallest, key=smallest.__getitem__)
         raise ValueError(
-            f"no concept has {least} clips with and {least} without it in validation and test: "
+            f"no concept has {least} clips with and {least} without it in validation and test (at "
+            f"most {smallest[most]}, of {most}): "
             "lower match_features.min_clips or raise prepare_data.clips (rendered clips) "
             "or prepare_data.recordings.limits (recordings)"
         )

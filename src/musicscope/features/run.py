@@ -49,6 +49,8 @@ class Inputs:
     rows: pd.DataFrame
     """Clip table of all stores"""
     slot: str
+    concepts: Sequence[str] = FAMILIES
+    """Concepts that latents are compared with"""
 
     def __post_init__(self) -> None:
         names, usae, slot = self.names, self.usae, self.slot
@@ -204,7 +206,7 @@ def describe_features(
     rows, clips, codes = inputs.rows, inputs.clips, comparison.codes
     dictionaries = [(kind, i, m) for kind in ("sae", "usae") for i, m in enumerate(inputs.models)]
     concepts, skipped = usable_concepts(
-        rows, [clips[CHOOSE], clips[REPORT]], FAMILIES, section.min_clips
+        rows, [clips[CHOOSE], clips[REPORT]], inputs.concepts, section.min_clips
     )
     has, labelled = label_matrix(rows, concepts)
     ids, groups = (rows[column].to_numpy(str)[clips[REPORT]] for column in ("id", "group"))

@@ -20,13 +20,13 @@ from musicscope.core import stats
 from musicscope.core.io import Metrics
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import HELD_OUT_FONT
+from musicscope.data.concepts import labelled
 from musicscope.data.splits import clip_sets
-from musicscope.data.taxonomy import FAMILIES
 from musicscope.features.association import rank_by_auroc
 from musicscope.finder.confounding import Confounding, measure
 
 PREFIX = "clips:"
-TERM = re.compile(r"(?P<no>not )?has_(?P<family>\w+)|(?P<column>\w+)=(?P<value>.+)")
+TERM = re.compile(r"(?P<no>not )?has_(?P<concept>\w+)|(?P<column>\w+)=(?P<value>.+)")
 COLUMNS = ("split", "kind", "font", "target_family", "key", "source", "group", "artist")
 
 
@@ -42,18 +42,18 @@ def select_query(rows: pd.DataFrame, query: str, split: str, font: str | None = 
     (None: any but the held-out one). Clips without a label match neither has_ nor not has_.
 
     Raises:
-        ValueError: an unknown term, family or column.
+        ValueError: an unknown term, concept or column.
     """
-    conditions, keep = {}, np.ones(len(rows), bool)
+    conditions, keep, known = {}, np.ones(len(rows), bool), labelled(rows)
     for term in query.removeprefix(PREFIX).split(" and "):
         parts = TERM.fullmatch(term.strip())
-        if not parts or (parts["family"] or FAMILIES[0]) not in FAMILIES:
+        if not parts or (parts["concept"] or known[0]) not in known:
             raise ValueError(
-                f"{query!r}: {term.strip()!r} is no term; allowed are has_<family> and not "
-                f"has_<family> with {', '.join(FAMILIES)}, and <column>=<value>"
+                f"{query!r}: {term.strip()!r} is no term; allowed are has_<concept> and not "
+                f"has_<concept> with {', '.join(known)}, and <column>=<value>"
             )
-        if parts["family"]:
-            has = rows[f"has_{parts['family']}"]
+        if parts["concept"]:
+            has = rows[f"has_{parts['concept']}"]
             keep &= (has == (not parts["no"])).fillna(False).to_numpy(bool)
         else:
             conditions[parts["column"]] = parts["value"].strip()
@@ -100,8 +100,8 @@ def concept_sets(rows: pd.DataFrame, positive: str, negative: str) -> Sets:
     if min(labels.sum(), (~labels).sum()) < 2:
         raise ValueError(
             f"{positive!r} has {labels.sum()} train clips, {negative!r} {(~labels).sum()}: at "
-            "least two of each are needed; change the query, or raise "
-            "prepare_data.clips.train"
+            "least two of each are needed; change the query in find_concept.concepts, raise "
+            "prepare_data.clips.train, or label more recordings"
         )
     if any("split=" in query for query in (positive, negative)):
         return Sets(train, labels, {})

@@ -40,6 +40,8 @@ class Chunk:
     """Clips, numbered within the chunk, that also go through the codec."""
     seconds: float
     seed: int
+    names: tuple[str, ...] = ()
+    """Defined concepts whose labels are read, of rows of data/clips; empty: families."""
 
     @property
     def file(self) -> str:
@@ -48,7 +50,8 @@ class Chunk:
 
 
 Clips = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Audio float32 [n, samples] at 16 kHz, labels bool [n, families], compositions [n]."""
+"""Audio float32 [n, samples] at 16 kHz, labels bool [n, families], compositions [n]. Of defined
+concepts labels are float32 [n, concepts], NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class ChunkData:
     audio: np.ndarray
     """float32 [n, samples], 16 kHz"""
     labels: np.ndarray
-    """bool [n, families]"""
+    """bool [n, families], or float32 [n, concepts] as in `Clips`"""
     groups: np.ndarray
     """[n] compositions"""
     coded: np.ndarray
@@ -134,12 +137,19 @@ def labels_of(store: ClipStore, rows: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(table[[f"has_{f}" for f in FAMILIES]].to_numpy(bool))
 
 
+def known_or_nan(store: ClipStore, rows: Sequence[int], names: Sequence[str]) -> np.ndarray:
+    """Read the labels of defined concepts: float32 [n, concepts], NaN where unknown."""
+    table = store.rows.iloc[list(rows)][[f"has_{name}" for name in names]]
+    return table.astype("boolean").to_numpy(np.float32, na_value=np.nan)
+
+
 def _clips(inputs: Inputs, chunk: Chunk) -> Clips:
     if not chunk.rows:
         return inputs.render(chunk)
     store, rows = open_clips(inputs.clips), list(chunk.rows)
     audio = resample(store.audio(rows), store.sample_rate, SAMPLE_RATE)
-    return audio, labels_of(store, rows), store.rows["group"].iloc[rows].to_numpy(str)
+    labels = known_or_nan(store, rows, chunk.names) if chunk.names else labels_of(store, rows)
+    return audio, labels, store.rows["group"].iloc[rows].to_numpy(str)
 
 
 def make_chunk(inputs: Inputs, chunk: Chunk) -> int:

@@ -220,7 +220,7 @@ def train_family_judge(
     Keeps only the float16 log-mel of the batches (64 kB for 10 s). 24 epochs of 3,000 clips take
     one thread about four minutes. Randomness comes from (`seed`, epoch). With `scratch` (see
     ``io.scratch_dir``) the state is saved after each epoch, so that a killed run resumes and ends
-    in the same weights.
+    in the same weights. Labels may be NaN where they are unknown.
 
     Raises:
         ValueError: labels that do not fit, a silent clip, or a family without both positive and
@@ -270,10 +270,14 @@ def _load(
         labels.append(truth)
     truth = np.concatenate(labels) if labels else np.zeros((0, len(families)))
     one_sided = [
-        f for f, m in zip(families, truth.T, strict=True) if m.min(initial=1) == m.max(initial=0)
+        f
+        for f, m in zip(families, truth.T, strict=True)
+        if np.nanmin(m, initial=1) == np.nanmax(m, initial=0)
     ]
     if one_sided or not len(truth):
         raise ValueError(f"families {one_sided or list(families)} lack clips with or without them")
+    # By row in memory, whatever the batches are: the state file is named by a hash of the labels.
+    truth = np.ascontiguousarray(truth)
     return torch.from_numpy(np.concatenate(features)), torch.from_numpy(truth)
 
 
@@ -305,7 +309,10 @@ def _epoch(
         # Half the time of float32 on a CPU with bfloat16 products; the weights stay float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = net(crops)
-        loss = F.binary_cross_entropy_with_logits(logits, labels[chosen])
+        truth = labels[chosen]
+        if not (known := truth.isfinite()).all():
+            logits, truth = logits[known], truth[known]
+        loss = F.binary_cross_entropy_with_logits(logits, truth)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from musicscope.config.concepts import MUSICNN_TAGS
 from musicscope.core.audio import mel_filterbank
 
 SAMPLE_RATE = 16_000
@@ -34,13 +35,7 @@ TARGET_RMS = 0.1
 SILENCE_RMS = 1e-3
 """-60 dBFS: a clip below it is silent."""
 
-_TAGS = (
-    "guitar,classical,slow,techno,strings,drums,electronic,rock,fast,piano,ambient,beat,violin,"
-    "vocal,synth,female,indian,opera,male,singing,vocals,no vocals,harpsichord,loud,quiet,flute,"
-    "woman,male vocal,no vocal,pop,soft,sitar,solo,man,classic,choir,voice,new age,dance,"
-    "male voice,female vocal,beats,harp,cello,no voice,weird,country,metal,female voice,choral"
-)
-TAGS = tuple(_TAGS.split(","))
+TAGS = MUSICNN_TAGS
 CHECKPOINT = "musicnn/MTT_musicnn/"
 PARAMETERS = 792_079
 """Of the network, 4,920 running statistics among them."""

@@ -8,8 +8,9 @@ classifier and the centroids know the compositions and the codec that recipes ar
 centroids also know musicnn's network.
 
 metrics/train_judge.json says how far to trust them. Where a judge's AUROC on codec output is below
-`FIT`, it has no say. Means over many clips show the direction of a change; for most families a
-single clip is little better than a guess.
+`FIT`, it has no say. Concepts that params.concepts defines have judges of their own (`concepts`),
+whose numbers stand beside those of families. Means over many clips show the direction of a change;
+for most families a single clip is little better than a guess.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import numpy as np
 from safetensors.torch import save_file
 
 from musicscope.core.io import atomic_dir, read_json, write_json
+from musicscope.data.taxonomy import FAMILIES
+from musicscope.judges.concepts import FOLDER as CONCEPTS
+from musicscope.judges.concepts import OWN_FIT, ConceptJudges, load_concept_judges
 from musicscope.judges.embedding_distance import EmbeddingJudge, load_embedding_judge
 from musicscope.judges.instrument_classifier import FamilyJudge, load_family_judge
 from musicscope.judges.musicnn import Musicnn, check_audio, silent, whole
@@ -50,13 +54,19 @@ FIT = 0.7
 """Least AUROC on codec output of a judge whose verdict on a family counts."""
 
 
+def least_auroc(concept: str) -> float:
+    """Least AUROC on codec output of a judge whose verdict on a family or concept counts."""
+    return FIT if concept in FAMILIES else OWN_FIT
+
+
 def family_probabilities(
-    tags: np.ndarray, names: tuple[str, ...], families: tuple[str, ...]
-) -> np.ndarray:
+    tags: np.ndarray, names: tuple[str, ...], families: tuple[str, ...],
+    meanings: Mapping[str, tuple[str, ...]] = TAGS,
+) -> np.ndarray:  # fmt: skip
     """Convert musicnn's tags [n, len(names)] to families [n, F]; NaN where it has no tag."""
     values = np.full((len(tags), len(families)), np.nan, np.float32)
     for column, family in enumerate(families):
-        if chosen := [names.index(tag) for tag in TAGS.get(family, ())]:
+        if chosen := [names.index(tag) for tag in meanings.get(family, ())]:
             values[:, column] = tags[:, chosen].max(1)
     return values
 
@@ -72,6 +82,8 @@ class Judges:
     embedding_judge: EmbeddingJudge | None = None
     reliability: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Judge -> family -> AUROC on codec output of test compositions."""
+    own: ConceptJudges | None = None
+    """Of concepts that params.concepts defines"""
     _last: dict[bytes, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -79,28 +91,55 @@ class Judges:
     @property
     def families(self) -> tuple[str, ...]:
         """Names of the columns of `predict`."""
-        return self.family_judge.families
+        return self.family_judge.families + (() if self.own is None else self.own.names)
 
     def predict(self, audio: np.ndarray) -> dict[str, np.ndarray]:
         """Predict family probabilities, float32 [n, F] per judge.
 
-        "musicnn" has NaN columns where it has no tag. A silent clip is a row of NaN in both.
+        "musicnn" has NaN columns where it has no tag, and every judge where it refuses to judge a
+        defined concept. A silent clip is a row of NaN in both.
         ValueError: another rank, no samples, NaN or infinity.
         """
+        return self._with_own(self._of_families(audio), audio)
+
+    def _of_families(self, audio: np.ndarray) -> dict[str, np.ndarray]:
         tags, _ = self._tags(audio)
+        known = self.family_judge.families
         return {
             "family_judge": self.family_judge.predict(audio),
-            "musicnn": family_probabilities(tags, self.musicnn.tags, self.families),
+            "musicnn": family_probabilities(tags, self.musicnn.tags, known),
         }
+
+    def predict_own(self, audio: np.ndarray) -> dict[str, np.ndarray]:
+        """Predict defined concepts, trusted or not: float32 [n, concepts] per judge."""
+        if self.own is None:
+            return {}
+        tags, embeddings = self._tags(audio)
+        found = self.own.predict(audio, embeddings)
+        meant = family_probabilities(tags, self.musicnn.tags, self.own.names, self.own.tags)
+        return found | {"musicnn": meant}
+
+    def _with_own(self, found: dict[str, np.ndarray], audio: np.ndarray) -> dict[str, np.ndarray]:
+        """Append columns of defined concepts; NaN where a judge is not to be trusted."""
+        if self.own is None:
+            return found
+        more, unknown = self.predict_own(audio), np.full((len(audio), len(self.own.names)), np.nan)
+        for judge, values in found.items():
+            columns = more.get(judge, unknown).astype(np.float32)
+            for i, name in enumerate(self.own.names):
+                if not self.reliability.get(judge, {}).get(name, 0.0) >= OWN_FIT:
+                    columns[:, i] = np.nan
+            found[judge] = np.concatenate([values, columns], 1)
+        return found
 
     def predict_all(self, audio: np.ndarray) -> dict[str, np.ndarray]:
         """Predict as `predict`, by the judges of `HELD_OUT` too as far as they are there."""
-        found = self.predict(audio)
+        found = self._of_families(audio)
         if self.other_font_judge is not None:
             found["other_font_judge"] = self.other_font_judge.predict(audio)
         if self.embedding_judge is not None:
             found["embedding_judge"] = self.embedding_judge.predict(self.embed(audio))
-        return found
+        return self._with_own(found, audio)
 
     def embed(self, audio: np.ndarray) -> np.ndarray:
         """Compute musicnn's penultimate layer, float32 [n, 200]; NaN for silent clips."""
@@ -123,6 +162,8 @@ class Judges:
                 self.other_font_judge.save(temporary / "other_font_judge")
             if self.embedding_judge is not None:
                 self.embedding_judge.save(temporary / "embedding_judge.safetensors")
+            if self.own is not None:
+                self.own.save(temporary / CONCEPTS)
             write_json(temporary / "reliability.json", self.reliability)
             weights = {name: value.contiguous() for name, value in self.musicnn.weights.items()}
             save_file(weights, temporary / "musicnn.safetensors")
@@ -146,7 +187,7 @@ def load_judges(folder: str | Path = FOLDER) -> Judges:
         more["other_font_judge"] = load_family_judge(folder / "other_font_judge")
     if (path := folder / "embedding_judge.safetensors").is_file():
         more["embedding_judge"] = load_embedding_judge(path, family_judge.families)
-    return Judges(family_judge, musicnn, **more)
+    return Judges(family_judge, musicnn, own=load_concept_judges(folder / CONCEPTS), **more)
 
 
 # --- distance of two sets ---------------------------------------------------------------------

@@ -88,7 +88,7 @@ def measure(sets: Mapping[str, Predictions], bootstrap: int, seed: int) -> Metri
 
 
 def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
-    """Judge -> family -> AUROC on codec output, from the numbers of `measure`.
+    """Judge -> family or defined concept -> AUROC on codec output, from the stage's metrics.
 
     Without clips through the codec, on the clips of the training soundfont. A family that no clip
     has, or all have, is left out.
@@ -101,6 +101,11 @@ def reliability(metrics: Metrics) -> dict[str, dict[str, float]]:
             for family, entry in report.items()
             if isinstance(entry, dict) and np.isfinite(entry["auroc"]["value"])
         }
+    for concept, own in metrics.get("concepts", {}).items():
+        for judge, of in own.items():
+            number = (of.get("codec") or of.get("test")) if judge in found else None
+            if number and np.isfinite(number["auroc"]["value"]):
+                found[judge][concept] = number["auroc"]["value"]
     return found
 
 
@@ -122,15 +127,18 @@ def pair_report(
 
 
 def plot_table(metrics: Metrics) -> pd.DataFrame:
-    """Tabulate AUROC with intervals: one row per judge, set and family."""
+    """Tabulate AUROC with intervals: one row per judge, set and family or defined concept."""
     judges = [judge for judge in ALL if judge in metrics]
     reports = [(judge, name, r) for judge in judges for name, r in metrics[judge].items()]
     reports += [("one font", name, r) for name, r in metrics["cross_font"].items()]
+    for concept, own in metrics.get("concepts", {}).items():
+        reports += [(j, n, {concept: r}) for j in ALL for n, r in own.get(j, {}).items()]
+    known = (*FAMILIES, *metrics.get("concepts", {}))
     return pd.DataFrame(
         [
             {"judge": judge, "set": name, "family": family, **stats.columns(report[family])}
             for judge, name, report in reports
-            for family in FAMILIES
+            for family in known
             if family in report
         ]
     )

@@ -127,10 +127,14 @@ def embed_chunk(inputs: Inputs, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
     """Embed the codec reconstructions of a train chunk: [m, 200], and their labels [m, F]."""
     torch.set_num_threads(1)
     data = read_chunk(inputs, chunk)
-    length = min(data.codec.shape[1], EMBEDDED_SECONDS * SAMPLE_RATE)
-    first = (data.codec.shape[1] - length) // 2
-    audio = data.codec[:, first : first + length]
-    return open_musicnn(inputs.musicnn).predict(audio)[1], data.labels[data.coded]
+    return embed_audio(open_musicnn(inputs.musicnn), data.codec), data.labels[data.coded]
+
+
+def embed_audio(musicnn: Musicnn, audio: np.ndarray) -> np.ndarray:
+    """Embed the middle `EMBEDDED_SECONDS` of 16 kHz clips: [n, 200]."""
+    length = min(audio.shape[1], EMBEDDED_SECONDS * SAMPLE_RATE)
+    first = (audio.shape[1] - length) // 2
+    return musicnn.predict(audio[:, first : first + length])[1]
 
 
 @functools.lru_cache(maxsize=1)

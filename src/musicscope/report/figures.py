@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from musicscope.core import plots
 from musicscope.core.stats import Estimate
-from musicscope.data.splits import HELDOUT_FONT, MAIN, TRAIN_FONT
+from musicscope.data.splits import HELDOUT_FONT, MAIN, TRAIN_FONT, main_concept
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.report.metrics import Sources, Tree
 from musicscope.report.sections.probes import REPRESENTATIONS
@@ -122,8 +122,9 @@ def _legend_below(figure: Figure, axis: Axes, columns: int) -> None:
 
 
 def overview(sources: Sources, kind: str) -> Figure | None:
-    """Draw KL per layer, and the success of each method that switches guitar off."""
+    """Draw KL per layer, and the success of each method that switches the main concept off."""
     figure, (axes,) = plots.new_figure(1, 2, size=(11.0, 3.6))
+    drawn = MAIN
     for series, model in enumerate(sources.models):
         layers = sources.plot(f"ablate/{model}")
         if layers is None or "kl" not in layers:
@@ -138,7 +139,8 @@ def overview(sources: Sources, kind: str) -> Figure | None:
             steered = sources.plot(f"steer/{model}")
         if steered is None:
             continue
-        off = steered[(steered["concept"] == MAIN) & (steered["direction"] == "off")]
+        drawn = main_concept(steered["concept"].unique())
+        off = steered[(steered["concept"] == drawn) & (steered["direction"] == "off")]
         off = off.set_index("method").reindex(OVERVIEW)
         width = 0.8 / len(sources.models)
         plots.interval_bars(
@@ -151,7 +153,9 @@ def overview(sources: Sources, kind: str) -> Figure | None:
     axes[0].set(title="Which layers matter (circles: chosen)", xlabel="layer",
                 ylabel=f"KL, nats per code ({kind} ablation)", yscale="log")  # fmt: skip
     axes[1].set(
-        title="Guitar off: success on test prompts", ylabel="share (95 %)", ylim=(-0.5, 1.1)
+        title=f"{drawn.replace('_', ' ').capitalize()} off: success on test prompts",
+        ylabel="share (95 %)",
+        ylim=(-0.5, 1.1),
     )
     axes[0].legend()
     return figure
@@ -262,7 +266,8 @@ def shared_loss(table: pd.DataFrame) -> Figure:
 
 def probes(table: pd.DataFrame, title: str) -> Figure:
     """Draw AUROC of the main concept by representation and test set, and k-sparse curves."""
-    table = table[table["concept"] == MAIN].set_index(["set", "representation"])
+    concept = main_concept(table["concept"].unique())
+    table = table[table["concept"] == concept].set_index(["set", "representation"])
     sparse = [name for name in table.loc["test"].index if name.startswith("sae_k")]
     middle = "sae_k016" if "sae_k016" in sparse else sparse[-1]
     labels = {key: label.replace(" ", "\n") for label, key in REPRESENTATIONS}
@@ -282,7 +287,7 @@ def probes(table: pd.DataFrame, title: str) -> Figure:
     axes[1].set_xscale("log", base=2)
     axes[1].set_xticks(k, [str(size) for size in k])
     axes[1].minorticks_off()
-    axes[0].set(title=f"{title}: {MAIN}", ylabel="AUROC (95 % over compositions)")
+    axes[0].set(title=f"{title}: {concept}", ylabel="AUROC (95 % over compositions)")
     drawn = table[table.index.get_level_values(1).isin([*names, *sparse])]
     axes[0].set_ylim(min(0.3, drawn["auroc_low"].min() - 0.02), 1.05)
     axes[1].set(title="k-sparse probes on SAE codes", xlabel="latents used (k)")
@@ -501,10 +506,11 @@ def judges(table: pd.DataFrame) -> Figure:
     figure, ((axis,),) = plots.new_figure(size=(12.0, 4.2))
     on_codec = table[table["set"] == "codec"]
     table = on_codec if len(on_codec) else table[table["set"] == TRAIN_FONT]
+    names = list(dict.fromkeys((*FAMILIES, *table["family"])))
     for series, (judge, rows) in enumerate(table.groupby("judge", sort=False)):
-        rows = rows.set_index("family").reindex(FAMILIES)
+        rows = rows.set_index("family").reindex(names)
         plots.interval_bars(
-            axis, [f.replace("_", "\n") for f in FAMILIES], *_interval(rows, "auroc"),
+            axis, [f.replace("_", "\n") for f in names], *_interval(rows, "auroc"),
             plots.COLOURS[series], series * 0.4, 0.4, str(judge).replace("_", " "),
             show_values=False,
         )  # fmt: skip

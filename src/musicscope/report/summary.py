@@ -68,7 +68,8 @@ HEADLINES: tuple[Headline, ...] = (
     Headline("{model}.probe.guitar_auroc", _PROBE, f"{_GUITAR}.sae.test.auroc", "AUROC",
              {"activations": f"{_GUITAR}.dense.test.auroc",
               "logmel": f"{_GUITAR}.logmel.test.auroc",
-              "shuffled": f"{_GUITAR}.shuffled.test.auroc"}),
+              "shuffled": f"{_GUITAR}.shuffled.test.auroc"},
+             absent=(_GUITAR,)),  # recordings labelled with other concepts only
     Headline("usae.r2_first_to_second", ("train_usae.json",), "headline.r2_0_1", "R2",
              {"mispaired": "null.mispaired.r2_0_1"}),
     Headline("usae.r2_second_to_first", ("train_usae.json",), "headline.r2_1_0", "R2",

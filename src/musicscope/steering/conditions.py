@@ -24,6 +24,7 @@ from musicscope.core.io import atomic_file
 from musicscope.core.parallel import workers
 from musicscope.core.seeding import seed_for
 from musicscope.data.clips import ClipStore
+from musicscope.data.concepts import Concepts
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.judges.pair import Judges, load_judges
 from musicscope.models.interface import AudioModel, Hook, Model
@@ -107,11 +108,12 @@ Open = Callable[[], Context]
 @lru_cache(maxsize=1)
 def open_context(
     model: str, recipes: str, sae: str, concepts: tuple[str, ...], device: str, seed: int,
-    section: Steer,
+    section: Steer, defined: Concepts | None = None,
 ) -> Context:  # fmt: skip
     """Open data/models/<model>, the SAE and recipes in these folders, data/clips and data/judge.
 
     The frozen decoder lies beside the SAE, its recipes in the folder FROZEN of `recipes`.
+    `defined`: params.concepts.
     """
     loaded, judges = load_model(f"data/models/{model}", device), load_judges("data/judge")
     if not judges.reliability:
@@ -119,7 +121,8 @@ def open_context(
             "data/judge/reliability.json is missing, and without it no judge has a say: run dvc "
             "repro -f train_judge"
         )
-    subject, frozen = make_subject(loaded, section, seed, ClipStore.open("data/clips")), None
+    clips, frozen = ClipStore.open("data/clips"), None
+    subject = make_subject(loaded, section, seed, clips, defined)
 
     def read(folder: Path) -> dict[str, Recipe]:
         return {concept: load_recipe(folder, concept) for concept in concepts}

@@ -6,8 +6,8 @@ concept and the mean over samples that should not. All samples count, whatever t
 the edit, and the share that another seed gives is subtracted. So regression to the mean cancels.
 
 Judges of `CHOOSING` choose settings; all others never do, and `success` is theirs. A judge that
-does not detect a concept on codec output (AUROC below `FIT`) has no say on it. Without any judge a
-cell is not judged, and its numbers are NaN.
+does not detect a concept on codec output (AUROC below `least_auroc`) has no say on it. Without any
+judge a cell is not judged, and its numbers are NaN.
 
 All intervals resample samples (or their groups) with the same draws for every method, so that
 differences between methods are paired.
@@ -24,7 +24,7 @@ import numpy as np
 from musicscope.core.io import Metrics
 from musicscope.core.mmd import GaussianKernel, paired_mmd
 from musicscope.core.stats import Estimate, Statistic, mean_of, resample_weights
-from musicscope.judges.pair import CHOOSING, FIT
+from musicscope.judges.pair import CHOOSING, least_auroc
 from musicscope.steering.conditions import Measurement
 from musicscope.steering.methods import Request
 
@@ -55,7 +55,8 @@ class Scorer:
         if concept not in self.families:
             raise ValueError(
                 f"the judges know no {concept!r}: known {', '.join(self.families)}; change "
-                "params.steer.concepts or retrain the judges"
+                "params.steer.concepts, or define it in params.concepts and run dvc repro "
+                "train_judge"
             )
         return self.families.index(concept)
 
@@ -64,11 +65,12 @@ class Scorer:
 
         A choosing judge that knows the concept always has a say: without one nothing is chosen.
         """
+        least = least_auroc(concept)
         return [
             judge
             for judge in of.probabilities
             if _known(self, judge, concept) and (judge in CHOOSING) == choosing
-            and (choosing or self.reliability.get(judge, {}).get(concept, 0.0) >= FIT)
+            and (choosing or self.reliability.get(judge, {}).get(concept, 0.0) >= least)
         ]  # fmt: skip
 
     def estimates(self, plain: Measurement) -> Callable[[Statistic, str], dict[str, object]]:
@@ -239,6 +241,8 @@ def leaks(plain: Measurement, steered: Measurement, column: int) -> Statistic:
     before, after = (
         np.delete(m.probabilities[SPECIFIC_JUDGE], column, 1) for m in (plain, steered)
     )
+    if (known := np.isfinite(before).any(0)).any():  # no judge of a defined concept: no column
+        before, after = before[:, known], after[:, known]
     sounds = np.isfinite(before).all(1) & np.isfinite(after).all(1)
     gap = after[sounds, None] - before[sounds]  # [n, n, families]
     won = np.moveaxis((gap > 0) + 0.5 * (gap == 0), 2, 0)

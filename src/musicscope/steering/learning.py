@@ -8,7 +8,7 @@ Scores of a latent, all above 0 for evidence for the concept:
 * share (SAeUron, arXiv 2501.18052): its share of the mean code with the concept minus without;
 * effect: difference of the classes' mean clip averages over their pooled standard deviation;
 * partial: t of the concept in a linear regression of the clip average on the labels of all
-  families, so that families which often occur with the concept do not count;
+  concepts, so that those which often occur with the concept do not count;
 * auroc: AUROC of the clip average minus 1/2.
 """
 
@@ -25,6 +25,9 @@ from scipy.signal import lfilter
 from musicscope.activations.store import ActivationStore
 from musicscope.core.stats import auroc_columns
 from musicscope.data.clips import known_labels, main_clips
+from musicscope.data.concepts import labelled
+from musicscope.data.splits import label_matrix
+from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import Codes, by_batch, encode_clips, pool_clips
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features.association import rank_by_difference
@@ -34,6 +37,8 @@ from musicscope.steering.edit import Gate
 from musicscope.steering.recipes import SCORES, Recipe
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+DETERMINED = 1e-9
+"""Power that regression on the other labels leaves of labels that they determine."""
 MOMENTS = 4
 """Moments per clip at which the gate is trained, the last at its end."""
 
@@ -69,12 +74,19 @@ def _partial_t(means: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.
     left = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
     own, columns = left[:, 0], left[:, 1:]
     power = own @ own
-    if power < 1e-9:
+    if power < DETERMINED:
         return np.zeros(means.shape[1])  # the other labels determine it
     slope = own @ columns / power
     spare = max(1, len(labels) - np.linalg.matrix_rank(basis) - 1)
     error = np.sqrt(((columns - np.outer(own, slope)) ** 2).sum(0) / spare / power)
     return np.divide(slope, error, out=np.zeros_like(slope), where=error > 1e-12)
+
+
+def _own_part(labels: np.ndarray, others: np.ndarray) -> float:
+    """Compute the power that regression on `others` and a constant leaves of `labels`."""
+    basis = np.column_stack([np.ones(len(labels)), others.astype(np.float64)])
+    own = labels - basis @ np.linalg.lstsq(basis, labels.astype(np.float64), rcond=None)[0]
+    return float(own @ own)
 
 
 @dataclass(frozen=True)
@@ -97,16 +109,26 @@ class Clips:
         for name, mask in (("train", train), ("validation", ~train)):
             if not 0 < labels[mask].sum() < mask.sum():
                 raise ValueError(
-                    f"{name} clips are all with, or all without, {concept}: raise the number of "
-                    "clips in prepare_data, or take it out of params.steer.concepts"
+                    f"{concept}: {labels[mask].sum()} of {mask.sum()} labelled {name} clips have "
+                    "it, and some of both are needed: raise the number of clips in prepare_data, "
+                    "label more recordings (docs/data.md), or take it out of params.steer.concepts"
                 )
         return at, labels, train
 
     def others(self, concept: str) -> np.ndarray:
-        """Return labels of the other families that are known for every clip, bool [clips, m]."""
-        names = [c for c in self.rows if c.startswith("has_") and c != f"has_{concept}"]
-        known = [self.rows[c].to_numpy(bool) for c in names if self.rows[c].notna().all()]
-        return np.stack(known, 1) if known else np.zeros((len(self.rows), 0), bool)
+        """Return labels of the other concepts that are known for every clip, bool [clips, m].
+
+        Those of families alone, or none, where all of them determine the concept (male and female
+        voices say whether there are vocals): nothing would be left to explain.
+        """
+        names = [c for c in labelled(self.rows) if c != concept]
+        names = [c for c in names if self.rows[f"has_{c}"].notna().all()]
+        at, labels, train = self.labelled(concept)
+        for kept in (names, [c for c in names if c in FAMILIES]):
+            others = label_matrix(self.rows, kept)[0]
+            if _own_part(labels[train], others[at[train]]) >= DETERMINED:
+                return others
+        return np.zeros((len(self.rows), 0), bool)
 
 
 def read_clips(

@@ -87,6 +87,8 @@ class Selection:
     n: int
     named: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    comes: str = ""
+    """The defined concept that is to come, if its own prompts without it are used"""
 
 
 @dataclass(frozen=True)

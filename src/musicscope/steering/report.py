@@ -149,6 +149,9 @@ def metrics(result: Result, recipes: Learnt, context: Context) -> dict[str, obje
     `prompts` is the number of samples of the smallest edit.
     """
     clips = plan_metrics(result.plan) if context.subject.noun == "clips" else {}
+    if result.plan.skipped and not clips:
+        of = plan_metrics(result.plan)
+        clips = {key: of[key] for key in ("skipped", "skipped_because")}
     return {
         "layer": context.layer,
         "prompts": min(own["plain"].selection.n for own in result.edits.values()),

@@ -13,8 +13,10 @@ import torch
 
 from musicscope.activations.store import ActivationStore
 from musicscope.config.concepts import Steer
+from musicscope.config.schema import Sections
 from musicscope.core.io import folder_sha256, scratch_dir, sha256
 from musicscope.data.clips import ClipStore
+from musicscope.data.concepts import Concepts, concepts_of
 from musicscope.dictionaries import stability
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.features import output_effects
@@ -29,9 +31,12 @@ from musicscope.steering.subjects import make_subject
 
 
 def evaluate(
-    name: str, section: Steer, seed: int, device: str, processes: int, outs: report.Outs
-) -> None:
+    name: str, section: Steer, seed: int, device: str, processes: int, outs: report.Outs,
+    concepts: Concepts | None = None,
+) -> None:  # fmt: skip
     """Learn recipes for one model, choose settings, test them and write `outs`.
+
+    `concepts`: params.concepts.
 
     Conditions that a killed run finished are kept under the hash of all inputs and read again.
     """
@@ -40,7 +45,8 @@ def evaluate(
     if store.ids != clips.rows["id"].tolist():
         sys.exit(f"{store.folder} holds other clips than data/clips: run dvc repro")
     model = load_model(f"data/models/{name}", device)
-    subject = make_subject(model, section, seed, clips)
+    concepts_of(clips.rows, (c for c in section.concepts if c in (concepts or ())))
+    subject = make_subject(model, section, seed, clips, concepts)
     plan = search.make_plan(subject, section)
     if not plan.tests:
         report.write_nothing(plan, outs)
@@ -68,6 +74,8 @@ def evaluate(
     saes = dictionary.parent  # all seeds, as they decide which latents return
     inputs = ("data/clips", f"data/models/{name}", store.folder, saes, "data/judge")
     key = {"stage": "steer", "seed": seed, **asdict(section)}
+    if concepts:
+        key["concepts"] = {name: asdict(concept) for name, concept in concepts.items()}
     if "effects" in ours:
         key["effects"] = sha256(output_effects.path_of(name, section.slot))
     torch.set_num_threads(1)  # conditions run in parallel instead
@@ -77,7 +85,15 @@ def evaluate(
         for recipe, _ in frozen.values():
             save_recipe(recipe, scratch / FROZEN)
         context = functools.partial(
-            open_context, name, str(scratch), str(dictionary), plan.concepts, device, seed, section
+            open_context,
+            name,
+            str(scratch),
+            str(dictionary),
+            plan.concepts,
+            device,
+            seed,
+            section,
+            Sections(concepts or {}),
         )
         result = search.run(section, context, scratch, processes, seed)
         report.write(result, recipes, context(), outs)

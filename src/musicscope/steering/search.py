@@ -210,11 +210,16 @@ def costs_in_budgets(rows: pd.DataFrame, section: Steer) -> pd.Series:
 
 
 def within_budget(rows: pd.DataFrame, section: Steer) -> pd.Series:
-    """Return the row within both budgets that moves the choosing judge most; else the cheapest."""
+    """Return the row within both budgets that moves the choosing judge most; else the cheapest.
+
+    Without a judge to choose by, the strongest edit within both budgets.
+    """
     cost = costs_in_budgets(rows, section)
     allowed = rows[cost <= 1]
     if not len(allowed):
         return rows.loc[cost.idxmin()]
+    if allowed["change"].isna().all():
+        return allowed.loc[allowed["strength"].idxmax()]
     return allowed.loc[allowed["change"].fillna(-1.0).idxmax()]
 
 

@@ -27,8 +27,9 @@ from musicscope.core.seeding import seed_for
 from musicscope.core.stats import auroc
 from musicscope.data.audio_files import Decoded, Problem, Separator, Spec, decode_job, plain
 from musicscope.data.clips import ClipStore, forget_progress, known_labels, write_clips, written
+from musicscope.data.concepts import Concepts, completed, labelled
 from musicscope.data.copies import find_copies, joined_groups
-from musicscope.data.sources import jamendo, musicbench, stems
+from musicscope.data.sources import jamendo, labels, musicbench, stems
 from musicscope.data.sources.archives import Item, extent, stream
 from musicscope.data.sources.folder import scan as scan_folder
 from musicscope.data.sources.recordings import (
@@ -53,7 +54,7 @@ NAMED = 20
 """Names per reason in the metrics; skipped.csv has all."""
 CUE_CLIPS = 1000
 """Clips that the trivial cues are measured on, drawn by seed."""
-SOURCES: dict[str, Callable[[PrepareData, int], Scan]] = {
+SOURCES: dict[str, Callable[[PrepareData, int, Concepts], Scan]] = {
     "musicbench": musicbench.scan,
     "song_describer": jamendo.scan_song_describer,
     "mtg_jamendo": jamendo.scan_mtg_jamendo,
@@ -87,20 +88,52 @@ class Progress:
         self.limited += decoded.limited
 
 
-def prepare(config: PrepareData, seed: int) -> Scan:
-    """Scan the data set, assign splits, apply limits, and use stems as audio if configured."""
-    settings = config.recordings
-    scan = SOURCES[config.source](config, seed)
+def prepare(config: PrepareData, seed: int, concepts: Concepts | None = None) -> Scan:
+    """Scan the data set, assign splits, apply limits, and use stems as audio if configured.
+
+    ValueError for a concept that no recording is labelled with, and no recording without.
+    """
+    settings, concepts = config.recordings, completed(concepts or {})
+    if config.source != "folder":
+        for name, concept in concepts.items():
+            if concept.folder_with:
+                raise ValueError(
+                    f"concepts.{name}.folder_with: folders are labels with prepare_data.source = "
+                    f"folder only, not with {config.source}; give tags"
+                )
+    scan = SOURCES[config.source](config, seed, concepts)
     if not scan.recordings:
         raise ValueError(
             f"prepare_data.recordings.folder: {settings.folder} lists no recording"
             + _first_problems([p.texts() for p in scan.problems])
         )
+    if concepts:
+        scan = with_concepts(scan, concepts)
     recordings = assign_splits(
         scan.recordings, seed, settings.validation_share, settings.test_share
     )
     scan = replace(scan, recordings=tuple(limit(recordings, settings.limits, seed)))
     return stems.from_folder(scan, settings.stems_folder) if settings.stems == "folder" else scan
+
+
+def with_concepts(scan: Scan, concepts: Concepts) -> Scan:
+    """Give every recording a label of every concept, None where it is unknown, and the rule."""
+    unknown = dict.fromkeys(concepts)
+    recordings = tuple(
+        replace(r, labels={**r.labels, **{n: r.labels.get(n) for n in unknown}})
+        for r in scan.recordings
+    )
+    for name in concepts:
+        counts = Counter(r.labels[name] for r in recordings)
+        if not counts[True] or not counts[False]:
+            raise ValueError(
+                f"concepts.{name}: of {len(recordings)} recordings {counts[True]} have it, "
+                f"{counts[False]} lack it and {counts[None]} are unknown; some of both are needed: "
+                f"give concepts.{name}.column (of labels.csv), tags, or folder_with and "
+                "folder_without"
+            )
+    rule = {"concept_rule": labels.CONCEPT_RULE}
+    return replace(scan, recordings=recordings, facts={**scan.facts, **rule})
 
 
 def describe(scan: Scan, config: PrepareData) -> str:
@@ -134,7 +167,8 @@ def _fingerprint(scan: Scan) -> list[list[object]]:
 
 
 def _row(source: str, r: Recording, start: float, number: int, windows: int) -> dict[str, object]:
-    labels = {f"has_{f}": r.labels[f] for f in FAMILIES}
+    names = (*FAMILIES, *(name for name in r.labels if name not in FAMILIES))
+    has = {f"has_{name}": r.labels[name] for name in names}
     captions = [plain(c) for c in r.captions]
     return {
         "id": r.id + (f"-{number:03d}" if windows > 1 else ""), "group": r.group,
@@ -142,7 +176,7 @@ def _row(source: str, r: Recording, start: float, number: int, windows: int) -> 
         "caption": captions[0] if captions else "", "captions": captions,
         "target_family": "", "families": [f for f in FAMILIES if r.labels[f]],
         "tempo_bpm": r.tempo_bpm, "key": r.music_key, "artist": r.artist, "recording": r.name,
-        "start": start, **labels,
+        "start": start, **has,
     }  # fmt: skip
 
 
@@ -192,7 +226,7 @@ def decoded_clips(
 
 def write_recordings(
     out: str | Path, config: PrepareData, seed: int, processes: int = 1,
-    separate: Separator | None = None,
+    separate: Separator | None = None, concepts: Concepts | None = None,
 ) -> None:  # fmt: skip
     """Make the clip store `out` from the data set of `config`.
 
@@ -203,12 +237,14 @@ def write_recordings(
     Raises:
         FileNotFoundError, ValueError: the data set is absent, or its layout is another.
     """
-    scan = prepare(config, seed)
+    scan = prepare(config, seed, concepts)
     if config.recordings.stems == "demucs" and separate is None:
         separate = stems.demucs_separator()
     print(describe(scan, config), file=sys.stderr)
     key = {"recordings": VERSION, "config": asdict(config), "seed": seed,
            "separate": separate is not None, "inputs": _fingerprint(scan)}  # fmt: skip
+    if concepts:
+        key["concepts"] = {name: asdict(concept) for name, concept in concepts.items()}
     with scratch_dir(key) as folder:
         publish_dir(_collect(folder, scan, config, processes, separate), out)
         shutil.rmtree(folder, ignore_errors=True)
@@ -343,22 +379,22 @@ def measure(store: ClipStore, seed: int) -> dict[str, object]:
     """
     rows, report = store.rows, read_json(store.folder / REPORT)
     counts = rows.groupby(["kind", "font", "split"]).size()
-    labels, shares = {}, {}
-    for family in FAMILIES:
-        known, has = known_labels(rows, family)
+    counted, shares = {}, {}
+    for name in labelled(rows):
+        known, has = known_labels(rows, name)
         split = rows["split"].to_numpy()[known]
-        labels[family] = {
+        counted[name] = {
             "with": int(has.sum()), "without": int((~has).sum()), "unknown": len(rows) - len(has),
             **{f"with_{s}": int(has[split == s].sum()) for s in SPLITS},
         }  # fmt: skip
-        shares[family] = float(has.mean()) if len(has) else float("nan")
+        shares[name] = float(has.mean()) if len(has) else float("nan")
     at, guitar = known_labels(rows, "guitar")
     rng = np.random.default_rng(seed_for(seed, "recordings", "cues"))
     picked = np.sort(rng.permutation(len(at))[:CUE_CLIPS])
     return {
         "clips": {"-".join(key): n for key, n in zip(counts.index, counts.tolist(), strict=True)},
         "groups": rows.groupby("split")["group"].nunique().to_dict(),
-        "labels": labels,
+        "labels": counted,
         "share_with": shares,
         "trivial_cue_auroc": {"clips": _cue_aurocs(store, at[picked], guitar[picked])},
         "skipped": sum(entry["count"] for entry in report["skipped"].values()),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
+from musicscope.config.concepts import TABLE_COLUMNS as COLUMNS
 from musicscope.data.audio_files import SUFFIXES, Problem, list_files
+from musicscope.data.concepts import Concepts
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
     SPLITS,
@@ -25,7 +28,6 @@ from musicscope.data.sources.recordings import (
 from musicscope.data.taxonomy import FAMILIES
 
 TABLE = "labels.csv"
-COLUMNS = ("path", "caption", "group", "split", "artist")
 WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": None}
 
 
@@ -67,10 +69,21 @@ class Labels:
         return rows
 
 
-def read_labels(path: Path) -> Labels:
+def column_name(name: str) -> str:
+    """Column as it is compared: in small letters, without has_."""
+    return name.lower().removeprefix("has_")
+
+
+def label_columns(concepts: Concepts) -> dict[str, str]:
+    """Concept -> its column of labels.csv: families, then defined concepts."""
+    own = {name: column_name(concept.column or name) for name, concept in concepts.items()}
+    return {family: family for family in FAMILIES} | own
+
+
+def read_labels(path: Path, labelled: Collection[str] = FAMILIES) -> Labels:
     """Read labels.csv if it is there.
 
-    Columns: path, and optionally caption, group, split, artist and one per family.
+    Columns: path, and optionally caption, group, split, artist and those of `labelled`.
 
     Raises:
         ValueError: no path column, a value that is no label or split, a path twice, or a column
@@ -80,19 +93,19 @@ def read_labels(path: Path) -> Labels:
         if path.exists():
             raise ValueError(f"{path} is no file; rename it")
         return Labels(path)
-    names, lines = read_csv(path, lambda name: name.lower().removeprefix("has_"))
+    names, lines = read_csv(path, column_name)
     if "path" not in names:
         raise ValueError(
             f"{path} has no column path; its columns, separated by commas, are {names}"
         )
-    unused = tuple(n for n in names if n and n not in (*COLUMNS, *FAMILIES))
+    unused = tuple(n for n in names if n and n not in (*COLUMNS, *labelled))
     for name in unused:
-        if near := difflib.get_close_matches(name, (*COLUMNS, *FAMILIES), 1, cutoff=0.8):
+        if near := difflib.get_close_matches(name, (*COLUMNS, *labelled), 1, cutoff=0.8):
             raise ValueError(f"{path}: unknown column {name!r}; did you mean {near[0]}?")
     rows, problems = {}, []
     for line, row in lines:
         row["path"] = str(PurePosixPath(row["path"].replace("\\", "/"))) if row["path"] else ""
-        row |= {name: row[name].lower() for name in ("split", *FAMILIES) if name in row}
+        row |= {name: row[name].lower() for name in ("split", *labelled) if name in row}
         if unsafe(row["path"]):
             where = f"{path.name}:{line}"
             problems.append(Problem(row["path"] or where, "unsafe path", where))
@@ -101,7 +114,7 @@ def read_labels(path: Path) -> Labels:
             raise ValueError(f"{path}, line {line} names {row['path']!r} again")
         for column, allowed, text in (
             ("split", ("", *SPLITS), f"one of {', '.join(SPLITS)}, or nothing"),
-            *((f, WORDS, "1, 0, yes, no, true, false, or nothing for unknown") for f in FAMILIES),
+            *((f, WORDS, "1, 0, yes, no, true, false, or nothing for unknown") for f in labelled),
         ):
             if row.get(column, "") not in allowed:
                 raise ValueError(
@@ -111,20 +124,58 @@ def read_labels(path: Path) -> Labels:
     return Labels(path, rows, tuple(problems), unused)
 
 
-def scan(config: PrepareData, seed: int) -> Scan:
+def of_folders(root: Path, concepts: Concepts) -> dict[str, dict[PurePosixPath, bool]]:
+    """Concept -> {its folder below `root`: the label of recordings in it}.
+
+    ValueError for a folder that is not there, or not below `root`.
+    """
+    found: dict[str, dict[PurePosixPath, bool]] = {}
+    for name, concept in concepts.items():
+        sides = {"folder_with": True, "folder_without": False}
+        for key, label in sides.items():
+            if not (given := getattr(concept, key)):
+                continue
+            # As written from here, or from the folder of recordings.
+            whole = Path(os.path.abspath(given if Path(given).is_dir() else root / given))
+            top = Path(os.path.abspath(root))  # links to folders are kept
+            if not whole.is_dir() or top not in whole.parents:
+                raise ValueError(
+                    f"concepts.{name}.{key} = {given!r} is no folder below {root}; put both "
+                    "folders, or links to them, into prepare_data.recordings.folder"
+                )
+            below = PurePosixPath(whole.relative_to(top).as_posix())
+            found.setdefault(name, {})[below] = label
+        if len(found.get(name, (True, False))) < len(sides):
+            raise ValueError(f"concepts.{name}: folder_with and folder_without are the same")
+    return found
+
+
+def folder_label(name: str, folders: Mapping[PurePosixPath, bool]) -> bool | None:
+    """Label of a recording by the nearest of `folders` that it lies in; None outside of them."""
+    return next((folders[p] for p in PurePosixPath(name).parents if p in folders), None)
+
+
+def scan(config: PrepareData, seed: int, concepts: Concepts | None = None) -> Scan:
     """List all audio below the folder.
 
-    A recording's group is its group, else its artist in the table, else its folder, else itself.
+    A recording's group is its group, else its artist in the table, else its folder, else itself. A
+    folder of a concept is no group: its recordings would be all of one split.
     """
+    concepts = concepts or {}
     settings = config.recordings
     root = Path(settings.audio or settings.folder)
     for key, folder in (("audio", settings.audio), ("folder", settings.folder)):
         if folder and not Path(folder).is_dir():
             raise FileNotFoundError(f"prepare_data.recordings.{key}: {folder} is no folder")
     files, listed = list_files(root)
-    table = read_labels(Path(settings.folder) / TABLE)
+    columns, folders = label_columns(concepts), of_folders(root, concepts)
+    table = read_labels(Path(settings.folder) / TABLE, tuple(dict.fromkeys(columns.values())))
     if table.unused:
-        print(f"{table.path}: not used: {', '.join(table.unused)}", file=sys.stderr)
+        print(
+            f"{table.path}: not used: {', '.join(table.unused)}; a column of labels becomes a "
+            f"concept with `{table.unused[0]}: {{}}` under `concepts` in params.yaml",
+            file=sys.stderr,
+        )
     names, problems = [], listed
     for name in files:
         if unsafe(name):
@@ -149,11 +200,16 @@ def scan(config: PrepareData, seed: int) -> Scan:
     for name in names:
         row = rows.get(name, {})
         caption = row.get("caption", "")
-        known = labels.merge([labels.from_caption(caption)] if caption else [])
-        for family in FAMILIES:
-            if (label := WORDS[row.get(family, "")]) is not None:
-                known[family] = label
+        known = labels.merge([labels.from_caption(caption, concepts)] if caption else [])
+        for concept, of in folders.items():
+            if (label := folder_label(name, of)) is not None:
+                known[concept] = label
+        for concept, column in columns.items():
+            if (label := WORDS[row.get(column, "")]) is not None:
+                known[concept] = label
         parent = str(PurePosixPath(name).parent)
+        if any(PurePosixPath(parent) in of for of in folders.values()):
+            parent = "."
         group = row.get("group") or row.get("artist") or (parent if parent != "." else name)
         if group != name:  # one artist, however it is spelled
             group = spelled.setdefault(" ".join(name_key(group).casefold().split()), group)

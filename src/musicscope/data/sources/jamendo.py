@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from musicscope.config import PrepareData
 from musicscope.core.io import read_text
 from musicscope.data.audio_files import Problem
+from musicscope.data.concepts import Concepts
 from musicscope.data.sources import labels
 from musicscope.data.sources.archives import archive_errors
 from musicscope.data.sources.recordings import (
@@ -50,6 +51,8 @@ class Track:
     path: str
     tags: frozenset[str]
     """Instrument tags without their prefix."""
+    others: frozenset[str] = frozenset()
+    """Tags of other categories (genre, mood), without their prefix."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,11 @@ def read_tags(path: Path) -> tuple[list[Track], list[Problem]]:
         tags = frozenset(
             t.removeprefix(TAG_CATEGORY).lower() for t in columns[5:] if t.startswith(TAG_CATEGORY)
         )
-        tracks.append(Track(track, artist, file, tags))
+        others = frozenset(
+            t.rpartition("---")[2].lower() for t in columns[5:]
+            if t and not t.startswith(TAG_CATEGORY)
+        )  # fmt: skip
+        tracks.append(Track(track, artist, file, tags, others))
     return tracks, problems
 
 
@@ -166,8 +173,8 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
 
 def read_track_tags(
     config: PrepareData, problems: list[Problem]
-) -> tuple[dict[int, frozenset[str]], tuple[Path, ...]]:
-    """Map track id to MTG-Jamendo's instrument tags, and name the table, if there is one."""
+) -> tuple[dict[int, Track], tuple[Path, ...]]:
+    """Map track id to its row in MTG-Jamendo's tag table, and name the table, if there is one."""
     settings = config.recordings
     path = Path(settings.tags) if settings.tags else None
     if path is not None and not path.is_file():
@@ -177,14 +184,14 @@ def read_track_tags(
         return {}, ()
     tracks, bad = read_tags(path)
     problems += bad
-    tags: dict[int, frozenset[str]] = {}
+    tags: dict[int, Track] = {}
     for track in tracks:
-        if tags.setdefault(track.track, track.tags) != track.tags:
+        if tags.setdefault(track.track, track).tags != track.tags:
             problems.append(Problem(track.path, BAD_ROW, f"other tags earlier in {path.name}"))
     return tags, (path,)
 
 
-def scan_song_describer(config: PrepareData, seed: int) -> Scan:
+def scan_song_describer(config: PrepareData, seed: int, concepts: Concepts | None = None) -> Scan:
     """Read Song Describer: a recording per track, a group per artist; splits are drawn."""
     settings = config.recordings
     folder = Path(settings.folder)
@@ -203,9 +210,10 @@ def scan_song_describer(config: PrepareData, seed: int) -> Scan:
     recordings, pairs = [], []
     for track, captions in by_track.items():
         captions.sort(key=lambda row: not row.valid)  # stable: the valid captions first
-        answers = [labels.from_caption(r.text) for r in captions]
+        answers = [labels.from_caption(r.text, concepts) for r in captions]
         if track in tags:
-            tagged = labels.from_tags(tags[track], settings.min_tags)
+            of = tags[track]
+            tagged = labels.from_tags(of.tags, settings.min_tags, concepts, of.others)
             pairs.append((labels.merge_answers(answers)["guitar"], tagged["guitar"]))
             answers.append(tagged)
         path = captions[0].path.removesuffix(".mp3") + (settings.audio_suffix or DESCRIBER_SUFFIX)
@@ -293,7 +301,7 @@ def remove_overlap(
     return [r for r in recordings if r.name not in names], problems, facts
 
 
-def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
+def scan_mtg_jamendo(config: PrepareData, seed: int, concepts: Concepts | None = None) -> Scan:
     """Read MTG-Jamendo's three tables of one split; a group per artist."""
     settings = config.recordings
     problems: list[Problem] = []
@@ -317,11 +325,12 @@ def scan_mtg_jamendo(config: PrepareData, seed: int) -> Scan:
             counts[f"rows_{split}"] += 1
             counts["rows_with_few_tags"] += len(row.tags) < settings.min_tags
             unknown.update(tag for tag in row.tags if not labels.is_known_tag(tag))
+            tagged = labels.from_tags(row.tags, settings.min_tags, concepts, row.others)
             recordings.append(
                 Recording(
                     name=file, key=key, id=make_id("jamendo", row.path, taken),
                     group=f"jamendo-artist-{row.artist}", split=split,
-                    labels=labels.merge([labels.from_tags(row.tags, settings.min_tags)]),
+                    labels=labels.merge([tagged]),
                     captions=(", ".join(sorted(row.tags)),), artist=str(row.artist),
                 )
             )  # fmt: skip

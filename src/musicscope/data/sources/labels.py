@@ -1,7 +1,7 @@
-"""Label recordings with instrument families, from captions or from instrument tags.
+"""Label recordings with instrument families and other concepts, from captions or from tags.
 
-Four answers, so that silence does not count as absence: `present`, `negated` (the text denies the
-family), `unlisted` (other instruments are named, this one is not) and `unknown`.
+Four answers, so that silence does not count as absence: `present`, `negated` (the text denies it),
+`unlisted` (other instruments are named, this one is not) and `unknown`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 
+from musicscope.config.concepts import ConceptDefinition
+from musicscope.data.concepts import Concepts
 from musicscope.data.taxonomy import FAMILIES
 
 PRESENT, NEGATED, UNLISTED, UNKNOWN = "present", "negated", "unlisted", "unknown"
@@ -25,6 +27,13 @@ TAG_RULE = (
     "present: a tag whose words mean the family in captions (guitar: guitar, acousticguitar, "
     "classicalguitar, electricguitar; acousticbassguitar is bass); unlisted, taken as absent: "
     "none, at least min_tags instrument tags and no tag that could mean the family; else unknown."
+)
+
+CONCEPT_RULE = (
+    "of params.concepts: present by a word of `tags` outside negation; negated: only inside; "
+    "taken as absent: a word of `absent`, or silence as for families, without a word of `unclear`; "
+    "else unknown. Among tags: a tag of `tags`; taken as absent with at least min_tags tags and "
+    "none of `unclear`."
 )
 
 # Phrases whose words mean something else one by one; applied in this order to lower-case text.
@@ -134,8 +143,15 @@ def _simplified(text: str) -> str:
     return text
 
 
-def from_caption(caption: str) -> dict[str, str]:
-    """Answer per family by CAPTION_RULE, from one caption in English."""
+@lru_cache
+def _phrases(words: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Words of a definition as they are written in simplified captions; None without any."""
+    parts = [re.escape(_simplified(w)).replace(r"\ ", r"[\s-]+") for w in words]
+    return re.compile(rf"(?<![\w])(?:{'|'.join(parts)})(?:s|es)?(?![\w])") if parts else None
+
+
+def from_caption(caption: str, concepts: Concepts | None = None) -> dict[str, str]:
+    """Answer per family by CAPTION_RULE, from one caption in English, and by CONCEPT_RULE."""
     text = _simplified(caption)
     negated = [m.span() for m in _NEGATION.finditer(text)]
 
@@ -154,7 +170,22 @@ def from_caption(caption: str) -> dict[str, str]:
         if family not in answers:
             clear = closed and not _UNCLEAR[family].search(text)
             answers[family] = UNLISTED if clear else UNKNOWN
-    return answers
+
+    def says(words: tuple[str, ...]) -> list[bool]:
+        """Whether each of these words that the caption has is affirmed."""
+        pattern = _phrases(words)
+        return [affirmed(m) for m in pattern.finditer(text)] if pattern else []
+
+    own = {}
+    for name, concept in (concepts or {}).items():
+        if found := says(concept.tags):
+            own[name] = PRESENT if any(found) else NEGATED
+        elif any(says(concept.absent)):
+            own[name] = UNLISTED
+        else:
+            silent = concept.tags and closed and not says(concept.unclear)
+            own[name] = UNLISTED if silent else UNKNOWN
+    return answers | own
 
 
 SPELLED = {
@@ -188,8 +219,14 @@ def is_known_tag(tag: str) -> bool:
     return any(tag_families(tag)) or bool(_OTHER.fullmatch(tag))
 
 
-def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
-    """Answer per family by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix."""
+def from_tags(
+    tags: Collection[str], min_tags: int, concepts: Concepts | None = None,
+    others: Collection[str] = (),
+) -> dict[str, str]:  # fmt: skip
+    """Answer per family by TAG_RULE, from MTG-Jamendo's instrument tags without their prefix.
+
+    Per concept by CONCEPT_RULE, from these and from `others`, tags of genre and mood.
+    """
     means = frozenset[str]().union(*(tag_families(tag)[0] for tag in tags))
     could = frozenset[str]().union(*(tag_families(tag)[1] for tag in tags))
     silent = UNLISTED if len(tags) >= min_tags else UNKNOWN
@@ -198,7 +235,23 @@ def from_tags(tags: Collection[str], min_tags: int) -> dict[str, str]:
         else UNKNOWN if family in could | NO_TAG
         else silent
         for family in FAMILIES
+    } | {
+        name: _tagged({*tags, *others}, concept, min_tags)
+        for name, concept in (concepts or {}).items()
     }  # fmt: skip
+
+
+def _tagged(tags: Collection[str], concept: ConceptDefinition, min_tags: int) -> str:
+    """Answer for one concept by CONCEPT_RULE; tags of captions count with and without blanks."""
+
+    def has(words: tuple[str, ...]) -> bool:
+        return any({w.lower(), re.sub(r"[\s-]", "", w.lower())} & set(tags) for w in words)
+
+    if has(concept.tags):
+        return PRESENT
+    if has(concept.unclear) or not concept.tags or len(tags) < min_tags:
+        return UNKNOWN
+    return UNLISTED
 
 
 def combine(answers: Iterable[str]) -> bool | None:
@@ -210,15 +263,16 @@ def combine(answers: Iterable[str]) -> bool | None:
 
 
 def merge_answers(sources: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Answer per family from several captions, by `combine`."""
+    """Answer per family and concept from several captions, by `combine`."""
     answers = {None: UNKNOWN, True: PRESENT, False: UNLISTED}
-    return {family: answers[label] for family, label in merge(sources).items()}
+    return {name: answers[label] for name, label in merge(sources).items()}
 
 
 def merge(sources: Iterable[Mapping[str, str]]) -> dict[str, bool | None]:
-    """Label per family, by `combine` over the captions and tags of one recording."""
+    """Label per family and concept, by `combine` over captions and tags of one recording."""
     sources = list(sources)
-    return {family: combine(s[family] for s in sources) for family in FAMILIES}
+    names = dict.fromkeys((*FAMILIES, *(name for s in sources for name in s)))
+    return {name: combine(s.get(name, UNKNOWN) for s in sources) for name in names}
 
 
 def agreement(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from musicscope.config import PrepareData
 from musicscope.data.audio_files import Problem
+from musicscope.data.concepts import Concepts
 from musicscope.data.sources import labels
 from musicscope.data.sources.recordings import (
     BAD_ROW,
@@ -97,7 +98,7 @@ def _key_name(key: object) -> str:
     return f"{root} {key[1]}"
 
 
-def scan(config: PrepareData, seed: int) -> Scan:
+def scan(config: PrepareData, seed: int, concepts: Concepts | None = None) -> Scan:
     """Read the metadata: test A and B are the same clips with other captions; A comes first."""
     settings = config.recordings
     folder = Path(settings.folder)
@@ -128,7 +129,7 @@ def scan(config: PrepareData, seed: int) -> Scan:
         # naming an instrument is enough.
         texts = [row.fields.get("alt_caption"), row.caption]
         texts = [t for t in texts if isinstance(t, str) and t.strip()]
-        said = [labels.from_caption(t) for t in texts]
+        said = [labels.from_caption(t, concepts) for t in texts]
         answers.append(said)
         recordings.append(
             Recording(

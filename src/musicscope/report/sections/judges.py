@@ -19,7 +19,7 @@ def section(sources: Sources) -> Section | None:
     """All judges by family and set; None where they were never trained."""
     if (found := sources.metrics("train_judge")) is None:
         return None
-    content = {"means": _means(found), "families": _families(found)}
+    content = {"means": _means(found), "families": _families(found), "own": _own(found)}
     return Section("judges", "How reliable the judges are", content)
 
 
@@ -54,3 +54,21 @@ def _families(found: Tree) -> Table:
         for family in families
     )
     return Table("Judges by family (AUROC)", ("family", *named), tuple(rows))
+
+
+def _own(found: Tree) -> Table | None:
+    """A row per defined concept and judge; None without any."""
+    named = {**SETS, "test": "test clips"}
+    rows = [
+        (
+            concept.replace("_", " "), JUDGES[judge],
+            *(cell(entry, f"{judge}.{name}.auroc") for name in ("test", "codec", "shuffled")),
+            "yes" if judge in str(entry.get("trusted")).split(", ") else "no",
+        )
+        for concept, entry in (get(found, "concepts") or {}).items()
+        for judge in JUDGES if judge in entry
+    ]  # fmt: skip
+    if not rows:
+        return None
+    heads = ("concept", "judge", *(named[n] for n in ("test", "codec", "shuffled")), "has a say")
+    return Table("Judges of defined concepts (AUROC)", heads, tuple(rows))

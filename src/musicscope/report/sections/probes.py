@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from musicscope.core.stats import Estimate
+from musicscope.data.splits import MAIN as DRAWN
+from musicscope.data.splits import main_concept
 from musicscope.report.elements import Figure, Section, Table
 from musicscope.report.metrics import Sources, Tree, cell, get, missing, plain, read
 
@@ -12,8 +14,6 @@ REPRESENTATIONS = (
     ("SAE", "sae"), ("activations", "dense"), ("log-mel", "logmel"), ("codec", "codec"),
     ("trivial cues", "trivial"), ("shuffled labels", "shuffled"),
 )  # fmt: skip
-DRAWN = "guitar"
-"""The concept of plots/probe/."""
 TESTS = (
     ("test", "test.auroc"), ("held-out source", "heldout_source.auroc"),
     ("held-out soundfont", "heldout_font.auroc"),
@@ -52,14 +52,15 @@ def section(sources: Sources) -> Section:
 
 
 def _figure(sources: Sources, model: str, slot: str, found: Tree) -> Figure | str:
+    drawn = main_concept(list(found["concepts"]))
     numbers = (
-        (label, read(found, f"concepts.{DRAWN}.{key}.test.auroc")) for label, key in REPRESENTATIONS
+        (label, read(found, f"concepts.{drawn}.{key}.test.auroc")) for label, key in REPRESENTATIONS
     )
     words = ", ".join(f"{label} {plain(number.value)}" for label, number in numbers)
     return sources.figure(
         f"probe/{model}-{slot}",
-        f"{model} {slot}, {DRAWN}. AUROC on test compositions: {words}",
-        f"{model} {slot}, {DRAWN}: 95 % bootstrap over compositions. Dashed: chance.",
+        f"{model} {slot}, {drawn}. AUROC on test compositions: {words}",
+        f"{model} {slot}, {drawn}: 95 % bootstrap over compositions. Dashed: chance.",
     )
 
 
@@ -80,10 +81,11 @@ def _table(name: str, found: Tree) -> Table:
 
 
 def _controls(name: str, found: Tree) -> Table:
-    """All representations on all test sets: the guitar, and the means over concepts."""
-    guitar = found["concepts"][DRAWN]
+    """All representations on all test sets: the main concept, and the means over concepts."""
+    drawn = main_concept(list(found["concepts"]))
+    own = found["concepts"][drawn]
     rows = [
-        (f"{DRAWN}: {label}", *(cell(guitar, f"{key}.{test}") for _, test in TESTS))
+        (f"{drawn}: {label}", *(cell(own, f"{key}.{test}") for _, test in TESTS))
         for label, key in REPRESENTATIONS
     ] + [
         (f"mean over concepts: {label}",
