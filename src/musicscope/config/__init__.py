@@ -15,6 +15,7 @@ from pydantic import Field
 from musicscope.config.analysis import (
     Ablate,
     ExtractActivations,
+    FeatureActivity,
     Gallery,
     MatchFeatures,
     MaximizeActivation,
@@ -89,6 +90,7 @@ class Params(Section):
     probe: Probe
     maximize_activation: MaximizeActivation
     match_features: MatchFeatures
+    feature_activity: FeatureActivity
     gallery: Gallery
     report: Report
     train_usae: TrainUsae

@@ -42,7 +42,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
     """The source of an inline script or style as the page's policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -71,8 +71,8 @@ def page(title: str, sections: Sequence[Section]) -> str:
         raise ValueError(f"report: these anchors appear twice: {', '.join(twice)}")
     style, script = ((HERE / f"assets/report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (
-        f"default-src 'none'; img-src data:; media-src data:; style-src {_hash(style)}; "
-        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; media-src data:; style-src {hash_of(style)}; "
+        f"script-src {hash_of(script)}; base-uri 'none'; form-action 'none'"
     )
     return environment().get_template("page.jinja").render(
         title=title, sections=sections, keys=set(names), policy=policy, style=style,
