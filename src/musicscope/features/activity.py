@@ -238,7 +238,8 @@ def write(
     """Write the tables of all dictionaries, atomically; of at most section.clips clips per set."""
     sets = {name: spread(clip_sets(rows)[name], section.clips) for name in (CHOOSE, REPORT, FONT)}
     sets = {name: clips for name, clips in sets.items() if len(clips)}
-    if not {CHOOSE, REPORT} <= set(sets):
+    needed = {REPORT} if all(one.described for one in dictionaries) else {CHOOSE, REPORT}
+    if not needed <= set(sets):
         raise ValueError(
             "no clips in validation or test: raise prepare_data.clips (rendered clips) or "
             "prepare_data.recordings.limits (recordings)"

@@ -22,6 +22,8 @@ SETS = {
 }  # fmt: skip
 """Label of each set of features.moments, with the model for {}."""
 
+PAGES = "../feature_pages/index.html"
+
 Described = tuple[dict[str, float | None], list[tuple[str, str]], list[tuple[str, str]]]
 """Numbers to sort by, facts, and matches (text, anchor)."""
 
@@ -86,7 +88,8 @@ def _usae(rows: pd.DataFrame) -> Described:
     numbers = {
         "energy": number_of(rows["energy"].mean()),
         "firing_rate": number_of(rows["firing_rate"].mean()),
-        "firing_entropy": number_of(first["firing_entropy"]), "cofires": number_of(first["cofires"]),
+        "firing_entropy": number_of(first["firing_entropy"]),
+        "cofires": number_of(first["cofires"]),
         "match": number_of(rows["counterpart_cosine"].max()), "number": float(first["feature"]),
         "concept_auroc": number_of(strongest["concept_auroc"]),
     }  # fmt: skip
@@ -140,6 +143,11 @@ def _clip_moment(
     )  # fmt: skip
 
 
+def page_of(slot: str, kind: str, model: str, number: int) -> str:
+    """Address of a feature's page, from the report."""
+    return f"{PAGES}#{'-'.join(filter(None, (kind, model, slot)))}/{number}"
+
+
 def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> list[Card]:
     """All cards, in the order of `moments.pick`.
 
@@ -159,6 +167,7 @@ def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> lis
     clips, picks = ClipStore.open(sources.root / "data/clips"), moments.pick(table, models, count)
     keys = {(p.kind, p.model, p.number): anchor(p.kind, p.model, p.number) for p in picks}
     found = searched(sources, keys, seconds)
+    slot = (sources.metrics("match_features") or {}).get("slot", sources.slots[0])
 
     def line(one: Pick, trace: Feature, clip: str) -> Line:
         kind, model, number = trace
@@ -194,7 +203,7 @@ def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> lis
                 tuple((f"{s}-{m}" if m else s, SETS[s].format(m)) for s, m in one.sets),
                 numbers, tuple(facts), _by_model(rows) if one.kind == "usae" else None,
                 tuple(matches), tuple(excerpts), tuple(of.best), tuple(of.others),
-                tuple(of.remarks),
+                tuple(of.remarks), page_of(slot, one.kind, one.model, one.number),
             )
         )  # fmt: skip
     return made

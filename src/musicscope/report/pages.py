@@ -191,8 +191,9 @@ def _matches(
         if one["kind"] == "usae":
             if row["counterpart"] >= 0:
                 value = plain(number_of(row["counterpart_cosine"]), 2)
-                found.append((f"{row['model']} SAE: decoder cosine {value}",
-                              _name("sae", row["model"], tables.slot), row["counterpart"]))  # fmt: skip
+                name = _name("sae", row["model"], tables.slot)
+                found.append((f"{row['model']} SAE: decoder cosine {value}", name,
+                              row["counterpart"]))  # fmt: skip
             continue
         for what, text in (("partner", "paired"), ("best", "most similar")):
             if row[what] >= 0:
@@ -338,7 +339,9 @@ def write(folder: str | Path, tables: Tables, clips: ClipStore, heading: str) ->
     """Write all pages, atomically; says beforehand how large they will be."""
     count = sum(tables.features.groupby("dictionary")["feature"].nunique())
     sound = len(tables.clips) * clips.samples / clips.sample_rate * KBITS / 8e3
-    text = tables.samples["curve"].str.len().sum() / 1e6 + 70e-6 * len(tables.samples) + 8e-4 * count
+    text = (
+        tables.samples["curve"].str.len().sum() / 1e6 + 70e-6 * len(tables.samples) + 8e-4 * count
+    )
     print(
         f"{count} features: about {text:.0f} MB, sound of {len(tables.clips)} clips: "
         f"{1.25 * sound:.0f} MB",
@@ -354,7 +357,9 @@ def write(folder: str | Path, tables: Tables, clips: ClipStore, heading: str) ->
                 part = [record for record, _ in made[i : i + SHARD]]
                 script = _call("shard", name, i // SHARD, part)
                 (out / "shards" / f"{name}-{i // SHARD}.js").write_text(script, "ascii")
-            columns = {key: [entry[key] for _, entry in made] for key in (made[0][1] if made else ())}
+            columns = {
+                key: [entry[key] for _, entry in made] for key in (made[0][1] if made else ())
+            }
             (out / "index" / f"{name}.js").write_text(_call("index", name, columns), "ascii")
             effects = tables.effects.get(name)
             toward = [] if effects is None else [

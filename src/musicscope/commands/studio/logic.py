@@ -85,6 +85,17 @@ def all_concepts(models: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(c for m in models for c in known_concepts(m)))
 
 
+def asked(query: Mapping[str, str], models: Sequence[str]) -> tuple[str | None, int | None]:
+    """Model and single feature in the page's address, ?model=NAME&feature=NUMBER.
+
+    None for each part that is absent or of no use, such as the feature of an unknown model.
+    """
+    model, feature = query.get("model"), query.get("feature", "")
+    if model is not None and model not in models:
+        return None, None
+    return model, int(feature) if feature.isascii() and feature.isdigit() else None
+
+
 # --- requests ---------------------------------------------------------------------------------
 
 
