@@ -12,8 +12,11 @@ from musicscope.commands import view
 
 @pytest.fixture
 def ask(tmp_path):
-    for name, text in (("data/report/report.html", "report"), ("data/secret.txt", "secret"),
-                       ("data/feature_pages/clips/0.mp3", "0123456789"), (".env", "secret")):  # fmt: skip
+    files = {
+        "data/report/report.html": "report", "data/secret.txt": "secret", ".env": "secret",
+        "data/feature_pages/clips/0.mp3": "0123456789",
+    }  # fmt: skip
+    for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse import csr_array
 
 from musicscope.config.analysis import FeatureActivity, MatchFeatures
+from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import Codes, pool_clips
 from musicscope.features import activity
 from musicscope.features.activity import ALL, LEVELS, Dictionary
@@ -112,9 +113,9 @@ def clip_table() -> pd.DataFrame:
         for i in range(CLIPS)
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    return table.assign(
-        has_guitar=rng.random(len(table)) < 0.5, has_drums=rng.random(len(table)) < 0.5
-    )
+    labels = dict.fromkeys((f"has_{family}" for family in FAMILIES), False)
+    random = {f"has_{family}": rng.random(len(table)) < 0.5 for family in ("guitar", "drums")}
+    return table.assign(**(labels | random))
 
 
 def test_concepts_are_tested_only_where_the_feature_table_has_none(tmp_path):

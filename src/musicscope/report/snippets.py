@@ -54,7 +54,7 @@ def mp3(audio: np.ndarray, rate: int) -> bytes:
 
 
 def constant_mp3(audio: np.ndarray, rate: int) -> bytes:
-    """As `mp3`, at a constant `KBITS`, so that a browser's seek is exact."""
+    """As `mp3`, at a constant `KBITS`, so that a browser seeks to within some 50 ms."""
     return _mp3(audio, rate, "CONSTANT", CONSTANT_LEVEL)
 
 
