@@ -22,8 +22,7 @@ def main() -> None:
     tables = pages.read(
         Path("."), params.match_features.slot, params.find_concept.slot, params.steer.slot
     )
-    heading = f"Features of {' and '.join(params.models)}"
-    pages.write(OUT, tables, ClipStore.open("data/clips"), heading)
+    pages.write(OUT, tables, ClipStore.open("data/clips"))
 
 
 if __name__ == "__main__":

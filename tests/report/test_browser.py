@@ -429,7 +429,7 @@ def viewer(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("viewer")
     make_activity(root, make_inputs(root))
     tables = pages.read(root, "top1", "top1", "top1")
-    pages.write(root / "pages", tables, ClipStore.open(root / "data/clips"), HOSTILE)
+    pages.write(root / "pages", tables, ClipStore.open(root / "data/clips"))
     return (root / "pages/index.html").as_uri()
 
 

@@ -35,7 +35,7 @@ def root(tmp_path_factory) -> Path:
     make_activity(root, make_inputs(root))
     tables = pages.read(root, "top1", "top1", "top1")
     clips = ClipStore.open(root / "data/clips")
-    pages.write(root / "data/feature_pages", tables, clips, HOSTILE)
+    pages.write(root / "data/feature_pages", tables, clips)
     return root
 
 
@@ -123,7 +123,7 @@ def test_each_clip_is_written_once_whole_and_at_a_constant_rate(root):
 
 def test_the_same_tables_give_the_same_bytes(root, tmp_path, capsys):
     tables = pages.read(root, "top1", "top1", "top1")
-    pages.write(tmp_path / "again", tables, ClipStore.open(root / "data/clips"), HOSTILE)
+    pages.write(tmp_path / "again", tables, ClipStore.open(root / "data/clips"))
     assert "features: about" in capsys.readouterr().err.splitlines()[0]
     first = root / "data/feature_pages"
     names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
@@ -137,7 +137,8 @@ def test_the_viewer_asks_no_network_and_hostile_text_stays_text(root):
     scripts = [a for tag, a in page.tags if tag == "script"]
     assert [a.get("src") for a in scripts] == [None, "manifest.js"]
     assert not re.search(r"(src|href)=.(https?:)?//", text)
-    assert HOSTILE in page.text
+    assert "Features of tiny and wide" in page.text
+    assert HOSTILE in Tags(pages.viewer(HOSTILE)).text
     (policy,) = (
         a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
     )

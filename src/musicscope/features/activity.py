@@ -31,7 +31,7 @@ of value / highest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,8 @@ CHOOSE, REPORT, FONT = "validation", "test", "heldout_font"
 ALL = "all"
 LEVELS = 255
 CONCEPT = ("concept", "concept_pooling", "concept_auroc", "concept_heldout_auroc", "concept_p")
+Key = tuple[str, str]
+"""Dictionary, model"""
 ROWS = 1024
 """Decoder rows whose cosines are computed at once."""
 
@@ -208,9 +210,9 @@ def describe(
 
 
 def concepts(
-    scores: Mapping[Hashable, dict[str, Scores]], sets: Mapping[str, np.ndarray],
+    scores: Mapping[Key, dict[str, Scores]], sets: Mapping[str, np.ndarray],
     rows: pd.DataFrame, section: MatchFeatures, seed: int,
-) -> dict[Hashable, Alignment]:  # fmt: skip
+) -> dict[Key, Alignment]:  # fmt: skip
     """Align latents with concepts as match_features does, by the keys of `scores`.
 
     `scores`: {key: {set: pools of its clips}}; `sets`: positions of the clips. p is corrected over
@@ -220,8 +222,9 @@ def concepts(
         return {}
     usable, _ = usable_concepts(rows, [sets[CHOOSE], sets[REPORT]], FAMILIES, section.min_clips)
     has, labelled = label_matrix(rows, usable)
-    return align(
-        dict(scores),
+    names = {"/".join(key): key for key in scores}
+    found = align(
+        {name: scores[key] for name, key in names.items()},
         {name: has[at] for name, at in sets.items()},
         rows["group"].to_numpy(str)[sets[REPORT]],
         usable,
@@ -229,6 +232,7 @@ def concepts(
         seed,
         {name: labelled[at] for name, at in sets.items()},
     )
+    return {names[str(name)]: alignment for name, alignment in found.items()}
 
 
 def write(

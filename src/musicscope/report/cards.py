@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def number_of(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) and value != -1 else None
 
 
-def concept_text(row: pd.Series) -> str:
+def concept_text(row: pd.Series | Mapping[str, Any]) -> str:
     """The best-aligned concept with AUROC and corrected p, or that none is significant."""
     if not isinstance(row["concept"], str) or not row["concept"]:
         return "not tested: silent or constant"

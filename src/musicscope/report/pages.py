@@ -74,7 +74,9 @@ def read(root: Path, slot: str, finder_slot: str, steered: str) -> Tables:
         raise FileNotFoundError(f"{folder} is missing: run dvc repro feature_activity")
     listed = read_json(folder / "dictionaries.json")
     table = pd.read_parquet(root / "data/features/features.parquet")
-    known = {(r["kind"], r["model"], r["feature"]): r for r in table.to_dict("records")}
+    known: dict[tuple[str, str, int], Row] = {
+        (r["kind"], r["model"], r["feature"]): r for r in table.to_dict("records")
+    }
     stability, effects, found = {}, {}, defaultdict(list)
     for one in listed["dictionaries"]:
         if one["kind"] != "sae":
@@ -335,7 +337,7 @@ def _write_clips(folder: Path, clips: ClipStore, ids: Sequence[str]) -> list[lis
     return listed
 
 
-def write(folder: str | Path, tables: Tables, clips: ClipStore, heading: str) -> None:
+def write(folder: str | Path, tables: Tables, clips: ClipStore) -> None:
     """Write all pages, atomically; says beforehand how large they will be."""
     count = sum(tables.features.groupby("dictionary")["feature"].nunique())
     sound = len(tables.clips) * clips.samples / clips.sample_rate * KBITS / 8e3
@@ -375,4 +377,5 @@ def write(folder: str | Path, tables: Tables, clips: ClipStore, heading: str) ->
             "dictionaries": listed, "clips": described, "shard": SHARD, "bands": tables.bands
         }  # fmt: skip
         (out / "manifest.js").write_text(_call("manifest", manifest), "ascii")
-        (out / "index.html").write_text(viewer(heading), "utf-8")
+        models = dict.fromkeys(one["model"] for one in tables.dictionaries if one["model"])
+        (out / "index.html").write_text(viewer(f"Features of {' and '.join(models)}"), "utf-8")
