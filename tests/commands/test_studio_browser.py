@@ -194,8 +194,9 @@ def test_single_features_are_edited(browser):
 
 def test_an_address_opens_a_feature(browser, address):
     browser.get(f"{address}?feature=7")
-    field = wait(browser, lambda d: d.find_element("css selector", "#feature-0 input"))
-    wait(browser, lambda _: field.is_displayed() and field.get_attribute("value") == "7")
+    wait(browser, lambda d: d.find_elements("css selector", "#knobs button"))[0].click()
+    field = wait(browser, lambda d: d.find_elements("css selector", "#feature-0 input"))[0]
+    wait(browser, lambda _: field.get_attribute("value") == "7")
 
 
 def test_cancel_ends_the_job_and_frees_the_queue(browser):

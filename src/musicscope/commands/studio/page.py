@@ -156,8 +156,8 @@ def _input(fields: Fields, values: dict) -> TextInput:
 
 def _steer_tab(
     models: Sequence[str], device: str, guidance: float | None, model: gr.Dropdown
-) -> tuple[gr.Accordion, Component]:
-    """Make the tab; return the part of single features, and the field of the first."""
+) -> Component:
+    """Make the tab; return the field of the first single feature."""
     concepts = logic.all_concepts(models)
     known = set(known_concepts(models[0]))
     with gr.Row():
@@ -178,7 +178,7 @@ def _steer_tab(
             if not concepts:
                 gr.Markdown("No concepts: run `dvc repro steer`.")
             singles = []
-            with gr.Accordion("Single features", open=False, elem_id="knobs") as part:
+            with gr.Accordion("Single features", open=False, elem_id="knobs"):
                 for i in range(SINGLE_FEATURES):
                     with gr.Row():
                         singles.append((
@@ -220,7 +220,7 @@ def _steer_tab(
 
     if concepts:
         model.change(show, model, [row for _, row, _, _ in rows], api_visibility="private")
-    return part, singles[0][0]
+    return singles[0][0]
 
 
 def _find_tab(device: str, guidance: float | None, model: gr.Dropdown) -> None:
@@ -297,7 +297,7 @@ def build(models: Sequence[str], device: str, guidance: float | None) -> gr.Bloc
         gr.Markdown(f"# musicscope studio\n{LEAD}")
         model = gr.Dropdown(list(models), value=models[0], label="Model", elem_id="model")
         with gr.Tab("Concepts off and on", id="steer"):
-            part, feature = _steer_tab(models, device, guidance, model)
+            feature = _steer_tab(models, device, guidance, model)
         with gr.Tab("Find a concept", id="find"):
             _find_tab(device, guidance, model)
 
