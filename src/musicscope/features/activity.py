@@ -211,20 +211,20 @@ def describe(
 
 def concepts(
     scores: Mapping[Key, dict[str, Scores]], sets: Mapping[str, np.ndarray],
-    rows: pd.DataFrame, section: MatchFeatures, seed: int,
+    rows: pd.DataFrame, names: Sequence[str], section: MatchFeatures, seed: int,
 ) -> dict[Key, Alignment]:  # fmt: skip
-    """Align latents with concepts as match_features does, by the keys of `scores`.
+    """Align latents with the concepts `names` as match_features does, by the keys of `scores`.
 
     `scores`: {key: {set: pools of its clips}}; `sets`: positions of the clips. p is corrected over
     the latents of all `scores`, not those of match_features.
     """
     if not scores:
         return {}
-    usable, _ = usable_concepts(rows, [sets[CHOOSE], sets[REPORT]], FAMILIES, section.min_clips)
+    usable, _ = usable_concepts(rows, [sets[CHOOSE], sets[REPORT]], names, section.min_clips)
     has, labelled = label_matrix(rows, usable)
-    names = {"/".join(key): key for key in scores}
+    keys = {"/".join(key): key for key in scores}
     found = align(
-        {name: scores[key] for name, key in names.items()},
+        {name: scores[key] for name, key in keys.items()},
         {name: has[at] for name, at in sets.items()},
         rows["group"].to_numpy(str)[sets[REPORT]],
         usable,
@@ -232,14 +232,18 @@ def concepts(
         seed,
         {name: labelled[at] for name, at in sets.items()},
     )
-    return {names[str(name)]: alignment for name, alignment in found.items()}
+    return {keys[str(name)]: alignment for name, alignment in found.items()}
 
 
 def write(
     folder: str | Path, dictionaries: Sequence[Dictionary], rows: pd.DataFrame,
     section: FeatureActivity, matching: MatchFeatures, seed: int,
+    names: Sequence[str] = FAMILIES,
 ) -> None:  # fmt: skip
-    """Write the tables of all dictionaries, atomically; of at most section.clips clips per set."""
+    """Write the tables of all dictionaries, atomically; of at most section.clips clips per set.
+
+    `names`: concepts that latents of dictionaries without a feature table are compared with.
+    """
     sets = {name: spread(clip_sets(rows)[name], section.clips) for name in (CHOOSE, REPORT, FONT)}
     sets = {name: clips for name, clips in sets.items() if len(clips)}
     needed = {REPORT} if all(one.described for one in dictionaries) else {CHOOSE, REPORT}
@@ -261,7 +265,7 @@ def write(
                     scores.setdefault((one.name, model), {})[name] = kinds
     features, samples = (pd.concat(of, ignore_index=True) for of in zip(*tables, strict=True))
     features[list(CONCEPT[:2])], features[list(CONCEPT[2:])] = "", np.nan
-    for (name, model), found in concepts(scores, sets, rows, matching, seed).items():
+    for (name, model), found in concepts(scores, sets, rows, names, matching, seed).items():
         own = (features["dictionary"] == name) & (features["model"] == model)
         number = features.loc[own, "feature"].to_numpy()
         for column in CONCEPT:
