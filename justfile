@@ -46,7 +46,7 @@ lint:
 # headline numbers with intervals and controls; the page is data/report/report.html
 report:
     @python -m stages.summarize --show
-    @test ! -f data/report/report.html || echo "open data/report/report.html in a browser"
+    @test ! -f data/report/report.html || echo "open data/report/report.html in a browser, or run musicscope view"
 
 # summary of the work tree against a revision or an experiment; or between two revisions
 compare rev="HEAD" *other:
@@ -128,5 +128,6 @@ lock *args:
 clean:
     rm -rf data/clips data/activations data/sae data/usae data/crosscoder data/features
     rm -rf data/model_code data/maximize_activation data/maximize_shared data/report dvclive .dvc/tmp/partial
+    rm -rf data/feature_activity data/feature_pages
     rm -rf .pytest_cache .ruff_cache .hypothesis
     find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -378,3 +378,17 @@ def test_unusable_recordings_are_told_without_our_paths(folder, recordings):
 
     with pytest.raises(logic.Cancelled):
         logic.find("tiny", recordings["with"], recordings["without"], stop)
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ({}, (None, None)),
+        ({"model": "b", "feature": "12"}, ("b", 12)),
+        ({"model": "c", "feature": "12"}, (None, None)),  # another model's feature 12 is no use
+        ({"model": "b", "feature": "-1"}, ("b", None)),
+        ({"feature": "<b>"}, (None, None)),
+    ],
+)
+def test_an_address_names_model_and_feature(query, found):
+    assert logic.asked(query, ["a", "b"]) == found

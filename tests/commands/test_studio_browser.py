@@ -262,6 +262,13 @@ def test_single_features_are_edited(browser):
     assert not np.array_equal(fetched(plain)[0], fetched(steered)[0])
 
 
+def test_an_address_opens_a_feature(browser, address):
+    browser.get(f"{address}?feature=7")
+    wait(browser, lambda d: d.find_elements("css selector", "#knobs button"))[0].click()
+    field = wait(browser, lambda d: d.find_elements("css selector", "#feature-0 input"))[0]
+    wait(browser, lambda _: field.get_attribute("value") == "7")
+
+
 def test_cancel_ends_the_job_and_frees_the_queue(browser):
     from musicscope.commands.studio import page as studio_page
 

@@ -20,6 +20,7 @@ EACH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 NO_SECTION = {
     "summarize": "it copies numbers",
     "figures": "it draws tables",
+    "feature_pages": "it renders tables",
     "model_code": "it hashes files",
     "maximize_shared": "it is maximize_activation over all models at once",
 }
@@ -28,7 +29,7 @@ SCRIPT_OF = {"maximize_shared": "maximize_activation", "steer_full": "steer"}
 # What reads data/sae: the universal SAE and the crosscoder for comparison.
 BEHIND_SAES = (
     "measure_effects", "train_usae", "match_features", "maximize_activation", "maximize_shared",
-    "find_concept", "steer", "summarize", "figures", "report",
+    "find_concept", "steer", "feature_activity", "feature_pages", "summarize", "figures", "report",
 )  # fmt: skip
 
 
@@ -93,7 +94,17 @@ def reads_param(key: str):
         ("train_sae.k", ("train_sae", "probe", *BEHIND_SAES)),
         ("probe.bootstrap", ("probe", "summarize", "figures", "report")),
         ("train_judge.epochs", ("train_judge", "steer", "summarize", "figures", "report")),
-        ("train_crosscoder.k", ("train_usae@crosscoder", "summarize", "figures", "report")),
+        (
+            "train_crosscoder.k",
+            (
+                "train_usae@crosscoder",
+                "feature_activity",
+                "feature_pages",
+                "summarize",
+                "figures",
+                "report",
+            ),
+        ),
         ("extract_activations.dtype", ("extract_activations", "train_sae", "probe", *BEHIND_SAES)),
     ],
 )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from musicscope.core import plots
-from musicscope.report import snippets
+from musicscope.data.clips import ClipStore
+from musicscope.report import pages, snippets
+from musicscope.report.answers import Answer
 from musicscope.report.build import page as page_of
 from musicscope.report.elements import Card, Figure, Moment, Players, Section, Table
 from musicscope.report.metrics import plain
-from tests.support.report import tone
+from tests.support.report import HOSTILE as UNSAFE
+from tests.support.report import make_activity, make_inputs, tone
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = next(
@@ -29,6 +33,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync --mute-audio "
     "--autoplay-policy=no-user-gesture-required"
 )
+UNFOLD = "document.querySelectorAll('.part > details').forEach((fold) => { fold.open = true; })"
 HOSTILE = '</script><img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
 LONG = "an_unbreakable_name_" * 12
 
@@ -91,8 +96,14 @@ def page(tmp_path_factory) -> str:
         Section("steering", "Concepts off and on", {"models": [model]}),
         Section("finder", "Concepts found", {"models": [found]}),
     ]
+    short = Table(HOSTILE, ("", "result", "null", "above it"), ((LONG, HOSTILE, "0.5", "no"),))
+    answers = [
+        Answer("steering", short, 1, Players(((HOSTILE, before_after),))),
+        Answer("layers", short, 0, figure),
+        Answer("gallery", None, 0, players),
+    ]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page_of(f"Test report {LONG}", sections), encoding="utf-8")
+    path.write_text(page_of(f"Test report {LONG}", sections, answers), encoding="utf-8")
     return path.as_uri()
 
 
@@ -114,6 +125,7 @@ def browser(chromium, page):
     chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     chromium.get(page)
+    chromium.execute_script(UNFOLD)
     return chromium
 
 
@@ -165,7 +177,7 @@ def test_every_sound_and_picture_can_be_decoded(browser):
         }));
         const wide = all('.moment img').map((image) => image.naturalWidth);
         Promise.all(loads).then((durations) => done({durations, wide}));""")
-    assert len(found["durations"]) == 8 + 3
+    assert len(found["durations"]) == 4 + 8 + 3  # answers, cards, parts
     assert min(found["durations"]) > 0.9
     assert set(found["wide"]) == {51}
     charts = "return [...document.querySelectorAll('figure img')].map((i) => i.naturalWidth)"
@@ -209,26 +221,22 @@ def test_hostile_text_stays_text(browser):
     assert browser.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
     assert browser.execute_script("return document.scripts.length") == 1
     assert HOSTILE in browser.find_element("css selector", "#middle .what").text
-    assert browser.find_element("css selector", "#layers > .missing").text == HOSTILE
+    assert browser.find_element("css selector", "#layers .missing").text == HOSTILE
 
 
 def test_page_works_from_the_keyboard(browser):
     tab, order = webdriver.Keys.TAB, []
     browser.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
-    for _ in range(16):
+    for _ in range(48):
         press(browser, tab)
         order.append(browser.execute_script(
             "const e = document.activeElement; const s = getComputedStyle(e);"
             "return [e.id || e.className || e.tagName, s.outlineStyle]"))  # fmt: skip
     names = [name for name, _ in order]
     assert names[0] == "skip"
-    for earlier, later in (
-        ("search", "kind"),
-        ("kind", "sort"),
-        ("sort", "order"),
-        ("order", "play"),
-    ):
-        assert names.index(earlier) < names.index(later), names
+    places = [names.index(name) for name in ("search", "kind", "sort", "order")]
+    assert places == sorted(places), names
+    assert "play" in names[places[-1] :]  # the cards come after
     assert names.index("scroll") < names.index("search")  # wide tables can be scrolled
     assert all(style != "none" for _, style in order), order
     while browser.switch_to.active_element.get_attribute("class") != "play":
@@ -255,12 +263,12 @@ def test_players_beside_each_other_play_from_the_keyboard(browser):
     browser.execute_script("document.querySelectorAll('#steering .play')[1].focus()")
     press(browser, webdriver.Keys.ENTER)
     playing = "return [...document.querySelectorAll('audio')].map(a => !a.paused)"
-    assert browser.execute_script(playing).index(True) == 9
+    assert browser.execute_script(playing).index(True) == 4 + 9
     press(browser, webdriver.Keys.ENTER)
     assert True not in browser.execute_script(playing)
-    fold = browser.find_element("css selector", "#steering summary")
+    fold = browser.find_element("css selector", "#steering details details summary")
     fold.send_keys(webdriver.Keys.ENTER)
-    assert browser.execute_script("return document.querySelector('#steering details').open")
+    assert browser.execute_script("return document.querySelector('#steering details details').open")
 
 
 def test_link_to_a_match_shows_it_even_when_it_is_filtered_out(browser):
@@ -280,7 +288,7 @@ def test_nothing_overflows(browser, width):
         {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     assert browser.execute_script("return innerWidth") == width
-    browser.execute_script("document.querySelector('#steering details').open = true")
+    browser.execute_script("document.querySelector('#steering details details').open = true")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     # Text may neither leave its box nor the page; tables scroll in their own frame.
     wide = browser.execute_script("""
@@ -369,3 +377,146 @@ def test_no_request_leaves_the_page_and_the_console_is_silent(chromium, page):
     assert urls[0] == page
     assert all(url.startswith("data:") for url in urls[1:]), urls
     assert chromium.get_log("browser") == []
+
+
+# The folded page
+
+
+def test_answers_come_first_and_every_part_is_folded(chromium, page):
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    chromium.get(page)
+    seen = chromium.execute_script("""
+        const top = (name) => document.querySelector(name).getBoundingClientRect().top;
+        return [document.documentElement.scrollHeight, top('.answers'), top('.part'),
+                document.querySelectorAll('.part > details[open]').length,
+                document.querySelectorAll('.answer .play').length];""")
+    assert seen[0] <= 5 * 900
+    assert seen[1] < seen[2]
+    assert seen[3:] == [0, 4]
+    chromium.execute_script("document.querySelector('#answer-layers .ends a').click()")
+    chromium.execute_async_script("setTimeout(arguments[arguments.length - 1], 100)")
+    opened = """return [...document.querySelectorAll('.part > details[open]')]
+        .map((fold) => fold.parentElement.id)"""
+    assert chromium.execute_script(opened) == ["layers"]
+    chromium.get(f"{page}#high")  # a card inside a folded part
+    chromium.refresh()
+    assert chromium.execute_script(opened) == ["features"]
+    assert chromium.switch_to.active_element.get_attribute("id") == "high"
+
+
+def test_no_table_is_clipped_on_a_screen_of_1440_pixels(chromium, page):
+    chromium.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    chromium.get(page)
+    clipped = chromium.execute_script("""
+        document.querySelectorAll('details').forEach((fold) => { fold.open = true; });
+        return [...document.querySelectorAll('.scroll')]
+          .filter((e) => e.querySelector('table') && e.scrollWidth > e.clientWidth + 1)
+          .map((e) => e.ariaLabel);""")
+    assert clipped == []
+
+
+# Feature pages
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory) -> str:
+    root = tmp_path_factory.mktemp("viewer")
+    make_activity(root, make_inputs(root))
+    tables = pages.read(root, "top1", "top1", "top1")
+    pages.write(root / "pages", tables, ClipStore.open(root / "data/clips"))
+    return (root / "pages/index.html").as_uri()
+
+
+def opened(chromium, address: str) -> None:
+    """Open a feature and wait until it is shown."""
+    chromium.get("about:blank")
+    chromium.get_log("performance"), chromium.get_log("browser")
+    chromium.get(address)
+    wait(chromium, "return document.querySelectorAll('#feature .moment').length")
+
+
+def wait(chromium, script: str):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(chromium, 20).until(lambda driver: driver.execute_script(script))
+
+
+def test_a_feature_opens_from_a_file_and_its_sound_plays(chromium, viewer):
+    opened(chromium, f"{viewer}#sae-wide-top1/5")
+    assert chromium.find_element("css selector", "#feature h2").text == "Feature 5"
+    found = chromium.execute_async_script("""
+        const done = arguments[arguments.length - 1];
+        const sound = document.getElementById('sound');
+        document.querySelectorAll('#feature .play')[1].click();
+        sound.addEventListener('playing', () => setTimeout(() => done({
+          time: sound.currentTime, length: sound.duration,
+          text: document.querySelectorAll('#feature .where')[1].textContent}), 150), {once: true});
+        sound.addEventListener('error', () => done({error: sound.error.message}));""")
+    start, end = map(float, re.search(r"([\d.]+) to ([\d.]+) s", found["text"]).groups())
+    assert start <= found["time"] <= end + 0.1
+    assert found["length"] == pytest.approx(2, abs=0.1)
+    pictures = "return [...document.querySelectorAll('#feature img')].map((i) => i.naturalWidth)"
+    assert max(wait(chromium, pictures)) > 90
+    assert not chromium.execute_script("return document.querySelectorAll('.failed').length")
+    messages = [json.loads(e["message"])["message"] for e in chromium.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages
+            if m["method"] == "Network.requestWillBeSent"]  # fmt: skip
+    folder = viewer.removesuffix("index.html")
+    assert all(url.startswith((folder, "data:")) for url in urls), urls
+    assert chromium.get_log("browser") == []
+
+
+def test_features_are_found_by_concept_number_and_model(chromium, viewer):
+    opened(chromium, viewer)
+    listed = "return [...document.querySelectorAll('#list a')].map((a) => a.getAttribute('href'))"
+
+    def search(text: str, dictionary: str) -> list[str]:
+        chromium.execute_script(
+            "const s = document.getElementById('search'); s.value = arguments[0];"
+            "const d = document.getElementById('dictionary'); d.value = arguments[1];"
+            "document.getElementById('count').textContent = '';"
+            "d.dispatchEvent(new Event('change'))", text, dictionary,
+        )  # fmt: skip
+        wait(chromium, "return document.getElementById('count').textContent")
+        return chromium.execute_script(listed)
+
+    assert search("electric piano", "sae-tiny-top1") == [
+        f"#sae-tiny-top1/{n}" for n in (4, 9, 14, 19)
+    ]
+    assert set(search("7", "")) == {"#sae-tiny-top1/7", "#sae-wide-top1/7", "#usae-top1/7"}
+    assert search("wide 7", "") == ["#sae-wide-top1/7"]
+    assert search("nothing like this", "") == []
+
+
+def test_steps_links_and_hostile_names(chromium, viewer):
+    opened(chromium, f"{viewer}#sae-tiny-top1/7")
+    assert UNSAFE in chromium.find_element("css selector", "#feature table").text
+    assert chromium.execute_script("return window.pwned") is None
+    press(chromium, webdriver.Keys.ARROW_RIGHT)
+    wait(chromium, "return document.querySelector('#feature h2').textContent === 'Feature 8'")
+    chromium.find_element("id", "previous").click()
+    wait(chromium, "return document.querySelector('#feature h2').textContent === 'Feature 7'")
+    links = "return [...document.querySelectorAll('#feature a')].map((a) => a.getAttribute('href'))"
+    found = chromium.execute_script(links)
+    assert f"{pages.STUDIO}?model=tiny&feature=7" in found
+    assert "#usae-top1/7" in found
+    chromium.execute_script("location.hash = '#usae-top1/7'")
+    wait(chromium, "return document.querySelectorAll('#feature .legend li').length === 2")
+    chromium.execute_script("location.hash = '#usae-top1/999'")
+    wait(
+        chromium, "return document.querySelector('#feature').textContent.includes('fires in none')"
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_part_of_a_feature_page_overflows(chromium, viewer, width):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(chromium, f"{viewer}#usae-top1/7")
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width

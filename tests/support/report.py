@@ -14,10 +14,11 @@ import pandas as pd
 import soundfile
 import torch
 
+from musicscope.config.analysis import FeatureActivity, MatchFeatures
 from musicscope.data.clips import write_clips
 from musicscope.dictionaries.codes import Codes, pool_clips, to_csr
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
-from musicscope.features import moments
+from musicscope.features import activity, moments
 from musicscope.features import table as feature_table
 from musicscope.report.build import page
 from musicscope.report.elements import Section, Table
@@ -181,3 +182,42 @@ def make_inputs(root: Path) -> dict[tuple[str, str], Codes]:
     curves = moments.cut(coded, ids, moments.wanted(features, top, MODELS, 5))
     moments.write(root / "data/features/moments.parquet", curves, RATE_OF_FRAMES)
     return coded
+
+
+ACTIVITY = FeatureActivity(
+    clips=8, moments=2, bands=4, per_band=1, seconds=0.5, bars=10, nearest=3
+)  # fmt: skip
+
+
+def make_activity(root: Path, coded: dict[tuple[str, str], Codes]) -> None:
+    """data/feature_activity, data/effects, stability and finder tables beside `make_inputs`."""
+    decoder = np.random.default_rng(1).standard_normal((LATENTS, 6))
+
+    def dictionary(kind: str, model: str, models: tuple[str, ...]) -> activity.Dictionary:
+        codes = [coded[name, kind] for name in models]
+        return activity.Dictionary(
+            kind, model, "top1", "layers.3", models, RATE_OF_FRAMES, decoder,
+            lambda clips: codes, described=True,
+        )  # fmt: skip
+
+    dictionaries = [dictionary("sae", model, (model,)) for model in MODELS]
+    dictionaries.append(dictionary("usae", "", MODELS))
+    rows = pd.read_parquet(root / "data/clips/clips.parquet")
+    matching = MatchFeatures("top1", 0.5, 1, 19, 10, 1, 3, True)
+    activity.write(root / "data/feature_activity", dictionaries, rows, ACTIVITY, matching, 0)
+    n = np.arange(LATENTS)
+    for model in MODELS:
+        (root / "data/effects" / model).mkdir(parents=True)
+        (root / "data/sae" / model / "top1").mkdir(parents=True)
+        (root / "data/find_concept" / model).mkdir(parents=True)
+        pd.DataFrame(
+            {"feature": n, "value": 2.0, "kl": n / 100, "confidence": -0.01,
+             "toward_guitar": n / 10, "toward_drums": -0.25}
+        ).to_parquet(root / "data/effects" / model / "top1.parquet")  # fmt: skip
+        pd.DataFrame(
+            {"feature": n, "seed_cosine": 0.75, "null_cosine": 0.25, "returns": n % 2 == 0}
+        ).to_parquet(root / "data/sae" / model / "top1/stability.parquet")
+        pd.DataFrame(
+            {"feature": n, "dictionary": "sae", "concept": HOSTILE, "q": np.where(n == 7, 0.01, 1),
+             "auroc": 0.8, "test_auroc": 0.7, "heldout_font_auroc": 0.6}
+        ).to_parquet(root / "data/find_concept" / model / "features.parquet")  # fmt: skip

@@ -150,6 +150,18 @@ def studio(parser: Parser) -> None:
     add("--workspace", metavar="DIR", help="folder that holds data/; default this one")
 
 
+def view(parser: Parser) -> None:
+    """Add the arguments of ``musicscope view``."""
+    add = parser.add_argument
+    add(
+        "--port",
+        type=whole(1, 65535),
+        help="port of the pages; default the first free one from 8000",
+    )
+    add("--open", action="store_true", help="open the report in the browser")
+    add("--workspace", metavar="DIR", help="folder that holds data/; default this one")
+
+
 def export(parser: Parser) -> None:
     """Add the arguments of ``musicscope export``."""
     add = parser.add_argument
@@ -192,5 +204,6 @@ ARGUMENTS: dict[str, Callable[[Parser], None]] = {
     "import": import_sae,
     "plan": plan,
     "studio": studio,
+    "view": view,
 }
 """Command -> the function that adds its options."""

@@ -38,6 +38,10 @@ COMMANDS = {
         "musicscope.commands.studio.app",
         "open a local web page to switch concepts off or on and listen",
     ),
+    "view": (
+        "musicscope.commands.view",
+        "serve the report and the feature pages on this machine",
+    ),
     "export": (
         "musicscope.commands.export.command",
         "write an SAE or its features for SAELens, dictionary_learning or the Hugging Face hub",
@@ -53,7 +57,7 @@ COMMANDS = {
 }
 """Command -> module with `run(args)`, which may return its results as JSON, and its help text."""
 SOURCES = Path(__file__).resolve().parents[2]
-NO_RESULTS = ("studio", "completion")
+NO_RESULTS = ("studio", "view", "completion")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment in which libraries print neither warnings nor bars; what the user set stays."""
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from musicscope.config.analysis import (
     Ablate,
     ExtractActivations,
+    FeatureActivity,
     Gallery,
     MatchFeatures,
     MaximizeActivation,
@@ -107,6 +108,7 @@ class Params(Section):
     probe: Probe
     maximize_activation: MaximizeActivation
     match_features: MatchFeatures
+    feature_activity: FeatureActivity
     gallery: Gallery
     report: Report
     train_usae: TrainUsae

@@ -173,6 +173,26 @@ class MatchFeatures(Section):
 
 
 @dataclass(frozen=True)
+class FeatureActivity(Section):
+    """The tables behind the feature pages."""
+
+    clips: Annotated[int, Field(ge=2, le=5000)]
+    """Most test clips, evenly spaced over all; each is exported whole as sound, 6 kB per second."""
+    moments: Annotated[int, Field(ge=1, le=20)]
+    """Best clips per feature."""
+    bands: Annotated[int, Field(ge=1, le=10)]
+    """Intervals between 0 and the highest activation from which other clips are drawn."""
+    per_band: Annotated[int, Field(ge=1, le=10)]
+    """Random clips per interval."""
+    seconds: Annotated[float, Field(ge=0.5, le=10)]
+    """Length of an excerpt."""
+    bars: Annotated[int, Field(ge=2, le=100)]
+    """Bars of the histogram of activations."""
+    nearest: Annotated[int, Field(ge=1, le=50)]
+    """Nearest features listed, by decoder cosine."""
+
+
+@dataclass(frozen=True)
 class Gallery(Section):
     """Generated pieces that the report plays."""
 

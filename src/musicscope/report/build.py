@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jinja2
 
+from musicscope.report.answers import Answer, answers
+from musicscope.report.cards import PAGES
 from musicscope.report.elements import Section
 from musicscope.report.metrics import Sources
 from musicscope.report.sections import (
@@ -34,6 +36,13 @@ from musicscope.report.sections import (
 SECTIONS = (data, gallery, layers, dictionaries, probes, sharing, matching, maximisation, judges,
             finder, steering)  # fmt: skip
 """All but `features`, the last one."""
+DOCS = {
+    "data": "data", "gallery": "models", "layers": "pipeline", "dictionaries": "dictionaries",
+    "probes": "dictionaries", "sharing": "dictionaries", "matching": "matching",
+    "maximisation": "maximisation", "judges": "judges", "finder": "finder", "steering": "steering",
+    "features": "matching",
+}  # fmt: skip
+"""Section -> page of docs/ that explains it."""
 MAX_BYTES = 15_000_000
 HERE = Path(__file__).parent
 
@@ -42,7 +51,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
     """The source of an inline script or style as the page's policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -57,8 +66,8 @@ def environment() -> jinja2.Environment:
     return found
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole page as text.
+def page(title: str, sections: Sequence[Section], first: Sequence[Answer] = ()) -> str:
+    """The whole page as text: the answers `first`, then the sections, folded.
 
     Its policy (CSP) allows no request at all, one script and one style sheet by hash, and data:
     images and audio.
@@ -71,12 +80,12 @@ def page(title: str, sections: Sequence[Section]) -> str:
         raise ValueError(f"report: these anchors appear twice: {', '.join(twice)}")
     style, script = ((HERE / f"assets/report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (
-        f"default-src 'none'; img-src data:; media-src data:; style-src {_hash(style)}; "
-        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; media-src data:; style-src {hash_of(style)}; "
+        f"script-src {hash_of(script)}; base-uri 'none'; form-action 'none'"
     )
     return environment().get_template("page.jinja").render(
         title=title, sections=sections, keys=set(names), policy=policy, style=style,
-        script=script,
+        script=script, answers=first, docs=DOCS, pages=PAGES,
     )  # fmt: skip
 
 
@@ -94,7 +103,7 @@ def build(sources: Sources, count: int, moments: int, seconds: float) -> str:
     """
     sections = [made for one in SECTIONS if (made := one.section(sources)) is not None]
     sections.append(features.section(sources, count, moments, seconds))
-    text = page(f"musicscope: {' and '.join(sources.models)}", sections)
+    text = page(f"musicscope: {' and '.join(sources.models)}", sections, answers(sources))
     if (size := len(text.encode())) > MAX_BYTES:
         raise ValueError(
             f"the report would have {size / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: lower "

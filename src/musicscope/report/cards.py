@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ SETS = {
 }  # fmt: skip
 """Label of each set of features.moments, with the model for {}."""
 
+PAGES = "../feature_pages/index.html"
+
 Described = tuple[dict[str, float | None], list[tuple[str, str]], list[tuple[str, str]]]
 """Numbers to sort by, facts, and matches (text, anchor)."""
 
@@ -31,36 +34,36 @@ def anchor(kind: str, model: str, number: int) -> str:
     return f"usae-{number}" if kind == "usae" else f"sae-{model}-{number}"
 
 
-def _number(value: float | None) -> float | None:
+def number_of(value: float | None) -> float | None:
     """None for the codes of a missing number in features.parquet."""
     return float(value) if value is not None and np.isfinite(value) and value != -1 else None
 
 
-def concept_text(row: pd.Series) -> str:
+def concept_text(row: pd.Series | Mapping[str, Any]) -> str:
     """The best-aligned concept with AUROC and corrected p, or that none is significant."""
     if not isinstance(row["concept"], str) or not row["concept"]:
         return "not tested: silent or constant"
     name = row["concept"].replace("_", " ")
-    auroc = f"AUROC {plain(_number(row['concept_auroc']))}"
-    if (held := _number(row.get("concept_heldout_auroc"))) is not None:
+    auroc = f"AUROC {plain(number_of(row['concept_auroc']))}"
+    if (held := number_of(row.get("concept_heldout_auroc"))) is not None:
         auroc += f" (held-out soundfont {plain(held)})"
-    p = _number(row["concept_p"])
+    p = number_of(row["concept_p"])
     text = f"{name}, {auroc}, corrected p {plain(p)}"
     return text if p is not None and p <= LEVEL else f"none; closest is {text}"
 
 
 def _sae(row: pd.Series) -> Described:
     numbers = {
-        "energy": _number(row["energy"]), "firing_rate": _number(row["firing_rate"]),
-        "match": _number(row["best_correlation"]), "number": float(row["feature"]),
-        "concept_auroc": _number(row["concept_auroc"]),
+        "energy": number_of(row["energy"]), "firing_rate": number_of(row["firing_rate"]),
+        "match": number_of(row["best_correlation"]), "number": float(row["feature"]),
+        "concept_auroc": number_of(row["concept_auroc"]),
     }  # fmt: skip
     facts = [
         ("energy", short(numbers["energy"])),
         ("firing rate", short(numbers["firing_rate"])),
         ("set", row["set"] or "none"),
-        ("found by seed 1 (correlation)", plain(_number(row["seed_correlation"]), 2)),
-        ("in other seeds (decoder cosine)", plain(_number(row["seed_cosine"]), 2)),
+        ("found by seed 1 (correlation)", plain(number_of(row["seed_correlation"]), 2)),
+        ("in other seeds (decoder cosine)", plain(number_of(row["seed_cosine"]), 2)),
         ("concept", concept_text(row)),
     ]
     matches = []
@@ -70,11 +73,11 @@ def _sae(row: pd.Series) -> Described:
         (best, "best_correlation", "most similar"),
     ):
         if other[1] >= 0 and (other is partner or other != partner):
-            value = plain(_number(row[key]), 2)
+            value = plain(number_of(row[key]), 2)
             text = f"{other[0]} SAE feature {other[1]}: correlation {value}, {what}"
             matches.append((text, anchor("sae", *other)))
     if row["counterpart"] >= 0:
-        value = plain(_number(row["counterpart_cosine"]), 2)
+        value = plain(number_of(row["counterpart_cosine"]), 2)
         text = f"Shared feature {row['counterpart']}: decoder cosine {value}"
         matches.append((text, anchor("usae", "", row["counterpart"])))
     return numbers, facts, matches
@@ -84,11 +87,12 @@ def _usae(rows: pd.DataFrame) -> Described:
     first = rows.iloc[0]
     strongest = rows.sort_values("concept_auroc", ascending=False, kind="stable").iloc[0]
     numbers = {
-        "energy": _number(rows["energy"].mean()),
-        "firing_rate": _number(rows["firing_rate"].mean()),
-        "firing_entropy": _number(first["firing_entropy"]), "cofires": _number(first["cofires"]),
-        "match": _number(rows["counterpart_cosine"].max()), "number": float(first["feature"]),
-        "concept_auroc": _number(strongest["concept_auroc"]),
+        "energy": number_of(rows["energy"].mean()),
+        "firing_rate": number_of(rows["firing_rate"].mean()),
+        "firing_entropy": number_of(first["firing_entropy"]),
+        "cofires": number_of(first["cofires"]),
+        "match": number_of(rows["counterpart_cosine"].max()), "number": float(first["feature"]),
+        "concept_auroc": number_of(strongest["concept_auroc"]),
     }  # fmt: skip
     facts = [
         ("firing entropy", plain(numbers["firing_entropy"], 3)),
@@ -98,7 +102,7 @@ def _usae(rows: pd.DataFrame) -> Described:
     matches = []
     for _, row in rows.iterrows():
         if row["counterpart"] >= 0:
-            value = plain(_number(row["counterpart_cosine"]), 2)
+            value = plain(number_of(row["counterpart_cosine"]), 2)
             text = f"{row['model']} SAE feature {row['counterpart']}: decoder cosine {value}"
             matches.append((text, anchor("sae", row["model"], row["counterpart"])))
     return numbers, facts, matches
@@ -111,7 +115,7 @@ def _by_model(rows: pd.DataFrame) -> Table:
         "By model",
         ("through", "energy", "firing rate", "co-fires / fires"),
         tuple(
-            (row["model"], *(short(_number(row[key])) for key in keys))
+            (row["model"], *(short(number_of(row[key])) for key in keys))
             for _, row in rows.iterrows()
         ),
     )
@@ -140,6 +144,11 @@ def _clip_moment(
     )  # fmt: skip
 
 
+def page_of(slot: str, kind: str, model: str, number: int) -> str:
+    """Address of a feature's page, from the report."""
+    return f"{PAGES}#{'-'.join(filter(None, (kind, model, slot)))}/{number}"
+
+
 def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> list[Card]:
     """All cards, in the order of `moments.pick`.
 
@@ -159,6 +168,7 @@ def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> lis
     clips, picks = ClipStore.open(sources.root / "data/clips"), moments.pick(table, models, count)
     keys = {(p.kind, p.model, p.number): anchor(p.kind, p.model, p.number) for p in picks}
     found = searched(sources, keys, seconds)
+    slot = (sources.metrics("match_features") or {}).get("slot", sources.slots[0])
 
     def line(one: Pick, trace: Feature, clip: str) -> Line:
         kind, model, number = trace
@@ -194,7 +204,7 @@ def cards(sources: Sources, count: int, clips_shown: int, seconds: float) -> lis
                 tuple((f"{s}-{m}" if m else s, SETS[s].format(m)) for s, m in one.sets),
                 numbers, tuple(facts), _by_model(rows) if one.kind == "usae" else None,
                 tuple(matches), tuple(excerpts), tuple(of.best), tuple(of.others),
-                tuple(of.remarks),
+                tuple(of.remarks), page_of(slot, one.kind, one.model, one.number),
             )
         )  # fmt: skip
     return made

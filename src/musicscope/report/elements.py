@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+MOST_COLUMNS = 14
+"""Columns of a table that fit a page of 1440 pixels."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -28,6 +31,15 @@ class Table:
     def body(self) -> list[list[Cell]]:
         """The rows with every cell as a `Cell`."""
         return [[Cell(cell) if isinstance(cell, str) else cell for cell in r] for r in self.rows]
+
+    @property
+    def shown(self) -> Table:
+        """The table, or with rows for columns where a page is too narrow for its columns."""
+        if len(self.columns) <= MOST_COLUMNS or len(self.rows) >= len(self.columns):
+            return self
+        names = (self.columns[0], *(row[0].text for row in self.body))
+        turned = zip(self.columns[1:], *(row[1:] for row in self.body), strict=True)
+        return Table(self.caption, names, tuple(turned))
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Card:
     others: tuple[Moment, ...] = ()
     """Searched inputs that stay folded until asked for."""
     remarks: tuple[str, ...] = ()
+    page: str = ""
+    """Address of its feature page."""
 
     @property
     def legend(self) -> list[tuple[str, int]]:

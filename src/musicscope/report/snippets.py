@@ -26,6 +26,8 @@ FADE = 0.01  # seconds at either end, so that a cut does not click
 BANDS, HOP = 48, 320
 RANGE = 10.0  # nats of power below the loudest point that are still drawn (43 dB)
 LEVELS = 16
+KBITS, CONSTANT_LEVEL = 48, 0.75
+"""Bit rate per second of `constant_mp3`, and the level of libsndfile that gives it at 16 kHz."""
 LONGEST = 6.0  # seconds of a file that are played
 DARKEST = 200  # of 255: the activation curve must stand out on the loudest patch
 
@@ -48,6 +50,15 @@ def mp3(audio: np.ndarray, rate: int) -> bytes:
     Raises:
         ValueError: empty or not finite.
     """
+    return _mp3(audio, rate, "VARIABLE", 0.5)
+
+
+def constant_mp3(audio: np.ndarray, rate: int) -> bytes:
+    """As `mp3`, at a constant `KBITS`, so that a browser seeks to within some 50 ms."""
+    return _mp3(audio, rate, "CONSTANT", CONSTANT_LEVEL)
+
+
+def _mp3(audio: np.ndarray, rate: int, mode: str, level: float) -> bytes:
     audio = resample(np.asarray(audio, np.float32), rate, RATE)
     if not len(audio) or not np.isfinite(audio).all():
         raise ValueError("audio for the report is empty or not finite; rerun the stage it is from")
@@ -55,7 +66,7 @@ def mp3(audio: np.ndarray, rate: int) -> bytes:
     stream = io.BytesIO()
     soundfile.write(
         stream, np.clip(audio * ramp * ramp[::-1], -1, 1), RATE, format="MP3",
-        bitrate_mode="VARIABLE", compression_level=0.5,
+        bitrate_mode=mode, compression_level=level,
     )  # fmt: skip
     return stream.getvalue()
 

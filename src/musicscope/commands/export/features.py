@@ -18,6 +18,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.core.io import write_json
 from musicscope.dictionaries.core import TopKSAE
 from musicscope.dictionaries.formats import About
+from musicscope.features.activity import nearest_rows
 
 BARS, MOMENTS, NEAREST, AROUND = 30, 8, 5, 25
 """Bars of a histogram; best clips and nearest features; frames shown on each side of a maximum."""
@@ -52,20 +53,6 @@ def test_codes(
     value, latent, clip, frame = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((frame, clip, latent))
     return value[order], latent[order], clip[order], frame[order]
-
-
-def nearest_rows(decoder: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows of highest cosine to each row, itself left out: cosines and indices [F, n]."""
-    unit = torch.nn.functional.normalize(decoder, dim=1)
-    found = [[], []]
-    for start in range(0, len(unit), 1024):
-        cosines = unit[start : start + 1024] @ unit.T
-        own = torch.arange(len(cosines))
-        cosines[own, own + start] = -2
-        best = cosines.topk(min(count, len(unit) - 1))
-        found[0].append(best.values)
-        found[1].append(best.indices)
-    return torch.cat(found[0]).numpy(), torch.cat(found[1]).numpy()
 
 
 def write(

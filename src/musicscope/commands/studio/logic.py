@@ -170,6 +170,15 @@ def time_left(seconds: float, share: float) -> str:
         return "working"
     left = seconds * (1 - share) / share
     return f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left"
+def asked(query: Mapping[str, str], models: Sequence[str]) -> tuple[str | None, int | None]:
+    """Model and single feature in the page's address, ?model=NAME&feature=NUMBER.
+
+    None for each part that is absent or of no use, such as the feature of an unknown model.
+    """
+    model, feature = query.get("model"), query.get("feature", "")
+    if model is not None and model not in models:
+        return None, None
+    return model, int(feature) if feature.isascii() and feature.isdigit() else None
 
 
 # --- requests ---------------------------------------------------------------------------------

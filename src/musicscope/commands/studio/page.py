@@ -188,7 +188,8 @@ def _input(fields: Fields, values: dict) -> TextInput:
 
 def _steer_tab(
     models: Sequence[str], device: str, guidance: float | None, model: gr.Dropdown
-) -> None:
+) -> Component:
+    """Make the tab; return the field of the first single feature."""
     concepts = logic.all_concepts(models)
 
     def slider(name: str, concept: str, texts: dict[str, str]) -> dict[str, Any]:
@@ -264,6 +265,7 @@ def _steer_tab(
 
     if concepts:
         model.change(show, model, list(sliders.values()), api_visibility="private")
+    return singles[0][0]
 
 
 def _find_tab(device: str, guidance: float | None, model: gr.Dropdown) -> None:
@@ -379,12 +381,19 @@ def build(models: Sequence[str], device: str, guidance: float | None) -> gr.Bloc
             gr.Markdown(f"## musicscope studio\n{LEAD}")
             model = gr.Dropdown(list(models), value=models[0], label="Model", elem_id="model")
         with gr.Tab("Concepts off and on", id="steer"):
-            _steer_tab(models, device, guidance, model)
+            feature = _steer_tab(models, device, guidance, model)
         with gr.Tab("Find a concept", id="find"):
             _find_tab(device, guidance, model)
         page.load(
             lambda: _warm(models[0], device), None, None, concurrency_id="model",
             concurrency_limit=1, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+
+        def preset(request: gr.Request) -> list:
+            return [
+                gr.skip() if v is None else v for v in logic.asked(request.query_params, models)
+            ]
+
+        page.load(preset, None, [model, feature], api_visibility="private")
         page.unload(_leave)
     return page

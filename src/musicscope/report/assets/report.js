@@ -34,9 +34,19 @@ function arrange() {
   document.querySelector(".cards").append(...sorted.map(({ element }) => element));
 }
 
+function unfold(element) {
+  if (element.matches(".part")) element.querySelector("details").open = true;
+  for (let fold = element.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+}
+
 function reveal() {
   const target = location.hash && byId(decodeURIComponent(location.hash.slice(1)));
-  if (!target || !target.matches(".card")) return;
+  if (!target) return;
+  unfold(target);
+  if (!target.matches(".card")) {
+    target.scrollIntoView();
+    return;
+  }
   if (target.hidden) {
     byId("search").value = "";
     byId("kind").value = "";
@@ -60,6 +70,7 @@ if (cards.length) {
     const typing = event.target.closest && event.target.closest("input, select, textarea");
     if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
       event.preventDefault();
+      unfold(search);
       search.focus();
       search.select();
     } else if (event.key === "Escape" && event.target === search) {
@@ -67,11 +78,11 @@ if (cards.length) {
       show();
     }
   });
-  window.addEventListener("hashchange", reveal);
   show();
   arrange();
-  reveal();
 }
+window.addEventListener("hashchange", reveal);
+reveal();
 
 let current = null;
 for (const moment of document.querySelectorAll(".moment")) {

@@ -25,7 +25,7 @@ def _layers(found: Tree) -> tuple[list[str], list[str]]:
     return layers, sorted({kind for layer in layers for kind in found["layers"][layer]})
 
 
-def _scores(found: Tree) -> tuple[str, str, str]:
+def scores_of(found: Tree) -> tuple[str, str, str]:
     """Keys of both scores and their unit; an audio model has counterparts, for lack of logits."""
     other = found.get("counterparts")
     if other is None:
@@ -34,7 +34,7 @@ def _scores(found: Tree) -> tuple[str, str, str]:
 
 
 def _figure(sources: Sources, model: str, found: Tree) -> Figure | str:
-    (layers, kinds), (kl, _, unit) = _layers(found), _scores(found)
+    (layers, kinds), (kl, _, unit) = _layers(found), scores_of(found)
     series = {k: [read(found, f"layers.{layer}.{k}.{kl}").value for layer in layers] for k in kinds}
     what = f"KL ({unit})" if kl == "kl" else unit
     clips = f"{plain(found.get('clips'))} clips of {plain(found.get('groups'))} compositions"
@@ -46,7 +46,7 @@ def _figure(sources: Sources, model: str, found: Tree) -> Figure | str:
 
 
 def _table(model: str, found: Tree) -> Table:
-    (layers, kinds), (kl, dce, unit) = _layers(found), _scores(found)
+    (layers, kinds), (kl, dce, unit) = _layers(found), scores_of(found)
     names = found.get("hook_points") or {}
     rows = (
         (

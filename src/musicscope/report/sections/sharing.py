@@ -45,7 +45,7 @@ def section(sources: Sources) -> Section:
     if joint is None:
         absent.append(missing("train_crosscoder", "train_crosscoder"))
     else:
-        last = _models(joint)[-1:]
+        last = models_of(joint)[-1:]
         content |= {
             "joint": _joint(joint), "dedicated": _dedicated(joint),
             "dedicated_scaling": _scaling(joint, "dedicated.latent_scaling"),
@@ -62,7 +62,7 @@ def section(sources: Sources) -> Section:
     return Section("sharing", "What the models share", content, tuple(absent))
 
 
-def _models(found: Tree) -> list[str]:
+def models_of(found: Tree) -> list[str]:
     models = get(found, "models") or {}
     return [models[key] for key in sorted(models, key=int)]
 
@@ -89,7 +89,7 @@ def _rows(
 
 def _r2(found: Tree) -> Table:
     """R2 of each model's activations from each model's code, beside nulls and its own SAE."""
-    names, rows = _models(found), []
+    names, rows = models_of(found), []
     for i, source in enumerate(names):
         for j, target in enumerate(names):
             key = f"r2_{i}_{j}"
@@ -116,7 +116,7 @@ def _measures(found: Tree) -> Table:
         ("share of features with 90 % of the firings, {}", "firing_concentration_{}"),
         ("active per frame, {}", "l0_{}"),
     ):
-        rows += [(what.format(name), key.format(i)) for i, name in enumerate(_models(found))]
+        rows += [(what.format(name), key.format(i)) for i, name in enumerate(models_of(found))]
     rows += [("correlation of log energy and log co-fires", "energy_cofire_correlation"),
              ("dead features", "dead_fraction")]  # fmt: skip
     columns = ("", "seed 0", "over seeds", *NULLS.values())
@@ -129,7 +129,7 @@ def _linear(found: Tree) -> Table | None:
     """R2 by ridge regression, and by how much the universal code exceeds it, between models."""
     if not get(found, "linear"):
         return None
-    names, rows = _models(found), []
+    names, rows = models_of(found), []
     for i, source in enumerate(names):
         for j, target in enumerate(names):
             if i != j:
@@ -147,7 +147,7 @@ def _scaling(found: Tree, at: str) -> Table | None:
     """Latent Scaling: nu of the sets of latents, beside unrelated music."""
     if not get(found, at):
         return None
-    sets = {f"own_{i}": f"{name} alone" for i, name in enumerate(_models(found))}
+    sets = {f"own_{i}": f"{name} alone" for i, name in enumerate(models_of(found))}
     keys = ("latents", "scored", "nu_error_median", "null_nu_error_median",
             "nu_activation_median", "null_nu_activation_median", "genuine",
             "null_genuine")  # fmt: skip
@@ -167,7 +167,7 @@ def _dedicated(found: Tree) -> Table | None:
         return None
     rows = [("features shared by norm, of the shared ones", "norm_shared"),
             ("dead features", "dead_fraction")]  # fmt: skip
-    for i, name in enumerate(_models(found)):
+    for i, name in enumerate(models_of(found)):
         rows += [(f"R2 of {name}", f"r2_{i}"),
                  (f"R2 of {name} without dedicated features", f"r2_shared_{i}"),
                  (f"dedicated features of {name} that fire, per frame", f"active_own_{i}"),
@@ -179,7 +179,7 @@ def _dedicated(found: Tree) -> Table | None:
 
 
 def _joint(found: Tree) -> Table:
-    names, nulls = _models(found), [null for null in NULLS if null != "shuffled"]
+    names, nulls = models_of(found), [null for null in NULLS if null != "shuffled"]
     rows = [(f"R2 of {name}", f"r2_{j}") for j, name in enumerate(names)]
     rows += [("features shared by norm", "norm_shared")]
     rows += [(f"features of {name} alone by norm", f"norm_own_{i}") for i, name in enumerate(names)]

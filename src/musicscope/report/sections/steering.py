@@ -45,7 +45,7 @@ SPECTRAL = Cost("spectral_cost", "spectral distance of features", "spectral dist
 
 def section(sources: Sources) -> Section | None:
     """Concepts off and on, for every model; None where nothing was steered."""
-    runs = {model: _run(sources, model) for model in sources.models}
+    runs = {model: run_of(sources, model) for model in sources.models}
     if not any(found for _, found in runs.values()):
         return None
     models, absent = [], []
@@ -58,14 +58,14 @@ def section(sources: Sources) -> Section | None:
         clips = _cost_of(found) is SPECTRAL
         content: dict[str, Content] = {"name": model, "clips": clips, "success": None}
         if _entries(found) or not clips:
-            players, lost = _players(sources, stage, model)
+            pairs, lost = players(sources, stage, model)
             absent += lost
-            content |= _numbers(sources, stage, model, found) | {"players": players}
+            content |= _numbers(sources, stage, model, found) | {"players": pairs}
         models.append(content)
     return Section("steering", "Concepts off and on", {"models": models}, tuple(absent))
 
 
-def _run(sources: Sources, model: str) -> tuple[str, Tree | None]:
+def run_of(sources: Sources, model: str) -> tuple[str, Tree | None]:
     """The stage whose results to show, and its metrics if there are any."""
     whole = sources.metrics(f"steer_full/{model}")
     return ("steer_full", whole) if whole else ("steer", sources.metrics(f"steer/{model}"))
@@ -244,8 +244,19 @@ def _verdicts(judges: Tree, side: int) -> str:
     return "; ".join(f"{concept}: {', '.join(texts)}" for concept, texts in by_concept.items())
 
 
-def _players(sources: Sources, stage: str, model: str) -> tuple[Players | None, list[str]]:
-    """Plain and steered beside each other, the first `EXAMPLES` per request; and notes."""
+def _both_judged(example: Tree) -> bool:
+    """Whether some judge has a verdict on the plain and on the steered sound."""
+    verdicts = (values for concepts in example["judges"].values() for values in concepts.values())
+    return any(None not in values for values in verdicts)
+
+
+def players(
+    sources: Sources, stage: str, model: str, judged: bool = False
+) -> tuple[Players | None, list[str]]:
+    """Plain and steered beside each other, the first `EXAMPLES` per request; and notes.
+
+    `judged`: only examples of which both sounds have a verdict, such as none with silence.
+    """
     folder = sources.root / FOLDERS[stage] / model / "examples"
     if not (folder / "index.json").is_file():
         return None, [
@@ -256,7 +267,7 @@ def _players(sources: Sources, stage: str, model: str) -> tuple[Players | None, 
     lost = 0
     for example in read_json(folder / "index.json")["examples"]:
         requests = ", ".join(example["wishes"])
-        if seen.get(requests, 0) >= EXAMPLES:
+        if seen.get(requests, 0) >= EXAMPLES or (judged and not _both_judged(example)):
             continue
         made = [
             file_moment(folder, example[kind], kind, _verdicts(example["judges"], side))
