@@ -170,6 +170,8 @@ def time_left(seconds: float, share: float) -> str:
         return "working"
     left = seconds * (1 - share) / share
     return f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left"
+
+
 def asked(query: Mapping[str, str], models: Sequence[str]) -> tuple[str | None, int | None]:
     """Model and single feature in the page's address, ?model=NAME&feature=NUMBER.
 
