@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.sparse import vstack
 
 from musicscope.activations.alignment import common_frames, frame_rate
 from musicscope.activations.store import ActivationStore
@@ -35,6 +36,8 @@ def main() -> None:
     for model in params.models:
         for place in params.slots:
             store = ActivationStore.open(f"data/activations/{model}/{place}")
+            if list(store.ids) != rows["id"].tolist():
+                raise ValueError(f"{store.folder} holds other clips than data/clips: run dvc repro")
             sae = TopKSAE.load(f"data/sae/{model}/{place}/seed-0", device)
             dictionaries.append(
                 Dictionary(
@@ -80,7 +83,6 @@ def _joint(
     clips: np.ndarray,
 ) -> list[Codes]:  # fmt: skip
     """Codes of clips of a crosscoder, from paired frames of all stores."""
-    from scipy.sparse import vstack
 
     @torch.no_grad()
     def batch(rows: list[int]):

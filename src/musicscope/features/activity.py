@@ -43,10 +43,10 @@ from musicscope.config.analysis import FeatureActivity, MatchFeatures
 from musicscope.core.io import atomic_dir, write_json
 from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
-from musicscope.data.splits import clip_sets, label_matrix
+from musicscope.data.splits import clip_sets, label_matrix, smaller_class
 from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import ClipPools, Codes, pool_clips
-from musicscope.features.association import Alignment, Scores, align, usable_concepts
+from musicscope.features.association import Alignment, Scores, align
 
 CHOOSE, REPORT, FONT = "validation", "test", "heldout_font"
 ALL = "all"
@@ -216,11 +216,15 @@ def concepts(
     """Align latents with the concepts `names` as match_features does, by the keys of `scores`.
 
     `scores`: {key: {set: pools of its clips}}; `sets`: positions of the clips. p is corrected over
-    the latents of all `scores`, not those of match_features.
+    the latents of all `scores`, not those of match_features. Empty where no concept has
+    section.min_clips clips of either class.
     """
-    if not scores:
+    usable = [
+        name for name in names
+        if min(smaller_class(rows, name, sets[of]) for of in (CHOOSE, REPORT)) >= section.min_clips
+    ] if scores else []  # fmt: skip
+    if not usable:  # of the few clips that are looked at; match_features says so for all
         return {}
-    usable, _ = usable_concepts(rows, [sets[CHOOSE], sets[REPORT]], names, section.min_clips)
     has, labelled = label_matrix(rows, usable)
     keys = {"/".join(key): key for key in scores}
     found = align(
