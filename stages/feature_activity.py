@@ -19,6 +19,7 @@ from musicscope.activations.store import ActivationStore
 from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.data.clips import ClipStore
+from musicscope.data.concepts import concepts_of
 from musicscope.dictionaries.codes import Codes, by_batch, encode_clips, to_csr
 from musicscope.dictionaries.core import TopKSAE, UniversalSAE
 from musicscope.features import activity
@@ -65,7 +66,7 @@ def main() -> None:
         )  # fmt: skip
     activity.write(
         "data/feature_activity", dictionaries, rows, params.feature_activity,
-        params.match_features, params.seed,
+        params.match_features, params.seed, concepts_of(rows, params.concepts),
     )  # fmt: skip
 
 

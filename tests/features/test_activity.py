@@ -134,7 +134,7 @@ def test_concepts_are_tested_only_where_the_feature_table_has_none(tmp_path):
     dictionaries.append(
         Dictionary("crosscoder", "", "top1", "layers.1", (ALL,), 10.0, decoder, codes, False)
     )
-    activity.write(tmp_path / "out", dictionaries, rows, SECTION, MATCHING, 0)
+    activity.write(tmp_path / "out", dictionaries, rows, SECTION, MATCHING, 0, FAMILIES)
     features = pd.read_parquet(tmp_path / "out/features.parquet").set_index(
         ["dictionary", "feature"]
     )
@@ -149,7 +149,7 @@ def test_concepts_are_tested_only_where_the_feature_table_has_none(tmp_path):
     assert listed["clips"] == [f"test-{i}" for i in range(CLIPS)]
     with pytest.raises(ValueError, match=r"prepare_data\.clips"):
         activity.write(tmp_path / "no", dictionaries, rows[rows["split"] == "test"], SECTION,
-                       MATCHING, 0)  # fmt: skip
+                       MATCHING, 0, FAMILIES)  # fmt: skip
 
 
 def test_clips_are_thinned_evenly():

@@ -44,7 +44,6 @@ from musicscope.core.io import atomic_dir, write_json
 from musicscope.core.progress import Bar
 from musicscope.core.seeding import seed_for
 from musicscope.data.splits import clip_sets, label_matrix, smaller_class
-from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import ClipPools, Codes, pool_clips
 from musicscope.features.association import Alignment, Scores, align
 
@@ -242,7 +241,7 @@ def concepts(
 def write(
     folder: str | Path, dictionaries: Sequence[Dictionary], rows: pd.DataFrame,
     section: FeatureActivity, matching: MatchFeatures, seed: int,
-    names: Sequence[str] = FAMILIES,
+    names: Sequence[str],
 ) -> None:  # fmt: skip
     """Write the tables of all dictionaries, atomically; of at most section.clips clips per set.
 
