@@ -7,11 +7,9 @@ data/models/<model>.
 from __future__ import annotations
 
 from musicscope.ablation.run import localise, run
-from musicscope.ablation.scores import check_slots
 from musicscope.config import load_params
 from musicscope.core.distributed import resolve_device
 from musicscope.core.io import write_json, write_text
-from musicscope.models.registry import open_sources
 from stages import run_stage, stage_args
 
 
@@ -21,9 +19,6 @@ def main() -> None:
     section, device = params.ablate, resolve_device(params.compute.device)
     processes = params.compute.processes if device == "cpu" else 1
 
-    model, _ = open_sources(f"data/models/{name}", "data/clips", device)
-    rule = params.select_layers  # slots are checked here, before hours of work
-    check_slots(params.slots, name, len(model.hook_points), rule.skip_first, rule.skip_last)
     metrics, table = run(name, section, params.seed, device, processes)
     metrics["concepts"] = localise(name, section, params.seed, device, processes)
     write_json(f"metrics/ablate/{name}.json", metrics)

@@ -16,6 +16,7 @@ import torch
 
 from musicscope.config.analysis import FeatureActivity, MatchFeatures
 from musicscope.data.clips import write_clips
+from musicscope.data.taxonomy import FAMILIES
 from musicscope.dictionaries.codes import Codes, pool_clips, to_csr
 from musicscope.dictionaries.core import ModelWeights, TopKSAE, UniversalSAE
 from musicscope.features import activity, moments
@@ -204,7 +205,9 @@ def make_activity(root: Path, coded: dict[tuple[str, str], Codes]) -> None:
     dictionaries.append(dictionary("usae", "", MODELS))
     rows = pd.read_parquet(root / "data/clips/clips.parquet")
     matching = MatchFeatures("top1", 0.5, 1, 19, 10, 1, 3, True)
-    activity.write(root / "data/feature_activity", dictionaries, rows, ACTIVITY, matching, 0)
+    activity.write(
+        root / "data/feature_activity", dictionaries, rows, ACTIVITY, matching, 0, FAMILIES
+    )
     n = np.arange(LATENTS)
     for model in MODELS:
         (root / "data/effects" / model).mkdir(parents=True)
