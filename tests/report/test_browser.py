@@ -91,7 +91,7 @@ def page(tmp_path_factory) -> str:
     kinds = {"a": "kind a", "b": "kind b"}
     sections = [
         Section("layers", "Layers", {"figures": [figure, HOSTILE], "tables": [table]}, (HOSTILE,)),
-        Section("judges", "Judges", {"means": table, "families": table}),
+        Section("judges", "Judges", {"means": table, "families": table, "own": None}),
         Section("features", "Features", {"cards": cards, "kinds": kinds, "sort_keys": sorts}),
         Section("steering", "Concepts off and on", {"models": [model]}),
         Section("finder", "Concepts found", {"models": [found]}),

@@ -247,7 +247,7 @@ def hostile_sections() -> list[Section]:
             **dict.fromkeys(("between", "decoders", "sets", "concepts"), table),
         },
         "maximisation": {"reached": table, "controls": table},
-        "judges": {"means": table, "families": table},
+        "judges": {"means": table, "families": table, "own": None},
         "finder": {"models": [found]},
         "steering": {"models": [steered, {**steered, "clips": False}]},
         "features": {
