@@ -183,7 +183,10 @@ def obey_permissions() -> None:
 def repro_failing(
     folder: Path, env: dict[str, str], before: Callable[[], None], seconds: float
 ) -> None:
-    """Run `dvc repro` on a disk that refuses; exit if a stage ends in a traceback."""
+    """Run `dvc repro` on a disk that refuses; exit if a stage ends in a traceback.
+
+    It may succeed, where nothing is left to do or what is left fits.
+    """
     process = subprocess.Popen(
         ["dvc", "repro"], cwd=folder, env=env, start_new_session=True, preexec_fn=before,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -195,7 +198,7 @@ def repro_failing(
         said, _ = process.communicate()
     lines = [line for line in said.splitlines() if line.strip()]
     print("\n".join(["-- it ended:", *lines[-4:]]), flush=True)
-    if "Traceback" in said or process.returncode == 0:
+    if "Traceback" in said:
         sys.exit(f"smoke: a refusing disk gave status {process.returncode} and:\n{said}")
 
 
