@@ -20,7 +20,7 @@ import torch
 from musicscope.dictionaries.core import TopKSAE
 from tools.import_closure import ROOT
 
-EXTRAS = {"ray", "gradio", "starlette"}
+EXTRAS = {"ray", "gradio", "starlette", "wandb"}
 """In an extra; starlette comes with gradio."""
 BY_HAND = {"audiocraft", "demucs", "xformers", "tinysoundfont", "torchaudio"}
 """No wheel fits beside the others; an error says what to do."""
