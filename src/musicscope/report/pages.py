@@ -101,7 +101,7 @@ def read(root: Path, slot: str, finder_slot: str, steered: str) -> Tables:
     )  # fmt: skip
 
 
-def title(one: Mapping[str, Any]) -> str:
+def title(one: Row) -> str:
     """Name of a dictionary for readers."""
     kind = {"sae": "SAE", "usae": "universal SAE", "crosscoder": "crosscoder"}[one["kind"]]
     owner = f"{one['model']} " if one["model"] else ""
@@ -136,7 +136,7 @@ def _excerpts(samples: pd.DataFrame, clip_of: Mapping[str, int]) -> dict[int, li
     return found
 
 
-def _facts(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _facts(tables: Tables, one: Row, rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Numbers of a feature in words, as (name, value)."""
     facts: list[tuple[str, str]] = []
     number = rows[0]["feature"]
@@ -168,7 +168,7 @@ def _facts(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list[
     return facts
 
 
-def _known(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+def _known(tables: Tables, one: Row, rows: Sequence[Row]) -> list[Row]:
     """Rows of data/features/features.parquet on a feature; none for other dictionaries."""
     if not one["described"]:
         return []
@@ -176,7 +176,7 @@ def _known(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list[
     return [tables.known[key] for key in keys if key in tables.known]
 
 
-def _concept(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> tuple[Row, str]:
+def _concept(tables: Tables, one: Row, rows: Sequence[Row]) -> tuple[Row, str]:
     """The row of the strongest concept, and that concept in words."""
     tested: Sequence[Row] = _known(tables, one, rows) or rows
     best = max(tested, key=lambda row: number_of(row["concept_auroc"]) or -1.0)
@@ -184,9 +184,7 @@ def _concept(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> tup
     return best, f"{text} (through {best['model']})" if len(rows) > 1 else text
 
 
-def _matches(
-    tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]
-) -> list[tuple[str, str, int]]:
+def _matches(tables: Tables, one: Row, rows: Sequence[Row]) -> list[tuple[str, str, int]]:
     """(text, dictionary, feature) of the same feature elsewhere."""
     found = []
     for row in _known(tables, one, rows):
@@ -210,7 +208,7 @@ def _matches(
     return found
 
 
-def _effect(tables: Tables, one: Mapping[str, Any], number: int) -> dict[str, Any] | None:
+def _effect(tables: Tables, one: Row, number: int) -> dict[str, Any] | None:
     """What a latent does at the logits, and the share of latents with a smaller effect."""
     table = tables.effects.get(one["name"])
     if table is None or number not in table.index:
@@ -227,7 +225,7 @@ def _effect(tables: Tables, one: Mapping[str, Any], number: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _finder(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list[list[str]]:
+def _finder(tables: Tables, one: Row, rows: Sequence[Row]) -> list[list[str]]:
     """Concepts that the finder reports the feature for: concept, q, AUROC, held-out values."""
     if one["kind"] == "crosscoder" or one["slot"] != tables.slot:
         return []
@@ -241,14 +239,14 @@ def _finder(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> list
     ]  # fmt: skip
 
 
-def _steer(tables: Tables, one: Mapping[str, Any], number: int) -> str:
+def _steer(tables: Tables, one: Row, number: int) -> str:
     """The studio's address on this feature; "" if it does not steer this dictionary."""
     if one["kind"] != "sae" or one["slot"] != tables.steered:
         return ""
     return f"{STUDIO}?model={one['model']}&feature={number}"
 
 
-def records(tables: Tables, one: Mapping[str, Any]) -> Iterator[tuple[dict, dict]]:
+def records(tables: Tables, one: Row) -> Iterator[tuple[dict, dict]]:
     """(record, entry of the index) of every live feature of a dictionary, by number."""
     clip_of = {clip: i for i, clip in enumerate(tables.clips)}
     own = tables.features[tables.features["dictionary"] == one["name"]]
@@ -290,7 +288,7 @@ def records(tables: Tables, one: Mapping[str, Any]) -> Iterator[tuple[dict, dict
         yield record, entry
 
 
-def _match(tables: Tables, one: Mapping[str, Any], rows: Sequence[Row]) -> float | None:
+def _match(tables: Tables, one: Row, rows: Sequence[Row]) -> float | None:
     """The best correlation or cosine with a feature elsewhere, to sort by."""
     key = "best_correlation" if one["kind"] == "sae" else "counterpart_cosine"
     values = [v for r in _known(tables, one, rows) if (v := number_of(r[key])) is not None]
