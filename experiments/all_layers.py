@@ -367,7 +367,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.set_title(title)
         axis.set_xticks(x)
         axis.set_xlabel("layer")
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        if axis.lines:
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     plots.save_figure(figure, path, dpi=90)
 
 
