@@ -244,7 +244,7 @@ def _finder(sources: Sources) -> Answer:
         f"{sources.models[0]}: concepts found from recordings.",
     )  # fmt: skip
     numbers = _pairs(sources, "find_concept/{model}", rows)
-    heads = ("result", "permuted labels; all features")
+    heads = ("result", "no guitar on either side; all features")
     return _answer("finder", "Concept finder", heads, numbers, shown)
 
 
