@@ -198,6 +198,8 @@ def repro_failing(
         said, _ = process.communicate()
     lines = [line for line in said.splitlines() if line.strip()]
     print("\n".join(["-- it ended:", *lines[-4:]]), flush=True)
+    if process.returncode == 0:
+        print("-- nothing was refused", flush=True)
     if "Traceback" in said:
         sys.exit(f"smoke: a refusing disk gave status {process.returncode} and:\n{said}")
 

@@ -37,13 +37,16 @@ def env(tmp_path):
 def test_a_refusing_disk_ends_the_run(tmp_path, env, refusal, said, capsys):
     with refusal(tmp_path, random.Random(0)) as before:
         smoke.repro_failing(tmp_path, env, before, 30)
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "nothing was refused" not in printed
     (tmp_path / "data/new").touch()  # the folder is as it was
 
 
-def test_a_traceback_is_a_failure_and_a_run_with_nothing_to_do_is_none(tmp_path, env):
+def test_a_traceback_is_a_failure_and_a_run_with_nothing_to_do_is_none(tmp_path, env, capsys):
     (tmp_path / "dvc").write_text(f"#!{sys.executable}\nraise OSError('disk')\n")
     with pytest.raises(SystemExit, match="a refusing disk gave status 1"):
         smoke.repro_failing(tmp_path, env, lambda: None, 30)
     (tmp_path / "dvc").write_text(f"#!{sys.executable}\n")
     smoke.repro_failing(tmp_path, env, lambda: None, 30)
+    assert "nothing was refused" in capsys.readouterr().out
