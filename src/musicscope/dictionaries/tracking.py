@@ -16,14 +16,15 @@ Row = Mapping[str, Any]
 Log = Callable[[Row], None]
 FOLDER = Path("runs")
 PROJECT = "musicscope"
-MODULES = {"wandb": "wandb", "tensorboard": "tensorboard"}
-"""Tracker -> module that it needs; the extra of pyproject.toml has the tracker's name."""
 
 
 def check(trackers: Sequence[str]) -> None:
-    """Raise ValueError, with the remedy, for a tracker that is not installed."""
+    """Raise ValueError, with the remedy, for a tracker that is not installed.
+
+    Its module and its extra have its name.
+    """
     for name in trackers:
-        if importlib.util.find_spec(MODULES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"params.yaml: compute.trackers has {name}, which is an extra: pip install "
                 f"'.[{name}]', or take it out"
